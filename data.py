@@ -1,0 +1,562 @@
+"""Images on disk -> train/validation split -> one grey uint8 array -> batches on the device.
+
+Layout: DIR/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg (DIR/chest_xray/... of the Kaggle zip is found too).
+Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from common import InputError, atomic_path, read_json, say, sha256, write_json
+
+CLASSES = ("NORMAL", "PNEUMONIA")
+EXTENSIONS = (".jpeg", ".jpg", ".png")
+DEFAULT_DIR, SYNTHETIC_DIR = "Data/chest_xray", "Data/synthetic"
+KAGGLE = "paultimothymooney/chest-xray-pneumonia"
+CACHE_VERSION = 1  # raise it when decoding changes, so that old caches are rebuilt
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Everything that decides which images are seen and how; kept in results.json."""
+    data_dir: str = DEFAULT_DIR
+    img_size: int = 224
+    resize: str = "squash"
+    split: str = "patient"
+    split_seed: int = 0
+    val_fraction: float = 0.2
+    skip_bad: bool = False
+    cache_dir: str = "Data/cache"
+    classes: tuple = CLASSES
+
+
+@dataclass
+class Subset:
+    """`files` [N] relative to the data folder, `labels` int64 [N], `images` uint8 [*, S, S] (memory-mapped,
+    shared between subsets), `rows` int64 [N] into it."""
+    files: list
+    labels: np.ndarray
+    images: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self):
+        return len(self.files)
+
+    def take(self, index):
+        return Subset([self.files[i] for i in index], self.labels[index], self.images, self.rows[index])
+
+
+# ---------------------------------------------------------------- command line
+
+def add_arguments(parser):
+    """The data flags that every training script shares."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", default=DEFAULT_DIR, help="folder with train/ and test/")
+    group.add_argument("--demo", action="store_true", help=f"draw a synthetic set in {SYNTHETIC_DIR} and use it")
+    group.add_argument("--download", action="store_true", help="fetch the Kaggle set into --data-dir first")
+    group.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the square input")
+    group.add_argument("--resize", choices=("squash", "pad", "crop"), default="squash",
+                       help="non-square originals: distort, letterbox, or cut to the middle")
+    group.add_argument("--split", choices=("patient", "image"), default="patient",
+                       help="validation split: no patient on both sides, or plain stratified images")
+    group.add_argument("--split-seed", type=int, default=0, help="seed of the validation split")
+    group.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
+                       help="leave out unreadable images instead of stopping")
+    group.add_argument("--cache-dir", default="Data/cache", help="where decoded images are kept")
+
+
+def config_from_args(args):
+    """Parsed data flags -> DataConfig; draws or downloads the set first where asked to."""
+    if args.demo:
+        args.data_dir = SYNTHETIC_DIR
+        make_synthetic(SYNTHETIC_DIR)
+    elif args.download:
+        download(args.data_dir)
+    if args.img_size < 1:
+        raise InputError(f"--img-size must be positive, got {args.img_size}")
+    return DataConfig(args.data_dir, args.img_size, args.resize, args.split, args.split_seed,
+                      skip_bad=args.skip_bad, cache_dir=args.cache_dir)
+
+
+# ---------------------------------------------------------------- files
+
+def find_root(data_dir, classes=CLASSES):
+    """The folder that holds train/ and test/: `data_dir` or its chest_xray/ (to depth 2); InputError if none."""
+    for nested in ("", "chest_xray", "chest_xray/chest_xray"):
+        root = Path(data_dir, nested)
+        if (root / "train").is_dir():
+            return root
+    raise InputError(f"no data: {data_dir} has no train/ folder. Three ways to get one:\n"
+                     "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
+                     "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
+                     "  --demo           draw a small synthetic set for a first try")
+
+
+def list_images(root, split, classes=CLASSES):
+    """Image files of root/split/<class>/ -> (names relative to root, int64 labels), sorted by name.
+
+    Hidden files, `._*` and __MACOSX are passed over. Only names are read, no file is opened.
+    InputError if a class folder is missing or holds no image.
+    """
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        folder = Path(root, split, name)
+        if not folder.is_dir():
+            raise InputError(f"{folder} does not exist: each class needs a folder of its own")
+        found = sorted(p.name for p in folder.iterdir()
+                       if p.suffix.lower() in EXTENSIONS and not p.name.startswith((".", "__MACOSX")))
+        if not found:
+            raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")
+        names += [f"{split}/{name}/{f}" for f in found]
+        labels += [label] * len(found)
+    return names, np.array(labels, dtype=np.int64)
+
+
+def patient_id(name):
+    """The patient in a file name of the Kermany set; any other name is a patient of its own.
+
+    person1000_virus_1681.jpeg -> person1000; NORMAL2-IM-0587-0001-0002.jpeg -> NORMAL2-IM-0587.
+    The numbers of the test set start again from 1, so ids compare within one split only.
+    """
+    stem = Path(name).stem
+    match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", stem)
+    return match[1] or match[2] if match else stem
+
+
+# ---------------------------------------------------------------- split
+
+def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
+    """Indices (train, val), both sorted, of the original training files.
+
+    "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
+    per class, or the nearest reachable, with whole patients on one side: patients are shuffled, and per
+    class an exact subset sum takes the earliest patients that reach the count. A patient with images of
+    several classes goes to validation while every class still has room. Depends on names, labels and
+    seed only, not on their order. InputError if a class cannot be on both sides.
+    """
+    labels = np.asarray(labels)
+    order = np.array(sorted(range(len(files)), key=files.__getitem__))
+    try:
+        train, val = train_test_split(order, test_size=val_fraction, stratify=labels[order], random_state=seed)
+    except ValueError as error:
+        raise InputError(f"the training images cannot be split: {error}") from None
+    if mode == "image":
+        return np.sort(train), np.sort(val)
+    kinds = np.unique(labels)
+    room = {k: int((labels[val] == k).sum()) for k in kinds}
+    patients = {}
+    for i in order:
+        patients.setdefault(patient_id(files[i]), []).append(i)
+    shuffled = [list(patients.values())[i] for i in np.random.default_rng(seed).permutation(len(patients))]
+    single = {k: [] for k in kinds}
+    chosen = []
+    for images in shuffled:
+        counts = {k: int((labels[images] == k).sum()) for k in np.unique(labels[images])}
+        if len(counts) == 1:
+            single[labels[images[0]]].append(images)
+        elif all(counts[k] <= room[k] for k in counts):
+            chosen += images
+            room = {k: room[k] - counts.get(k, 0) for k in kinds}
+    for k in kinds:
+        for g in _nearest_subset([len(images) for images in single[k]], room[k]):
+            chosen += single[k][g]
+    val = np.sort(np.array(chosen, dtype=np.int64))
+    train = np.setdiff1d(order, val)
+    for k in kinds:
+        if not (labels[val] == k).any() or not (labels[train] == k).any():
+            raise InputError(f"class {k} has too few patients to be in train and validation: use --split image")
+    return train, val
+
+
+def _nearest_subset(sizes, target):
+    """Indices of a subset of `sizes` whose sum is nearest to `target`, built from the earliest items.
+
+    Subset sum over a bitset of reachable sums; `first[s]` is the item that first made sum s reachable,
+    so following it back never uses an item twice.
+    """
+    limit = target + max(sizes, default=0)
+    reachable, first, mask = 1, {}, (1 << (limit + 1)) - 1
+    for i, size in enumerate(sizes):
+        new = (reachable << size) & ~reachable & mask
+        reachable |= new
+        while new:
+            low = new & -new
+            first[low.bit_length() - 1] = i
+            new ^= low
+        if reachable >> target & 1:
+            break
+    total = min((s for s in (0, *first)), key=lambda s: (abs(s - target), s))
+    chosen = []
+    while total:
+        chosen.append(first[total])
+        total -= sizes[first[total]]
+    return chosen
+
+
+# ---------------------------------------------------------------- decoding and cache
+
+def decode(source, size, resize="squash"):
+    """An image file (path or file object) -> uint8 [size, size], grey.
+
+    Large JPEGs are decoded at reduced scale (never below twice the target, so nothing visible is lost),
+    then shrunk with an anti-aliased bilinear filter. 16-bit images are scaled, not clipped, to 8 bits.
+    OSError if the file is not a readable image.
+    """
+    try:
+        with Image.open(source) as image:
+            image.draft("L", (2 * size, 2 * size))
+            if image.mode.startswith("I") or image.mode == "F":
+                pixels = np.asarray(image, dtype=np.float32)
+                image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).astype(np.uint8))
+            image = image.convert("L")
+            width, height = image.size
+            box = None
+            if resize == "crop":
+                side = min(width, height)
+                left, top = (width - side) / 2, (height - side) / 2
+                box = (left, top, left + side, top + side)
+            elif resize == "pad" and width != height:
+                side = max(width, height)
+                canvas = Image.new("L", (side, side))
+                canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+                image = canvas
+            if image.size != (size, size) or box:
+                image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(image)
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from None
+
+
+def load_images(root, files, config, split):
+    """Decoded images of `files` -> (uint8 [M, S, S] memory-mapped read-only, kept indices int64 [M]).
+
+    Kept on disk under `config.cache_dir`, keyed by names, sizes, modification times and settings, with a
+    checksum: a stale or damaged cache is rebuilt. Unreadable images: InputError naming them, or with
+    `skip_bad` they are left out and counted.
+    """
+    stats = [os.stat(Path(root, f)) for f in files]
+    size = config.img_size
+    key = sha256([CACHE_VERSION, size, config.resize, [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]])
+    place = sha256([str(Path(root).resolve()), split, size, config.resize])[:8]
+    path = Path(config.cache_dir, f"{Path(root).name}-{split}-{size}-{config.resize}-{place}.npy")
+    info = _valid_cache(path, key)
+    if info is None:
+        info = _build_cache(path, key, root, files, config)
+    bad = info["bad"]
+    if bad and not config.skip_bad:
+        raise InputError(f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read: "
+                         f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}. "
+                         "Mend or remove them, or leave them out with --skip-bad")
+    if bad:
+        say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}")
+    return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64)
+
+
+def _valid_cache(path, key):
+    """The cache's side file if it belongs to `key` and the array is intact, else None."""
+    try:
+        info = read_json(path.with_suffix(".json"))
+        if info.get("key") == key and info.get("crc32") == _crc32(path):
+            return info
+        say(f"cache {path} is stale or damaged: rebuilding it")
+    except (InputError, OSError):
+        pass  # absent or unreadable: build it
+    return None
+
+
+def _crc32(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _build_cache(path, key, root, files, config):
+    from tqdm import tqdm
+    size, kept, bad = config.img_size, [], []
+
+    def one(name):
+        try:
+            return decode(Path(root, name), size, config.resize)
+        except OSError as error:
+            return f"{name} ({error})"
+
+    # Decoding releases the interpreter lock, so threads use every core; `map` keeps the order, and the
+    # window keeps memory constant however many images there are.
+    with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
+        array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
+        with tqdm(total=len(files), desc=f"decoding {path.name}", unit="img", disable=not sys.stderr.isatty()) as bar:
+            for begin in range(0, len(files), 512):
+                for i, image in enumerate(pool.map(one, files[begin:begin + 512]), begin):
+                    if isinstance(image, str):
+                        bad.append(image)
+                    else:
+                        array[i] = image
+                        kept.append(i)
+                    bar.update()
+        array.flush()
+        del array
+        info = {"key": key, "crc32": _crc32(tmp), "files": len(files), "kept": kept, "bad": bad}
+    write_json(path.with_suffix(".json"), info)
+    return info
+
+
+# ---------------------------------------------------------------- the data set
+
+def load_train_val(config):
+    """(train, val) Subsets and `info`, the JSON description of the split; prints the split line.
+
+    `info`: train, val, test (image counts), counts (per class), shared_patients (validation images whose
+    patient is in train too), fingerprint (SHA-256 of both sides' file names), synthetic, set.
+    The files of the test folder are counted, never opened.
+    """
+    root = find_root(config.data_dir, config.classes)
+    files, labels = list_images(root, "train", config.classes)
+    _, test_labels = list_images(root, "test", config.classes)
+    images, kept = load_images(root, files, config, "train")
+    everything = Subset([files[i] for i in kept], labels[kept], images, kept)
+    index = split_train_val(everything.files, everything.labels, config.split, config.val_fraction, config.split_seed)
+    train, val = (everything.take(i) for i in index)
+    ids = {patient_id(f) for f in train.files}
+    info = {
+        "train": len(train), "val": len(val), "test": len(test_labels),
+        "counts": {s: {c: int((y == k).sum()) for k, c in enumerate(config.classes)}
+                   for s, y in (("train", train.labels), ("val", val.labels), ("test", test_labels))},
+        "shared_patients": sum(patient_id(f) in ids for f in val.files),
+        "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
+        "synthetic": is_synthetic(root), "set": root.resolve().name,
+    }
+    counts = "; ".join(f"{s} " + " + ".join(f"{n} {c}" for c, n in info["counts"][s].items()) for s in info["counts"])
+    name = f"{root} (SYNTHETIC)" if info["synthetic"] else str(root)
+    print(f"data: {name}, --split {config.split}: (train, val, test) = "
+          f"({len(train)}, {len(val)}, {len(test_labels)}): {counts}; "
+          f"{info['shared_patients']} validation images share a patient with train", flush=True)
+    if config.split == "patient":
+        _, plain = train_test_split(everything.labels, test_size=config.val_fraction, stratify=everything.labels,
+                                    random_state=config.split_seed)
+        want = [int((plain == k).sum()) for k in range(len(config.classes))]
+        have = list(info["counts"]["val"].values())
+        if want != have:
+            say(f"note: whole patients allow no exact stratified split: validation has {have}, nearest to {want}")
+    return train, val, info
+
+
+def load_test(config):
+    """The test Subset. Only calibrate.py and predict.py may call this: it opens the test images."""
+    root = find_root(config.data_dir, config.classes)
+    files, labels = list_images(root, "test", config.classes)
+    images, kept = load_images(root, files, config, "test")
+    return Subset([files[i] for i in kept], labels[kept], images, kept)
+
+
+def pixel_fingerprint(subset):
+    """SHA-256 over a subset's file names, labels and pixels: equal iff a model sees the same data."""
+    crc = 0
+    for row in subset.rows:
+        crc = zlib.crc32(subset.images[row], crc)
+    return sha256([subset.files, subset.labels.tolist(), crc])
+
+
+# ---------------------------------------------------------------- batches on the device
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a batch [B, 1, S, S] in [0, 1], drawn per image on its device; all zero = none.
+
+    rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; brightness: +/- added
+    (times 1); contrast: +/- fraction about the image's mean; hflip: probability (0: hearts are on the left).
+    Geometry is one bilinear resampling with black outside.
+    """
+    rotate: float = 7.0
+    translate: float = 0.05
+    scale: float = 0.1
+    brightness: float = 0.1
+    contrast: float = 0.15
+    hflip: float = 0.0
+
+    def __call__(self, x):
+        B, device = x.shape[0], x.device
+
+        def uniform(bound):
+            return (2 * torch.rand(B, device=device) - 1) * bound
+
+        if self.rotate or self.translate or self.scale or self.hflip:
+            angle, zoom = uniform(math.radians(self.rotate)), 1 / (1 + uniform(self.scale))
+            flip = 1 - 2 * (torch.rand(B, device=device) < self.hflip).float()
+            shift = torch.stack([uniform(2 * self.translate), uniform(2 * self.translate)], dim=1)  # grid is [-1, 1]
+            cos, sin = angle.cos() * zoom, angle.sin() * zoom
+            theta = torch.stack([torch.stack([cos * flip, -sin, shift[:, 0]], 1),
+                                 torch.stack([sin * flip, cos, shift[:, 1]], 1)], dim=1)  # (B, 2, 3)
+            x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+        if self.brightness or self.contrast:
+            mean = x.mean(dim=(1, 2, 3), keepdim=True)
+            factor = (1 + uniform(self.contrast)).view(B, 1, 1, 1)
+            x = ((x - mean) * factor + mean + uniform(self.brightness).view(B, 1, 1, 1)).clamp(0, 1)
+        return x
+
+
+def add_augment_arguments(parser):
+    """Flags for every field of Augment, with its defaults."""
+    group = parser.add_argument_group("augmentation of training images (0 turns one off)")
+    units = {"rotate": "+/- degrees", "translate": "+/- fraction of the side", "scale": "+/- fraction",
+             "brightness": "+/- of the grey range", "contrast": "+/- fraction", "hflip": "probability"}
+    for name, default in asdict(Augment()).items():
+        group.add_argument(f"--{name}", type=float, default=default, metavar="X", help=units[name])
+
+
+def augment_from_args(args):
+    """Parsed flags -> Augment; InputError for negative or too large values."""
+    values = {name: getattr(args, name) for name in asdict(Augment())}
+    for name, value in values.items():
+        if not 0 <= value <= (180 if name == "rotate" else 1) or (name == "scale" and value == 1):
+            raise InputError(f"--{name} {value} is out of range")
+    return Augment(**values)
+
+
+class Batches:
+    """Batches of a Subset, made on `device`: x float32 [B, 1, S, S] in [0, 1] and y int64 [B].
+
+    On CUDA the whole uint8 array is kept on the device if it takes less than half the free memory;
+    otherwise rows are gathered from the memory map.
+    """
+
+    def __init__(self, subset, device):
+        self.subset, self.device = subset, torch.device(device)
+        self.labels = torch.from_numpy(subset.labels).to(self.device)
+        self.resident = None
+        size = len(subset) * subset.images[0].nbytes
+        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self.resident = torch.from_numpy(subset.images[subset.rows]).to(self.device)
+
+    def get(self, index):
+        """Rows `index` (int64 tensor [B] on the CPU) -> (x, y)."""
+        if self.resident is not None:
+            index = index.to(self.device)
+            x, y = self.resident[index], self.labels[index]
+        else:
+            x = torch.from_numpy(self.subset.images[self.subset.rows[index.numpy()]]).to(self.device)
+            y = self.labels[index.to(self.device)]
+        return x.unsqueeze(1).float().div_(255), y
+
+
+# ---------------------------------------------------------------- synthetic set, download
+
+def is_synthetic(root):
+    """Whether `root` was drawn by `make_synthetic`."""
+    return Path(root, "SYNTHETIC").exists()
+
+
+def make_synthetic(root, train=320, test=80, seed=0):
+    """Draw a set of radiograph-like JPEGs under `root` (once; a complete set is kept).
+
+    Ribs, two lungs and a heart; the sick get cloudy opacities in the lungs. The test half is darker,
+    flatter and framed wider, so that validation and test disagree as they do on real data. Three in eight
+    are NORMAL; patients have one to three images.
+    """
+    root = Path(root)
+    settings = {"train": train, "test": test, "seed": seed, "version": 1}
+    marker = root / "SYNTHETIC"
+    if marker.exists() and json.loads(marker.read_text()) == settings:
+        return
+    if root.exists() and any(root.iterdir()) and not marker.exists():
+        raise InputError(f"{root} exists and was not drawn by --demo: move it away")
+    say(f"drawing {train + test} synthetic radiographs in {root}")
+    tmp = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    rng = np.random.default_rng(seed)
+    try:
+        for split, total in (("train", train), ("test", test)):
+            for label, name in enumerate(CLASSES):
+                folder = tmp / split / name
+                folder.mkdir(parents=True)
+                count = round(total * (3 / 8, 5 / 8)[label])
+                made, patient = 0, 0
+                while made < count:
+                    patient += 1
+                    for k in range(min(int(rng.choice([1, 1, 1, 2, 3])), count - made)):
+                        made += 1
+                        file = f"person{patient}_{('bacteria', 'virus')[patient % 2]}_{made}.jpeg" if label else \
+                            f"IM-{patient:04d}-{k + 1:04d}.jpeg"
+                        pixels = _draw_radiograph(rng, sick=bool(label), shifted=split == "test")
+                        Image.fromarray(pixels).save(folder / file, quality=90)
+        (tmp / "SYNTHETIC").write_text(json.dumps(settings))
+        if root.exists():
+            shutil.rmtree(root)
+        tmp.rename(root)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _draw_radiograph(rng, sick, shifted, side=256):
+    """One drawn chest, uint8 [side, side]; bright = dense, as on a radiograph."""
+    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    zoom = rng.normal(1.12 if shifted else 1.0, 0.05)
+    x, y = (x - rng.normal(0, 0.04)) * zoom, (y - rng.normal(0, 0.04)) * zoom
+
+    def blob(cx, cy, rx, ry, soft):
+        d = np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2)
+        return 1 / (1 + np.exp((d - 1) / soft))
+
+    body = blob(0, 0.1, 0.95, 1.3, 0.05)
+    lungs = np.maximum(blob(-0.42, 0, 0.3, 0.62, 0.06), blob(0.42, 0, 0.28, 0.6, 0.06))
+    wave = np.cos(2 * np.pi * (5.5 * (y - 0.35 * x ** 2) + rng.uniform()))
+    image = 0.62 * body - 0.4 * lungs + 0.07 * lungs * np.clip(wave, 0, 1) ** 2
+    image += 0.3 * blob(0, 0, 0.09, 1.2, 0.2) + 0.28 * blob(0.16, 0.3, 0.3, 0.3, 0.08)
+    if sick:
+        for _ in range(rng.integers(1, 4)):
+            cx = rng.choice([-1, 1]) * rng.uniform(0.3, 0.5)
+            cloud = blob(cx, rng.uniform(-0.3, 0.4), rng.uniform(0.1, 0.25), rng.uniform(0.12, 0.3), 0.35)
+            image += rng.uniform(0.1, 0.3) * cloud * lungs
+    coarse = Image.fromarray(rng.normal(0, 1, (16, 16)).astype(np.float32))
+    image += 0.02 * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+    image = (image - 0.4) * rng.normal(0.85 if shifted else 1.0, 0.06) + 0.4 + rng.normal(-0.07 if shifted else 0, 0.04)
+    image += rng.normal(0, 0.02, image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def download(data_dir):
+    """Fetch the Kaggle set into `data_dir`: kagglehub, then the kaggle command; InputError with the steps
+    by hand if neither gets through. Nothing is done when `data_dir` already has a train/ folder."""
+    try:
+        find_root(data_dir)
+        return
+    except InputError:
+        pass
+    target, tries = Path(data_dir), []
+    try:
+        import kagglehub
+        source = Path(kagglehub.dataset_download(KAGGLE))
+        shutil.copytree(find_root(source), target, dirs_exist_ok=True)
+        return
+    except ImportError:
+        tries.append("kagglehub is not installed (pip install kagglehub)")
+    except Exception as error:  # whatever the network or the account says: tell it and go on to the next way
+        tries.append(f"kagglehub: {error}")
+    if shutil.which("kaggle"):
+        done = subprocess.run(["kaggle", "datasets", "download", "-d", KAGGLE, "-p", str(target), "--unzip"],
+                              capture_output=True, text=True)
+        if done.returncode == 0:
+            find_root(target)
+            return
+        tries.append(f"kaggle: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    else:
+        tries.append("the kaggle command is not installed (pip install kaggle)")
+    raise InputError("the download did not get through: " + "; ".join(tries) + ". By hand:\n"
+                     f"  1. open https://www.kaggle.com/datasets/{KAGGLE} in a browser and download the zip\n"
+                     f"  2. unzip it so that {target}/train/NORMAL and {target}/test/NORMAL exist\n"
+                     "  3. run the same command again without --download")

@@ -1,0 +1,483 @@
+"""One training loop, one prediction loop, one checkpoint format, shared by every model.
+
+A run folder holds `checkpoint.pth` (weights of the best epoch, tensors only), `last.pth` (everything
+needed to resume) and `results.json`. Each is written to a temporary name and renamed.
+"""
+import argparse
+import math
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+import data
+from common import InputError, Interrupted, atomic_path, command_line, load_tensors, read_json, say, write_json
+from vit import build_model
+
+FORMAT = 1  # of results.json; a reader refuses a higher number
+
+
+# ---------------------------------------------------------------- command line
+
+def add_arguments(parser, out, epochs, lr):
+    """The training flags both arms share; `out`, `epochs` and `lr` are the script's own defaults."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, default=epochs, help="passes over the training images")
+    group.add_argument("--batch-size", type=int, default=32, help="images a step")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="not on biases, norms, [CLS], positions")
+    group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    group.add_argument("--warmup-epochs", type=float, default=1.0, help="linear warm-up, in epochs")
+    group.add_argument("--label-smoothing", type=float, default=0.05, help="of the cross-entropy, in [0, 1)")
+    group.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=True,
+                       help="weight the loss by inverse class frequency")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    group.add_argument("--patience", type=int, default=5, help="epochs without a better validation AUROC")
+    group = add_run_arguments(parser, out)
+    group.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    group.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, cuda:1, mps, cpu")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
+                       help="bf16 autocast (default: where the device does it fast)")
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels, at some cost on a GPU")
+    group.add_argument("--max-steps", type=int, default=None, help="stop training after this many steps")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+
+
+def add_run_arguments(parser, out):
+    """--out and --overwrite; returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=None, help=f"run folder (default: {out}, with -demo appended for --demo)")
+    group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    parser.set_defaults(default_out=out, resume=False)
+    return group
+
+
+def _recipe_from_args(args):
+    """Parsed training flags -> the settings that define a result; InputError if one is out of range."""
+    for name in ("epochs", "batch_size", "patience"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
+    for name in ("weight_decay", "warmup_epochs"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if not 0 <= args.label_smoothing < 1:
+        raise InputError(f"--label-smoothing must lie in [0, 1), got {args.label_smoothing}")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise InputError(f"--max-steps must be at least 1, got {args.max_steps}")
+    names = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "label_smoothing",
+             "class_weights", "clip", "patience", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def out_from_args(args):
+    """The run folder; refuses, before any work is done, to overwrite a run silently (InputError)."""
+    out = Path(args.out or args.default_out + ("-demo" if args.demo else ""))
+    if args.resume:
+        if not (out / "last.pth").exists():
+            raise InputError(f"--resume: there is no {out / 'last.pth'} to continue from")
+    elif not args.overwrite and (out / "results.json").exists():
+        done = read_json(out / "results.json").get("finished")
+        raise InputError(f"{out} already holds {'a finished' if done else 'an interrupted'} run: "
+                         + ("" if done else "continue it with --resume, ")
+                         + "choose another folder with --out, or replace it with --overwrite")
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked command line: what to train on, how, and where to."""
+    args: argparse.Namespace
+    recipe: dict
+    augment: data.Augment
+    config: data.DataConfig
+    out: Path
+    device: torch.device
+    amp: bool
+
+
+def plan_from_args(args):
+    """Check every flag before any work is done, pick the device, seed; draw or fetch data if asked to."""
+    recipe, augment, out = _recipe_from_args(args), data.augment_from_args(args), out_from_args(args)
+    device = pick_device(args.device)
+    amp = fast_bf16(device) if args.amp is None else args.amp
+    config = data.config_from_args(args)
+    seed_everything(args.seed, args.deterministic)
+    return Plan(args, {**recipe, **asdict(augment), "amp": amp}, augment, config, out, device, amp)
+
+
+def train(plan, model, *, name, mean, std, **more):
+    """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
+
+    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel;
+    `more` is copied into results.json.
+    """
+    train_set, val_set, split = data.load_train_val(plan.config)
+    r = plan.recipe
+    weight = None
+    if r["class_weights"]:
+        weight = class_weights(train_set.labels, len(plan.config.classes)).to(plan.device)
+    meta = {"model": name, "model_config": {"kind": "vit", **model.config}, "recipe": r,
+            "data": asdict(plan.config), "split": split, "seed": r["seed"],
+            "mean": list(mean), "std": list(std), **more}
+    print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {plan.config.img_size} px, on "
+          f"{device_name(plan.device)}, {'bf16' if plan.amp else 'fp32'}; writing to {plan.out}", flush=True)
+    keys = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "seed")
+    return fit(model, train_set, val_set, out=plan.out, meta=meta, mean=mean, std=std, augment=plan.augment,
+               loss_fn=cross_entropy(weight, r["label_smoothing"]), device=plan.device, amp=plan.amp,
+               max_steps=plan.args.max_steps, resume=plan.args.resume, **{k: r[k] for k in keys})
+
+
+# ---------------------------------------------------------------- device, precision, randomness
+
+def pick_device(name="auto"):
+    """"auto" -> cuda, else mps, else cpu; or the named device. InputError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def fast_bf16(device):
+    """Whether bf16 autocast pays here: CUDA with bf16 units; CPUs with AVX512-BF16 or AMX; not mps."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or sys.platform != "linux":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device, amp):
+    """The autocast context of training and prediction: bf16 if `amp`, else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(amp))
+
+
+def seed_everything(seed, deterministic=False):
+    """Seed Python, NumPy and torch on all devices; `deterministic` also demands deterministic kernels."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def device_name(device):
+    """A readable name of the device, for results.json."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads, {platform.machine()})"
+
+
+# ---------------------------------------------------------------- pure functions of the recipe
+
+def learning_rate(step, total, warmup, peak, schedule="cosine"):
+    """Rate at 0-based `step` of `total`: linear from peak/warmup to peak over `warmup` steps, then
+    "cosine" to 0 at `total` (Loshchilov and Hutter 2017, arXiv:1608.03983) or "constant"."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Two groups: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed."""
+    decay, plain = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim <= 1 or name in ("cls_token", "pos_embed") else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def class_weights(labels, num_classes):
+    """n / (K n_k) per class, float32 [K]: 1 on average over the images."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.tensor(len(labels) / (num_classes * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def cross_entropy(weight, label_smoothing):
+    """loss(logits [B, K], labels [B]) -> scalar, with class weights [K] (or None) and label smoothing."""
+    return lambda logits, y: F.cross_entropy(logits, y, weight=weight, label_smoothing=label_smoothing)
+
+
+def binary_auroc(labels, logits):
+    """AUROC of softmax(logits)[:, 1] for labels 0/1: what early stopping watches."""
+    return float(roc_auc_score(labels, probabilities(logits)[:, 1]))
+
+
+def probabilities(logits):
+    """Softmax in float64: float32 would saturate at 1 and tie confident scores. [N, K] -> [N, K] numpy."""
+    return torch.as_tensor(logits).double().softmax(1).numpy()
+
+
+def scale_input(x, mean, std):
+    """Grey [B, 1, S, S] in [0, 1] -> (x - mean) / std with len(mean) channels, by repeating grey."""
+    mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    return (x - mean) / std
+
+
+# ---------------------------------------------------------------- prediction
+
+@torch.inference_mode()
+def predict(model, subset, *, mean, std, device, amp, batch_size=64, progress=None):
+    """Logits of every image of a Subset, in order, float32 [N, K] on the CPU; eval mode, no augmentation."""
+    was_training = model.training
+    model.eval()
+    batches, out = data.Batches(subset, device), []
+    for index in tqdm(torch.arange(len(subset)).split(batch_size), desc=progress, unit="batch", leave=False,
+                      disable=progress is None or not sys.stderr.isatty()):
+        x, _ = batches.get(index)
+        with autocast(device, amp):
+            out.append(model(scale_input(x, mean, std)).float())
+    model.train(was_training)
+    return torch.cat(out).cpu()
+
+
+# ---------------------------------------------------------------- training
+
+@contextmanager
+def stop_requests():
+    """Within the block Ctrl-C and SIGTERM only leave their number in the yielded list, so that a step
+    can end and state be saved; a second one acts at once. Outside the main thread: nothing is caught."""
+    received, old = [], {}
+
+    def handler(signum, frame):
+        if received:
+            raise Interrupted("interrupted twice: state since the last epoch is lost", signum)
+        received.append(signum)
+        say("stopping after this step ...")
+
+    try:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            old[s] = signal.signal(s, handler)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield received
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)
+
+
+def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, amp, epochs, batch_size, lr,
+        weight_decay, schedule, warmup_epochs, clip, patience, seed, monitor=binary_auroc, max_steps=None,
+        resume=False):
+    """Train `model` on Subset `train`, keep the epoch with the best `monitor` on Subset `val`.
+
+    `meta` is copied into results.json and must match on `resume` (its key "recipe" and "data" decide what
+    a result is). `loss_fn(logits, labels)` and `monitor(labels, logits)` are given by the caller. After
+    an interruption (Ctrl-C, SIGTERM, kill -9) `resume` goes on from last.pth; on a CPU the end is bit
+    for bit that of an uninterrupted run. Returns the content of results.json. InputError on a non-finite
+    loss, naming epoch, step and learning rate; Interrupted when stopped on request, after saving.
+    """
+    out = Path(out)
+    model.to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=device.type in ("cpu", "cuda"))
+    steps = math.ceil(len(train) / batch_size)
+    total = min(epochs * steps, max_steps or math.inf)
+    warmup = min(warmup_epochs * steps, total)
+    state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
+    if resume:
+        state = _load_last(out, model, optimizer, device, meta)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json"):
+            (out / name).unlink(missing_ok=True)
+    results = {**meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
+               "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
+               "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
+               "minutes": 0.0, "command": command_line()}
+    source, history = data.Batches(train, device), state["history"]
+
+    def best_so_far():
+        return history[state["best_epoch"] - 1]["val_auroc"] if state["best_epoch"] else -math.inf
+
+    def done():
+        return (state["epoch"] >= epochs or state["epoch"] * steps >= total
+                or state["epoch"] - state["best_epoch"] >= patience)
+
+    with stop_requests() as stop:
+        while not done():
+            started = time.perf_counter() - state["seconds"]
+            state["lr"] = _train_epoch(model, source, optimizer, state, stop, loss_fn=loss_fn, mean=mean, std=std,
+                                       augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip,
+                                       seed=seed, epochs=epochs, total=total,
+                                       rate=lambda s: learning_rate(s, total, warmup, lr, schedule))
+            if stop:
+                state["seconds"] = time.perf_counter() - started
+                _save_last(out, model, optimizer, device, meta, state)
+                write_json(out / "results.json", results)  # so that a new run does not overwrite it unasked
+                again = command_line().replace(" --overwrite", "")
+                again += "" if " --resume" in again else " --resume"
+                raise Interrupted(f"stopped in epoch {state['epoch'] + 1} after step {state['step']}; saved. "
+                                  f"Go on with:\n  {again}", stop[0])
+            logits = predict(model, val, mean=mean, std=std, device=device, amp=amp, progress="validation")
+            labels = torch.from_numpy(val.labels)
+            row = {"train_loss": state["loss_sum"] / state["step"],
+                   "val_loss": float(loss_fn(logits.to(device), labels.to(device))),
+                   "val_auroc": monitor(val.labels, logits), "lr": state["lr"],
+                   "seconds": time.perf_counter() - started}
+            if not math.isfinite(row["val_loss"]):
+                raise InputError(f"the validation loss became {row['val_loss']} in epoch {state['epoch'] + 1}: "
+                                 "try a smaller --lr, or --no-amp")
+            better = row["val_auroc"] > best_so_far()
+            history.append(row)
+            state.update(epoch=state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
+            if better:
+                state["best_epoch"] = state["epoch"]
+            # last.pth goes first: if the process dies between the two, resume rewrites the checkpoint from it.
+            _save_last(out, model, optimizer, device, meta, state)
+            if better:
+                _save_checkpoint(out, model)
+            results.update(best_epoch=state["best_epoch"], minutes=sum(h["seconds"] for h in history) / 60)
+            write_json(out / "results.json", results)
+            images = min(len(train), (total - (state["epoch"] - 1) * steps) * batch_size)
+            print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, val loss "
+                  f"{row['val_loss']:.4f}, val AUROC {row['val_auroc']:.4f}{' *' if better else ''}, "
+                  f"lr {row['lr']:.1e}, {row['seconds']:.0f} s, {images / row['seconds']:.0f} images/s", flush=True)
+    results["finished"] = True
+    write_json(out / "results.json", results)
+    print(f"best epoch {results['best_epoch']}: val AUROC {best_so_far():.4f}; {results['minutes']:.1f} min; "
+          f"wrote {out}/checkpoint.pth and results.json", flush=True)
+    return results
+
+
+def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, augment, device, amp, batch_size,
+                 clip, seed, epochs, total, rate):
+    """Run the rest of the epoch in `state` (updated in place); returns the last learning rate."""
+    model.train()
+    count, epoch = len(source.subset), state["epoch"]
+    # The order is a function of (seed, epoch) alone, so a resumed epoch continues in the same order.
+    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+    batches = order.split(batch_size)[: total - epoch * math.ceil(count / batch_size)]
+    current = rate(epoch * math.ceil(count / batch_size) + max(0, state["step"] - 1))
+    told, seen, begin = time.perf_counter(), 0, time.perf_counter()
+    with tqdm(total=len(batches), initial=state["step"], desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False,
+              disable=not sys.stderr.isatty()) as bar:
+        for index in batches[state["step"]:]:
+            current = rate(epoch * math.ceil(count / batch_size) + state["step"])
+            for group in optimizer.param_groups:
+                group["lr"] = current
+            x, y = source.get(index)
+            with torch.no_grad():
+                x = scale_input(augment(x), mean, std)
+            with autocast(device, amp):
+                logits = model(x)
+            loss = loss_fn(logits.float(), y)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(f"the loss became {value} in epoch {epoch + 1}, step {state['step'] + 1}, at learning "
+                                 f"rate {current:.2e}. Try a smaller --lr, or --no-amp; nothing was overwritten since "
+                                 "the last epoch")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            state["step"] += 1
+            state["loss_sum"] += value
+            seen += len(index)
+            now = time.perf_counter()
+            status = f"loss {state['loss_sum'] / state['step']:.3f}, {seen / (now - begin):.0f} images/s"
+            bar.set_postfix_str(status, refresh=False)
+            bar.update()
+            if bar.disable and now - told > 30:
+                told, left = now, (len(batches) - state["step"]) * batch_size * (now - begin) / seen
+                say(f"epoch {epoch + 1}/{epochs} step {state['step']}/{len(batches)}: {status}, {left:.0f} s left")
+            if stop:
+                break
+    return current
+
+
+# ---------------------------------------------------------------- files of a run
+
+def versions():
+    """Versions of what decides a number."""
+    import sklearn
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__}
+
+
+def _save_checkpoint(out, model):
+    with atomic_path(Path(out, "checkpoint.pth")) as tmp:
+        torch.save({name: p.detach().cpu() for name, p in model.state_dict().items()}, tmp)
+
+
+def save_run(out, model, results):
+    """Write checkpoint.pth and a finished results.json for a model that `fit` did not train."""
+    _save_checkpoint(out, model)
+    write_json(Path(out, "results.json"), {**results, "format": FORMAT, "finished": True, "versions": versions(),
+                                           "command": command_line()})
+
+
+def _save_last(out, model, optimizer, device, meta, state):
+    value = {"format": FORMAT, "meta": {k: meta[k] for k in ("model_config", "recipe", "data", "split")},
+             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
+             "rng": torch.get_rng_state(),
+             "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    with atomic_path(out / "last.pth") as tmp:
+        torch.save(value, tmp)
+
+
+def _load_last(out, model, optimizer, device, meta):
+    """Restore model, optimiser and random state from last.pth; returns the loop's state."""
+    path = out / "last.pth"
+    last = load_tensors(path)
+    if last.get("format") != FORMAT:
+        raise InputError(f"{path} has format {last.get('format')}, this version reads {FORMAT}")
+    last["meta"]["data"].pop("cache_dir", None)  # decides nothing
+    differ = [f"{k}.{n}: was {last['meta'][k].get(n)!r}, now {v!r}" for k in last["meta"]
+              for n, v in meta[k].items() if n != "cache_dir" and last["meta"][k].get(n) != v]
+    if differ:
+        raise InputError(f"--resume: the settings differ from those of {out}: " + "; ".join(differ))
+    model.load_state_dict(last["model"])
+    optimizer.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    if last["device_rng"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(last["device_rng"], device)
+    state = last["state"]
+    if state["step"] == 0 and state["best_epoch"] == state["epoch"]:
+        _save_checkpoint(out, model)  # the process may have died before it could
+    say(f"resuming {out} in epoch {state['epoch'] + 1} after step {state['step']}")
+    return state
+
+
+def load_run(run):
+    """A run folder -> (model in eval mode on the CPU, results). InputError if incomplete, damaged or newer."""
+    run = Path(run)
+    results = read_json(run / "results.json")
+    if results.get("format", 0) > FORMAT:
+        raise InputError(f"{run} was written by a newer version (format {results['format']}, this one reads {FORMAT})")
+    try:
+        model = build_model(results["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run / 'results.json'} does not describe a model: {error}") from None
+    weights = load_tensors(run / "checkpoint.pth")
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"{run / 'checkpoint.pth'} does not fit the model in results.json: "
+                         f"{' '.join(str(error).split())[:300]}") from None
+    return model.eval(), results

@@ -1,0 +1,29 @@
+"""Train a Vision Transformer from scratch (4.99 M parameters) on chest radiographs: NORMAL or PNEUMONIA.
+
+    python train_scratch.py --epochs 15
+
+Writes checkpoint.pth (best epoch by validation AUROC), last.pth and results.json to outputs/scratch.
+Prints the split, then one line per epoch. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes
+about a minute and a half. The test images are not opened: that is calibrate.py's.
+"""
+import common
+import data
+import engine
+from vit import CONFIGS, build_vit
+
+
+def main():
+    parser = common.parser(__doc__)
+    data.add_arguments(parser)
+    parser.add_argument_group("model").add_argument("--model", choices=CONFIGS, default="scratch", help="architecture")
+    data.add_augment_arguments(parser)
+    engine.add_arguments(parser, out="outputs/scratch", epochs=15, lr=3e-4)
+    args = parser.parse_args()
+
+    plan = engine.plan_from_args(args)
+    model = build_vit(args.model, num_classes=len(plan.config.classes), img_size=plan.config.img_size)
+    engine.train(plan, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+if __name__ == "__main__":
+    common.start(main)

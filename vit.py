@@ -1,0 +1,240 @@
+"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), with timm's state-dict names.
+
+Conv patch embedding, [CLS], learnable 1-D position embedding, pre-LN blocks, exact GELU and
+stochastic depth (Huang et al. 2016, arXiv:1603.09382). No data and no files here.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+
+# Every value is a keyword of VisionTransformer. Parameter counts with 2 classes at 224 px:
+# scratch 4,987,138 - ti16 5,524,802 - s16 21,666,434 - b16 85,800,194 - b32 87,456,770 - l16 303,303,682.
+CONFIGS = {
+    "scratch": dict(patch_size=16, embed_dim=256, depth=6, num_heads=8, drop_rate=0.1, drop_path_rate=0.05),
+    "ti16": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "s16": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "b16": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "b32": dict(patch_size=32, embed_dim=768, depth=12, num_heads=12),
+    "l16": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a residual branch per sample with probability `p` and
+    divide the kept ones by 1 - p, so that the expectation is unchanged. Identity in eval mode."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = float(p)
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * (keep / (1 - self.p))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout whose mask on a CPU comes from 16 random bits an element (p to within 1e-5): torch's own
+    Bernoulli draws there cost more than the matrix products around them."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 3) // 4,)).view(torch.int16)[:x.numel()]
+        kept = (bits >= round(self.p * 2**16) - 2**15).view(x.shape)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, h*w, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads, drop=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = Dropout(drop)
+
+    def forward(self, x):
+        q, k, v = self._qkv(x)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # There the fused kernel's backward takes over twice as long as the products written out.
+            return self._out(self._explicit(q, k, v)[0])
+        return self._out(F.scaled_dot_product_attention(q, k, v))
+
+    def forward_explicit(self, x):
+        """The same result by matrix products, and the attention itself, (B, heads, N, N), rows summing to 1."""
+        out, attention = self._explicit(*self._qkv(x))
+        return self._out(out), attention
+
+    @staticmethod
+    def _explicit(q, k, v):
+        attention = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)  # (B, heads, N, N)
+        return attention @ v, attention
+
+    def _qkv(self, x):
+        B, N, D = x.shape
+        # (B, N, 3D) -> (3, B, heads, N, head_dim)
+        return self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _out(self, x):
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B, heads, N, head_dim) -> (B, N, D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, drop=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = Dropout(drop)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)), DropPath on both branches."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, drop, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward_explicit(self, x):
+        """`forward`, and the attention (B, heads, N, N)."""
+        out, attention = self.attn.forward_explicit(self.norm1(x))
+        x = x + self.drop_path(out)
+        return x + self.drop_path(self.mlp(self.norm2(x))), attention
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, in_chans, H, W), already scaled -> float32 logits (B, num_classes).
+
+    `img_size` is a side or (H, W), each divisible by `patch_size`; `drop_rate` acts after the position
+    embedding and in every block; `drop_path_rate` grows linearly from 0 in the first block to its
+    value in the last. ValueError for sizes that do not fit together.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=2, embed_dim=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size or min(height, width) < patch_size:
+            raise InputError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
+        if embed_dim % num_heads:
+            raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        if num_classes < 1 or depth < 1:
+            raise InputError(f"num_classes ({num_classes}) and depth ({depth}) must be at least 1")
+        self.img_size, self.patch_size, self.in_chans = (height, width), patch_size, in_chans
+        self.num_classes, self.embed_dim = num_classes, embed_dim
+        self.grid_size = (height // patch_size, width // patch_size)
+        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
+                           drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
+        self.pos_drop = Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1))
+            for i in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Truncated normal (std 0.02) weights and embeddings, zero biases."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward_features(self, x, return_attention=False):
+        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first.
+
+        With `return_attention`: (tokens, attention (B, depth, heads, N, N)), computed by explicit
+        products, which equal the fused kernel to rounding.
+        """
+        if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
+            raise InputError(f"expected images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
+                             f"got {tuple(x.shape)}")
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        x = self.pos_drop(x + self.pos_embed)
+        maps = []
+        for block in self.blocks:
+            if return_attention:
+                x, attention = block.forward_explicit(x)
+                maps.append(attention)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        return (x, torch.stack(maps, dim=1)) if return_attention else x
+
+    def forward_head(self, tokens):
+        """Tokens (B, N, D) -> logits (B, K), outside autocast: bf16 logits would tie scores artificially."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.head(tokens[:, 0].to(self.head.weight.dtype))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+class PixelLinear(nn.Module):
+    """Logistic regression on a coarse picture: images (B, 1, H, W) -> mean-pooled side x side pixels -> logits.
+
+    The yardstick that every other model is held against; H and W must be multiples of `side`.
+    """
+
+    def __init__(self, side=32, num_classes=2):
+        super().__init__()
+        self.config = dict(side=side, num_classes=num_classes)
+        self.side, self.in_chans = side, 1
+        self.head = nn.Linear(side * side, num_classes)
+
+    def forward_features(self, x):
+        """(B, 1, H, W) -> (B, side^2) float32."""
+        return F.adaptive_avg_pool2d(x, self.side).flatten(1)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.forward_features(x.float()))
+
+
+def build_vit(name, num_classes=2, img_size=224, **overrides):
+    """A freshly initialised VisionTransformer of a named configuration (see CONFIGS).
+
+    `overrides` replace keywords of the configuration. ValueError for an unknown name.
+    """
+    if name not in CONFIGS:
+        raise InputError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
+    return VisionTransformer(**{**CONFIGS[name], "num_classes": num_classes, "img_size": img_size, **overrides})
+
+
+def build_model(config):
+    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear", **its keywords}."""
+    kinds = {"vit": VisionTransformer, "linear": PixelLinear}
+    config = dict(config)
+    kind = config.pop("kind", None)
+    if kind not in kinds:
+        raise InputError(f"unknown kind of model {kind!r}; known: {', '.join(kinds)}")
+    return kinds[kind](**config)
