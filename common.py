@@ -63,6 +63,43 @@ def read_json(path):
     return value
 
 
+FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
+
+
+def read_results(run):
+    """results.json of a run folder; InputError if absent, damaged, incomplete, or of a newer format."""
+    path = Path(run, "results.json")
+    results = read_json(path)
+    if not isinstance(results.get("format"), int) or results["format"] > FORMAT:
+        raise InputError(f"{path} has format {results.get('format')}, this version reads up to {FORMAT}: "
+                         "update these scripts")
+    needed = ("model", "model_config", "params", "minutes", "synthetic", "split", "data", "history", "best_epoch",
+              "recipe", "mean", "std", "finished")
+    missing = [k for k in needed if k not in results]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: it was not written by a training script")
+    return results
+
+
+def find_runs(runs_dir, chosen=None):
+    """Run folders: those named in `chosen`, else every finished run directly under `runs_dir`, sorted.
+
+    Unfinished runs are passed over with a note, unless chosen. InputError if there is none.
+    """
+    if chosen:
+        return [Path(run) for run in chosen]
+    runs = []
+    for path in sorted(Path(runs_dir).glob("*/results.json")):
+        if read_results(path.parent)["finished"]:
+            runs.append(path.parent)
+        else:
+            say(f"note: {path.parent} is not finished, passed over (name it with --run to use it all the same)")
+    if not runs:
+        raise InputError(f"no finished runs under {runs_dir}: train one first, "
+                         "for instance python train_scratch.py --epochs 15")
+    return runs
+
+
 def sha256(data):
     """Hex SHA-256 of a file's bytes (Path) or of a value's canonical JSON (anything else)."""
     if isinstance(data, Path):

@@ -93,6 +93,14 @@ def config_from_args(args):
                       skip_bad=args.skip_bad, cache_dir=args.cache_dir)
 
 
+def config_from_json(value):
+    """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
+    try:
+        return DataConfig(**{**value, "classes": tuple(value["classes"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
+
+
 # ---------------------------------------------------------------- files
 
 def find_root(data_dir, classes=CLASSES):

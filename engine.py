@@ -22,10 +22,9 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import data
-from common import InputError, Interrupted, atomic_path, command_line, load_tensors, read_json, say, write_json
+from common import (FORMAT, InputError, Interrupted, atomic_path, command_line, load_tensors, read_json, read_results,
+                    say, write_json)
 from vit import build_model
-
-FORMAT = 1  # of results.json; a reader refuses a higher number
 
 
 # ---------------------------------------------------------------- command line
@@ -467,9 +466,7 @@ def _load_last(out, model, optimizer, device, meta):
 def load_run(run):
     """A run folder -> (model in eval mode on the CPU, results). InputError if incomplete, damaged or newer."""
     run = Path(run)
-    results = read_json(run / "results.json")
-    if results.get("format", 0) > FORMAT:
-        raise InputError(f"{run} was written by a newer version (format {results['format']}, this one reads {FORMAT})")
+    results = read_results(run)
     try:
         model = build_model(results["model_config"])
     except (KeyError, TypeError, ValueError) as error:
