@@ -2,11 +2,14 @@
 
     python calibrate.py --min-recall 0.95
 
-For every finished run under outputs/ (or --run DIR ...): scores the validation images, chooses among the
-thresholds with recall >= --min-recall the one with the highest precision, then scores the test images: the only
-script that opens them. Writes scores.npz and calibration.json beside the checkpoint and prints @0.5 and @Rec.
-Scores are kept while checkpoint and data are unchanged, so another --min-recall takes seconds.
+For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two thresholds
+there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose true recall is
+>= --min-recall with probability --guarantee, for patients like the validation patients. Then scores the test
+images (the only script that opens them for that) and prints both sides with intervals. Writes scores.npz and
+calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json). Scores are kept while
+checkpoint and data are unchanged, so another --min-recall takes seconds.
 """
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ import engine
 import metrics
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
+POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
 
 
 def load_sets(config, fingerprint, loaded):
@@ -31,29 +35,30 @@ def load_sets(config, fingerprint, loaded):
     return val, test
 
 
-def score(run, sets, *, device, batch_size):
-    """{val,test}_{files,labels,p1,logits} of a run, from scores.npz if checkpoint and data are unchanged."""
+def score(run, sets, *, device, batch_size, tta=None):
+    """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged.
+
+    `tta`: None, or {"flip": bool} for test-time augmentation."""
     model, results = engine.load_run(run)
     amp = bool(results["recipe"]["amp"]) and engine.fast_bf16(device)
-    key = common.sha256([common.sha256(Path(run, "checkpoint.pth")), results["mean"], results["std"], amp,
+    key = common.sha256([common.sha256(Path(run, "checkpoint.pth")), results["mean"], results["std"], amp, tta,
                          [data.pixel_fingerprint(s) for s in sets]])
-    path = Path(run, "scores.npz")
+    path = Path(run, "scores-tta.npz" if tta else "scores.npz")
     if (kept := read_scores(path, key)) is not None:
         return kept
     model.to(device)
     scores = {"key": np.array(key)}
     for name, subset in zip(("val", "test"), sets):
         logits = engine.predict(model, subset, mean=results["mean"], std=results["std"], device=device, amp=amp,
-                                batch_size=batch_size, progress=f"{run} {name}").numpy()
-        scores |= {f"{name}_files": np.array(subset.files), f"{name}_labels": subset.labels,
-                   f"{name}_p1": engine.probabilities(logits)[:, 1], f"{name}_logits": logits}
-    with common.atomic_path(path) as tmp, open(tmp, "wb") as f:
-        np.savez(f, **scores)
+                                batch_size=batch_size, views=data.tta_views(**tta) if tta else None,
+                                progress=f"{run} {name}").numpy()
+        scores |= {f"{name}_files": np.array(subset.files), f"{name}_labels": subset.labels, f"{name}_logits": logits,
+                   f"{name}_patients": np.array([data.patient_id(f) for f in subset.files])}
     return scores
 
 
 def read_scores(path, key):
-    """The arrays of scores.npz if it is intact and belongs to `key`, else None."""
+    """The arrays of a scores file if it is intact and belongs to `key`, else None."""
     try:
         with np.load(path, allow_pickle=False) as file:
             scores = {name: file[name] for name in file.files}
@@ -65,27 +70,87 @@ def read_scores(path, key):
     return scores if "key" in scores and str(scores["key"]) == key else None
 
 
-def calibrate(scores, min_recall):
-    """Scores of a run -> the content of calibration.json."""
-    thr, _, _ = metrics.choose_threshold_by_min_recall(scores["val_labels"], scores["val_p1"], min_recall)
-    summaries = {name: {point: metrics.summarize_at_threshold(scores[f"{name}_labels"], scores[f"{name}_p1"], t)
-                        for point, t in (("at_0.5", 0.5), ("at_rec", thr))} for name in ("val", "test")}
-    return {"format": common.FORMAT, "min_recall": min_recall, "threshold": thr, **summaries}
+def calibrate(scores, *, min_recall, confidence, strict, temperature, bootstrap, prevalence):
+    """Scores of a run, completed by {val,test}_p1 -> the content of calibration.json.
+
+    `confidence` of the guaranteed threshold; where it cannot be given, InputError if `strict`, else a note in the
+    result. `temperature`: divide the logits by the fitted temperature before anything else."""
+    fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
+    used = fitted if temperature else 1.0
+    probability = {}
+    for name in ("val", "test"):
+        y = scores[f"{name}_labels"]
+        probability[name] = {}
+        for word, t in (("before", 1.0), ("after", fitted)):
+            p = metrics.tempered(scores[f"{name}_logits"], t)
+            ece, bins = metrics.calibration_error(y, p)
+            probability[name][word] = {"ece": ece, "brier": metrics.brier(y, p), "nll": metrics.nll(y, p), "bins": bins}
+        scores[f"{name}_p1"] = metrics.tempered(scores[f"{name}_logits"], used)
+    y, p = scores["val_labels"], scores["val_p1"]
+    thresholds = {"at_0.5": 0.5, "at_rec": metrics.choose_threshold_by_min_recall(y, p, min_recall)[0]}
+    guarantee = {"confidence": confidence, "threshold": None,
+                 "positive_patients": len(np.unique(scores["val_patients"][y == 1]))}
+    try:
+        thr, _, _ = metrics.choose_threshold_with_guarantee(y, p, min_recall, confidence, scores["val_patients"])
+        thresholds["at_guaranteed"] = guarantee["threshold"] = thr
+    except common.InputError as error:
+        if strict:
+            raise
+        guarantee["why_not"] = str(error)
+    summaries = {}
+    for name in ("val", "test"):
+        y, p, patients = (scores[f"{name}_{k}"] for k in ("labels", "p1", "patients"))
+        summaries[name] = {}
+        for point, thr in thresholds.items():
+            row = metrics.summarize_at_threshold(y, p, thr)
+            row["interval"] = metrics.intervals_at_threshold(y, p, thr, patients, bootstrap)
+            ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], prevalence)
+            row["at_prevalence"] = {"prevalence": prevalence, "ppv": None if np.isnan(ppv) else ppv,
+                                    "npv": None if np.isnan(npv) else npv}
+            summaries[name][point] = row
+    if guarantee["threshold"] is not None:
+        guarantee |= {name: {"at_guaranteed": summaries[name]["at_guaranteed"]} for name in summaries}
+    return {"format": common.FORMAT, "min_recall": min_recall, "threshold": thresholds["at_rec"], **summaries,
+            "guarantee": guarantee, "temperature": fitted, "temperature_applied": temperature,
+            "probability": probability, "bootstrap": bootstrap}
 
 
-def show(run, result):
-    """Print a run's figures, validation beside test."""
-    print(f"\n{run}: threshold {result['threshold']:.4f}, chosen on validation for recall >= {result['min_recall']:g}")
-    print(f"  {'':12}" + "".join(f"{c:>12}" for c in COLUMNS))
-    for name, title in (("val", "validation"), ("test", "test")):
-        for point, mark in (("at_0.5", "@0.5"), ("at_rec", "@Rec")):
-            row = result[name][point]
-            print(f"  {title + ' ' + mark:16}" + "".join(f"{row[c]:12.4f}" for c in COLUMNS)[4:])
+def show(title, result):
+    """Print a run's figures, validation beside test, with patient-bootstrap intervals of recall and specificity."""
+    guarantee = result["guarantee"]
+    print(f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= "
+          f"{result['min_recall']:g} there); " + (
+              f"@Guar {guarantee['threshold']:.4f} (true recall >= {result['min_recall']:g} with confidence "
+              f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
+              if guarantee["threshold"] is not None else f"no @Guar: {guarantee['why_not']}"))
+    print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
+    for name, word in (("val", "validation"), ("test", "test")):
+        for point, mark in POINTS.items():
+            if point in result[name]:
+                row = result[name][point]
+                spans = ["{:.3f} to {:.3f}".format(*row["interval"][k]["bootstrap"]) for k in ("recall", "specificity")]
+                print(f"  {word:10} {mark:5}" + "".join(f"{row[c]:12.4f}" for c in COLUMNS) + "   " + "  ".join(spans))
+    calib, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
+    print(f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "
+          + "; ".join(f"{name} ECE {calib[name]['before']['ece']:.3f} -> {calib[name]['after']['ece']:.3f}, "
+                      f"NLL {calib[name]['before']['nll']:.3f} -> {calib[name]['after']['nll']:.3f}"
+                      for name in ("val", "test")))
+    if row["ppv"] is not None and row["npv"] is not None:
+        print(f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, NPV {row['npv']:.3f}")
 
 
-def main():
+def parse():
     parser = common.parser(__doc__)
-    parser.add_argument("--min-recall", type=float, default=0.95, help="recall floor on validation, in (0, 1]")
+    parser.add_argument("--min-recall", type=float, default=0.95, help="recall floor, in (0, 1]")
+    parser.add_argument("--guarantee", type=float, default=None, metavar="CONFIDENCE",
+                        help="confidence of the guaranteed threshold, in (0, 1); naming it makes too few patients an "
+                             "error (default: 0.95, left out where it cannot be given)")
+    parser.add_argument("--temperature", action=argparse.BooleanOptionalAction, default=False,
+                        help="divide logits by the temperature fitted on validation: better probabilities, same decisions")
+    parser.add_argument("--tta", action="store_true", help="average over small shifts and zooms; kept as a row of its own")
+    parser.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
+    parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="draws of the patient bootstrap")
+    parser.add_argument("--prevalence", type=float, default=0.1, help="share of sick for predictive values, in (0, 1)")
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
     parser.add_argument("--data-dir", default=None, help="the same images elsewhere (default: as trained)")
@@ -93,21 +158,38 @@ def main():
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     args = parser.parse_args()
-    if not 0 < args.min_recall <= 1:
-        raise common.InputError(f"--min-recall must lie in (0, 1], got {args.min_recall}")
-    if args.batch_size < 1:
-        raise common.InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    for name, high in (("min_recall", True), ("guarantee", False), ("prevalence", False)):
+        value = getattr(args, name)
+        if value is not None and not (0 < value < 1 or value == 1 and high):
+            raise common.InputError(f"--{name.replace('_', '-')} must lie in (0, 1{']' if high else ')'}, got {value}")
+    for name, least in (("batch_size", 1), ("bootstrap", 100)):
+        if getattr(args, name) < least:
+            raise common.InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    return args
 
+
+def main():
+    args = parse()
     device, loaded = engine.pick_device(args.device), {}
+    tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
+    suffix = "-tta" if tta else ""
     for run in common.find_runs(args.runs_dir, args.run):
         results = common.read_results(run)
         moved = {k: v for k, v in (("data_dir", args.data_dir), ("cache_dir", args.cache_dir)) if v}
         config = data.config_from_json({**results["data"], **moved})
         sets = load_sets(config, results["split"]["fingerprint"], loaded)
-        result = calibrate(score(run, sets, device=device, batch_size=args.batch_size), args.min_recall)
-        result["synthetic"] = results["synthetic"]
-        common.write_json(Path(run, "calibration.json"), result)
-        show(str(run) + (" (SYNTHETIC data)" if results["synthetic"] else ""), result)
+        scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
+        result = calibrate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
+                           strict=args.guarantee is not None, temperature=args.temperature,
+                           bootstrap=args.bootstrap, prevalence=args.prevalence)
+        result |= {"synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
+        with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
+            np.savez(f, **scores)
+        common.write_json(Path(run, f"calibration{suffix}.json"), result)
+        show(str(run) + (" with TTA" if tta else "") + (" (SYNTHETIC data)" if results["synthetic"] else ""), result)
+    if loaded:
+        print("\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "
+              "validation and test lines.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 EXTENSIONS = (".jpeg", ".jpg", ".png")
 DEFAULT_DIR, SYNTHETIC_DIR = "Data/chest_xray", "Data/synthetic"
 KAGGLE = "paultimothymooney/chest-xray-pneumonia"
-CACHE_VERSION = 1  # raise it when decoding changes, so that old caches are rebuilt
+CACHE_VERSION = 2  # raise it when decoding changes, so that old caches are rebuilt
 
 
 @dataclass(frozen=True)
@@ -231,27 +231,32 @@ def decode(source, size, resize="squash"):
             if image.mode.startswith("I") or image.mode == "F":
                 pixels = np.asarray(image, dtype=np.float32)
                 image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).astype(np.uint8))
-            image = image.convert("L")
-            width, height = image.size
-            box = None
-            if resize == "crop":
-                side = min(width, height)
-                left, top = (width - side) / 2, (height - side) / 2
-                box = (left, top, left + side, top + side)
-            elif resize == "pad" and width != height:
-                side = max(width, height)
-                canvas = Image.new("L", (side, side))
-                canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-                image = canvas
-            if image.size != (size, size) or box:
-                image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-            return np.asarray(image)
+            return to_square(image.convert("L"), size, resize)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
 
 
+def to_square(image, size, resize):
+    """A grey PIL image -> uint8 [size, size]: "squash" to the square, "pad" with black, or "crop" to the middle."""
+    width, height = image.size
+    box = None
+    if resize == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    elif resize == "pad" and width != height:
+        side = max(width, height)
+        canvas = Image.new("L", (side, side))
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = canvas
+    if image.size != (size, size) or box:
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image)
+
+
 def load_images(root, files, config, split):
-    """Decoded images of `files` -> (uint8 [M, S, S] memory-mapped read-only, kept indices int64 [M]).
+    """Decoded images of `files` -> (uint8 [len(files), S, S] memory-mapped read-only, readable rows int64 [M],
+    {"width": [least, greatest], "height": ...} of the originals, in px).
 
     Kept on disk under `config.cache_dir`, keyed by names, sizes, modification times and settings, with a
     checksum: a stale or damaged cache is rebuilt. Unreadable images: InputError naming them, or with
@@ -272,7 +277,8 @@ def load_images(root, files, config, split):
                          "Mend or remove them, or leave them out with --skip-bad")
     if bad:
         say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}")
-    return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64)
+    sizes = {"width": info["width"], "height": info["height"]}
+    return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64), sizes
 
 
 def _valid_cache(path, key):
@@ -297,11 +303,13 @@ def _crc32(path):
 
 def _build_cache(path, key, root, files, config):
     from tqdm import tqdm
-    size, kept, bad = config.img_size, [], []
+    size, kept, bad, sizes = config.img_size, [], [], []
 
     def one(name):
         try:
-            return decode(Path(root, name), size, config.resize)
+            with Image.open(Path(root, name)) as image:
+                original = image.size
+            return decode(Path(root, name), size, config.resize), original
         except OSError as error:
             return f"{name} ({error})"
 
@@ -311,16 +319,19 @@ def _build_cache(path, key, root, files, config):
         array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
         with tqdm(total=len(files), desc=f"decoding {path.name}", unit="img", disable=not sys.stderr.isatty()) as bar:
             for begin in range(0, len(files), 512):
-                for i, image in enumerate(pool.map(one, files[begin:begin + 512]), begin):
-                    if isinstance(image, str):
-                        bad.append(image)
+                for i, result in enumerate(pool.map(one, files[begin:begin + 512]), begin):
+                    if isinstance(result, str):
+                        bad.append(result)
                     else:
-                        array[i] = image
+                        array[i], original = result
+                        sizes.append(original)
                         kept.append(i)
                     bar.update()
         array.flush()
         del array
         info = {"key": key, "crc32": _crc32(tmp), "files": len(files), "kept": kept, "bad": bad}
+        for name, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
+            info[name] = [min(values), max(values)]
     write_json(path.with_suffix(".json"), info)
     return info
 
@@ -331,13 +342,13 @@ def load_train_val(config):
     """(train, val) Subsets and `info`, the JSON description of the split; prints the split line.
 
     `info`: train, val, test (image counts), counts (per class), shared_patients (validation images whose
-    patient is in train too), fingerprint (SHA-256 of both sides' file names), synthetic, set.
+    patient is in train too), fingerprint (SHA-256 of both sides' file names), synthetic, set, original_size.
     The files of the test folder are counted, never opened.
     """
     root = find_root(config.data_dir, config.classes)
     files, labels = list_images(root, "train", config.classes)
     _, test_labels = list_images(root, "test", config.classes)
-    images, kept = load_images(root, files, config, "train")
+    images, kept, sizes = load_images(root, files, config, "train")
     everything = Subset([files[i] for i in kept], labels[kept], images, kept)
     index = split_train_val(everything.files, everything.labels, config.split, config.val_fraction, config.split_seed)
     train, val = (everything.take(i) for i in index)
@@ -348,7 +359,7 @@ def load_train_val(config):
                    for s, y in (("train", train.labels), ("val", val.labels), ("test", test_labels))},
         "shared_patients": sum(patient_id(f) in ids for f in val.files),
         "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
-        "synthetic": is_synthetic(root), "set": root.resolve().name,
+        "synthetic": is_synthetic(root), "set": root.resolve().name, "original_size": sizes,
     }
     counts = "; ".join(f"{s} " + " + ".join(f"{n} {c}" for c, n in info["counts"][s].items()) for s in info["counts"])
     name = f"{root} (SYNTHETIC)" if info["synthetic"] else str(root)
@@ -369,7 +380,7 @@ def load_test(config):
     """The test Subset. Only calibrate.py and predict.py may call this: it opens the test images."""
     root = find_root(config.data_dir, config.classes)
     files, labels = list_images(root, "test", config.classes)
-    images, kept = load_images(root, files, config, "test")
+    images, kept, _ = load_images(root, files, config, "test")
     return Subset([files[i] for i in kept], labels[kept], images, kept)
 
 
@@ -379,6 +390,12 @@ def pixel_fingerprint(subset):
     for row in subset.rows:
         crc = zlib.crc32(subset.images[row], crc)
     return sha256([subset.files, subset.labels.tolist(), crc])
+
+
+def input_range(subset):
+    """Least and greatest per-image mean and standard deviation (grey levels 0 to 1): what a model was trained on."""
+    values = np.array([(image.mean(), image.std()) for image in (subset.images[row] for row in subset.rows)]) / 255
+    return {name: [float(v.min()), float(v.max())] for name, v in zip(("mean", "std"), values.T)}
 
 
 # ---------------------------------------------------------------- batches on the device
@@ -405,13 +422,9 @@ class Augment:
             return (2 * torch.rand(B, device=device) - 1) * bound
 
         if self.rotate or self.translate or self.scale or self.hflip:
-            angle, zoom = uniform(math.radians(self.rotate)), 1 / (1 + uniform(self.scale))
-            flip = 1 - 2 * (torch.rand(B, device=device) < self.hflip).float()
-            shift = torch.stack([uniform(2 * self.translate), uniform(2 * self.translate)], dim=1)  # grid is [-1, 1]
-            cos, sin = angle.cos() * zoom, angle.sin() * zoom
-            theta = torch.stack([torch.stack([cos * flip, -sin, shift[:, 0]], 1),
-                                 torch.stack([sin * flip, cos, shift[:, 1]], 1)], dim=1)  # (B, 2, 3)
-            x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+            x = affine(x, angle=uniform(math.radians(self.rotate)), zoom=1 + uniform(self.scale),
+                       flip=1 - 2 * (torch.rand(B, device=device) < self.hflip).float(),
+                       shift_x=uniform(self.translate), shift_y=uniform(self.translate))
         if self.brightness or self.contrast:
             mean = x.mean(dim=(1, 2, 3), keepdim=True)
             factor = (1 + uniform(self.contrast)).view(B, 1, 1, 1)
@@ -435,6 +448,34 @@ def augment_from_args(args):
         if not 0 <= value <= (180 if name == "rotate" else 1) or (name == "scale" and value == 1):
             raise InputError(f"--{name} {value} is out of range")
     return Augment(**values)
+
+
+def affine(x, angle, zoom, flip, shift_x, shift_y):
+    """Turn, zoom, mirror (flip = -1) and shift images [B, 1, S, S], by one bilinear resampling, black outside.
+
+    Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes.
+    """
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    theta = torch.stack([torch.stack([cos * flip, -sin * flip, 2 * shift_x], 1),  # the grid spans [-1, 1]
+                         torch.stack([sin, cos, 2 * shift_y], 1)], dim=1)  # (B, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+
+
+def tta_views(flip=False):
+    """Test-time augmentation: fixed views, each a function [B, 1, S, S] -> the same shape.
+
+    The image itself, shifted 3% in four directions, zoomed by 0.95 and 1.05; with `flip` all of them mirrored too.
+    """
+    settings = [(1.0, 0.0, 0.0), (1.0, 0.03, 0.0), (1.0, -0.03, 0.0), (1.0, 0.0, 0.03), (1.0, 0.0, -0.03),
+                (0.95, 0.0, 0.0), (1.05, 0.0, 0.0)]
+
+    def view(zoom, dx, dy, mirrored):
+        def apply(x):
+            values = (0.0, zoom, -1.0 if mirrored else 1.0, dx, dy)
+            return affine(x, *(torch.full((len(x),), v, device=x.device) for v in values))
+        return apply if mirrored or (zoom, dx, dy) != (1.0, 0.0, 0.0) else lambda x: x
+
+    return [view(*s, mirrored) for mirrored in ((False, True) if flip else (False,)) for s in settings]
 
 
 class Batches:

@@ -45,6 +45,8 @@ def add_arguments(parser, out, epochs, lr):
     group.add_argument("--patience", type=int, default=5, help="epochs without a better validation AUROC")
     group = add_run_arguments(parser, out)
     group.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    group.add_argument("--seeds", type=int, nargs="+", default=None, metavar="N",
+                       help="one run a seed, in OUT-seedN; compare.py reports mean, spread and ensemble")
     group.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, cuda:1, mps, cpu")
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                        help="bf16 autocast (default: where the device does it fast)")
@@ -78,15 +80,15 @@ def _recipe_from_args(args):
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps must be at least 1, got {args.max_steps}")
     names = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "label_smoothing",
-             "class_weights", "clip", "patience", "seed")
+             "class_weights", "clip", "patience")
     return {name: getattr(args, name) for name in names}
 
 
-def out_from_args(args):
+def out_from_args(args, suffix=""):
     """The run folder; refuses, before any work is done, to overwrite a run silently (InputError)."""
-    out = Path(args.out or args.default_out + ("-demo" if args.demo else ""))
+    out = Path((args.out or args.default_out + ("-demo" if args.demo else "")) + suffix)
     if args.resume:
-        if not (out / "last.pth").exists():
+        if not (out / "last.pth").exists() and not suffix:
             raise InputError(f"--resume: there is no {out / 'last.pth'} to continue from")
     elif not args.overwrite and (out / "results.json").exists():
         done = read_json(out / "results.json").get("finished")
@@ -99,23 +101,38 @@ def out_from_args(args):
 @dataclass(frozen=True)
 class Plan:
     """A checked command line: what to train on, how, and where to."""
-    args: argparse.Namespace
     recipe: dict
     augment: data.Augment
     config: data.DataConfig
     out: Path
     device: torch.device
     amp: bool
+    max_steps: int | None
+    resume: bool
 
 
-def plan_from_args(args):
-    """Check every flag before any work is done, pick the device, seed; draw or fetch data if asked to."""
-    recipe, augment, out = _recipe_from_args(args), data.augment_from_args(args), out_from_args(args)
+def plans_from_args(args):
+    """One Plan a seed, its randomness seeded as it is yielded.
+
+    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if asked to.
+    With --seeds and --resume, finished seeds are passed over and those not begun are begun.
+    """
+    recipe, augment = _recipe_from_args(args), data.augment_from_args(args)
+    seeds = args.seeds or [args.seed]
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"seeds must differ and not be negative, got {' '.join(map(str, seeds))}")
+    outs = [out_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
     device = pick_device(args.device)
     amp = fast_bf16(device) if args.amp is None else args.amp
     config = data.config_from_args(args)
-    seed_everything(args.seed, args.deterministic)
-    return Plan(args, {**recipe, **asdict(augment), "amp": amp}, augment, config, out, device, amp)
+    for seed, out in zip(seeds, outs):
+        resume = args.resume and (out / "last.pth").exists()
+        if resume and args.seeds and read_json(out / "results.json").get("finished"):
+            say(f"{out} is finished, passed over")
+            continue
+        seed_everything(seed, args.deterministic)
+        yield Plan({**recipe, "seed": seed, **asdict(augment), "amp": amp}, augment, config, out, device, amp,
+                   args.max_steps, resume)
 
 
 def train(plan, model, *, name, mean, std, **more):
@@ -131,13 +148,13 @@ def train(plan, model, *, name, mean, std, **more):
         weight = class_weights(train_set.labels, len(plan.config.classes)).to(plan.device)
     meta = {"model": name, "model_config": {"kind": "vit", **model.config}, "recipe": r,
             "data": asdict(plan.config), "split": split, "seed": r["seed"],
-            "mean": list(mean), "std": list(std), **more}
+            "mean": list(mean), "std": list(std), "input_range": data.input_range(train_set), **more}
     print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {plan.config.img_size} px, on "
           f"{device_name(plan.device)}, {'bf16' if plan.amp else 'fp32'}; writing to {plan.out}", flush=True)
     keys = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "seed")
     return fit(model, train_set, val_set, out=plan.out, meta=meta, mean=mean, std=std, augment=plan.augment,
                loss_fn=cross_entropy(weight, r["label_smoothing"]), device=plan.device, amp=plan.amp,
-               max_steps=plan.args.max_steps, resume=plan.args.resume, **{k: r[k] for k in keys})
+               max_steps=plan.max_steps, resume=plan.resume, **{k: r[k] for k in keys})
 
 
 # ---------------------------------------------------------------- device, precision, randomness
@@ -241,18 +258,26 @@ def scale_input(x, mean, std):
 # ---------------------------------------------------------------- prediction
 
 @torch.inference_mode()
-def predict(model, subset, *, mean, std, device, amp, batch_size=64, progress=None):
-    """Logits of every image of a Subset, in order, float32 [N, K] on the CPU; eval mode, no augmentation."""
+def predict(model, subset, *, mean, std, device, amp, batch_size=64, views=None, progress=None):
+    """Logits of every image of a Subset, in order, float32 [N, K] on the CPU; eval mode, no augmentation.
+
+    With `views` (data.tta_views) the logits are averaged over them."""
     was_training = model.training
     model.eval()
     batches, out = data.Batches(subset, device), []
     for index in tqdm(torch.arange(len(subset)).split(batch_size), desc=progress, unit="batch", leave=False,
                       disable=progress is None or not sys.stderr.isatty()):
         x, _ = batches.get(index)
-        with autocast(device, amp):
-            out.append(model(scale_input(x, mean, std)).float())
+        out.append(forward(model, x, mean=mean, std=std, amp=amp, views=views))
     model.train(was_training)
     return torch.cat(out).cpu()
+
+
+def forward(model, x, *, mean, std, amp, views=None):
+    """Grey images [B, 1, S, S] in [0, 1] on the model's device -> float32 logits [B, K], averaged over `views`."""
+    with autocast(x.device, amp):
+        parts = [model(scale_input(view(x), mean, std)).float() for view in views or [lambda x: x]]
+    return torch.stack(parts).mean(0)
 
 
 # ---------------------------------------------------------------- training

@@ -66,7 +66,8 @@ def main():
     (train_loss, _), (val_loss, val_auroc) = loss_and_auroc(train), loss_and_auroc(val)
     engine.save_run(out, model, {
         "model": "linear", "model_config": {"kind": "linear", **model.config}, "data": asdict(config), "split": split,
-        "recipe": {"C": args.C, "amp": False}, "mean": MEAN, "std": STD, "params": fitted.coef_.size + len(fitted.intercept_),
+        "recipe": {"C": args.C, "amp": False}, "mean": MEAN, "std": STD, "input_range": data.input_range(train),
+        "params": fitted.coef_.size + len(fitted.intercept_),
         "minutes": seconds / 60, "synthetic": split["synthetic"], "best_epoch": 1, "seed": 0, "device": "cpu",
         "history": [{"train_loss": train_loss, "val_loss": val_loss, "val_auroc": val_auroc, "lr": 0.0,
                      "seconds": seconds}]})

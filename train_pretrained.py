@@ -29,15 +29,15 @@ def main():
     shape = npz_loader.config_from_npz(args.weights)  # first: a missing file should not cost a decoding pass
     if not 0 <= args.drop_path < 1:
         raise common.InputError(f"--drop-path must lie in [0, 1), got {args.drop_path}")
-    plan = engine.plan_from_args(args)
-    name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in ("embed_dim", "depth", "patch_size"))),
-                "b16")
-    model = build_vit(name, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
-                      **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path})
-    report = npz_loader.load_npz(model, args.weights)
-    print(npz_loader.describe(report), flush=True)
-    engine.train(plan, model, name=name, mean=args.mean or report["mean"], std=args.std or report["std"],
-                 weights={k: report[k] for k in ("path", "source", "resized", "reset", "dropped")})
+    for plan in engine.plans_from_args(args):
+        name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in ("embed_dim", "depth", "patch_size"))),
+                    "b16")
+        model = build_vit(name, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
+                          **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path})
+        report = npz_loader.load_npz(model, args.weights)
+        print(npz_loader.describe(report), flush=True)
+        engine.train(plan, model, name=name, mean=args.mean or report["mean"], std=args.std or report["std"],
+                     weights={k: report[k] for k in ("path", "source", "resized", "reset", "dropped")})
 
 
 if __name__ == "__main__":

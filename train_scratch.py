@@ -20,9 +20,9 @@ def main():
     engine.add_arguments(parser, out="outputs/scratch", epochs=15, lr=3e-4)
     args = parser.parse_args()
 
-    plan = engine.plan_from_args(args)
-    model = build_vit(args.model, num_classes=len(plan.config.classes), img_size=plan.config.img_size)
-    engine.train(plan, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    for plan in engine.plans_from_args(args):
+        model = build_vit(args.model, num_classes=len(plan.config.classes), img_size=plan.config.img_size)
+        engine.train(plan, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 if __name__ == "__main__":
