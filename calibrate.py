@@ -70,51 +70,6 @@ def read_scores(path, key):
     return scores if "key" in scores and str(scores["key"]) == key else None
 
 
-def calibrate(scores, *, min_recall, confidence, strict, temperature, bootstrap, prevalence):
-    """Scores of a run, completed by {val,test}_p1 -> the content of calibration.json.
-
-    `confidence` of the guaranteed threshold; where it cannot be given, InputError if `strict`, else a note in the
-    result. `temperature`: divide the logits by the fitted temperature before anything else."""
-    fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
-    used = fitted if temperature else 1.0
-    probability = {}
-    for name in ("val", "test"):
-        y = scores[f"{name}_labels"]
-        probability[name] = {}
-        for word, t in (("before", 1.0), ("after", fitted)):
-            p = metrics.tempered(scores[f"{name}_logits"], t)
-            ece, bins = metrics.calibration_error(y, p)
-            probability[name][word] = {"ece": ece, "brier": metrics.brier(y, p), "nll": metrics.nll(y, p), "bins": bins}
-        scores[f"{name}_p1"] = metrics.tempered(scores[f"{name}_logits"], used)
-    y, p = scores["val_labels"], scores["val_p1"]
-    thresholds = {"at_0.5": 0.5, "at_rec": metrics.choose_threshold_by_min_recall(y, p, min_recall)[0]}
-    guarantee = {"confidence": confidence, "threshold": None,
-                 "positive_patients": len(np.unique(scores["val_patients"][y == 1]))}
-    try:
-        thr, _, _ = metrics.choose_threshold_with_guarantee(y, p, min_recall, confidence, scores["val_patients"])
-        thresholds["at_guaranteed"] = guarantee["threshold"] = thr
-    except common.InputError as error:
-        if strict:
-            raise
-        guarantee["why_not"] = str(error)
-    summaries = {}
-    for name in ("val", "test"):
-        y, p, patients = (scores[f"{name}_{k}"] for k in ("labels", "p1", "patients"))
-        summaries[name] = {}
-        for point, thr in thresholds.items():
-            row = metrics.summarize_at_threshold(y, p, thr)
-            row["interval"] = metrics.intervals_at_threshold(y, p, thr, patients, bootstrap)
-            ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], prevalence)
-            row["at_prevalence"] = {"prevalence": prevalence, "ppv": None if np.isnan(ppv) else ppv,
-                                    "npv": None if np.isnan(npv) else npv}
-            summaries[name][point] = row
-    if guarantee["threshold"] is not None:
-        guarantee |= {name: {"at_guaranteed": summaries[name]["at_guaranteed"]} for name in summaries}
-    return {"format": common.FORMAT, "min_recall": min_recall, "threshold": thresholds["at_rec"], **summaries,
-            "guarantee": guarantee, "temperature": fitted, "temperature_applied": temperature,
-            "probability": probability, "bootstrap": bootstrap}
-
-
 def show(title, result):
     """Print a run's figures, validation beside test, with patient-bootstrap intervals of recall and specificity."""
     guarantee = result["guarantee"]
@@ -179,10 +134,10 @@ def main():
         config = data.config_from_json({**results["data"], **moved})
         sets = load_sets(config, results["split"]["fingerprint"], loaded)
         scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
-        result = calibrate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
-                           strict=args.guarantee is not None, temperature=args.temperature,
-                           bootstrap=args.bootstrap, prevalence=args.prevalence)
-        result |= {"synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
+        result = metrics.evaluate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
+                                  strict=args.guarantee is not None, temperature=args.temperature,
+                                  bootstrap=args.bootstrap, prevalence=args.prevalence)
+        result |= {"format": common.FORMAT, "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
         with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
             np.savez(f, **scores)
         common.write_json(Path(run, f"calibration{suffix}.json"), result)

@@ -400,3 +400,51 @@ def net_benefit(y_true, p1, odds_thresholds):
     odds, called = pt / (1 - pt), p[None] >= pt[:, None]
     model = (called * y).mean(axis=1) - (called * (1 - y)).mean(axis=1) * odds
     return model, y.mean() - (1 - y.mean()) * odds
+
+
+# ---------------------------------------------------------------- all of it
+
+def evaluate(scores, *, min_recall, confidence, strict, temperature, bootstrap, prevalence):
+    """Thresholds from validation and every figure on both sides: the content of calibration.json.
+
+    `scores`: {val,test}_{labels [N], logits [N, 2], patients [N]}; {val,test}_p1 are added to it.
+    `confidence`: of the guaranteed threshold; where it cannot be given, InputError if `strict`, else a note in the
+    result. `temperature`: divide the logits by the fitted temperature before anything else."""
+    fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
+    used = fitted if temperature else 1.0
+    probability = {}
+    for name in ("val", "test"):
+        y = scores[f"{name}_labels"]
+        probability[name] = {}
+        for word, t in (("before", 1.0), ("after", fitted)):
+            p = tempered(scores[f"{name}_logits"], t)
+            ece, bins = calibration_error(y, p)
+            probability[name][word] = {"ece": ece, "brier": brier(y, p), "nll": nll(y, p), "bins": bins}
+        scores[f"{name}_p1"] = tempered(scores[f"{name}_logits"], used)
+    y, p = scores["val_labels"], scores["val_p1"]
+    thresholds = {"at_0.5": 0.5, "at_rec": choose_threshold_by_min_recall(y, p, min_recall)[0]}
+    guarantee = {"confidence": confidence, "threshold": None,
+                 "positive_patients": len(np.unique(scores["val_patients"][y == 1]))}
+    try:
+        thr, _, _ = choose_threshold_with_guarantee(y, p, min_recall, confidence, scores["val_patients"])
+        thresholds["at_guaranteed"] = guarantee["threshold"] = thr
+    except InputError as error:
+        if strict:
+            raise
+        guarantee["why_not"] = str(error)
+    summaries = {}
+    for name in ("val", "test"):
+        y, p, patients = (scores[f"{name}_{k}"] for k in ("labels", "p1", "patients"))
+        summaries[name] = {}
+        for point, thr in thresholds.items():
+            row = summarize_at_threshold(y, p, thr)
+            row["interval"] = intervals_at_threshold(y, p, thr, patients, bootstrap)
+            ppv, npv = predictive_values(row["recall"], row["specificity"], prevalence)
+            row["at_prevalence"] = {"prevalence": prevalence, "ppv": None if np.isnan(ppv) else ppv,
+                                    "npv": None if np.isnan(npv) else npv}
+            summaries[name][point] = row
+    if guarantee["threshold"] is not None:
+        guarantee |= {name: {"at_guaranteed": summaries[name]["at_guaranteed"]} for name in summaries}
+    return {"min_recall": min_recall, "threshold": thresholds["at_rec"], **summaries,
+            "guarantee": guarantee, "temperature": fitted, "temperature_applied": temperature,
+            "probability": probability, "bootstrap": bootstrap}
