@@ -92,7 +92,8 @@ def families(runs):
     """Lists of two or more runs that differ in the seed alone."""
     found = {}
     for run in runs:
-        found.setdefault(run.family, []).append(run)
+        if run.members == 1:
+            found.setdefault(run.family, []).append(run)
     return [f for f in found.values() if len({r.results.get("seed") for r in f}) > 1]
 
 
@@ -285,13 +286,13 @@ def r_command(run):
     return run.results.get("command", "?").replace("|", "\\|")
 
 
-def figure_blocks(runs, figures, slug):
-    """Draw every plot of one test set."""
+def figure_blocks(runs, shown, figures, slug):
+    """Draw every plot of one test set: training curves of all `runs`, the others of the `shown` ones."""
     mark, blocks = " [SYNTHETIC]" if runs[0].results["synthetic"] else "", [("h3", "Plots")]
     for name, draw in (("training", draw_training), ("roc", draw_roc), ("pr", draw_pr), ("confusion", draw_confusion),
                        ("scores", draw_scores), ("reliability", draw_reliability), ("decision", draw_decision)):
         path = Path(figures, f"{slug}-{name}.png")
-        figure, caption = draw(runs)
+        figure, caption = draw(runs if draw is draw_training else shown)
         figure.suptitle(f"{caption} - {runs[0].results['split']['set']}{mark}", fontsize=11)
         with common.atomic_path(path) as tmp:
             figure.savefig(tmp, dpi=130)
@@ -533,15 +534,19 @@ def main():
     figures = args.figures or Path(args.runs_dir, "figures")
     blocks, used = [("h1", "Recall-first chest X-ray screening: results")], {}
     for key, singles in groups.items():
-        runs = singles + [e for e in map(ensemble, families(singles)) if e]
-        groups[key] = runs
+        seeds = families(singles)
+        ensembles = [e for e in map(ensemble, seeds) if e]
+        groups[key] = runs = singles + ensembles
+        replaced = [r for f in seeds for r in f] if ensembles else []
+        shown = [r for r in runs if r not in replaced]  # an ensemble stands for its seeds where rows would be too many
         name = runs[0].results["split"]["set"]
         used[name] = used.get(name, 0) + 1
         slug = name if used[name] == 1 else f"{name}-{used[name]}"
-        for part in (main_blocks, shift_blocks, interval_blocks, pair_blocks, probability_blocks, subgroup_blocks,
-                     method_blocks):
+        for part in (main_blocks, shift_blocks):
             blocks += part(runs)
-        blocks += figure_blocks(runs, figures, slug)
+        for part in (interval_blocks, pair_blocks, probability_blocks, subgroup_blocks):
+            blocks += part(shown)
+        blocks += method_blocks(runs) + figure_blocks(runs, shown, figures, slug)
     print(to_markdown(blocks))
     if args.csv:
         write_csv(args.csv, groups)
