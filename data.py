@@ -594,7 +594,7 @@ def download(data_dir):
         return
     except ImportError:
         tries.append("kagglehub is not installed (pip install kagglehub)")
-    except Exception as error:  # whatever the network or the account says: tell it and go on to the next way
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no account, no such set: the next way
         tries.append(f"kagglehub: {error}")
     if shutil.which("kaggle"):
         done = subprocess.run(["kaggle", "datasets", "download", "-d", KAGGLE, "-p", str(target), "--unzip"],

@@ -326,14 +326,17 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
     if resume:
         state = _load_last(out, model, optimizer, device, meta)
+        if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
+            meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
     else:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json"):
+        for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json",
+                     "scores-tta.npz", "calibration-tta.json"):
             (out / name).unlink(missing_ok=True)
-    results = {**meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
+    results = {"command": command_line(), **meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
                "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
                "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
-               "minutes": 0.0, "command": command_line()}
+               "minutes": sum(h["seconds"] for h in state["history"]) / 60}
     source, history = data.Batches(train, device), state["history"]
 
     def best_so_far():
@@ -354,19 +357,9 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
                 state["seconds"] = time.perf_counter() - started
                 _save_last(out, model, optimizer, device, meta, state)
                 write_json(out / "results.json", results)  # so that a new run does not overwrite it unasked
-                again = command_line().replace(" --overwrite", "")
-                again += "" if " --resume" in again else " --resume"
-                raise Interrupted(f"stopped in epoch {state['epoch'] + 1} after step {state['step']}; saved. "
-                                  f"Go on with:\n  {again}", stop[0])
-            logits = predict(model, val, mean=mean, std=std, device=device, amp=amp, progress="validation")
-            labels = torch.from_numpy(val.labels)
-            row = {"train_loss": state["loss_sum"] / state["step"],
-                   "val_loss": float(loss_fn(logits.to(device), labels.to(device))),
-                   "val_auroc": monitor(val.labels, logits), "lr": state["lr"],
-                   "seconds": time.perf_counter() - started}
-            if not math.isfinite(row["val_loss"]):
-                raise InputError(f"the validation loss became {row['val_loss']} in epoch {state['epoch'] + 1}: "
-                                 "try a smaller --lr, or --no-amp")
+                raise _interrupted(state, stop[0])
+            row = _validate(model, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device, amp=amp)
+            row["seconds"] = time.perf_counter() - started
             better = row["val_auroc"] > best_so_far()
             history.append(row)
             state.update(epoch=state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
@@ -378,15 +371,32 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
                 _save_checkpoint(out, model)
             results.update(best_epoch=state["best_epoch"], minutes=sum(h["seconds"] for h in history) / 60)
             write_json(out / "results.json", results)
-            images = min(len(train), (total - (state["epoch"] - 1) * steps) * batch_size)
             print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, val loss "
                   f"{row['val_loss']:.4f}, val AUROC {row['val_auroc']:.4f}{' *' if better else ''}, "
-                  f"lr {row['lr']:.1e}, {row['seconds']:.0f} s, {images / row['seconds']:.0f} images/s", flush=True)
+                  f"lr {row['lr']:.1e}, {row['seconds']:.0f} s", flush=True)
     results["finished"] = True
     write_json(out / "results.json", results)
     print(f"best epoch {results['best_epoch']}: val AUROC {best_so_far():.4f}; {results['minutes']:.1f} min; "
           f"wrote {out}/checkpoint.pth and results.json", flush=True)
     return results
+
+
+def _interrupted(state, signum):
+    """The exception that tells where a run was stopped and how to go on."""
+    again = command_line().replace(" --overwrite", "")
+    again += "" if " --resume" in again else " --resume"
+    return Interrupted(f"stopped in epoch {state['epoch'] + 1} after step {state['step']}; saved. Go on with:\n  {again}",
+                       signum)
+
+
+def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
+    """The history entry of the epoch in `state`; InputError if the validation loss is not finite."""
+    logits = predict(model, val, mean=mean, std=std, device=device, amp=amp, progress="validation")
+    loss = float(loss_fn(logits.to(device), torch.from_numpy(val.labels).to(device)))
+    if not math.isfinite(loss):
+        raise InputError(f"the validation loss became {loss} in epoch {state['epoch'] + 1}: try a smaller --lr, or --no-amp")
+    return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, "val_auroc": monitor(val.labels, logits),
+            "lr": state["lr"]}
 
 
 def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, augment, device, amp, batch_size,
