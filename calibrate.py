@@ -64,7 +64,7 @@ def read_scores(path, key):
             scores = {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except common.DAMAGED as error:
         common.say(f"{path} is damaged ({error}): scoring again")
         return None
     return scores if "key" in scores and str(scores["key"]) == key else None

@@ -7,7 +7,13 @@ import os
 import shlex
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
+
+
+# What reading a damaged .npz may raise.
+DAMAGED = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class InputError(ValueError):

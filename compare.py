@@ -67,7 +67,7 @@ def read_run(folder, suffix):
     try:
         with np.load(Path(folder, f"scores{suffix}.npz"), allow_pickle=False) as file:
             return Run(name, base, results, calibration, {k: file[k] for k in file.files})
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (*common.DAMAGED, TypeError) as error:
         raise common.InputError(f"{folder} is damaged or incomplete ({error!r}): run calibrate.py again") from None
 
 

@@ -87,6 +87,8 @@ def config_from_args(args):
         make_synthetic(SYNTHETIC_DIR)
     elif args.download:
         download(args.data_dir)
+    if not 0 <= args.split_seed < 2**32:
+        raise InputError(f"--split-seed must lie in [0, 2^32), got {args.split_seed}")
     if args.img_size < 1:
         raise InputError(f"--img-size must be positive, got {args.img_size}")
     return DataConfig(args.data_dir, args.img_size, args.resize, args.split, args.split_seed,
@@ -143,7 +145,7 @@ def patient_id(name):
     """
     stem = Path(name).stem
     match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", stem)
-    return match[1] or match[2] if match else stem
+    return match[1] or match[2] if match else name
 
 
 # ---------------------------------------------------------------- split
@@ -230,7 +232,7 @@ def decode(source, size, resize="squash"):
             image.draft("L", (2 * size, 2 * size))
             if image.mode.startswith("I") or image.mode == "F":
                 pixels = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).astype(np.uint8))
+                image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).round().astype(np.uint8))
             return to_square(image.convert("L"), size, resize)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
@@ -285,7 +287,8 @@ def _valid_cache(path, key):
     """The cache's side file if it belongs to `key` and the array is intact, else None."""
     try:
         info = read_json(path.with_suffix(".json"))
-        if info.get("key") == key and info.get("crc32") == _crc32(path):
+        check = info.pop("check", None)
+        if info.get("key") == key and check == sha256(info) and info.get("crc32") == _crc32(path):
             return info
         say(f"cache {path} is stale or damaged: rebuilding it")
     except (InputError, OSError):
@@ -332,7 +335,7 @@ def _build_cache(path, key, root, files, config):
         info = {"key": key, "crc32": _crc32(tmp), "files": len(files), "kept": kept, "bad": bad}
         for name, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
             info[name] = [min(values), max(values)]
-    write_json(path.with_suffix(".json"), info)
+    write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info
 
 
@@ -521,7 +524,7 @@ def make_synthetic(root, train=320, test=80, seed=0):
     root = Path(root)
     settings = {"train": train, "test": test, "seed": seed, "version": 1}
     marker = root / "SYNTHETIC"
-    if marker.exists() and json.loads(marker.read_text()) == settings:
+    if marker.exists() and marker.read_text() == json.dumps(settings):
         return
     if root.exists() and any(root.iterdir()) and not marker.exists():
         raise InputError(f"{root} exists and was not drawn by --demo: move it away")

@@ -80,7 +80,7 @@ def _recipe_from_args(args):
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps must be at least 1, got {args.max_steps}")
     names = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "label_smoothing",
-             "class_weights", "clip", "patience")
+             "class_weights", "clip", "patience", "max_steps")
     return {name: getattr(args, name) for name in names}
 
 
@@ -107,7 +107,6 @@ class Plan:
     out: Path
     device: torch.device
     amp: bool
-    max_steps: int | None
     resume: bool
 
 
@@ -132,7 +131,7 @@ def plans_from_args(args):
             continue
         seed_everything(seed, args.deterministic)
         yield Plan({**recipe, "seed": seed, **asdict(augment), "amp": amp}, augment, config, out, device, amp,
-                   args.max_steps, resume)
+                   resume)
 
 
 def train(plan, model, *, name, mean, std, **more):
@@ -151,10 +150,11 @@ def train(plan, model, *, name, mean, std, **more):
             "mean": list(mean), "std": list(std), "input_range": data.input_range(train_set), **more}
     print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {plan.config.img_size} px, on "
           f"{device_name(plan.device)}, {'bf16' if plan.amp else 'fp32'}; writing to {plan.out}", flush=True)
-    keys = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "seed")
+    keys = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "seed",
+            "max_steps")
     return fit(model, train_set, val_set, out=plan.out, meta=meta, mean=mean, std=std, augment=plan.augment,
                loss_fn=cross_entropy(weight, r["label_smoothing"]), device=plan.device, amp=plan.amp,
-               max_steps=plan.max_steps, resume=plan.resume, **{k: r[k] for k in keys})
+               resume=plan.resume, **{k: r[k] for k in keys})
 
 
 # ---------------------------------------------------------------- device, precision, randomness
@@ -213,7 +213,7 @@ def learning_rate(step, total, warmup, peak, schedule="cosine"):
     """Rate at 0-based `step` of `total`: linear from peak/warmup to peak over `warmup` steps, then
     "cosine" to 0 at `total` (Loshchilov and Hutter 2017, arXiv:1608.03983) or "constant"."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(1.0, (step + 1) / warmup)
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -330,9 +330,7 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
             meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
     else:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json",
-                     "scores-tta.npz", "calibration-tta.json"):
-            (out / name).unlink(missing_ok=True)
+        _clear(out)
     results = {"command": command_line(), **meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
                "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
                "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
@@ -454,6 +452,13 @@ def versions():
             "scikit-learn": sklearn.__version__}
 
 
+def _clear(out):
+    """Remove the files of an earlier run in `out`, so that none is taken for the new one's."""
+    for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json", "scores-tta.npz",
+                 "calibration-tta.json"):
+        (out / name).unlink(missing_ok=True)
+
+
 def _save_checkpoint(out, model):
     with atomic_path(Path(out, "checkpoint.pth")) as tmp:
         torch.save({name: p.detach().cpu() for name, p in model.state_dict().items()}, tmp)
@@ -461,6 +466,7 @@ def _save_checkpoint(out, model):
 
 def save_run(out, model, results):
     """Write checkpoint.pth and a finished results.json for a model that `fit` did not train."""
+    _clear(Path(out))
     _save_checkpoint(out, model)
     write_json(Path(out, "results.json"), {**results, "format": FORMAT, "finished": True, "versions": versions(),
                                            "command": command_line()})

@@ -6,7 +6,6 @@ missing, left over or misshapen is an InputError (a ValueError) that lists the n
 https://github.com/google-research/vision_transformer (`vit_jax/checkpoint.py`). Nothing is downloaded.
 """
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, atomic_path, load_tensors
+from common import DAMAGED, InputError, atomic_path, load_tensors
 from vit import CONFIGS
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"
@@ -156,9 +155,10 @@ def _google_name(name):
 
 def _resize_pos_embed(pos, grid, path):
     """(1, 1 + n*n, D) -> (1, 1 + h*w, D), and whether it changed. The file's grid is square."""
-    side = round((pos.shape[1] - 1) ** 0.5)
-    if side * side != pos.shape[1] - 1:
-        raise InputError(f"{path}: a position embedding of {pos.shape[1]} tokens is not [CLS] plus a square grid")
+    side = round(max(0, pos.shape[1] - 1) ** 0.5)
+    if pos.shape[0] != 1 or side < 1 or side * side != pos.shape[1] - 1:
+        raise InputError(f"{path}: a position embedding of {pos.shape[1]} tokens, shape {tuple(pos.shape)}, is not "
+                         "[CLS] plus a square grid")
     if (side, side) == tuple(grid):
         return pos, False
     cells = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, n*n, D) -> (1, D, n, n)
@@ -203,7 +203,7 @@ def _read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, AttributeError) as error:
         raise InputError(f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({error}). "
                          "Fetch it again") from None
     if any("opt/target/" in name for name in arrays):  # a training checkpoint: weights and optimiser state
@@ -234,6 +234,16 @@ def _from_google(arrays, path):
             return None
         return torch.from_numpy(np.ascontiguousarray(rest.pop(name), dtype=np.float32))
 
+    shape = getattr(rest.get(f"Transformer/encoderblock_0/{_MHA}/query/kernel"), "shape", ())  # (D, heads, head_dim)
+    wrong = []
+    for name, array in rest.items():  # these are flattened below, which would hide a wrong order of axes
+        part = name.split(f"{_MHA}/")[-1]
+        needed = {"out/kernel": (*shape[1:], *shape[:1]), "query/bias": shape[1:], "key/bias": shape[1:],
+                  "value/bias": shape[1:], "query/kernel": shape, "key/kernel": shape, "value/kernel": shape}.get(part)
+        if shape and needed is not None and (array.shape != needed or len(shape) != 3):
+            wrong.append(f"{name} is {array.shape}, needs {needed}")
+    if wrong:
+        raise InputError(f"{path}: misshapen attention arrays: {'; '.join(wrong)}")
     names = list(_TOP) + [f"blocks.{i}.{n}" for i in range(depth) for n in _BLOCK]
     for name in names:
         if name.startswith("head.") and _google_name(name) not in rest:
@@ -244,7 +254,7 @@ def _from_google(arrays, path):
         if name == "patch_embed.proj.weight":
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value  # HWIO -> OIHW
         elif name.endswith("attn.proj.weight"):
-            value = value.flatten(0, 1).T if value.ndim == 3 else value  # (heads, head_dim, D) -> (D, D)
+            value = value.flatten(0, 1).T  # (heads, head_dim, D) -> (D, D)
         elif value.ndim == 2:
             value = value.T  # (in, out) -> (out, in)
         out[name] = value.contiguous()
@@ -254,10 +264,6 @@ def _from_google(arrays, path):
             parts = [take(key) for key in keys]
             if any(part is None for part in parts):
                 continue
-            ndim = 3 if kind == "kernel" else 2
-            if any(part.ndim != ndim or part.shape != parts[0].shape for part in parts):
-                raise InputError(f"{path}: misshapen attention arrays: "
-                                 + ", ".join(f"{k} {tuple(p.shape)}" for k, p in zip(keys, parts)))
             if kind == "kernel":  # (D, heads, head_dim) x 3 -> (3D, D)
                 heads.add(parts[0].shape[1])
                 fused = torch.cat([p.flatten(1).T for p in parts])

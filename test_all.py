@@ -3,6 +3,7 @@
 Expected values come from brute force, closed form, counts by hand, or an independent library (timm, scipy,
 scikit-learn, torchvision, PIL), never from recorded output. Tests on real files skip where ../shared is absent.
 """
+import csv
 import importlib
 import io
 import itertools
@@ -2459,3 +2460,458 @@ def test_bugs_are_not_hidden_as_bad_input():
         raise KeyError("a bug")
     with pytest.raises(KeyError):
         common.start(main)
+
+
+# ================================================================ metrics: guarantee, intervals, probabilities
+
+def _random_scores(rng, n, grid=None):
+    """Labels of both classes and overlapping scores in [0, 1], on a coarse grid when ties are wanted."""
+    y = rng.integers(0, 2, n)
+    y[:2] = 0, 1
+    p = np.clip(rng.normal(0.35 + 0.3 * y, 0.2), 0, 1)
+    return y, (p if grid is None else np.round(p * grid) / grid)
+
+
+@pytest.mark.parametrize("n, target, confidence", [(59, 0.95, 0.95), (200, 0.95, 0.95), (333, 0.9, 0.99), (775, 0.95, 0.9)])
+def test_guarantee_is_the_umbrella_order_statistic(n, target, confidence):
+    """k by summing the binomial by hand: the largest k with P(Bin(n, 1 - target) <= k - 1) <= 1 - confidence."""
+    rng = np.random.default_rng(n)
+    positives = rng.permutation(np.linspace(0.1, 0.9, n))
+    y, p = np.r_[np.ones(n, int), np.zeros(30, int)], np.r_[positives, rng.random(30) * 0.5]
+    tail, k = 0.0, 0
+    while True:
+        tail += math.comb(n, k) * (1 - target) ** k * target ** (n - k)
+        if tail > 1 - confidence:
+            break
+        k += 1
+    thr, recall, precision = metrics.choose_threshold_with_guarantee(y, p, target, confidence)
+    assert thr == np.sort(positives)[k - 1]
+    assert recall == pytest.approx((n - k + 1) / n)
+    assert precision == pytest.approx((n - k + 1) / (p >= thr).sum())
+    alone = metrics.choose_threshold_with_guarantee(y, p, target, confidence, groups=np.arange(len(y)))
+    assert alone == (thr, recall, precision)  # one image a patient: the plain rule
+
+
+def test_guarantee_says_how_many_positives_it_needs():
+    y, p = np.r_[np.ones(58, int), 0], np.linspace(0, 1, 59)
+    with pytest.raises(ValueError, match="at least 59"):
+        metrics.choose_threshold_with_guarantee(y, p)
+    with pytest.raises(ValueError, match="29 independent.*at least 59"):
+        metrics.choose_threshold_with_guarantee(y, p, groups=np.arange(59) // 2)
+    for bad in (dict(min_recall=1.0), dict(confidence=1.0), dict(confidence=0.0)):
+        with pytest.raises(ValueError, match="guarantee"):
+            metrics.choose_threshold_with_guarantee(y, p, **bad)
+
+
+def test_guarantee_with_constant_scores_calls_everything_positive():
+    y = np.r_[np.ones(100, int), np.zeros(20, int)]
+    assert metrics.choose_threshold_with_guarantee(y, np.full(120, 0.3))[:2] == (0.3, 1.0)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
+    """True recall is known: positives score Phi(N(1, 1)). In clusters the images of a patient correlate 0.8."""
+    from scipy.stats import norm
+    rng, draws, patients = np.random.default_rng(5), 400, 250
+    violations = np.zeros(3)
+    for _ in range(draws):
+        sizes = rng.integers(1, 8, patients) if clustered else np.ones(patients, int)
+        group = np.repeat(np.arange(patients), sizes)
+        noise = math.sqrt(0.8) * rng.normal(size=patients)[group] + math.sqrt(0.2) * rng.normal(size=len(group))
+        y = np.r_[np.ones(len(group), int), np.zeros(50, int)]
+        p = np.r_[norm.cdf(1 + noise), 0.5 * rng.random(50)]
+        groups = np.r_[group, patients + np.arange(50)]
+        thresholds = (metrics.choose_threshold_by_min_recall(y, p, 0.95)[0],
+                      metrics.choose_threshold_with_guarantee(y, p)[0],
+                      metrics.choose_threshold_with_guarantee(y, p, groups=groups)[0])
+        violations += [norm.sf(norm.ppf(t) - 1) < 0.95 for t in thresholds]
+    naive, by_image, by_patient = violations / draws
+    assert 0.35 < naive < 0.65
+    assert by_patient <= 0.05
+    assert by_image > 0.08 if clustered else by_image <= 0.07  # 0.05 + 2 standard errors of 400 draws
+
+
+def test_wilson_and_clopper_pearson_equal_scipy():
+    from scipy.stats import binomtest
+    for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
+        for level in (0.9, 0.95):
+            result = binomtest(k, n)
+            assert metrics.wilson_interval(k, n, level) == pytest.approx(tuple(result.proportion_ci(level, "wilson")), abs=1e-12)
+            assert metrics.clopper_pearson_interval(k, n, level) == pytest.approx(tuple(result.proportion_ci(level, "exact")), abs=1e-9)
+    for bad in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError):
+            metrics.wilson_interval(*bad)
+
+
+def test_wilson_covers():
+    """Coverage summed exactly over the binomial: near 95% on average, never far below."""
+    from scipy.stats import binom
+    cover = []
+    for p in np.linspace(0.05, 0.95, 19):
+        k = np.arange(101)
+        inside = [lo <= p <= hi for lo, hi in (metrics.wilson_interval(int(i), 100) for i in k)]
+        cover.append(binom.pmf(k, 100, p)[inside].sum())
+    assert 0.94 < np.mean(cover) < 0.965 and min(cover) > 0.91
+
+
+def _delong_brute(y, scores):
+    """The definition: structural components over all pairs, ties one half."""
+    pos, neg = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
+    psi = np.array([[[(s[i] > s[j]) + 0.5 * (s[i] == s[j]) for j in neg] for i in pos] for s in scores])
+    return (psi.mean(axis=(1, 2)), np.cov(psi.mean(axis=2)) / len(pos) + np.cov(psi.mean(axis=1)) / len(neg))
+
+
+@pytest.mark.parametrize("grid", [None, 10])
+def test_delong_equals_its_definition(grid):
+    from scipy.stats import norm
+    rng = np.random.default_rng(3)
+    y, a = _random_scores(rng, 80, grid)
+    b = np.clip(a + rng.normal(0, 0.15, 80), 0, 1)
+    (auc_a, auc_b), cov = _delong_brute(y, [a, b])
+    got, lo, hi = metrics.delong_interval(y, a)
+    half = 1.959963984540054 * math.sqrt(cov[0, 0])
+    assert (got, lo, hi) == pytest.approx((auc_a, auc_a - half, min(1, auc_a + half)), abs=1e-12)
+    difference, p = metrics.delong_test(y, a, b)
+    z = (auc_a - auc_b) / math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
+    assert (difference, p) == pytest.approx((auc_a - auc_b, 2 * norm.sf(abs(z))), abs=1e-12)
+    assert metrics.delong_test(y, b, a) == pytest.approx((-difference, p))
+    assert metrics.delong_test(y, a, a) == (0.0, 1.0)
+
+
+def test_delong_agrees_with_the_bootstrap_and_covers():
+    from scipy.stats import norm
+    rng = np.random.default_rng(4)
+    y, p = _random_scores(rng, 600)
+    _, lo, hi = metrics.delong_interval(y, p)
+    boot = metrics.bootstrap_interval(metrics.roc_auc_score, y, p, n=1000)
+    assert (lo, hi) == pytest.approx(boot, abs=0.004)
+    truth, hits = norm.cdf(1 / math.sqrt(2)), 0  # AUROC of N(1, 1) against N(0, 1)
+    for _ in range(400):
+        s = norm.cdf(np.r_[rng.normal(1, 1, 60), rng.normal(0, 1, 60)])
+        _, lo, hi = metrics.delong_interval(np.r_[np.ones(60, int), np.zeros(60, int)], s)
+        hits += lo <= truth <= hi
+    assert 0.92 < hits / 400 < 0.98
+
+
+@pytest.mark.parametrize("grid", [None, 8])
+def test_vectorised_bootstrap_equals_resampling(grid):
+    """Every draw of every figure against summarize_at_threshold on the repeated rows."""
+    rng = np.random.default_rng(6)
+    y, p = _random_scores(rng, 120, grid)
+    groups = rng.integers(0, 40, 120)
+    weights = metrics.bootstrap_weights(groups, 30, seed=2)
+    assert (weights == weights[:, [np.flatnonzero(groups == g)[0] for g in groups]]).all()  # patients stay whole
+    for thr in (0.5, 0.0, 1.0, 0.375):
+        draws = metrics.bootstrap_summary(y, p, thr, weights)
+        for b, w in enumerate(weights):
+            index = np.repeat(np.arange(120), w)
+            row = metrics.summarize_at_threshold(y[index], p[index], thr)
+            for name, values in draws.items():
+                assert values[b] == pytest.approx(row[name], abs=1e-12), (name, thr)
+    lo, hi = metrics.bootstrap_interval(metrics.roc_auc_score, y, p, groups, n=200, seed=9)
+    fast = metrics.bootstrap_summary(y, p, 0.5, metrics.bootstrap_weights(groups, 200, 9))["auroc"]
+    assert (lo, hi) == pytest.approx(tuple(np.percentile(fast, [2.5, 97.5])))
+
+
+def test_bootstrap_is_fast_and_refuses_one_class():
+    rng = np.random.default_rng(8)
+    y, p = _random_scores(rng, 624)
+    started = time.perf_counter()
+    metrics.intervals_at_threshold(y, p, 0.5, rng.integers(0, 400, 624), n=2000)
+    assert time.perf_counter() - started < 5
+    y = np.r_[1, np.zeros(30, int)]  # one patient holds the only positive: a third of the draws lack it
+    lo, hi = metrics.bootstrap_interval(metrics.roc_auc_score, y, np.linspace(1, 0, 31), n=300)
+    assert (lo, hi) == pytest.approx((1, 1))
+    with pytest.raises(ValueError, match="one class"):
+        metrics.bootstrap_interval(lambda y, p: math.nan, y, np.linspace(1, 0, 31), n=50)
+
+
+def test_mcnemar_by_hand():
+    """8 and 2 discordant pairs: 2 * P(Bin(10, 1/2) <= 2) = 2 * 56 / 1024."""
+    a = np.array([True] * 8 + [False] * 2 + [True] * 5 + [False] * 4)
+    b = np.array([False] * 8 + [True] * 2 + [True] * 5 + [False] * 4)
+    assert metrics.mcnemar_test(a, b) == (8, 2, pytest.approx(112 / 1024))
+    assert metrics.mcnemar_test(a, a) == (0, 0, 1.0)
+
+
+def test_paired_comparison_signs_and_equality():
+    rng = np.random.default_rng(2)
+    y, good = _random_scores(rng, 300)
+    worse = np.clip(good + rng.normal(0, 0.5, 300), 0, 1)
+    got = metrics.compare_at_thresholds(y, good, 0.5, worse, 0.5, np.arange(300), n=300)
+    for name in ("auroc", "recall", "specificity"):
+        a, b = (metrics.summarize_at_threshold(y, p, 0.5)[name] for p in (good, worse))
+        assert got[name]["difference"] == pytest.approx(a - b)
+        assert got[name]["lo"] <= a - b <= got[name]["hi"]
+    assert got["auroc"]["lo"] > 0 and got["delong"] < 0.01
+    same = metrics.compare_at_thresholds(y, good, 0.5, good, 0.5, np.arange(300), n=50)
+    assert same["auroc"] == {"difference": 0.0, "lo": 0.0, "hi": 0.0} and same["delong"] == same["mcnemar_recall"] == 1.0
+
+
+def test_temperature_is_recovered_and_minimal():
+    """Labels drawn from softmax(z), logits given as 3 z: T is 3 up to noise, and no grid point does better."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, (40_000, 3))
+    prob = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    y = (rng.random((40_000, 1)) > prob.cumsum(1)).sum(1).clip(0, 2)
+    t = metrics.fit_temperature(3 * z, y)
+    assert t == pytest.approx(3, rel=0.03)
+
+    def loss(t):
+        return torch.nn.functional.cross_entropy(torch.tensor(3 * z / t), torch.tensor(y)).item()
+    assert loss(t) <= min(loss(g) for g in np.linspace(1, 6, 51)) + 1e-9
+    separable = metrics.fit_temperature(np.array([[1.0, 0], [0, 1.0]]), np.array([0, 1]))
+    assert 0.01 <= separable < 0.03  # the loss is 0 to the last bit from there on
+    for logits, y in ((np.zeros((2, 2)), [0, 2]), (np.full((2, 2), np.nan), [0, 1]), (np.zeros((3, 2)), [0, 1])):
+        with pytest.raises(ValueError):
+            metrics.fit_temperature(logits, np.array(y))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.5, 8))  # a far smaller T would saturate float64 into ties
+def test_temperature_changes_no_ranking_and_no_decision(seed, temperature):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, 60)
+    y[:2] = 0, 1
+    logits = rng.normal(0, 2, (60, 2)) + np.stack([-y, y], 1)
+    before, after = metrics.tempered(logits, 1.0), metrics.tempered(logits, temperature)
+    assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
+    assert ((before >= 0.5) == (after >= 0.5)).all()
+    a, b = (metrics.choose_threshold_by_min_recall(y, p, 0.9) for p in (before, after))
+    assert ((before >= a[0]) == (after >= b[0])).all() and a[1:] == b[1:]
+
+
+def test_calibration_error_brier_nll_by_hand():
+    """Two bins of two: |0.15 - 0.5| and |0.8 - 1| with weight one half each."""
+    y, p = np.array([0, 1, 1, 1]), np.array([0.1, 0.2, 0.7, 0.9])
+    ece, bins = metrics.calibration_error(y, p, bins=2)
+    assert ece == pytest.approx(0.5 * 0.35 + 0.5 * 0.2)
+    assert bins == [{"n": 2, "score": pytest.approx(0.15), "positives": 0.5},
+                    {"n": 2, "score": pytest.approx(0.8), "positives": 1.0}]
+    from sklearn.metrics import brier_score_loss, log_loss
+    assert metrics.brier(y, p) == pytest.approx(brier_score_loss(y, p))
+    assert metrics.nll(y, p) == pytest.approx(log_loss(y, p))
+
+
+def test_predictive_values_and_net_benefit_by_hand():
+    """1,000 children, 100 sick, recall 0.9, specificity 0.8: 90 true and 180 false alarms; 720 true, 10 false rests."""
+    assert metrics.predictive_values(0.9, 0.8, 0.1) == pytest.approx((90 / 270, 720 / 730))
+    y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.3, 0.6, 0.1])
+    model, treat_all = metrics.net_benefit(y, p, [0.5, 0.2])
+    assert model == pytest.approx([1 / 4 - 1 / 4, 2 / 4 - 1 / 4 * 0.25])
+    assert treat_all == pytest.approx([0.5 - 0.5, 0.5 - 0.5 * 0.25])
+
+
+# ================================================================ test-time augmentation, predict.py, the report
+
+def test_tta_views_shift_zoom_and_mirror():
+    x = torch.rand(2, 1, 100, 100)
+    views = data.tta_views(flip=True)
+    assert len(views) == 14 and views[0](x) is x
+    right = views[1](x)  # the grid moves by +3 px, so the picture moves left
+    assert torch.allclose(right[..., :97], x[..., 3:], atol=1e-4) and right[..., 97:].abs().max() < 1e-4
+    assert torch.allclose(views[7](x), x.flip(-1), atol=1e-4)
+
+
+FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 200)  # 22 patients are enough for these
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A synthetic set with enough patients for a guarantee, and calibrated runs: linear, and scratch with two seeds."""
+    folder = tmp_path_factory.mktemp("bench")
+    data.make_synthetic(folder / "xray", train=420, test=60)
+    common_flags = ("--data-dir", "xray", "--img-size", "32")
+    assert cli("train_linear", *common_flags, cwd=folder).code == 0
+    assert cli("train_scratch", *common_flags, "--seeds", 0, 1, "--max-steps", 3, cwd=folder).code == 0
+    assert cli("calibrate", *FLOOR, cwd=folder).code == 0
+    return folder
+
+
+def test_seeds_train_one_run_each(bench):
+    runs = [common.read_results(bench / f"outputs/scratch-seed{s}") for s in (0, 1)]
+    assert [r["seed"] for r in runs] == [0, 1] and runs[0]["split"] == runs[1]["split"]
+    a, b = (common.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_calibration_json_holds_guarantee_temperature_intervals(bench):
+    got = common.read_json(bench / "outputs/linear/calibration.json")
+    with np.load(bench / "outputs/linear/scores.npz") as file:
+        s = dict(file)
+    groups = [data.patient_id(f) for f in s["val_files"]]
+    thr, recall, precision = metrics.choose_threshold_with_guarantee(s["val_labels"], s["val_p1"], 0.9, 0.9, groups)
+    assert got["guarantee"]["threshold"] == thr and got["guarantee"]["confidence"] == 0.9
+    val = got["guarantee"]["val"]["at_guaranteed"]
+    assert (val["recall"], val["precision"]) == pytest.approx((recall, precision)) and got["val"]["at_guaranteed"] == val
+    assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
+    row = got["test"]["at_rec"]
+    assert row["interval"]["recall"]["wilson"] == pytest.approx(metrics.wilson_interval(row["tp"], row["tp"] + row["fn"]))
+    assert row["interval"]["auroc"]["delong"] == pytest.approx(metrics.delong_interval(s["test_labels"], s["test_p1"])[1:])
+    for name in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc"):
+        lo, hi = row["interval"][name]["bootstrap"]
+        assert lo <= row[name] <= hi
+
+
+def test_temperature_flag_keeps_decisions(bench):
+    plain = common.read_json(bench / "outputs/linear/calibration.json")
+    assert cli("calibrate", "--run", "outputs/linear", "--temperature", *FLOOR, cwd=bench).code == 0
+    warm = common.read_json(bench / "outputs/linear/calibration.json")
+    assert warm["temperature_applied"] and warm["threshold"] != plain["threshold"]
+    for side in ("val", "test"):
+        for point in ("at_0.5", "at_rec", "at_guaranteed"):
+            assert all(warm[side][point][k] == plain[side][point][k] for k in ("tp", "fp", "tn", "fn", "auroc"))
+    predictions = predict_rows(bench, "xray/test", "--run", "outputs/linear")
+    with np.load(bench / "outputs/linear/scores.npz") as file:
+        assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
+    assert cli("calibrate", "--run", "outputs/linear", *FLOOR, cwd=bench).code == 0
+
+
+def predict_rows(folder, *argv, code=0):
+    """Rows of predict.py's CSV."""
+    done = cli("predict", *argv, cwd=folder)
+    assert done.code == code, done.err
+    assert done.out.splitlines()[0] == "path,p_pneumonia,decision@0.5,decision@Rec,note"
+    return list(csv.DictReader(io.StringIO(done.out)))
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_predict_reproduces_calibrate_exactly(bench, tta):
+    flags, suffix = (["--tta"], "-tta") if tta else ([], "")
+    run = "outputs/scratch-seed0"
+    if tta:
+        assert cli("calibrate", "--run", run, "--tta", *FLOOR, cwd=bench).code == 0
+    predictions = predict_rows(bench, "xray/test", "--run", run, *flags)
+    with np.load(bench / run / f"scores{suffix}.npz") as file:
+        assert [r["path"] for r in predictions] == [f"xray/{f}" for f in file["test_files"]]
+        assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
+        thr = common.read_json(bench / run / f"calibration{suffix}.json")["threshold"]
+        assert [r["decision@Rec"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= thr).tolist()
+        assert [r["decision@0.5"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= 0.5).tolist()
+    backwards = [f"xray/{f}" for f in file_list(bench, run)[::-1][:7]]  # other batches, same scores
+    again = predict_rows(bench, *backwards, "--run", run, "--batch-size", 3, *flags)
+    by_path = {r["path"]: r["p_pneumonia"] for r in predictions}
+    assert [float(r["p_pneumonia"]) for r in again] == pytest.approx([float(by_path[b]) for b in backwards], abs=2e-3)
+
+
+def file_list(folder, run):
+    with np.load(folder / run / "scores.npz") as file:
+        return file["test_files"].tolist()
+
+
+def test_predict_reports_bad_and_odd_files_and_goes_on(bench):
+    odd = bench / "odd"
+    odd.mkdir(exist_ok=True)
+    good = sorted((bench / "xray/test/NORMAL").iterdir())[0]
+    Image.open(good).convert("L").save(odd / "a_good.png")
+    (odd / "b_empty.png").write_bytes(b"")
+    (odd / "c_text.jpg").write_text("no image")
+    (odd / "d_cut.jpeg").write_bytes(good.read_bytes()[:600])
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(odd / "e_colour.png")
+    grey = np.asarray(Image.open(good).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(odd / "f_16bit.png")
+    (odd / "g.dcm").write_text("no dicom")
+    done = cli("predict", "odd", "--run", "outputs/linear", cwd=bench)
+    assert done.code == 2 and "4 of 7" in done.err and "Traceback" not in done.err
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    by = {Path(r["path"]).name[0]: r for r in rows}
+    assert len(rows) == 7 and [k for k in by if by[k]["p_pneumonia"] == ""] == ["b", "c", "d", "g"]
+    assert all(by[k]["note"].startswith("unreadable") for k in "bcdg")
+    assert "colour photograph" in by["e"]["note"] and "width 300" in by["e"]["note"]
+    assert float(by["f"]["p_pneumonia"]) == pytest.approx(float(by["a"]["p_pneumonia"]), abs=1e-6)
+    assert cli("predict", "nowhere/*.png", "--run", "outputs/linear", cwd=bench).code == 2
+    assert cli("predict", "odd", "--run", "nowhere", cwd=bench).code == 2
+
+
+def test_predict_reads_dicom(bench):
+    """MONOCHROME1 stored inverted, and 12 bits with a window, both give the PNG's score."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    grey = np.asarray(Image.open(sorted((bench / "xray/test/PNEUMONIA").iterdir())[0]).convert("L"))
+    full = ((grey.astype(float) - grey.min()) / (grey.max() - grey.min()) * 255).round().astype(np.uint8)
+    folder = bench / "dicom"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(full).save(folder / "a.png")
+
+    def save(name, pixels, bits, photometric, **extra):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
+        file = FileDataset(str(folder / name), {}, file_meta=meta, preamble=b"\0" * 128)
+        file.Rows, file.Columns = pixels.shape
+        file.SamplesPerPixel, file.PixelRepresentation, file.PhotometricInterpretation = 1, 0, photometric
+        file.BitsAllocated = 8 * pixels.itemsize
+        file.BitsStored, file.HighBit = bits, bits - 1
+        file.PixelData = pixels.tobytes()
+        for key, value in extra.items():
+            setattr(file, key, value)
+        file.save_as(folder / name, enforce_file_format=True)
+
+    save("b.dcm", 255 - full, 8, "MONOCHROME1")
+    save("c.dcm", full.astype(np.uint16) * 10 + 7, 12, "MONOCHROME2", RescaleSlope="2", RescaleIntercept="-14",
+         WindowCenter="2550", WindowWidth="5101")
+    rows = predict_rows(bench, "dicom", "--run", "outputs/linear")
+    scores = [float(r["p_pneumonia"]) for r in rows]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-9) and scores[2] == pytest.approx(scores[0], abs=0.02)
+
+
+def test_predict_streams(bench):
+    """Files are taken from the iterator batch by batch: never more than two batches are in the air."""
+    import predict
+    scorer = predict.Scorer(bench / "outputs/linear", torch.device("cpu"), tta=False)
+    path, taken = str(bench / "xray" / file_list(bench, "outputs/linear")[0]), 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield path
+
+    rows = scorer.rows(endless(), batch_size=4)
+    for i in range(1, 30):
+        next(rows)
+        assert taken <= 4 * (2 + i // 4 + 1)
+
+
+def test_export_matches_pytorch(bench):
+    onnx, _, runtime = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
+    run = "outputs/scratch-seed0"
+    assert cli("predict", "--export", "m.onnx", "--run", run, cwd=bench).code == 0
+    meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
+    assert float(meta["threshold@Rec"]) == common.read_json(bench / run / "calibration.json")["threshold"]
+    pixels = np.stack([data.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
+    got = runtime.InferenceSession(str(bench / "m.onnx")).run(None, {"image": pixels[:, None].astype(np.float32) / 255})[0]
+    model, results = engine.load_run(bench / run)
+    with torch.inference_mode():
+        logits = engine.forward(model, torch.from_numpy(pixels)[:, None] / 255, mean=results["mean"], std=results["std"], amp=False)
+    assert got == pytest.approx(metrics.tempered(logits.numpy(), 1.0), abs=1e-4)
+
+
+def test_report_has_every_section_and_html_stands_alone(bench):
+    done = cli("compare", "--html", "report.html", "--csv", "t.csv", cwd=bench)
+    assert done.code == 0, done.err
+    text = done.out
+    for heading in ("What the threshold promises", "95% intervals", "Which model is better", "Are the probabilities right",
+                    "Subgroups", "How this was evaluated", "mean ± sd of 2 seeds", "ensemble of 2 seeds", "@Guar", "SYNTHETIC"):
+        assert heading in text, heading
+    with np.load(bench / "outputs/scratch-seed0/scores.npz") as a, np.load(bench / "outputs/scratch-seed1/scores.npz") as b:
+        y, aurocs = a["test_labels"], [metrics.roc_auc_score(s["test_labels"], s["test_p1"]) for s in (a, b)]
+        both = metrics.roc_auc_score(y, (a["test_p1"] + b["test_p1"]) / 2)
+    mean_row = next(line for line in text.splitlines() if "mean ± sd of 2 seeds @Rec" in line)
+    assert f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f}" in mean_row
+    assert f"| {both:.3f} |" in next(line for line in text.splitlines() if "ensemble of 2 seeds @Rec" in line)
+    page = (bench / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 7 and "SYNTHETIC" in page
+    assert (bench / "t.csv").read_text().splitlines()[0].startswith("Data,Model,Params (M)")
+
+
+def test_newer_format_and_too_few_patients_are_refused(bench, tmp_path):
+    shutil.copytree(bench / "outputs/linear", tmp_path / "newer")
+    results = common.read_json(tmp_path / "newer/results.json")
+    common.write_json(tmp_path / "newer/results.json", {**results, "format": 99})
+    for script in ("calibrate", "compare"):
+        done = cli(script, "--run", tmp_path / "newer", cwd=bench)
+        assert done.code == 2 and "format 99" in done.err
+    done = cli("calibrate", "--run", "outputs/linear", "--guarantee", 0.9999999, cwd=bench)
+    assert done.code == 2 and "are needed" in done.err
