@@ -42,6 +42,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     model, results = engine.load_run(run)
     amp = bool(results["recipe"]["amp"]) and engine.fast_bf16(device)
     key = common.sha256([common.sha256(Path(run, "checkpoint.pth")), results["mean"], results["std"], amp, tta,
+                         results["data"].get("normalise", "none"),
                          [data.pixel_fingerprint(s) for s in sets]])
     path = Path(run, "scores-tta.npz" if tta else "scores.npz")
     if (kept := read_scores(path, key)) is not None:

@@ -43,6 +43,7 @@ class DataConfig:
     skip_bad: bool = False
     cache_dir: str = "Data/cache"
     classes: tuple = CLASSES
+    normalise: str = "none"
 
 
 @dataclass
@@ -53,12 +54,13 @@ class Subset:
     labels: np.ndarray
     images: np.ndarray
     rows: np.ndarray
+    normalise: str = "none"
 
     def __len__(self):
         return len(self.files)
 
     def take(self, index):
-        return Subset([self.files[i] for i in index], self.labels[index], self.images, self.rows[index])
+        return Subset([self.files[i] for i in index], self.labels[index], self.images, self.rows[index], self.normalise)
 
 
 # ---------------------------------------------------------------- command line
@@ -72,6 +74,8 @@ def add_arguments(parser):
     group.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the square input")
     group.add_argument("--resize", choices=("squash", "pad", "crop"), default="squash",
                        help="non-square originals: distort, letterbox, or cut to the middle")
+    group.add_argument("--normalise", choices=("none", "standard", "equalise"), default="none",
+                       help="exposure of each image: as it is, to one mean and spread, or a flat histogram")
     group.add_argument("--split", choices=("patient", "image"), default="patient",
                        help="validation split: no patient on both sides, or plain stratified images")
     group.add_argument("--split-seed", type=int, default=0, help="seed of the validation split")
@@ -92,7 +96,7 @@ def config_from_args(args):
     if args.img_size < 1:
         raise InputError(f"--img-size must be positive, got {args.img_size}")
     return DataConfig(args.data_dir, args.img_size, args.resize, args.split, args.split_seed,
-                      skip_bad=args.skip_bad, cache_dir=args.cache_dir)
+                      skip_bad=args.skip_bad, cache_dir=args.cache_dir, normalise=args.normalise)
 
 
 def config_from_json(value):
@@ -352,7 +356,7 @@ def load_train_val(config):
     files, labels = list_images(root, "train", config.classes)
     _, test_labels = list_images(root, "test", config.classes)
     images, kept, sizes = load_images(root, files, config, "train")
-    everything = Subset([files[i] for i in kept], labels[kept], images, kept)
+    everything = Subset([files[i] for i in kept], labels[kept], images, kept, config.normalise)
     index = split_train_val(everything.files, everything.labels, config.split, config.val_fraction, config.split_seed)
     train, val = (everything.take(i) for i in index)
     ids = {patient_id(f) for f in train.files}
@@ -384,7 +388,7 @@ def load_test(config):
     root = find_root(config.data_dir, config.classes)
     files, labels = list_images(root, "test", config.classes)
     images, kept, _ = load_images(root, files, config, "test")
-    return Subset([files[i] for i in kept], labels[kept], images, kept)
+    return Subset([files[i] for i in kept], labels[kept], images, kept, config.normalise)
 
 
 def pixel_fingerprint(subset):
@@ -407,39 +411,84 @@ def input_range(subset):
 class Augment:
     """Random changes of a batch [B, 1, S, S] in [0, 1], drawn per image on its device; all zero = none.
 
-    rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; brightness: +/- added
-    (times 1); contrast: +/- fraction about the image's mean; hflip: probability (0: hearts are on the left).
-    Geometry is one bilinear resampling with black outside.
+    rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; aspect: +/- fraction by which
+    width grows and height shrinks; hflip: probability (0: hearts are on the left). Geometry is one bilinear
+    resampling with black outside. brightness: +/- added; contrast: +/- fraction about the image's mean; gamma:
+    exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side (a coarser detector);
+    noise: greatest standard deviation; erase: probability that one rectangle of 3% to 25% of the area turns grey
+    (Zhong et al. 2020, arXiv:1708.04896).
     """
     rotate: float = 7.0
     translate: float = 0.05
     scale: float = 0.1
+    aspect: float = 0.0
     brightness: float = 0.1
     contrast: float = 0.15
+    gamma: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    erase: float = 0.0
     hflip: float = 0.0
 
     def __call__(self, x):
         B, device = x.shape[0], x.device
 
-        def uniform(bound):
-            return (2 * torch.rand(B, device=device) - 1) * bound
+        def uniform(low, high):
+            return low + (high - low) * torch.rand(B, device=device)
 
-        if self.rotate or self.translate or self.scale or self.hflip:
-            x = affine(x, angle=uniform(math.radians(self.rotate)), zoom=1 + uniform(self.scale),
-                       flip=1 - 2 * (torch.rand(B, device=device) < self.hflip).float(),
-                       shift_x=uniform(self.translate), shift_y=uniform(self.translate))
+        def both(bound):
+            return uniform(-bound, bound)
+
+        def chance(p):
+            return torch.rand(B, device=device) < p
+
+        if self.rotate or self.translate or self.scale or self.aspect or self.hflip:
+            x = affine(x, angle=both(math.radians(self.rotate)), zoom=1 + both(self.scale),
+                       flip=1 - 2 * chance(self.hflip).float(), shift_x=both(self.translate),
+                       shift_y=both(self.translate), aspect=1 + both(self.aspect))
+        if self.blur:
+            side = x.shape[-1]
+            x = torch.where(chance(self.blur).view(B, 1, 1, 1), gaussian_blur(x, side * uniform(0.004, 0.012)), x)
+        if self.gamma:
+            x = x.clamp(min=1e-6) ** both(self.gamma).exp().view(B, 1, 1, 1)
         if self.brightness or self.contrast:
             mean = x.mean(dim=(1, 2, 3), keepdim=True)
-            factor = (1 + uniform(self.contrast)).view(B, 1, 1, 1)
-            x = ((x - mean) * factor + mean + uniform(self.brightness).view(B, 1, 1, 1)).clamp(0, 1)
-        return x
+            x = (x - mean) * (1 + both(self.contrast)).view(B, 1, 1, 1) + mean + both(self.brightness).view(B, 1, 1, 1)
+        if self.noise:
+            x = x + torch.randn_like(x) * uniform(0, self.noise).view(B, 1, 1, 1)
+        if self.erase:
+            area, ratio = uniform(0.03, 0.25), both(0.7).exp()
+            inside = _span(x.shape[-1], (area * ratio).sqrt(), uniform(0, 1), device).unsqueeze(1) \
+                & _span(x.shape[-2], (area / ratio).sqrt(), uniform(0, 1), device).unsqueeze(2)  # (B, S, S)
+            x = torch.where((inside & chance(self.erase).view(B, 1, 1)).unsqueeze(1), uniform(0, 1).view(B, 1, 1, 1), x)
+        return x.clamp(0, 1)
+
+
+def _span(side, length, place, device):
+    """Booleans (B, side): True on a run of `length` (fraction) that starts at `place` of the room left for it."""
+    at = (torch.arange(side, device=device) + 0.5) / side
+    start = place * (1 - length.clamp(max=1))
+    return (at >= start.unsqueeze(1)) & (at < (start + length).unsqueeze(1))
+
+
+def gaussian_blur(x, sigma):
+    """Blur images [B, 1, S, S], each by its own sigma [B] in pixels (at most S/6); edges are repeated."""
+    B, radius = len(x), max(1, math.ceil(3 * float(sigma.max())))
+    at = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (at / sigma.view(B, 1)) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # (B, 2r + 1)
+    x = F.pad(x.transpose(0, 1), (radius,) * 4, mode="replicate")  # (1, B, S + 2r, S + 2r): one group an image
+    x = F.conv2d(F.conv2d(x, kernel.view(B, 1, 1, -1), groups=B), kernel.view(B, 1, -1, 1), groups=B)
+    return x.transpose(0, 1)
 
 
 def add_augment_arguments(parser):
     """Flags for every field of Augment, with its defaults."""
     group = parser.add_argument_group("augmentation of training images (0 turns one off)")
     units = {"rotate": "+/- degrees", "translate": "+/- fraction of the side", "scale": "+/- fraction",
-             "brightness": "+/- of the grey range", "contrast": "+/- fraction", "hflip": "probability"}
+             "aspect": "+/- fraction", "brightness": "+/- of the grey range", "contrast": "+/- fraction",
+             "gamma": "exponent exp(+/- X)", "blur": "probability", "noise": "greatest standard deviation",
+             "erase": "probability", "hflip": "probability"}
     for name, default in asdict(Augment()).items():
         group.add_argument(f"--{name}", type=float, default=default, metavar="X", help=units[name])
 
@@ -448,19 +497,21 @@ def augment_from_args(args):
     """Parsed flags -> Augment; InputError for negative or too large values."""
     values = {name: getattr(args, name) for name in asdict(Augment())}
     for name, value in values.items():
-        if not 0 <= value <= (180 if name == "rotate" else 1) or (name == "scale" and value == 1):
-            raise InputError(f"--{name} {value} is out of range")
+        limit = {"rotate": 180, "gamma": 3, "scale": 0.99, "aspect": 0.99}.get(name, 1)
+        if not 0 <= value <= limit:
+            raise InputError(f"--{name} must lie in [0, {limit}], got {value}")
     return Augment(**values)
 
 
-def affine(x, angle, zoom, flip, shift_x, shift_y):
+def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
     """Turn, zoom, mirror (flip = -1) and shift images [B, 1, S, S], by one bilinear resampling, black outside.
 
-    Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes.
+    Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes; width
+    grows by `aspect` and height shrinks by it.
     """
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    theta = torch.stack([torch.stack([cos * flip, -sin * flip, 2 * shift_x], 1),  # the grid spans [-1, 1]
-                         torch.stack([sin, cos, 2 * shift_y], 1)], dim=1)  # (B, 2, 3)
+    theta = torch.stack([torch.stack([cos * flip / aspect, -sin * flip * aspect, 2 * shift_x], 1),  # the grid spans [-1, 1]
+                         torch.stack([sin / aspect, cos * aspect, 2 * shift_y], 1)], dim=1)  # (B, 2, 3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 
@@ -504,7 +555,24 @@ class Batches:
         else:
             x = torch.from_numpy(self.subset.images[self.subset.rows[index.numpy()]]).to(self.device)
             y = self.labels[index.to(self.device)]
-        return x.unsqueeze(1).float().div_(255), y
+        return normalise(x, self.subset.normalise), y
+
+
+def normalise(x, mode):
+    """uint8 [B, S, S] -> float32 [B, 1, S, S] in [0, 1], the same for training, validation and new images.
+
+    "none": x / 255. "standard": each image to mean 0.5 and standard deviation 0.22, cut to [0, 1]. "equalise": each
+    image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of exposure is left."""
+    if mode == "equalise":
+        levels = x.flatten(1).long()  # (B, S*S)
+        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float))
+        ranks = (counts.cumsum(1) - counts / 2) / levels.shape[1]  # (B, 256): mid-rank of each grey level, in (0, 1)
+        return ranks.gather(1, levels).view(x.shape).unsqueeze(1)
+    x = x.unsqueeze(1).float().div_(255)
+    if mode == "standard":
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+        x = ((x - mean) / std.clamp(min=1e-3) * 0.22 + 0.5).clamp_(0, 1)
+    return x
 
 
 # ---------------------------------------------------------------- synthetic set, download

@@ -144,7 +144,7 @@ class Scorer:
     @torch.inference_mode()
     def scores(self, images):
         """uint8 [B, S, S] -> P(PNEUMONIA), float64 [B]."""
-        x = torch.from_numpy(images).to(self.device).unsqueeze(1).float().div_(255)
+        x = data.normalise(torch.from_numpy(images).to(self.device), self.config.normalise)
         logits = engine.forward(self.model, x, mean=self.results["mean"], std=self.results["std"], amp=self.amp,
                                 views=self.views)
         return metrics.tempered(logits.cpu().numpy(), self.temperature)
@@ -206,8 +206,10 @@ def export(scorer, run, path):
         graph = onnx.load(tmp)
         onnx.helper.set_model_props(graph, {
             "run": str(run), "model": results["model"], "classes": json.dumps(scorer.classes),
-            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; files: {scorer.config.resize} to {size} px",
+            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; files: {scorer.config.resize} to {size} px, "
+                     f"then data.normalise(..., {scorer.config.normalise!r})",
             "mean": json.dumps(results["mean"]), "std": json.dumps(results["std"]), "scaling": "inside the graph",
+            "normalise": scorer.config.normalise,
             "temperature": repr(scorer.temperature), "threshold@0.5": "0.5", "threshold@Rec": repr(scorer.threshold),
             "synthetic": json.dumps(results["synthetic"])})
         onnx.save(graph, tmp)
