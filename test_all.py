@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import scipy.ndimage  # noqa: E402
 import scipy.special  # noqa: E402
+import scipy.stats  # noqa: E402
 import sklearn.metrics  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
@@ -2915,3 +2916,88 @@ def test_newer_format_and_too_few_patients_are_refused(bench, tmp_path):
         assert done.code == 2 and "format 99" in done.err
     done = cli("calibrate", "--run", "outputs/linear", "--guarantee", 0.9999999, cwd=bench)
     assert done.code == 2 and "are needed" in done.err
+
+
+# ================================================================ recipes: augmentation, exposure, selection signals
+
+def test_gaussian_blur_equals_scipy():
+    x = torch.rand(3, 1, 40, 40)
+    sigma = torch.tensor([0.7, 1.5, 3.0])
+    got = data.gaussian_blur(x, sigma)
+    for i in range(3):
+        radius = math.ceil(9.0)  # the widest kernel serves all
+        want = scipy.ndimage.gaussian_filter(x[i, 0].double().numpy(), float(sigma[i]), mode="nearest",
+                                             truncate=radius / float(sigma[i]))
+        assert got[i, 0].numpy() == pytest.approx(want, abs=1e-5)
+
+
+def test_gamma_noise_and_erase_do_what_they_say():
+    torch.manual_seed(0)
+    half = torch.full((400, 1, 16, 16), 0.5)
+    exponents = torch.log(data.Augment(**{**NONE, "gamma": 0.5})(half)[:, 0, 0, 0]) / math.log(0.5)
+    assert exponents.min() >= math.exp(-0.5) - 1e-4 and exponents.max() <= math.exp(0.5) + 1e-4
+    assert exponents.log().mean() == pytest.approx(0, abs=0.05) and exponents.log().std() == pytest.approx(0.5 / 3 ** 0.5, abs=0.03)
+    spread = data.Augment(**{**NONE, "noise": 0.05})(half).std(dim=(1, 2, 3))
+    assert spread.max() < 0.06 and spread.mean() == pytest.approx(0.025, abs=0.004)
+    erased = data.Augment(**{**NONE, "erase": 0.5})(torch.full((400, 1, 64, 64), 0.123)) != 0.123
+    share = erased.float().mean(dim=(1, 2, 3))
+    assert (share > 0).float().mean() == pytest.approx(0.5, abs=0.08)
+    assert 0.02 < share[share > 0].min() and share.max() < 0.27
+    box = erased[share.argmax(), 0]  # one solid rectangle
+    rows, columns = box.any(1).nonzero(), box.any(0).nonzero()
+    assert box.sum() == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+
+
+def test_aspect_widens_and_flattens():
+    """A centred disc of radius 10 becomes an ellipse whose axes multiply to the same area."""
+    y, x = torch.meshgrid(torch.arange(65.0) - 32, torch.arange(65.0) - 32, indexing="ij")
+    disc = ((x ** 2 + y ** 2) <= 100).float().view(1, 1, 65, 65)
+    full = torch.ones(1)
+    wide = data.affine(disc, 0 * full, full, full, 0 * full, 0 * full, aspect=1.3 * full) > 0.5
+    assert wide.any(2).sum() == pytest.approx(2 * 13, abs=2) and wide.any(3).sum() == pytest.approx(2 * 10 / 1.3, abs=2)
+
+
+def test_normalise_modes():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.integers(40, 200, (4, 32, 32), dtype=np.uint8))
+    assert torch.equal(data.normalise(x, "none"), x.unsqueeze(1) / 255)
+    standard = data.normalise(x, "standard")
+    assert standard.mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.5), abs=1e-3)
+    assert standard.std(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.22), abs=1e-3)
+    flat = data.normalise(x, "equalise")
+    for image, got in zip(x.numpy(), flat[:, 0].numpy()):  # mid-ranks, by scipy
+        want = (scipy.stats.rankdata(image, method="average").reshape(image.shape) - 0.5) / image.size
+        assert got == pytest.approx(want, abs=1e-5)
+    darker = torch.from_numpy((x.numpy().astype(float) ** 1.2 / 3).round().astype(np.uint8))  # monotone, merges few levels
+    assert torch.allclose(data.normalise(darker, "equalise"), flat, atol=0.05)
+
+
+def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):
+    shutil.copytree(bench / "xray", tmp_path / "xray")
+    assert cli("train_linear", "--data-dir", "xray", "--img-size", 32, "--normalise", "equalise", cwd=tmp_path).code == 0
+    assert cli("calibrate", *FLOOR, cwd=tmp_path).code == 0
+    rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/linear")
+    with np.load(tmp_path / "outputs/linear/scores.npz") as file, np.load(bench / "outputs/linear/scores.npz") as plain:
+        assert [float(r["p_pneumonia"]) for r in rows] == file["test_p1"].tolist()
+        assert np.abs(file["test_p1"] - plain["test_p1"]).max() > 1e-3
+
+
+def test_source_folds_split_series_and_patient_numbers():
+    import experiments
+    files = ["train/NORMAL/IM-0001-0001.jpeg", "train/NORMAL/NORMAL2-IM-0002-0001.jpeg",
+             *(f"train/PNEUMONIA/person{i}_virus_{i}.jpeg" for i in (1, 2, 3, 4))]
+    labels = np.array([0, 0, 1, 1, 1, 1])
+    first = experiments.source_fold(files, labels, 0)
+    assert first.tolist() == [True, False, True, True, False, False]
+    assert (experiments.source_fold(files, labels, 1) == ~first).all()
+    with pytest.raises(InputError, match="sources"):
+        experiments.source_fold(["a.png", "b.png"], np.array([0, 1]), 0)
+
+
+def test_corruptions_keep_shape_and_change_the_image():
+    import experiments
+    image = data._draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
+    for name, change in experiments.corruptions().items():
+        out = change(image)
+        assert out.shape == image.shape and out.dtype == np.uint8, name
+        assert 1 < np.abs(out.astype(int) - image).mean() < 80, name
