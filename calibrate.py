@@ -72,7 +72,7 @@ def read_scores(path, key):
 
 
 def show(title, result):
-    """Print a run's figures, validation beside test, with patient-bootstrap intervals of recall and specificity."""
+    """Print a run's figures, validation beside test, with intervals of recall and specificity."""
     guarantee = result["guarantee"]
     print(f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= "
           f"{result['min_recall']:g} there); " + (
@@ -84,7 +84,7 @@ def show(title, result):
         for point, mark in POINTS.items():
             if point in result[name]:
                 row = result[name][point]
-                spans = ["{:.3f} to {:.3f}".format(*row["interval"][k]["bootstrap"]) for k in ("recall", "specificity")]
+                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k)) for k in ("recall", "specificity")]
                 print(f"  {word:10} {mark:5}" + "".join(f"{row[c]:12.4f}" for c in COLUMNS) + "   " + "  ".join(spans))
     calib, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
     print(f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "

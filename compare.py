@@ -118,9 +118,9 @@ def ensemble(family):
 # ---------------------------------------------------------------- tables: each is a list of blocks
 # A block is ("h2" | "h3" | "p", text), ("table", header, rows) or ("image", path, caption).
 
-def span(row, key, method="bootstrap"):
+def span(row, key):
     """"0.951 [0.931, 0.968]": a figure with its 95% interval."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(row[key], *row["interval"][key][method])
+    return "{:.3f} [{:.3f}, {:.3f}]".format(row[key], *metrics.reported_interval(row, key))
 
 
 def rows(runs):
@@ -158,10 +158,10 @@ def interval_blocks(runs):
     keys = ("recall", "specificity", "precision", "acc", "f1", "auroc", "auprc")
     head = ["Model", "Recall", "Specificity", "Precision", "Accuracy", "F1", "AUROC", "AUPRC", "AUROC (DeLong)"]
     body = [[f"{r.name} {POINTS[p]}", *(span(r.points["test", p], k) for k in keys),
-             span(r.points["test", p], "auroc", "delong")] for p in POINTS for r in runs if ("test", p) in r.points]
+             "[{:.3f}, {:.3f}]".format(*r.points["test", p]["interval"]["auroc"]["delong"])] for p in POINTS for r in runs if ("test", p) in r.points]
     return [("h3", "How sure: 95% intervals on test"),
-            ("p", f"Percentile bootstrap, whole patients drawn {runs[0].calibration['bootstrap']} times; Wilson and "
-                  "DeLong intervals, which take images as independent, are in calibration.json."),
+            ("p", f"Percentile bootstrap, whole patients drawn {runs[0].calibration['bootstrap']} times; Wilson where "
+                  "every draw is alike. DeLong and Wilson (all in calibration.json) take images as independent."),
             ("table", head, body)]
 
 

@@ -582,15 +582,15 @@ def is_synthetic(root):
     return Path(root, "SYNTHETIC").exists()
 
 
-def make_synthetic(root, train=320, test=80, seed=0):
+def make_synthetic(root, train=480, test=120, seed=0):
     """Draw a set of radiograph-like JPEGs under `root` (once; a complete set is kept).
 
-    Ribs, two lungs and a heart; the sick get cloudy opacities in the lungs. The test half is darker,
+    Ribs, two lungs and a heart; the sick get haze and cloudy opacities in the lungs. The test half is darker,
     flatter and framed wider, so that validation and test disagree as they do on real data. Three in eight
     are NORMAL; patients have one to three images.
     """
     root = Path(root)
-    settings = {"train": train, "test": test, "seed": seed, "version": 1}
+    settings = {"train": train, "test": test, "seed": seed, "version": 2}
     marker = root / "SYNTHETIC"
     if marker.exists() and marker.read_text() == json.dumps(settings):
         return
@@ -638,9 +638,10 @@ def _draw_radiograph(rng, sick, shifted, side=256):
     image = 0.62 * body - 0.4 * lungs + 0.07 * lungs * np.clip(wave, 0, 1) ** 2
     image += 0.3 * blob(0, 0, 0.09, 1.2, 0.2) + 0.28 * blob(0.16, 0.3, 0.3, 0.3, 0.08)
     if sick:
+        image += rng.uniform(0.0, 0.13) * lungs  # haze over both lungs
         for _ in range(rng.integers(1, 4)):
             cx = rng.choice([-1, 1]) * rng.uniform(0.3, 0.5)
-            cloud = blob(cx, rng.uniform(-0.3, 0.4), rng.uniform(0.1, 0.25), rng.uniform(0.12, 0.3), 0.35)
+            cloud = blob(cx, rng.uniform(-0.3, 0.4), rng.uniform(0.15, 0.3), rng.uniform(0.15, 0.35), 0.35)
             image += rng.uniform(0.1, 0.3) * cloud * lungs
     coarse = Image.fromarray(rng.normal(0, 1, (16, 16)).astype(np.float32))
     image += 0.02 * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))

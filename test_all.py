@@ -3001,3 +3001,14 @@ def test_corruptions_keep_shape_and_change_the_image():
         out = change(image)
         assert out.shape == image.shape and out.dtype == np.uint8, name
         assert 1 < np.abs(out.astype(int) - image).mean() < 80, name
+
+
+def test_reported_interval_never_claims_certainty():
+    y, p = np.r_[np.zeros(20, int), np.ones(20, int)], np.linspace(0, 1, 40)
+    row = metrics.summarize_at_threshold(y, p, 0.5)
+    row["interval"] = metrics.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
+    assert row["interval"]["recall"]["bootstrap"] == [1.0, 1.0]
+    assert metrics.reported_interval(row, "recall") == pytest.approx(metrics.wilson_interval(20, 20))
+    row = metrics.summarize_at_threshold(y, p, 0.6)
+    row["interval"] = metrics.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
+    assert metrics.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
