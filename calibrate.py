@@ -68,7 +68,8 @@ def read_scores(path, key):
     except common.DAMAGED as error:
         common.say(f"{path} is damaged ({error}): scoring again")
         return None
-    return scores if "key" in scores and str(scores["key"]) == key else None
+    needed = [f"{s}_{k}" for s in ("val", "test") for k in ("files", "labels", "patients", "logits")]
+    return scores if "key" in scores and str(scores["key"]) == key and all(k in scores for k in needed) else None
 
 
 def show(title, result):
@@ -102,7 +103,7 @@ def parse():
                         help="confidence of the guaranteed threshold, in (0, 1); naming it makes too few patients an "
                              "error (default: 0.95, left out where it cannot be given)")
     parser.add_argument("--temperature", action=argparse.BooleanOptionalAction, default=False,
-                        help="divide logits by the temperature fitted on validation: better probabilities, same decisions")
+                        help="divide logits by the temperature fitted on validation: same decisions, other probabilities")
     parser.add_argument("--tta", action="store_true", help="average over small shifts and zooms; kept as a row of its own")
     parser.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="draws of the patient bootstrap")
@@ -111,6 +112,7 @@ def parse():
     parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
     parser.add_argument("--data-dir", default=None, help="the same images elsewhere (default: as trained)")
     parser.add_argument("--cache-dir", default=None, help="decoded images (default: as trained)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)")
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     args = parser.parse_args()
@@ -126,24 +128,28 @@ def parse():
 
 def main():
     args = parse()
-    device, loaded = engine.pick_device(args.device), {}
+    device, loaded, promised = engine.pick_device(args.device), {}, False
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
     suffix = "-tta" if tta else ""
     for run in common.find_runs(args.runs_dir, args.run):
         results = common.read_results(run)
-        moved = {k: v for k, v in (("data_dir", args.data_dir), ("cache_dir", args.cache_dir)) if v}
+        moved = {k: v for k, v in (("data_dir", args.data_dir), ("cache_dir", args.cache_dir), ("skip_bad", args.skip_bad)) if v}
         config = data.config_from_json({**results["data"], **moved})
         sets = load_sets(config, results["split"]["fingerprint"], loaded)
         scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
-        result = metrics.evaluate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
-                                  strict=args.guarantee is not None, temperature=args.temperature,
-                                  bootstrap=args.bootstrap, prevalence=args.prevalence)
-        result |= {"format": common.FORMAT, "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
+        try:
+            result = metrics.evaluate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
+                                      strict=args.guarantee is not None, temperature=args.temperature,
+                                      bootstrap=args.bootstrap, prevalence=args.prevalence)
+        except common.InputError as error:
+            raise common.InputError(f"{run}: {error}") from None
+        promised = promised or result["guarantee"]["threshold"] is not None
+        result |= {"format": common.FORMAT, "checkpoint": common.sha256(Path(run, "checkpoint.pth")), "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
         with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
             np.savez(f, **scores)
         common.write_json(Path(run, f"calibration{suffix}.json"), result)
         show(str(run) + (" with TTA" if tta else "") + (" (SYNTHETIC data)" if results["synthetic"] else ""), result)
-    if loaded:
+    if promised:
         print("\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "
               "validation and test lines.")
 

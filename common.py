@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -36,9 +36,9 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):  # of a process that was killed
-        if left.stat().st_mtime < time.time() - 3600:
-            left.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        if not _alive(left.name.removesuffix(f".tmp{path.suffix}").rpartition(".")[2]):
+            left.unlink(missing_ok=True)  # of a process that was killed
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield tmp
@@ -47,6 +47,19 @@ def atomic_path(path):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    """Whether a process of this machine has this number (always, where that cannot be asked)."""
+    if os.name != "posix" or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_json(path, value):
@@ -75,16 +88,55 @@ FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher nu
 def read_results(run):
     """results.json of a run folder; InputError if absent, damaged, incomplete, or of a newer format."""
     path = Path(run, "results.json")
+    if not path.exists():
+        raise InputError(f"{path} does not exist: train a model first, or name the folder of one with --run")
     results = read_json(path)
-    if not isinstance(results.get("format"), int) or results["format"] > FORMAT:
-        raise InputError(f"{path} has format {results.get('format')}, this version reads up to {FORMAT}: "
-                         "update these scripts")
-    needed = ("model", "model_config", "params", "minutes", "synthetic", "split", "data", "history", "best_epoch",
-              "recipe", "mean", "std", "finished")
-    missing = [k for k in needed if k not in results]
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}: it was not written by a training script")
+    check_format(results, path)
+    number = (int, float)
+    kinds = {"model": str, "model_config": dict, "params": int, "minutes": number, "synthetic": bool, "split": dict,
+             "data": dict, "history": list, "best_epoch": int, "recipe": dict, "mean": list, "std": list, "finished": bool}
+    wrong = [k for k, kind in kinds.items() if not isinstance(results.get(k), kind)]
+    if not wrong:
+        split, epochs = results["split"], results["history"]
+        wrong += [f"split.{k}" for k in ("train", "val", "test", "counts", "fingerprint", "set") if k not in split]
+        wrong += [] if "amp" in results["recipe"] else ["recipe.amp"]
+        wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3) or len(results["mean"]) != len(results["std"])
+                  or not all(isinstance(v, number) for v in results[k])]
+        wrong += [] if results["best_epoch"] <= len(epochs) and (epochs or not results["finished"]) else ["best_epoch"]
+        wrong += ["history"] * any(not isinstance(h, dict) or not {"train_loss", "val_loss", "val_auroc"} <= h.keys()
+                                   for h in epochs)
+    if wrong:
+        raise InputError(f"{path} is damaged or was not written by a training script: missing or wrong {', '.join(wrong)}")
     return results
+
+
+def check_format(value, path):
+    """InputError if a JSON file's "format" is absent, or newer than this version reads."""
+    found = value.get("format")
+    if not isinstance(found, int):
+        raise InputError(f"{path} is damaged: it has no format number")
+    if found > FORMAT:
+        raise InputError(f"{path} has format {found}, this version reads up to {FORMAT}: update these scripts")
+
+
+def read_calibration(run, suffix=""):
+    """calibration{suffix}.json of a run; InputError if absent, newer, damaged, or made for another checkpoint."""
+    path = Path(run, f"calibration{suffix}.json")
+    if not path.exists():
+        raise InputError(f"{run} is not calibrated: run python calibrate.py{' --tta' if suffix else ''} first")
+    calibration = read_json(path)
+    check_format(calibration, path)
+    rows = [calibration.get(s, {}).get(p, {}) for s in ("val", "test") for p in ("at_0.5", "at_rec")] \
+        if all(isinstance(calibration.get(s), dict) for s in ("val", "test")) else [{}]
+    numbers = [calibration.get(k) for k in ("threshold", "temperature", "min_recall", "bootstrap")]
+    if not all(isinstance(v, (int, float)) for v in numbers) or not 0 <= numbers[0] <= 1 or not numbers[1] > 0 \
+            or not all({"interval", "at_prevalence", "thr", "recall", "specificity"} <= row.keys() for row in rows) \
+            or not {"guarantee", "probability", "temperature_applied", "checkpoint"} <= calibration.keys():
+        raise InputError(f"{path} is damaged: run calibrate.py again")
+    checkpoint = Path(run, "checkpoint.pth")
+    if not checkpoint.exists() or sha256(checkpoint) != calibration["checkpoint"]:
+        raise InputError(f"{path} was made for another checkpoint than {checkpoint}: run calibrate.py again")
+    return calibration
 
 
 def find_runs(runs_dir, chosen=None):
@@ -93,7 +145,7 @@ def find_runs(runs_dir, chosen=None):
     Unfinished runs are passed over with a note, unless chosen. InputError if there is none.
     """
     if chosen:
-        return [Path(run) for run in chosen]
+        return list(dict.fromkeys(Path(os.path.normpath(run)) for run in chosen))
     runs = []
     for path in sorted(Path(runs_dir).glob("*/results.json")):
         if read_results(path.parent)["finished"]:
@@ -121,15 +173,18 @@ def load_tensors(path):
 
     import torch  # here, not above: scripts that only read JSON need no torch
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the very thing that is refused below
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        raise InputError(f"{path} does not exist: train the model again, or copy the file back") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
-        why = "it holds something other than tensors, perhaps code, and was refused" if unsafe else "it is damaged"
+        why = "it holds something other than tensors, perhaps code, and was refused" if unsafe else \
+            "it is damaged; train again, or copy the file back"
         raise InputError(f"{path} cannot be loaded: {why}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a state dict")
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{path} holds a {type(value).__name__} that is not a state dict")
     return value
 
 
@@ -141,7 +196,10 @@ def command_line():
 def parser(doc, **kwargs):
     """An ArgumentParser whose --help is the script's docstring followed by flags with defaults."""
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            if action.default is None or "default:" in (action.help or ""):
+                return action.help
+            return super()._get_help_string(action)
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, **kwargs)
 
 
@@ -159,13 +217,13 @@ def start(main):
     except InputError as error:
         say("error: " + " ".join(str(error).split("\n")) if "\n  " not in str(error) else f"error: {error}")
         sys.exit(2)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:  # not a path the user gave: a bug, so let it be seen
+    except BrokenPipeError:  # `compare.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:  # not about a path: a bug, so let it be seen
             raise
         say(f"error: {error.filename}: {error.strerror}")
         sys.exit(2)
-    except BrokenPipeError:  # `compare.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         say(str(stop) or "interrupted")
         sys.exit(128 + getattr(stop, "signum", 2))

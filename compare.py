@@ -56,17 +56,20 @@ class Run:
 
 def read_run(folder, suffix):
     """A Run from disk; InputError if it is damaged or was calibrated by another version."""
-    results, calibration = common.read_results(folder), common.read_json(Path(folder, f"calibration{suffix}.json"))
-    if calibration.get("format") != common.FORMAT:
-        raise common.InputError(f"{folder}/calibration{suffix}.json has format {calibration.get('format')}, this version "
-                                f"reads {common.FORMAT}: run calibrate.py again, or update these scripts")
+    results, calibration = common.read_results(folder), common.read_calibration(folder, suffix)
     name = NAMES.get(results["model"], results["model"]) + (" pretrained" if "weights" in results else "")
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")
     usual = folder.name.removesuffix("-demo") in ("scratch", "pretrained", "linear")
     base, name = name + end, name + ("" if usual else f" ({folder.name})") + end
     try:
         with np.load(Path(folder, f"scores{suffix}.npz"), allow_pickle=False) as file:
-            return Run(name, base, results, calibration, {k: file[k] for k in file.files})
+            scores = {k: file[k] for k in file.files}
+        for s in ("val", "test"):
+            metrics.check_scores(scores[f"{s}_labels"], scores[f"{s}_p1"])
+            if not len(scores[f"{s}_files"]) == len(scores[f"{s}_patients"]) == len(scores[f"{s}_logits"]) == len(
+                    scores[f"{s}_labels"]):
+                raise ValueError(f"the {s} arrays differ in length")
+        return Run(name, base, results, calibration, scores)
     except (*common.DAMAGED, TypeError) as error:
         raise common.InputError(f"{folder} is damaged or incomplete ({error!r}): run calibrate.py again") from None
 
@@ -89,12 +92,12 @@ def load_runs(runs_dir, chosen):
 
 
 def families(runs):
-    """Lists of two or more runs that differ in the seed alone."""
+    """Lists of two or more runs that differ in the seed alone; a seed trained twice counts once."""
     found = {}
     for run in runs:
         if run.members == 1:
-            found.setdefault(run.family, []).append(run)
-    return [f for f in found.values() if len({r.results.get("seed") for r in f}) > 1]
+            found.setdefault(run.family, {}).setdefault(run.results.get("seed"), run)
+    return [list(f.values()) for f in found.values() if len(f) > 1]
 
 
 def ensemble(family):
@@ -140,15 +143,19 @@ def rows(runs):
     return out
 
 
+def floors(runs):
+    """The recall floors of the runs, as text."""
+    return ", ".join(sorted({f"{r.min_recall:g}" for r in runs}))
+
+
 def main_blocks(runs):
     """The results table."""
     split, (y, _) = runs[0].results["split"], runs[0].part("test")
-    floors = ", ".join(sorted({f"{r.min_recall:g}" for r in runs}))
     warn = "SYNTHETIC data set, not patients: " if runs[0].results["synthetic"] else ""
     return [("h2", warn + split["set"]),
             ("p", f"Test: {len(y)} images ({int((y == 0).sum())} NORMAL, {int(y.sum())} PNEUMONIA), scored at thresholds "
                   f"chosen on validation ({split['val']} images). @Rec: the highest precision among thresholds with "
-                  f"validation recall >= {floors}; @0.5: the threshold 0.5. AUROC does not depend on the threshold. "
+                  f"validation recall >= {floors(runs)}; @0.5: the threshold 0.5. AUROC does not depend on the threshold. "
                   "Time: training, validation included."),
             ("table", HEADER, rows(runs))]
 
@@ -179,12 +186,13 @@ def shift_blocks(runs):
     told = {f"recall >= {r.min_recall:g} with confidence {r.calibration['guarantee']['confidence']:g}, from "
             f"{r.calibration['guarantee']['positive_patients']} patients with pneumonia" for r in runs
             if r.calibration["guarantee"]["threshold"] is not None}
-    refused = sorted({f"{r.name}: {r.calibration['guarantee']['why_not']}" for r in runs
-                      if r.calibration["guarantee"]["threshold"] is None})
+    refused = sorted({r.calibration["guarantee"]["why_not"] for r in runs if r.calibration["guarantee"]["threshold"] is None})
     text = ("@Rec meets the floor on the validation images; for new patients like them its true recall is below the floor "
             "about half the time. " + (f"@Guar is the Neyman-Pearson umbrella rule on patients: {'; '.join(sorted(told))}. "
-                                       if told else "") + "Neither survives a shift: compare validation and test.")
-    text += f" No @Guar for {'; '.join(refused)}." if refused else ""
+                                       if told else "")
+            + "No such promise survives a shift: compare validation and test. The validation images also chose the epoch, "
+              "which flatters validation a little.")
+    text += f" Where @Guar is missing: {'; '.join(refused)}." if refused else ""
     return [("h3", "What the threshold promises, and the shift from validation to test"), ("p", text),
             ("table", head, body)]
 
@@ -229,13 +237,13 @@ def probability_blocks(runs):
         row, (y, _) = run.points["test", "at_rec"], run.part("test")
         here = metrics.predictive_values(row["recall"], row["specificity"], float(y.mean()))
         there = row["at_prevalence"]
-        cell = [f"{v:.3f}" if v is not None else "-" for v in (*here, there["ppv"], there["npv"])]
+        cell = [f"{v:.3f}" if v is not None and np.isfinite(v) else "-" for v in (*here, there["ppv"], there["npv"])]
         body.append([f"{run.name} @Rec", *cell])
     named = runs[0].points["test", "at_rec"]["at_prevalence"]["prevalence"]
     return blocks + [
-        ("p", f"Predictive values depend on how common the disease is: {y.mean():.0%} of the test images are PNEUMONIA, far "
+        ("p", f"Predictive values depend on how common the disease is: {y.mean():.1%} of the test images are PNEUMONIA, far "
               f"more than in a screening room. At a prevalence of {named:.0%}, with the same recall and specificity:"),
-        ("table", ["Model", f"PPV at {y.mean():.0%}", f"NPV at {y.mean():.0%}", f"PPV at {named:.0%}", f"NPV at {named:.0%}"],
+        ("table", ["Model", f"PPV at {y.mean():.1%}", f"NPV at {y.mean():.1%}", f"PPV at {named:.0%}", f"NPV at {named:.0%}"],
          body)]
 
 
@@ -268,22 +276,19 @@ def method_blocks(runs):
             ["Prevalence of PNEUMONIA", f"validation {yv.mean():.1%}, test {y.mean():.1%}"],
             ["Partition", f"--split {data['split']}, seed {data['split_seed']}: {split['shared_patients']} validation images "
                           "share a patient with train; train and test are the published folders"],
-            ["Input", f"{data['img_size']} px grey, {data['resize']}; pixels only"],
+            ["Input", "; ".join(sorted({f"{r.results['data']['img_size']} px grey, {r.results['data']['resize']}, exposure "
+                                        f"{r.results['data'].get('normalise', 'none')}" for r in runs})) + "; pixels only"],
             ["Model selection", "epoch with the best validation AUROC; test never opened in training"],
-            ["Threshold rule", f"@Rec: highest precision with validation recall >= {runs[0].min_recall:g}, exact over all "
+            ["Threshold rule", f"@Rec: highest precision with validation recall >= {floors(runs)}, exact over all "
                                "scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation, applied "
                                "unchanged to test"],
             ["Intervals", "95%; bootstrap over patients, Wilson, DeLong; seeds as mean ± standard deviation"],
             ["Not answered here", "other hospitals, adults, other diseases, inter-reader agreement, clinical benefit"]]
     for run in runs:
         if run.members == 1:
-            rows.append([f"Made by: {run.name}", f"`{r_command(run)}` on {run.results.get('device', '?')}, torch "
+            rows.append([f"Made by: {run.name}", f"`{run.results.get('command', '?')}` on {run.results.get('device', '?')}, torch "
                                                  f"{run.results.get('versions', {}).get('torch', '?')}"])
     return [("h3", "How this was evaluated"), ("table", ["Item", "Answer"], rows)]
-
-
-def r_command(run):
-    return run.results.get("command", "?").replace("|", "\\|")
 
 
 def figure_blocks(runs, shown, figures, slug):
@@ -292,7 +297,11 @@ def figure_blocks(runs, shown, figures, slug):
     for name, draw in (("training", draw_training), ("roc", draw_roc), ("pr", draw_pr), ("confusion", draw_confusion),
                        ("scores", draw_scores), ("reliability", draw_reliability), ("decision", draw_decision)):
         path = Path(figures, f"{slug}-{name}.png")
-        figure, caption = draw(runs if draw is draw_training else shown)
+        drawn = [r for r in runs if len(r.results["history"]) > 1 and r.members == 1 and not r.calibration.get("tta")] \
+            if draw is draw_training else shown
+        if not drawn:
+            continue
+        figure, caption = draw(drawn)
         figure.suptitle(f"{caption} - {runs[0].results['split']['set']}{mark}", fontsize=11)
         with common.atomic_path(path) as tmp:
             figure.savefig(tmp, dpi=130)
@@ -310,7 +319,7 @@ def to_markdown(blocks):
         if kind == "table":
             head, body = rest
             lines = [head, ["---"] + ["---:"] * (len(head) - 1) if head[0] != "Item" else ["---"] * len(head), *body]
-            out.append("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+            out.append("\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines))
         elif kind == "image":
             out.append(f"![{rest[1]}]({Path(os.path.relpath(rest[0])).as_posix()})")
         else:
@@ -373,18 +382,17 @@ def _axes(count, width=5.2, height=4.2, columns=2):
 
 
 def _style(i):
-    return dict(zip(("color", "linestyle"), STYLES[i % len(STYLES)]))
+    return {"color": STYLES[i % 5][0], "linestyle": STYLES[(i + i // 5) % 5][1]}  # 25 different ones
 
 
 def draw_training(runs):
     """Loss and validation AUROC per epoch; a dot marks the epoch that was kept."""
-    trained = [r for r in runs if r.results["model"] != "linear" and r.members == 1 and not r.calibration.get("tta")]
     figure, (loss, auroc) = _axes(2)
-    for i, run in enumerate(trained):
+    for i, run in enumerate(runs):
         history, color, best = run.results["history"], _style(i)["color"], run.results["best_epoch"]
-        epochs, marker = range(1, len(history) + 1), "" if len(history) > 1 else "."
-        loss.plot(epochs, [h["train_loss"] for h in history], color=color, marker=marker, label=f"{run.name}, train")
-        loss.plot(epochs, [h["val_loss"] for h in history], color=color, marker=marker, ls="--", label=f"{run.name}, validation")
+        epochs = range(1, len(history) + 1)
+        loss.plot(epochs, [h["train_loss"] for h in history], color=color, label=f"{run.name}, train")
+        loss.plot(epochs, [h["val_loss"] for h in history], color=color, ls="--", label=f"{run.name}, validation")
         auroc.plot(epochs, [h["val_auroc"] for h in history], label=run.name, **_style(i))
         auroc.plot(best, history[best - 1]["val_auroc"], "o", color=color)
     loss.set(xlabel="epoch", ylabel="loss (nats)", title="Training and validation loss")
@@ -393,10 +401,7 @@ def draw_training(runs):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.title.set_fontsize(10)
-        if trained:
-            ax.legend(fontsize=7)
-        else:
-            ax.text(0.5, 0.5, "no run trained by epochs", ha="center", transform=ax.transAxes)
+        ax.legend(fontsize=7)
     return figure, "Training curves"
 
 
@@ -469,14 +474,15 @@ def draw_scores(runs):
         for k, name, style in ((0, "NORMAL", dict(histtype="stepfilled", color="#9ecae1", edgecolor="#3182bd")),
                                (1, "PNEUMONIA", dict(histtype="step", color="#a63603", lw=1.6))):
             n = int((y == k).sum())
-            ax.hist(p[y == k], bins, weights=np.full(n, 100 / n), label=f"{name} (n = {n})", **style)
-        ax.axvline(run.threshold, color="black", ls="--", lw=1, label=f"threshold @Rec {run.threshold:.3f}")
+            ax.hist(p[y == k], bins, weights=np.full(n, 100 / n), label=name, **style)
+        ax.axvline(run.threshold, color="black", ls="--", lw=1, label="threshold @Rec")
         row = run.points[split, "at_rec"]
-        ax.set(yscale="log", xlabel="score for PNEUMONIA", ylabel="% of the class",
-               title=f"{run.name}, {'validation' if split == 'val' else 'test'}: "
-                     f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f}")
+        ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"),
+               xlabel="score for PNEUMONIA", ylabel="% of the class",
+               title=f"{run.name}, {'validation' if split == 'val' else 'test'} (n = {(y == 0).sum()} + {y.sum()}), threshold "
+                     f"{run.threshold:.3f}:\nrecall {row['recall']:.3f}, specificity {row['specificity']:.3f}")
         ax.title.set_fontsize(8)
-        ax.legend(fontsize=7, loc="upper center")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure, "Scores on validation and test"
 
 
@@ -496,7 +502,7 @@ def draw_reliability(runs):
                title=f"{run.name}, {'validation' if split == 'val' else 'test'}: {len(bins)} bins of "
                      f"{' or '.join(map(str, sizes))}")
         ax.title.set_fontsize(8)
-        ax.legend(fontsize=7, loc="upper left")
+        ax.legend(fontsize=7, loc="lower right" if split == "val" else "upper left")
         ax.grid(alpha=0.3)
     return figure, "Reliability"
 
@@ -534,10 +540,9 @@ def main():
     figures = args.figures or Path(args.runs_dir, "figures")
     blocks, used = [("h1", "Recall-first chest X-ray screening: results")], {}
     for key, singles in groups.items():
-        seeds = families(singles)
-        ensembles = [e for e in map(ensemble, seeds) if e]
-        groups[key] = runs = singles + ensembles
-        replaced = [r for f in seeds for r in f] if ensembles else []
+        together = [(f, e) for f in families(singles) if (e := ensemble(f))]
+        groups[key] = runs = singles + [e for _, e in together]
+        replaced = [r for f, _ in together for r in singles if r.family == f[0].family]
         shown = [r for r in runs if r not in replaced]  # an ensemble stands for its seeds where rows would be too many
         name = runs[0].results["split"]["set"]
         used[name] = used.get(name, 0) + 1
@@ -547,13 +552,13 @@ def main():
         for part in (interval_blocks, pair_blocks, probability_blocks, subgroup_blocks):
             blocks += part(shown)
         blocks += method_blocks(runs) + figure_blocks(runs, shown, figures, slug)
-    print(to_markdown(blocks))
     if args.csv:
         write_csv(args.csv, groups)
     if args.html:
         page = to_html(blocks, any(r.results["synthetic"] for runs in groups.values() for r in runs))
         with common.atomic_path(args.html) as tmp:
             tmp.write_text(page, encoding="utf-8")
+    print(to_markdown(blocks))  # last: the reader may close the pipe
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 EXTENSIONS = (".jpeg", ".jpg", ".png")
 DEFAULT_DIR, SYNTHETIC_DIR = "Data/chest_xray", "Data/synthetic"
 KAGGLE = "paultimothymooney/chest-xray-pneumonia"
-CACHE_VERSION = 2  # raise it when decoding changes, so that old caches are rebuilt
+RESIZES, SPLITS, MODES = ("squash", "pad", "crop"), ("patient", "image"), ("none", "standard", "equalise")
+CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are rebuilt
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def add_arguments(parser):
     group.add_argument("--demo", action="store_true", help=f"draw a synthetic set in {SYNTHETIC_DIR} and use it")
     group.add_argument("--download", action="store_true", help="fetch the Kaggle set into --data-dir first")
     group.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the square input")
-    group.add_argument("--resize", choices=("squash", "pad", "crop"), default="squash",
+    group.add_argument("--resize", choices=RESIZES, default="squash",
                        help="non-square originals: distort, letterbox, or cut to the middle")
-    group.add_argument("--normalise", choices=("none", "standard", "equalise"), default="none",
+    group.add_argument("--normalise", choices=MODES, default="none",
                        help="exposure of each image: as it is, to one mean and spread, or a flat histogram")
-    group.add_argument("--split", choices=("patient", "image"), default="patient",
+    group.add_argument("--split", choices=SPLITS, default="patient",
                        help="validation split: no patient on both sides, or plain stratified images")
     group.add_argument("--split-seed", type=int, default=0, help="seed of the validation split")
     group.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
@@ -86,15 +87,19 @@ def add_arguments(parser):
 
 def config_from_args(args):
     """Parsed data flags -> DataConfig; draws or downloads the set first where asked to."""
+    if args.demo and (args.download or args.data_dir != DEFAULT_DIR):
+        raise InputError("--demo brings its own data: leave out --data-dir and --download")
+    if not 0 <= args.split_seed < 2**32:
+        raise InputError(f"--split-seed must lie in [0, 2^32), got {args.split_seed}")
+    if not 1 <= args.img_size <= 4096:
+        raise InputError(f"--img-size must lie in [1, 4096], got {args.img_size}")
+    if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
+        raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
     if args.demo:
         args.data_dir = SYNTHETIC_DIR
         make_synthetic(SYNTHETIC_DIR)
     elif args.download:
         download(args.data_dir)
-    if not 0 <= args.split_seed < 2**32:
-        raise InputError(f"--split-seed must lie in [0, 2^32), got {args.split_seed}")
-    if args.img_size < 1:
-        raise InputError(f"--img-size must be positive, got {args.img_size}")
     return DataConfig(args.data_dir, args.img_size, args.resize, args.split, args.split_seed,
                       skip_bad=args.skip_bad, cache_dir=args.cache_dir, normalise=args.normalise)
 
@@ -102,9 +107,15 @@ def config_from_args(args):
 def config_from_json(value):
     """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
     try:
-        return DataConfig(**{**value, "classes": tuple(value["classes"])})
+        config = DataConfig(**{**value, "classes": tuple(value["classes"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
+    wrong = [k for k, default in asdict(DataConfig()).items() if not isinstance(getattr(config, k), type(default))]
+    choices = {"resize": RESIZES, "split": SPLITS, "normalise": MODES}
+    wrong += [k for k, known in choices.items() if getattr(config, k) not in known]
+    if wrong:
+        raise InputError(f"the data settings of the run are damaged: {', '.join(f'{k} is {value[k]!r}' for k in wrong)}")
+    return config
 
 
 # ---------------------------------------------------------------- files
@@ -193,7 +204,7 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
     train = np.setdiff1d(order, val)
     for k in kinds:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
-            raise InputError(f"class {k} has too few patients to be in train and validation: use --split image")
+            raise InputError(f"class number {k} has too few patients to be in train and validation: use --split image")
     return train, val
 
 
@@ -236,7 +247,8 @@ def decode(source, size, resize="squash"):
             image.draft("L", (2 * size, 2 * size))
             if image.mode.startswith("I") or image.mode == "F":
                 pixels = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((pixels / (65535 if pixels.max() > 255 else 255) * 255).round().astype(np.uint8))
+                white = next(w for w in (255, 4095, math.inf) if pixels.max() <= w)  # 8, 12 or 16 bits are in use
+                image = Image.fromarray((pixels / min(white, 65535) * 255).round().clip(0, 255).astype(np.uint8))
             return to_square(image.convert("L"), size, resize)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
@@ -277,12 +289,16 @@ def load_images(root, files, config, split):
     if info is None:
         info = _build_cache(path, key, root, files, config)
     bad = info["bad"]
+    if not info["kept"]:
+        raise InputError(f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read, so none is left: "
+                         f"{'; '.join(bad[:3])}")
     if bad and not config.skip_bad:
         raise InputError(f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read: "
                          f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}. "
                          "Mend or remove them, or leave them out with --skip-bad")
     if bad:
-        say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}")
+        say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}: "
+            f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
     sizes = {"width": info["width"], "height": info["height"]}
     return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64), sizes
 

@@ -87,9 +87,11 @@ def _recipe_from_args(args):
 def out_from_args(args, suffix=""):
     """The run folder; refuses, before any work is done, to overwrite a run silently (InputError)."""
     out = Path((args.out or args.default_out + ("-demo" if args.demo else "")) + suffix)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
     if args.resume:
         if not (out / "last.pth").exists() and not suffix:
-            raise InputError(f"--resume: there is no {out / 'last.pth'} to continue from")
+            raise InputError(f"--resume: there is no {out / 'last.pth'} to continue from; start without --resume")
     elif not args.overwrite and (out / "results.json").exists():
         done = read_json(out / "results.json").get("finished")
         raise InputError(f"{out} already holds {'a finished' if done else 'an interrupted'} run: "
@@ -118,8 +120,10 @@ def plans_from_args(args):
     """
     recipe, augment = _recipe_from_args(args), data.augment_from_args(args)
     seeds = args.seeds or [args.seed]
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise InputError(f"seeds must differ and not be negative, got {' '.join(map(str, seeds))}")
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise InputError(f"seeds must differ and lie in [0, 2^63), got {' '.join(map(str, seeds))}")
+    if args.seeds and args.seed:
+        raise InputError("give --seed or --seeds, not both")
     outs = [out_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
     device = pick_device(args.device)
     amp = fast_bf16(device) if args.amp is None else args.amp
@@ -328,14 +332,18 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
         state = _load_last(out, model, optimizer, device, meta)
         if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
             meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
+        _clear(out, "scores", "calibration")  # they belong to the weights of before
     else:
         out.mkdir(parents=True, exist_ok=True)
-        _clear(out)
+        _clear(out, "checkpoint", "last", "results", "scores", "calibration")
     results = {"command": command_line(), **meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
                "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
                "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
                "minutes": sum(h["seconds"] for h in state["history"]) / 60}
     source, history = data.Batches(train, device), state["history"]
+    if not resume:  # from now on the run can be resumed, and no other is begun in its folder unasked
+        write_json(out / "results.json", results)
+        _save_last(out, model, optimizer, device, meta, state)
 
     def best_so_far():
         return history[state["best_epoch"] - 1]["val_auroc"] if state["best_epoch"] else -math.inf
@@ -422,8 +430,7 @@ def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, a
             value = loss.item()
             if not math.isfinite(value):
                 raise InputError(f"the loss became {value} in epoch {epoch + 1}, step {state['step'] + 1}, at learning "
-                                 f"rate {current:.2e}. Try a smaller --lr, or --no-amp; nothing was overwritten since "
-                                 "the last epoch")
+                                 f"rate {current:.2e}. Try a smaller --lr" + (", or --no-amp" if amp else ""))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -452,11 +459,12 @@ def versions():
             "scikit-learn": sklearn.__version__}
 
 
-def _clear(out):
-    """Remove the files of an earlier run in `out`, so that none is taken for the new one's."""
-    for name in ("checkpoint.pth", "last.pth", "results.json", "scores.npz", "calibration.json", "scores-tta.npz",
-                 "calibration-tta.json"):
-        (out / name).unlink(missing_ok=True)
+def _clear(out, *names):
+    """Remove files of an earlier run in `out`, so that none is taken for the new one's."""
+    suffixes = {"checkpoint": ".pth", "last": ".pth", "results": ".json", "scores": ".npz", "calibration": ".json"}
+    for name in names:
+        for tta in ("", "-tta"):
+            (out / f"{name}{tta}{suffixes[name]}").unlink(missing_ok=True)
 
 
 def _save_checkpoint(out, model):
@@ -466,7 +474,7 @@ def _save_checkpoint(out, model):
 
 def save_run(out, model, results):
     """Write checkpoint.pth and a finished results.json for a model that `fit` did not train."""
-    _clear(Path(out))
+    _clear(Path(out), "last", "scores", "calibration")
     _save_checkpoint(out, model)
     write_json(Path(out, "results.json"), {**results, "format": FORMAT, "finished": True, "versions": versions(),
                                            "command": command_line()})
@@ -513,6 +521,9 @@ def load_run(run):
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run / 'results.json'} does not describe a model: {error}") from None
     weights = load_tensors(run / "checkpoint.pth")
+    bad = [n for n, v in weights.items() if isinstance(v, torch.Tensor) and not torch.isfinite(v).all()]
+    if bad:
+        raise InputError(f"{run / 'checkpoint.pth'} holds NaN or infinite weights in {', '.join(bad[:3])}: train again")
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:

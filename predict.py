@@ -111,7 +111,7 @@ def unlike(pixels, size, colour, results):
         if not low - 1e-6 <= values[key] <= high + 1e-6:
             notes.append(f"{word} {values[key]:.2f} outside the training range {low:.2f} to {high:.2f}")
     for value, (key, (low, high)) in zip(size, results["split"]["original_size"].items()):
-        if not low <= value <= high:
+        if low < high and not low <= value <= high:  # a set resized beforehand has one size and tells nothing
             notes.append(f"{key} {value} px outside the training range {low} to {high}")
     if colour > 0.08:
         notes.append("colour photograph?")
@@ -123,20 +123,15 @@ class Scorer:
 
     def __init__(self, run, device, tta):
         self.model, self.results = engine.load_run(run)
-        path = Path(run, "calibration-tta.json" if tta else "calibration.json")
-        if not path.exists():
-            raise common.InputError(f"{run} is not calibrated: run python calibrate.py{' --tta' if tta else ''} first")
-        calibration = common.read_json(path)
-        if calibration.get("format", 0) > common.FORMAT:
-            raise common.InputError(f"{path} was written by a newer version: update these scripts")
+        calibration = common.read_calibration(run, "-tta" if tta else "")
+        self.threshold = float(calibration["threshold"])
+        self.temperature = float(calibration["temperature"]) if calibration["temperature_applied"] else 1.0
+        self.config = data.config_from_json(self.results["data"])
         try:
-            self.threshold = float(calibration["threshold"])
-            self.temperature = float(calibration["temperature"]) if calibration["temperature_applied"] else 1.0
             self.views = data.tta_views(**calibration["tta"]) if tta else None
-            self.config = data.config_from_json(self.results["data"])
             self.results["input_range"], self.results["split"]["original_size"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise common.InputError(f"{path} or results.json is incomplete ({error!r}): calibrate again") from None
+        except (KeyError, TypeError) as error:
+            raise common.InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
         self.device, self.classes = device, self.config.classes
         self.amp = bool(self.results["recipe"]["amp"]) and engine.fast_bf16(device)
         self.model.to(device)
@@ -147,7 +142,10 @@ class Scorer:
         x = data.normalise(torch.from_numpy(images).to(self.device), self.config.normalise)
         logits = engine.forward(self.model, x, mean=self.results["mean"], std=self.results["std"], amp=self.amp,
                                 views=self.views)
-        return metrics.tempered(logits.cpu().numpy(), self.temperature)
+        scores = metrics.tempered(logits.cpu().numpy(), self.temperature)
+        if not np.isfinite(scores).all():
+            raise common.InputError("the model gives NaN scores: its checkpoint is damaged, or its precision too low")
+        return scores
 
     def rows(self, paths, batch_size):
         """Yield a dict of COLUMNS for every path, in order; unreadable files have None for scores and decisions."""
