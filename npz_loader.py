@@ -35,16 +35,19 @@ _BLOCK = {
     "mlp.fc1.weight": "MlpBlock_3/Dense_0/kernel", "mlp.fc1.bias": "MlpBlock_3/Dense_0/bias",
     "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel", "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
 }
+_LAYER = r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\."  # transformers 4 and 5 name the blocks differently
 _HF = [  # Hugging Face -> ours, as (pattern, replacement)
     (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
     (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
     (r"^(?:vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-    (r"^(?:vit\.)?encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+    (_LAYER + r"attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
+    (_LAYER + r"attention\.q_proj\.", r"blocks.\1.attn.query."),
+    (_LAYER + r"attention\.k_proj\.", r"blocks.\1.attn.key."),
+    (_LAYER + r"attention\.v_proj\.", r"blocks.\1.attn.value."),
+    (_LAYER + r"attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (_LAYER + r"layernorm_before\.", r"blocks.\1.norm1."), (_LAYER + r"layernorm_after\.", r"blocks.\1.norm2."),
+    (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
+    (_LAYER + r"(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
     (r"^(?:vit\.)?layernorm\.", "norm."), (r"^classifier\.", "head."),
     (r"^(?:vit\.)?pooler\.dense\.", "pre_logits."),
 ]
