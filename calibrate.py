@@ -85,7 +85,8 @@ def show(title, result):
         for point, mark in POINTS.items():
             if point in result[name]:
                 row = result[name][point]
-                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k)) for k in ("recall", "specificity")]
+                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k))
+                         for k in ("recall", "specificity")]
                 print(f"  {word:10} {mark:5}" + "".join(f"{row[c]:12.4f}" for c in COLUMNS) + "   " + "  ".join(spans))
     calib, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
     print(f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "
@@ -93,7 +94,8 @@ def show(title, result):
                       f"NLL {calib[name]['before']['nll']:.3f} -> {calib[name]['after']['nll']:.3f}"
                       for name in ("val", "test")))
     if row["ppv"] is not None and row["npv"] is not None:
-        print(f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, NPV {row['npv']:.3f}")
+        print(f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, "
+              f"NPV {row['npv']:.3f}")
 
 
 def parse():
@@ -133,7 +135,7 @@ def main():
     suffix = "-tta" if tta else ""
     for run in common.find_runs(args.runs_dir, args.run):
         results = common.read_results(run)
-        moved = {k: v for k, v in (("data_dir", args.data_dir), ("cache_dir", args.cache_dir), ("skip_bad", args.skip_bad)) if v}
+        moved = {k: getattr(args, k) for k in ("data_dir", "cache_dir", "skip_bad") if getattr(args, k)}
         config = data.config_from_json({**results["data"], **moved})
         sets = load_sets(config, results["split"]["fingerprint"], loaded)
         scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
@@ -144,7 +146,8 @@ def main():
         except common.InputError as error:
             raise common.InputError(f"{run}: {error}") from None
         promised = promised or result["guarantee"]["threshold"] is not None
-        result |= {"format": common.FORMAT, "checkpoint": common.sha256(Path(run, "checkpoint.pth")), "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
+        result |= {"format": common.FORMAT, "checkpoint": common.sha256(Path(run, "checkpoint.pth")),
+                   "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
         with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
             np.savez(f, **scores)
         common.write_json(Path(run, f"calibration{suffix}.json"), result)

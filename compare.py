@@ -164,8 +164,12 @@ def interval_blocks(runs):
     """95% intervals of the test figures."""
     keys = ("recall", "specificity", "precision", "acc", "f1", "auroc", "auprc")
     head = ["Model", "Recall", "Specificity", "Precision", "Accuracy", "F1", "AUROC", "AUPRC", "AUROC (DeLong)"]
-    body = [[f"{r.name} {POINTS[p]}", *(span(r.points["test", p], k) for k in keys),
-             "[{:.3f}, {:.3f}]".format(*r.points["test", p]["interval"]["auroc"]["delong"])] for p in POINTS for r in runs if ("test", p) in r.points]
+    body = []
+    for point, run in itertools.product(POINTS, runs):
+        if ("test", point) in run.points:
+            row = run.points["test", point]
+            body.append([f"{run.name} {POINTS[point]}", *(span(row, k) for k in keys),
+                         "[{:.3f}, {:.3f}]".format(*row["interval"]["auroc"]["delong"])])
     return [("h3", "How sure: 95% intervals on test"),
             ("p", f"Percentile bootstrap, whole patients drawn {runs[0].calibration['bootstrap']} times; Wilson where "
                   "every draw is alike. DeLong and Wilson (all in calibration.json) take images as independent."),
@@ -186,7 +190,8 @@ def shift_blocks(runs):
     told = {f"recall >= {r.min_recall:g} with confidence {r.calibration['guarantee']['confidence']:g}, from "
             f"{r.calibration['guarantee']['positive_patients']} patients with pneumonia" for r in runs
             if r.calibration["guarantee"]["threshold"] is not None}
-    refused = sorted({r.calibration["guarantee"]["why_not"] for r in runs if r.calibration["guarantee"]["threshold"] is None})
+    refused = sorted({r.calibration["guarantee"]["why_not"] for r in runs
+                      if r.calibration["guarantee"]["threshold"] is None})
     text = ("@Rec meets the floor on the validation images; for new patients like them its true recall is below the floor "
             "about half the time. " + (f"@Guar is the Neyman-Pearson umbrella rule on patients: {'; '.join(sorted(told))}. "
                                        if told else "")
@@ -225,7 +230,7 @@ def probability_blocks(runs):
     head = ["Model", "Temperature", *(f"{k} {s}" for s in ("val", "test") for k in ("ECE", "Brier", "NLL"))]
     body = []
     for run in runs:
-        cells = [f"{run.calibration['probability'][s]['before'][k]:.3f} → {run.calibration['probability'][s]['after'][k]:.3f}"
+        cells = ["{:.3f} → {:.3f}".format(*(run.calibration["probability"][s][word][k] for word in ("before", "after")))
                  for s in ("val", "test") for k in ("ece", "brier", "nll")]
         used = "" if run.calibration["temperature_applied"] else " (not applied)"
         body.append([run.name, f"{run.calibration['temperature']:.3f}{used}", *cells])
@@ -257,7 +262,7 @@ def subgroup_blocks(runs):
         for word in ("bacteria", "virus"):
             inside = (y == 1) & (np.char.find(names, word) >= 0)
             k, n = int(called[inside].sum()), int(inside.sum())
-            cells.append("-" if n == 0 else "{:.3f} [{:.3f}, {:.3f}] (n = {})".format(k / n, *metrics.wilson_interval(k, n), n))
+            cells.append("{:.3f} [{:.3f}, {:.3f}] (n = {})".format(k / n, *metrics.wilson_interval(k, n), n) if n else "-")
         body.append([f"{run.name} @Rec", *cells])
     return [("h3", "Subgroups"), ("p", "Test recall @Rec by cause, from the file names; 95% Wilson intervals."),
             ("table", ["Model", "Recall, bacterial", "Recall, viral"], body)]
@@ -286,8 +291,8 @@ def method_blocks(runs):
             ["Not answered here", "other hospitals, adults, other diseases, inter-reader agreement, clinical benefit"]]
     for run in runs:
         if run.members == 1:
-            rows.append([f"Made by: {run.name}", f"`{run.results.get('command', '?')}` on {run.results.get('device', '?')}, torch "
-                                                 f"{run.results.get('versions', {}).get('torch', '?')}"])
+            rows.append([f"Made by: {run.name}", f"`{run.results.get('command', '?')}` on {run.results.get('device', '?')}, "
+                                                 f"torch {run.results.get('versions', {}).get('torch', '?')}"])
     return [("h3", "How this was evaluated"), ("table", ["Item", "Answer"], rows)]
 
 

@@ -581,7 +581,8 @@ def normalise(x, mode):
     image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of exposure is left."""
     if mode == "equalise":
         levels = x.flatten(1).long()  # (B, S*S)
-        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float))
+        ones = torch.ones_like(levels, dtype=torch.float32)
+        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, ones)
         ranks = (counts.cumsum(1) - counts / 2) / levels.shape[1]  # (B, 256): mid-rank of each grey level, in (0, 1)
         return ranks.gather(1, levels).view(x.shape).unsqueeze(1)
     x = x.unsqueeze(1).float().div_(255)

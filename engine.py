@@ -336,8 +336,8 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     else:
         out.mkdir(parents=True, exist_ok=True)
         _clear(out, "checkpoint", "last", "results", "scores", "calibration")
-    results = {"command": command_line(), **meta, "format": FORMAT, "finished": False, "synthetic": meta["split"]["synthetic"],
-               "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
+    results = {"command": command_line(), **meta, "format": FORMAT, "finished": False,
+               "synthetic": meta["split"]["synthetic"], "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
                "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
                "minutes": sum(h["seconds"] for h in state["history"]) / 60}
     source, history = data.Batches(train, device), state["history"]
@@ -364,7 +364,8 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
                 _save_last(out, model, optimizer, device, meta, state)
                 write_json(out / "results.json", results)  # so that a new run does not overwrite it unasked
                 raise _interrupted(state, stop[0])
-            row = _validate(model, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device, amp=amp)
+            row = _validate(model, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
+                            amp=amp)
             row["seconds"] = time.perf_counter() - started
             better = row["val_auroc"] > best_so_far()
             history.append(row)
@@ -400,7 +401,7 @@ def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
     logits = predict(model, val, mean=mean, std=std, device=device, amp=amp, progress="validation")
     loss = float(loss_fn(logits.to(device), torch.from_numpy(val.labels).to(device)))
     if not math.isfinite(loss):
-        raise InputError(f"the validation loss became {loss} in epoch {state['epoch'] + 1}: try a smaller --lr, or --no-amp")
+        raise InputError(f"the validation loss became {loss} in epoch {state['epoch'] + 1}: try a smaller --lr")
     return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, "val_auroc": monitor(val.labels, logits),
             "lr": state["lr"]}
 

@@ -306,7 +306,8 @@ def reported_interval(row, key):
     """The interval of a `summarize_at_threshold` row to show: the patient bootstrap, but Wilson where every draw is alike
     (0 or all of n), because a width of 0 would claim certainty."""
     found = row["interval"][key]
-    return found["wilson"] if found["bootstrap"][0] == found["bootstrap"][1] and "wilson" in found else found["bootstrap"]
+    low, high = found["bootstrap"]
+    return found["wilson"] if low == high and "wilson" in found else found["bootstrap"]
 
 
 def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, level=0.95, seed=0):

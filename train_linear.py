@@ -71,7 +71,8 @@ def main():
         "minutes": seconds / 60, "synthetic": split["synthetic"], "best_epoch": 1, "seed": 0, "device": "cpu",
         "history": [{"train_loss": train_loss, "val_loss": val_loss, "val_auroc": val_auroc, "lr": 0.0,
                      "seconds": seconds}]})
-    print(f"logistic regression on 32x32 pixels: val AUROC {val_auroc:.4f}; wrote {Path(out)}/checkpoint.pth and results.json")
+    print(f"logistic regression on 32x32 pixels: val AUROC {val_auroc:.4f}; "
+          f"wrote {Path(out)}/checkpoint.pth and results.json")
 
 
 if __name__ == "__main__":

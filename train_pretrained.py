@@ -30,8 +30,8 @@ def main():
     if not 0 <= args.drop_path < 1:
         raise common.InputError(f"--drop-path must lie in [0, 1), got {args.drop_path}")
     for plan in engine.plans_from_args(args):
-        name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in ("embed_dim", "depth", "patch_size"))),
-                    "b16")
+        keys = ("embed_dim", "depth", "patch_size")
+        name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in keys)), "b16")
         model = build_vit(name, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
                           **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path})
         report = npz_loader.load_npz(model, args.weights)
