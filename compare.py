@@ -38,8 +38,8 @@ class Run:
     """A calibrated run: `results`, `calibration` and `scores`, with a readable `name`, the `group` of its test
     files and the `family` of runs that differ from it in the seed alone, which share the name `base`."""
 
-    def __init__(self, name, base, results, calibration, scores, members=1):
-        self.name, self.base, self.members = name, base, members
+    def __init__(self, name, base, results, calibration, scores, members=1, explained=None):
+        self.name, self.base, self.members, self.explained = name, base, members, explained
         self.results, self.calibration, self.scores = results, calibration, scores
         self.points = {(s, p): calibration[s][p] for s in ("val", "test") for p in POINTS if p in calibration[s]}
         self.threshold, self.min_recall = calibration["threshold"], calibration["min_recall"]
@@ -69,7 +69,13 @@ def read_run(folder, suffix):
             if not len(scores[f"{s}_files"]) == len(scores[f"{s}_patients"]) == len(scores[f"{s}_logits"]) == len(
                     scores[f"{s}_labels"]):
                 raise ValueError(f"the {s} arrays differ in length")
-        return Run(name, base, results, calibration, scores)
+        explained, path = None, folder / "explain" / "explain.json"
+        if path.exists() and not suffix:
+            explained = common.read_json(path)
+            if explained.get("checkpoint") != calibration["checkpoint"]:
+                common.say(f"note: {path} is of another checkpoint and left out; run explain.py again")
+                explained = None
+        return Run(name, base, results, calibration, scores, explained=explained)
     except (*common.DAMAGED, TypeError) as error:
         raise common.InputError(f"{folder} is damaged or incomplete ({error!r}): run calibrate.py again") from None
 
@@ -266,6 +272,29 @@ def subgroup_blocks(runs):
         body.append([f"{run.name} @Rec", *cells])
     return [("h3", "Subgroups"), ("p", "Test recall @Rec by cause, from the file names; 95% Wilson intervals."),
             ("table", ["Model", "Recall, bacterial", "Recall, viral"], body)]
+
+
+def explain_blocks(runs):
+    """Where the maps of explain.py lie, and whether they can be believed."""
+    body = []
+    for run in runs:
+        for method, name in (("gradcam", "Grad-CAM"), ("rollout", "attention rollout")):
+            if run.explained and method in run.explained:
+                r = run.explained[method]
+                cells = ["{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**r[f"{k}_minus_random"]) for k in ("deletion", "insertion")]
+                cells += ["{:.2f} [{:.2f}, {:.2f}] of {:.2f}".format(r[f"{k}_share"]["mean"], r[f"{k}_share"]["lo"],
+                                                                    r[f"{k}_share"]["hi"], r[f"{k}_area"])
+                          for k in ("lung", "border")]
+                body.append([f"{run.name}, {name}", *cells, *(f"{r['randomised'][i]['rank_correlation']:.2f}" for i in (0, -1))])
+    if not body:
+        return []
+    return [("h3", "Does it look at lungs or at letters?"),
+            ("p", "From explain.py, on validation images rightly called PNEUMONIA. Deletion (lower is better) and insertion (higher "
+                  "is better): area under the score curve minus that of random order; an interval that holds 0 means the map "
+                  "ranks patches no better than chance. Shares of the map on the lung fields (a heuristic mask) and on the outer "
+                  "tenth of the image, of the share an even map would have. Rank correlation with the map after the head, or all "
+                  "weights, are drawn anew: a map that stays the same does not show what was learnt."),
+            ("table", ["Map", "Deletion", "Insertion", "On the lungs", "On the border", "Head anew", "All anew"], body)]
 
 
 def method_blocks(runs):
@@ -556,7 +585,7 @@ def main():
             blocks += part(runs)
         for part in (interval_blocks, pair_blocks, probability_blocks, subgroup_blocks):
             blocks += part(shown)
-        blocks += method_blocks(runs) + figure_blocks(runs, shown, figures, slug)
+        blocks += explain_blocks(runs) + method_blocks(runs) + figure_blocks(runs, shown, figures, slug)
     if args.csv:
         write_csv(args.csv, groups)
     if args.html:
