@@ -40,7 +40,7 @@ def score(run, sets, *, device, batch_size, tta=None):
 
     `tta`: None, or {"flip": bool} for test-time augmentation."""
     model, results = engine.load_run(run)
-    amp = bool(results["recipe"]["amp"]) and engine.fast_bf16(device)
+    amp = engine.trained_precision(results, device)
     key = common.sha256([common.sha256(Path(run, "checkpoint.pth")), results["mean"], results["std"], amp, tta,
                          results["data"].get("normalise", "none"),
                          [data.pixel_fingerprint(s) for s in sets]])
@@ -99,6 +99,7 @@ def show(title, result):
 
 
 def parse():
+    """Checked command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--min-recall", type=float, default=0.95, help="recall floor, in (0, 1]")
     parser.add_argument("--guarantee", type=float, default=None, metavar="CONFIDENCE",

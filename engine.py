@@ -193,6 +193,11 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(amp))
 
 
+def trained_precision(results, device):
+    """Whether a run is scored under bf16 autocast: as it was trained, where this device does it fast."""
+    return bool(results["recipe"]["amp"]) and fast_bf16(device)
+
+
 def seed_everything(seed, deterministic=False):
     """Seed Python, NumPy and torch on all devices; `deterministic` also demands deterministic kernels."""
     random.seed(seed)

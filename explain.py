@@ -284,9 +284,12 @@ def main():
         x = data.normalise(torch.from_numpy(np.ascontiguousarray(pixels)).to(device), config.normalise)
         return engine.scale_input(x, results["mean"], results["std"])
 
-    def score(pixels):
+    def score(pixels):  # as calibrate.py and predict.py do, or an image on the threshold could change sides
+        parts, amp = torch.from_numpy(pixels).split(64), engine.trained_precision(results, device)
         with torch.inference_mode():
-            return metrics.tempered(torch.cat([model(part) for part in prepare(pixels).split(32)]).cpu().numpy(), t)
+            logits = [engine.forward(model, data.normalise(part.to(device), config.normalise), mean=results["mean"],
+                                     std=results["std"], amp=amp) for part in parts]
+        return metrics.tempered(torch.cat(logits).cpu().numpy(), t)
 
     def row(head, name, pixels, p, truth):
         decisions = [config.classes[int(p >= point)] for point in (0.5, thr)]

@@ -133,7 +133,7 @@ class Scorer:
         except (KeyError, TypeError) as error:
             raise common.InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
         self.device, self.classes = device, self.config.classes
-        self.amp = bool(self.results["recipe"]["amp"]) and engine.fast_bf16(device)
+        self.amp = engine.trained_precision(self.results, device)
         self.model.to(device)
 
     @torch.inference_mode()
@@ -221,6 +221,7 @@ def export(scorer, run, path):
 
 
 def parse():
+    """Checked command line."""
     parser = common.parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="files, folders or globs")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")

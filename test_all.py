@@ -3246,6 +3246,13 @@ def test_explain_end_to_end(bench):
     assert report["rollout"]["randomised"][0]["rank_correlation"] == pytest.approx(1)  # rollout does not know the head
     text = cli("compare", "--run", run, cwd=bench).out
     assert "lungs or at letters" in text
+    done = cli("explain", "--run", run, "--split", "test", "--tests", 0, "--target", "NORMAL", cwd=bench)
+    assert done.code == 0, done.err
+    with np.load(run / "scores.npz") as file:  # the pictures are chosen on calibrate's own scores
+        import explain
+        thr = common.read_calibration(run)["threshold"]
+        rows = explain.pick(file["test_labels"], file["test_p1"], thr)
+        assert all((run / f"explain/{Path(file['test_files'][i]).stem}.png").exists() for _, i in rows)
     image = sorted((bench / "xray/test/NORMAL").iterdir())[0]
     assert cli("explain", image, "--run", run, "--method", "rollout", cwd=bench).code == 0
     assert (run / f"explain/{image.stem}.png").exists()
