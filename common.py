@@ -103,8 +103,8 @@ def read_results(run):
         wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3) or len(results["mean"]) != len(results["std"])
                   or not all(isinstance(v, number) for v in results[k])]
         wrong += [] if results["best_epoch"] <= len(epochs) and (epochs or not results["finished"]) else ["best_epoch"]
-        wrong += ["history"] * any(not isinstance(h, dict) or not {"train_loss", "val_loss", "val_auroc"} <= h.keys()
-                                   for h in epochs)
+        needed = {"train_loss", "val_loss"} | ({"val_auroc"} if results["model_config"].get("kind") != "mae" else set())
+        wrong += ["history"] * any(not isinstance(h, dict) or not needed <= h.keys() for h in epochs)
     if wrong:
         raise InputError(f"{path} is damaged or was not written by a training script: missing or wrong {', '.join(wrong)}")
     return results
@@ -148,7 +148,10 @@ def find_runs(runs_dir, chosen=None):
         return list(dict.fromkeys(Path(os.path.normpath(run)) for run in chosen))
     runs = []
     for path in sorted(Path(runs_dir).glob("*/results.json")):
-        if read_results(path.parent)["finished"]:
+        results = read_results(path.parent)
+        if results["model_config"].get("kind") == "mae":
+            continue  # it has no classes, so no score
+        if results["finished"]:
             runs.append(path.parent)
         else:
             say(f"note: {path.parent} is not finished, passed over (name it with --run to use it all the same)")

@@ -19,30 +19,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 from common import (FORMAT, InputError, Interrupted, atomic_path, command_line, load_tensors, read_json, read_results,
-                    say, write_json)
+                    say, sha256, write_json)
 from vit import build_model
 
 
 # ---------------------------------------------------------------- command line
 
-def add_arguments(parser, out, epochs, lr):
-    """The training flags both arms share; `out`, `epochs` and `lr` are the script's own defaults."""
+def add_arguments(parser, out, epochs, lr, batch_size=32, drop_path=0.0, supervised=True):
+    """The training flags all arms share; `out`, `epochs`, `lr` and `batch_size` are the script's own defaults.
+
+    Without `supervised` those that need labels are left out."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=int, default=32, help="images a step")
+    group.add_argument("--batch-size", type=int, default=batch_size, help="images a step")
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
     group.add_argument("--weight-decay", type=float, default=0.05, help="not on biases, norms, [CLS], positions")
     group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
     group.add_argument("--warmup-epochs", type=float, default=1.0, help="linear warm-up, in epochs")
-    group.add_argument("--label-smoothing", type=float, default=0.05, help="of the cross-entropy, in [0, 1)")
-    group.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=True,
-                       help="weight the loss by inverse class frequency")
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    group.add_argument("--patience", type=int, default=5, help="epochs without a better validation AUROC")
+    group.add_argument("--ema", type=float, default=0.0, metavar="D", help="validate and keep an exponential moving "
+                       "average of the weights with this decay a step, in [0, 1); 0: the weights themselves")
+    if supervised:
+        group.add_argument("--label-smoothing", type=float, default=0.05, help="of the cross-entropy, in [0, 1)")
+        group.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=True,
+                           help="weight the loss by inverse class frequency")
+        group.add_argument("--patience", type=int, default=5, help="epochs without a better validation AUROC")
+        group.add_argument("--mixup", type=float, default=0.0, metavar="A", help="mix pairs of images, share from Beta(A, A)")
+        group.add_argument("--layer-decay", type=float, default=1.0, metavar="X",
+                           help="learning rate of each layer relative to the one above it")
+        group.add_argument("--patch-drop", type=float, default=0.0, metavar="X", help="share of patches left out in training")
+        group.add_argument("--drop-path", type=float, default=drop_path, metavar="X", help="stochastic depth of the last block")
     group = add_run_arguments(parser, out)
     group.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     group.add_argument("--seeds", type=int, nargs="+", default=None, metavar="N",
@@ -67,7 +78,7 @@ def add_run_arguments(parser, out):
 def _recipe_from_args(args):
     """Parsed training flags -> the settings that define a result; InputError if one is out of range."""
     for name in ("epochs", "batch_size", "patience"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "clip"):
         if not 0 < getattr(args, name) < math.inf:
@@ -75,13 +86,23 @@ def _recipe_from_args(args):
     for name in ("weight_decay", "warmup_epochs"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if not 0 <= args.label_smoothing < 1:
-        raise InputError(f"--label-smoothing must lie in [0, 1), got {args.label_smoothing}")
+    for name in ("label_smoothing", "patch_drop", "drop_path", "drop_rate"):
+        if not 0 <= getattr(args, name, 0) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(args, name)}")
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps must be at least 1, got {args.max_steps}")
-    names = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "label_smoothing",
-             "class_weights", "clip", "patience", "max_steps")
+    for name in ("ema", "layer_decay"):
+        if not 0 <= getattr(args, name, 0) <= (0.99999 if name == "ema" else 1):
+            raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1{')' if name == 'ema' else ']'}, got {getattr(args, name)}")
+    names = [n for n in RECIPE if hasattr(args, n)]
     return {name: getattr(args, name) for name in names}
+
+
+# What a result depends on beside the data: first what `fit` takes, then what builds the model and its loss.
+FIT = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "max_steps", "ema",
+       "mixup", "layer_decay")
+RECIPE = (*FIT, "label_smoothing", "class_weights", "patch_drop", "drop_path", "drop_rate", "freeze_epochs", "head_lr",
+          "pool", "mask_ratio", "init")
 
 
 def out_from_args(args, suffix=""):
@@ -138,26 +159,31 @@ def plans_from_args(args):
                    resume)
 
 
-def train(plan, model, *, name, mean, std, **more):
+def train(plan, model, *, name, mean, std, loss_fn=None, **more):
     """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
 
     `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel;
-    `more` is copied into results.json.
+    `more` is copied into results.json. `loss_fn(output, labels)` replaces the cross-entropy of a model without classes;
+    the best epoch is then that of the least validation loss.
     """
     train_set, val_set, split = data.load_train_val(plan.config)
     r = plan.recipe
     weight = None
-    if r["class_weights"]:
+    if r.get("class_weights"):
         weight = class_weights(train_set.labels, len(plan.config.classes)).to(plan.device)
-    meta = {"model": name, "model_config": {"kind": "vit", **model.config}, "recipe": r,
+    meta = {"model": name, "model_config": {"kind": model.kind, **model.config}, "recipe": r,
             "data": asdict(plan.config), "split": split, "seed": r["seed"],
             "mean": list(mean), "std": list(std), "input_range": data.input_range(train_set), **more}
     print(f"model: {name}, {sum(p.numel() for p in model.parameters()):,} parameters, {plan.config.img_size} px, on "
           f"{device_name(plan.device)}, {'bf16' if plan.amp else 'fp32'}; writing to {plan.out}", flush=True)
-    keys = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "seed",
-            "max_steps")
+    if r.get("freeze_epochs") and not plan.resume:
+        fit_head(model, train_set, epochs=r["freeze_epochs"], batch_size=r["batch_size"], lr=r["head_lr"],
+                 weight_decay=r["weight_decay"], loss_fn=cross_entropy(weight, r["label_smoothing"]), mean=mean, std=std,
+                 device=plan.device, amp=plan.amp, seed=r["seed"])
+    keys = [k for k in (*FIT, "seed") if k in r]
+    loss = loss_fn or cross_entropy(weight, r["label_smoothing"])
     return fit(model, train_set, val_set, out=plan.out, meta=meta, mean=mean, std=std, augment=plan.augment,
-               loss_fn=cross_entropy(weight, r["label_smoothing"]), device=plan.device, amp=plan.amp,
+               loss_fn=loss, monitor=None if loss_fn else binary_auroc, device=plan.device, amp=plan.amp,
                resume=plan.resume, **{k: r[k] for k in keys})
 
 
@@ -228,13 +254,21 @@ def learning_rate(step, total, warmup, peak, schedule="cosine"):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def parameter_groups(model, weight_decay):
-    """Two groups: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed."""
-    decay, plain = [], []
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """Groups for AdamW: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed.
+
+    Each has "lr_scale" = layer_decay^(layers above it): 1 for head and final norm, layer_decay for the last block,
+    ... and layer_decay^(depth + 1) for the embeddings (Bao et al. 2022, arXiv:2106.08254)."""
+    groups, depth = {}, len(getattr(model, "blocks", ()))
     for name, p in model.named_parameters():
+        above = 0 if name.startswith(("head", "norm")) else depth + 1
+        if name.startswith("blocks."):
+            above = depth - int(name.split(".")[1])
         if p.requires_grad:
-            (plain if p.ndim <= 1 or name in ("cls_token", "pos_embed") else decay).append(p)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            decay = 0.0 if p.ndim <= 1 or name in ("cls_token", "pos_embed") else weight_decay
+            key = decay, layer_decay ** above
+            groups.setdefault(key, {"params": [], "weight_decay": decay, "lr_scale": key[1]})["params"].append(p)
+    return list(groups.values())
 
 
 def class_weights(labels, num_classes):
@@ -246,6 +280,16 @@ def class_weights(labels, num_classes):
 def cross_entropy(weight, label_smoothing):
     """loss(logits [B, K], labels [B]) -> scalar, with class weights [K] (or None) and label smoothing."""
     return lambda logits, y: F.cross_entropy(logits, y, weight=weight, label_smoothing=label_smoothing)
+
+
+def mix(x, y, alpha, num_classes=2):
+    """Mixup (Zhang et al. 2018, arXiv:1710.09412): x and one-hot y, each mixed with another image of the batch by its
+    own share from Beta(alpha, alpha) -> (x [B, ...], float32 y [B, num_classes])."""
+    share = torch.distributions.Beta(alpha, alpha).sample((len(x),)).to(x.device)
+    other = torch.randperm(len(x), device=x.device)
+    y = F.one_hot(y, num_classes).float()
+    wide = share.view(-1, *[1] * (x.ndim - 1))
+    return x * wide + x[other] * (1 - wide), y * share.view(-1, 1) + y[other] * (1 - share).view(-1, 1)
 
 
 def binary_auroc(labels, logits):
@@ -315,10 +359,47 @@ def stop_requests():
             signal.signal(s, h)
 
 
+@torch.inference_mode()
+def cls_features(model, subset, *, mean, std, device, amp, batch_size=64, progress=None):
+    """What the head reads of every image of a Subset, float32 [N, D] on `device`; eval mode, no augmentation."""
+    was_training = model.training
+    model.to(device).eval()
+    batches, out = data.Batches(subset, device), []
+    for index in tqdm(torch.arange(len(subset)).split(batch_size), desc=progress, unit="batch", leave=False,
+                      disable=progress is None or not sys.stderr.isatty()):
+        x, _ = batches.get(index)
+        with autocast(device, amp):
+            out.append(model.readout(model.forward_features(scale_input(x, mean, std))).float())
+    model.train(was_training)
+    return torch.cat(out)
+
+
+def fit_head(model, train, *, epochs, batch_size, lr, weight_decay, loss_fn, mean, std, device, amp, seed):
+    """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in place.
+
+    The frozen backbone's features are computed once, without augmentation, so an epoch costs milliseconds; the result
+    is that of epochs through the frozen backbone, to rounding. Returns the last epoch's mean loss. Constant rate."""
+    started = time.perf_counter()
+    features = cls_features(model, train, mean=mean, std=std, device=device, amp=amp, progress="features").clone()
+    labels = torch.from_numpy(train.labels).to(device)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=lr, weight_decay=weight_decay)
+    for epoch in range(epochs):
+        total, order = 0.0, torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(train)))
+        for index in order.to(device).split(batch_size):
+            loss = loss_fn(model.head(features[index]), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(index)
+    say(f"head alone, {epochs} epochs on frozen features: train loss {float(total) / len(train):.4f}, "
+        f"{time.perf_counter() - started:.0f} s")
+    return float(total) / len(train)
+
+
 def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, amp, epochs, batch_size, lr,
-        weight_decay, schedule, warmup_epochs, clip, patience, seed, monitor=binary_auroc, max_steps=None,
-        resume=False):
-    """Train `model` on Subset `train`, keep the epoch with the best `monitor` on Subset `val`.
+        weight_decay, schedule, warmup_epochs, clip, seed, patience=math.inf, monitor=binary_auroc, max_steps=None,
+        resume=False, ema=0.0, mixup=0.0, layer_decay=1.0):
+    """Train `model` on Subset `train`, keep the epoch with the best `monitor` (None: the least loss) on Subset `val`.
 
     `meta` is copied into results.json and must match on `resume` (its key "recipe" and "data" decide what
     a result is). `loss_fn(logits, labels)` and `monitor(labels, logits)` are given by the caller. After
@@ -328,13 +409,16 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     """
     out = Path(out)
     model.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr,
+                                  fused=device.type in ("cpu", "cuda"))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+    kept = average.module if ema else model  # what is validated and saved
     steps = math.ceil(len(train) / batch_size)
     total = min(epochs * steps, max_steps or math.inf)
     warmup = min(warmup_epochs * steps, total)
     state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
     if resume:
-        state = _load_last(out, model, optimizer, device, meta)
+        state = _load_last(out, model, optimizer, device, meta, average)
         if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
             meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
         _clear(out, "scores", "calibration")  # they belong to the weights of before
@@ -348,10 +432,16 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     source, history = data.Batches(train, device), state["history"]
     if not resume:  # from now on the run can be resumed, and no other is begun in its folder unasked
         write_json(out / "results.json", results)
-        _save_last(out, model, optimizer, device, meta, state)
+        _save_last(out, model, optimizer, device, meta, state, average)
+
+    def goodness(row):
+        return row.get("val_auroc", -row["val_loss"])
+
+    def told(row):
+        return f"val AUROC {row['val_auroc']:.4f}" if "val_auroc" in row else f"val loss {row['val_loss']:.4f}"
 
     def best_so_far():
-        return history[state["best_epoch"] - 1]["val_auroc"] if state["best_epoch"] else -math.inf
+        return goodness(history[state["best_epoch"] - 1]) if state["best_epoch"] else -math.inf
 
     def done():
         return (state["epoch"] >= epochs or state["epoch"] * steps >= total
@@ -360,35 +450,35 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     with stop_requests() as stop:
         while not done():
             started = time.perf_counter() - state["seconds"]
-            state["lr"] = _train_epoch(model, source, optimizer, state, stop, loss_fn=loss_fn, mean=mean, std=std,
+            state["lr"] = _train_epoch(model, source, optimizer, state, stop, average=average, mixup=mixup, loss_fn=loss_fn, mean=mean, std=std,
                                        augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip,
                                        seed=seed, epochs=epochs, total=total,
                                        rate=lambda s: learning_rate(s, total, warmup, lr, schedule))
             if stop:
                 state["seconds"] = time.perf_counter() - started
-                _save_last(out, model, optimizer, device, meta, state)
+                _save_last(out, model, optimizer, device, meta, state, average)
                 write_json(out / "results.json", results)  # so that a new run does not overwrite it unasked
                 raise _interrupted(state, stop[0])
-            row = _validate(model, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
+            row = _validate(kept, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
                             amp=amp)
             row["seconds"] = time.perf_counter() - started
-            better = row["val_auroc"] > best_so_far()
+            better = goodness(row) > best_so_far()
             history.append(row)
             state.update(epoch=state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
             if better:
                 state["best_epoch"] = state["epoch"]
             # last.pth goes first: if the process dies between the two, resume rewrites the checkpoint from it.
-            _save_last(out, model, optimizer, device, meta, state)
+            _save_last(out, model, optimizer, device, meta, state, average)
             if better:
-                _save_checkpoint(out, model)
+                _save_checkpoint(out, kept)
             results.update(best_epoch=state["best_epoch"], minutes=sum(h["seconds"] for h in history) / 60)
             write_json(out / "results.json", results)
-            print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, val loss "
-                  f"{row['val_loss']:.4f}, val AUROC {row['val_auroc']:.4f}{' *' if better else ''}, "
+            print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, "
+                  + (f"val loss {row['val_loss']:.4f}, " if monitor else "") + f"{told(row)}{' *' if better else ''}, "
                   f"lr {row['lr']:.1e}, {row['seconds']:.0f} s", flush=True)
     results["finished"] = True
     write_json(out / "results.json", results)
-    print(f"best epoch {results['best_epoch']}: val AUROC {best_so_far():.4f}; {results['minutes']:.1f} min; "
+    print(f"best epoch {results['best_epoch']}: {told(history[results['best_epoch'] - 1])}; {results['minutes']:.1f} min; "
           f"wrote {out}/checkpoint.pth and results.json", flush=True)
     return results
 
@@ -407,11 +497,11 @@ def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
     loss = float(loss_fn(logits.to(device), torch.from_numpy(val.labels).to(device)))
     if not math.isfinite(loss):
         raise InputError(f"the validation loss became {loss} in epoch {state['epoch'] + 1}: try a smaller --lr")
-    return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, "val_auroc": monitor(val.labels, logits),
-            "lr": state["lr"]}
+    watched = {"val_auroc": monitor(val.labels, logits)} if monitor else {}
+    return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, **watched, "lr": state["lr"]}
 
 
-def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, augment, device, amp, batch_size,
+def _train_epoch(model, source, optimizer, state, stop, *, average, mixup, loss_fn, mean, std, augment, device, amp, batch_size,
                  clip, seed, epochs, total, rate):
     """Run the rest of the epoch in `state` (updated in place); returns the last learning rate."""
     model.train()
@@ -426,10 +516,12 @@ def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, a
         for index in batches[state["step"]:]:
             current = rate(epoch * math.ceil(count / batch_size) + state["step"])
             for group in optimizer.param_groups:
-                group["lr"] = current
+                group["lr"] = current * group["lr_scale"]
             x, y = source.get(index)
             with torch.no_grad():
                 x = scale_input(augment(x), mean, std)
+                if mixup:
+                    x, y = mix(x, y, mixup)
             with autocast(device, amp):
                 logits = model(x)
             loss = loss_fn(logits.float(), y)
@@ -441,6 +533,8 @@ def _train_epoch(model, source, optimizer, state, stop, *, loss_fn, mean, std, a
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
             state["step"] += 1
             state["loss_sum"] += value
             seen += len(index)
@@ -486,16 +580,17 @@ def save_run(out, model, results):
                                            "command": command_line()})
 
 
-def _save_last(out, model, optimizer, device, meta, state):
+def _save_last(out, model, optimizer, device, meta, state, average=None):
     value = {"format": FORMAT, "meta": {k: meta[k] for k in ("model_config", "recipe", "data", "split")},
              "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
+             "average": average and average.state_dict(),
              "rng": torch.get_rng_state(),
              "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
     with atomic_path(out / "last.pth") as tmp:
         torch.save(value, tmp)
 
 
-def _load_last(out, model, optimizer, device, meta):
+def _load_last(out, model, optimizer, device, meta, average=None):
     """Restore model, optimiser and random state from last.pth; returns the loop's state."""
     path = out / "last.pth"
     last = load_tensors(path)
@@ -508,14 +603,33 @@ def _load_last(out, model, optimizer, device, meta):
         raise InputError(f"--resume: the settings differ from those of {out}: " + "; ".join(differ))
     model.load_state_dict(last["model"])
     optimizer.load_state_dict(last["optimizer"])
+    if average is not None:
+        average.load_state_dict(last["average"])
     torch.set_rng_state(last["rng"])
     if last["device_rng"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(last["device_rng"], device)
     state = last["state"]
     if state["step"] == 0 and state["best_epoch"] == state["epoch"]:
-        _save_checkpoint(out, model)  # the process may have died before it could
+        _save_checkpoint(out, average.module if average else model)  # the process may have died before it could
     say(f"resuming {out} in epoch {state['epoch'] + 1} after step {state['step']}")
     return state
+
+
+def load_encoder(model, run, config):
+    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it was, for
+    results.json. InputError if the run is another kind, its shape differs, or it saw images of `config`'s validation."""
+    auto, results = load_run(run)
+    if auto.kind != "mae":
+        raise InputError(f"--init {run} is no run of pretrain_mae.py")
+    if {k: v for k, v in results["data"].items() if k.startswith("split") or k == "normalise"} != \
+            {k: v for k, v in asdict(config).items() if k.startswith("split") or k == "normalise"}:
+        raise InputError(f"--init {run} was made with other --split, --split-seed or --normalise settings")
+    weights = {k: v for k, v in auto.encoder.state_dict().items() if not k.startswith("head.")}
+    try:
+        model.load_state_dict({**model.state_dict(), **weights})
+    except RuntimeError as error:
+        raise InputError(f"--init {run} does not fit this model: {' '.join(str(error).split())[:300]}") from None
+    return {"run": str(run), "checkpoint": sha256(Path(run, "checkpoint.pth")), "minutes": results["minutes"]}
 
 
 def load_run(run):

@@ -1,66 +1,39 @@
-"""Tell recipes apart without looking at the test set: selection signals made of the training folder alone.
+"""Tell recipes apart without looking at the test set: selection signals of finished runs, from the training folder alone.
 
-    python experiments.py plain strong --weights ../shared/weights/ViT-Ti_16-224.npz --epochs 3 --img-size 112
+    python experiments.py --runs-dir outputs/screen
 
-Ordinary validation cannot tell recipes apart (all reach AUROC 0.99). For each named recipe this trains a small
-proxy twice, each time with half of the sources left out, and prints a markdown row as soon as it is known:
+Ordinary validation cannot tell recipes apart (all reach AUROC 0.99). For each run this scores its validation images
+and prints a markdown row:
 
-- source: NORMAL images of one file-name series (IM- or NORMAL2-IM-) and PNEUMONIA of one half of the patient numbers
-  are trained on, the others scored. "Spec" and "recall" are at the recall-first threshold of the held-out patients
-  of the sources that were trained on, as calibrate.py does with validation and test.
-- corrupted: the same held-out patients under corruptions (after ImageNet-C, Hendrycks and Dietterich 2019,
-  arXiv:1903.12261): mean AUROC, and specificity and recall at the clean threshold.
+- corrupted: the same images with changed exposure, sharpness, noise, compression and framing (after ImageNet-C,
+  Hendrycks and Dietterich 2019, arXiv:1903.12261): mean AUROC, and mean specificity and recall at the recall-first
+  threshold of the clean images. "worst" is the corruption with the least mean of the two.
+- matched: validation re-weighted so that a shortcut tells nothing. The shortcut is logistic regression on coarse
+  pixels, grey-level histogram and sharpness, fitted to the training images; with its probability e of pneumonia,
+  NORMAL images weigh e and PNEUMONIA images 1 - e (overlap weights: Li, Morgan, Zaslavsky 2018, arXiv:1404.1785).
+  "n" is the effective number of NORMAL images, (sum w)^2 / sum w^2: few, so this signal is noisy.
+- choice: the mean of corrupted specificity and recall; what recipes are chosen on.
 
-The test folder is counted, never opened. Results go to stdout and, one JSON line each, to outputs/experiments.jsonl.
+The test folder is counted, never opened. With --against-test a second table holds the rank correlation of each signal
+with the test results that calibrate.py has left in calibration.json: read it after the choice.
 """
-import contextlib
 import io
 import json
-import sys
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import common
 import data
 import engine
 import metrics
-import npz_loader
-from vit import CONFIGS, build_vit
-
-STRONG = dict(rotate=15.0, translate=0.1, scale=0.25, aspect=0.15, brightness=0.25, contrast=0.4, gamma=0.5)
-RECIPES = {  # name -> changes of Augment, of DataConfig ("normalise") and of the optimisation
-    "plain": {},
-    "none": dict(rotate=0.0, translate=0.0, scale=0.0, brightness=0.0, contrast=0.0),
-    "strong": STRONG,
-    "geometry": {k: STRONG[k] for k in ("rotate", "translate", "scale", "aspect")},
-    "exposure": {k: STRONG[k] for k in ("brightness", "contrast", "gamma")},
-    "strong-erase": {**STRONG, "erase": 0.5},
-    "strong-blur": {**STRONG, "blur": 0.3, "noise": 0.05},
-    "strong-all": {**STRONG, "blur": 0.3, "noise": 0.05, "erase": 0.5},
-    "standard": dict(normalise="standard"),
-    "equalise": dict(normalise="equalise"),
-    "standard-strong": {**STRONG, "normalise": "standard"},
-    "equalise-strong": {**STRONG, "normalise": "equalise"},
-    "strong-flip": {**STRONG, "hflip": 0.5},
-    "strong-slow": {**STRONG, "lr_factor": 0.3},
-    "strong-fast": {**STRONG, "lr_factor": 2.0},
-}
-
-
-def source_fold(files, labels, fold):
-    """Boolean [N]: is the image of a source that `fold` (0 or 1) trains on."""
-    patients = [data.patient_id(f) for f in files]
-    numbers = np.array([int(p[6:]) if p.startswith("person") else -1 for p in patients])
-    series = np.array([p.startswith("NORMAL2") for p in patients])
-    first = np.where(labels == 1, numbers <= np.median(numbers[labels == 1]), ~series)
-    if min(first[labels == k].mean() for k in (0, 1)) in (0, 1) or not (numbers[labels == 1] >= 0).all():
-        raise common.InputError("the file names do not tell sources apart: this needs the Kermany set's own names")
-    return first if fold == 0 else ~first
 
 
 def corruptions():
@@ -82,104 +55,121 @@ def corruptions():
         side = image.size[0]
         return image.resize((round(side * factor),) * 2, Image.Resampling.BILINEAR).resize((side,) * 2, Image.Resampling.BILINEAR)
 
-    def crop(image):
+    def framed(left, top, right, bottom):
+        def crop(image):
+            side = image.size[0]
+            return image.resize((side, side), Image.Resampling.BILINEAR, box=(left * side, top * side, right * side, bottom * side))
+        return crop
+
+    def wider(image):
         side = image.size[0]
-        box = (0.1 * side, 0.04 * side, 0.96 * side, 0.9 * side)
-        return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        canvas, inner = Image.new("L", (side, side)), round(0.85 * side)
+        canvas.paste(image.resize((side, inner), Image.Resampling.BILINEAR), (0, (side - inner) // 2))
+        return canvas
 
     return {"darker": levels(lambda x: x - 0.15), "brighter": levels(lambda x: x + 0.15),
             "flatter": levels(lambda x: (x - x.mean()) * 0.6 + x.mean()),
             "harder": levels(lambda x: (x - x.mean()) * 1.5 + x.mean()),
             "gamma 0.6": levels(lambda x: x ** 0.6), "gamma 1.6": levels(lambda x: x ** 1.6),
             "noise": levels(lambda x: x + rng.normal(0, 0.06, x.shape)), "jpeg 15": through(jpeg),
-            "blur": through(lambda i: smaller(i, 0.35)), "crop and shift": through(crop)}
+            "blur": through(lambda i: smaller(i, 0.35)), "coarse": through(lambda i: smaller(i, 0.2)),
+            "crop and shift": through(framed(0.1, 0.04, 0.96, 0.9)), "zoom": through(framed(0.1, 0.1, 0.9, 0.9)),
+            "wider": through(wider)}
 
 
-def operating_point(y, p, thr):
-    """(specificity, recall) of p >= thr."""
-    row = metrics.summarize_at_threshold(y, p, thr)
-    return row["specificity"], row["recall"]
+def shortcut_features(images):
+    """uint8 [N, S, S] -> [N, 16 * 16 + 16 + 8]: coarse pixels, grey-level histogram, log power by spatial frequency."""
+    rows = []
+    for image in images:
+        coarse = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX), dtype=float).ravel() / 255
+        levels = np.histogram(image, 16, (0, 256), density=True)[0] * 256
+        power = np.abs(np.fft.rfft2(image / 255.0)) ** 2
+        radius = np.hypot(np.fft.fftfreq(len(image))[:, None], np.fft.rfftfreq(len(image))[None])
+        band = np.digitize(radius, np.geomspace(1 / len(image), 0.5, 9)) - 1
+        rows.append(np.r_[coarse, levels, [np.log(power[band == b].mean()) for b in range(8)]])
+    return np.array(rows)
 
 
-def build(args, img_size):
-    """A fresh model and its input scaling: pretrained with --weights, else the scratch ViT."""
-    if not args.weights:
-        return build_vit("scratch", img_size=img_size), (0.5,) * 3, (0.5,) * 3
-    shape = npz_loader.config_from_npz(args.weights)
-    name = next((n for n, c in CONFIGS.items() if c["embed_dim"] == shape["embed_dim"] and n != "scratch"), "b16")
-    model = build_vit(name, img_size=img_size, **{**shape, "drop_rate": 0.0})
-    report = npz_loader.load_npz(model, args.weights)
-    return model, report["mean"], report["std"]
+def overlap_weights(train, val):
+    """Weights [N] of the validation images that leave the shortcut nothing to tell (see above)."""
+    shortcut = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000))
+    shortcut.fit(shortcut_features(train.images[train.rows]), train.labels)
+    e = shortcut.predict_proba(shortcut_features(val.images[val.rows]))[:, 1]
+    return np.where(val.labels == 1, 1 - e, e)
 
 
-def signals(name, everything, config, args, device):
-    """Train both folds of a recipe and measure -> {signal: value}."""
-    changes = dict(RECIPES[name])
-    mode = changes.pop("normalise", "none")
-    lr = args.lr * changes.pop("lr_factor", 1.0)
-    amp, rows = engine.fast_bf16(device), []
-    for fold in (0, 1):
-        inside = source_fold(everything.files, everything.labels, fold)
-        known, other = (replace(everything.take(np.flatnonzero(m)), normalise=mode) for m in (inside, ~inside))
-        train, val = (known.take(i) for i in data.split_train_val(known.files, known.labels, seed=args.seed))
-        engine.seed_everything(args.seed)
-        model, mean, std = build(args, config.img_size)
-        weight = engine.class_weights(train.labels, 2).to(device)
-        augment = replace(data.Augment(), **changes)
-        meta = {"model": name, "model_config": {"kind": "vit", **model.config}, "recipe": asdict(augment), "data": {},
-                "split": {"synthetic": False}, "mean": mean, "std": std}
-        with contextlib.redirect_stdout(sys.stderr):
-            engine.fit(model, train, val, out=Path(args.work, f"{name}-{fold}"), meta=meta, mean=mean, std=std,
-                       augment=augment, loss_fn=engine.cross_entropy(weight, 0.05), device=device, amp=amp,
-                       epochs=args.epochs, batch_size=32, lr=lr, weight_decay=0.05, schedule="cosine",
-                       warmup_epochs=0.5, clip=1.0, patience=args.epochs, seed=args.seed)
+def signals(run, train, val, weights, device):
+    """{signal: value} of a finished run; `weights` are the overlap weights of `val`."""
+    model, results = engine.load_run(run)
+    amp = engine.trained_precision(results, device)
+    model.to(device)
 
-        def score(subset):
-            logits = engine.predict(model, subset, mean=mean, std=std, device=device, amp=amp, batch_size=128)
-            return engine.probabilities(logits)[:, 1]
+    def score(subset):
+        logits = engine.predict(model, subset, mean=results["mean"], std=results["std"], device=device, amp=amp,
+                                batch_size=128, progress=str(run))
+        return engine.probabilities(logits)[:, 1]
 
-        p_val, p_other = score(val), score(other)
-        thr, _, _ = metrics.choose_threshold_by_min_recall(val.labels, p_val, 0.95)
-        broken = []
-        for change in corruptions().values():
-            images = np.stack([change(val.images[r]) for r in val.rows])
-            p = score(data.Subset(val.files, val.labels, images, np.arange(len(images)), mode))
-            broken.append((metrics.roc_auc_score(val.labels, p), *operating_point(val.labels, p, thr)))
-        rows.append([metrics.roc_auc_score(val.labels, p_val), metrics.roc_auc_score(other.labels, p_other),
-                     *operating_point(other.labels, p_other, thr), *np.mean(broken, axis=0)])
-    names = ("val AUROC", "source AUROC", "source spec", "source recall", "corrupted AUROC", "corrupted spec",
-             "corrupted recall")
-    return dict(zip(names, np.mean(rows, axis=0).tolist()))
+    y, p = val.labels, score(val)
+    thr, _, _ = metrics.choose_threshold_by_min_recall(y, p, 0.95)
+    # All the NORMAL images and every third of the others: the specificity is what varies.
+    few = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
+    rows = {}
+    for name, change in corruptions().items():
+        images = np.stack([change(few.images[r]) for r in few.rows])
+        q = score(data.Subset(few.files, few.labels, images, np.arange(len(images)), few.normalise))
+        rows[name] = [roc_auc_score(few.labels, q), (q[few.labels == 0] < thr).mean(), (q[few.labels == 1] >= thr).mean()]
+    auroc, spec, recall = np.mean(list(rows.values()), axis=0)
+    normal = weights * (y == 0)
+    return {"val AUROC": roc_auc_score(y, p), "corrupted AUROC": auroc, "corrupted spec": spec, "corrupted recall": recall,
+            "worst": min(rows, key=lambda n: sum(rows[n][1:])), "matched AUROC": roc_auc_score(y, p, sample_weight=weights),
+            "matched spec": normal[p < thr].sum() / normal.sum(), "matched n": normal.sum() ** 2 / (normal ** 2).sum(),
+            "choice": (spec + recall) / 2, "minutes": results["minutes"],
+            "corruptions": {n: [round(float(v), 4) for v in r] for n, r in rows.items()}}
+
+
+def against_test(table, runs):
+    """Markdown: Spearman's rank correlation of each signal with two test results, over runs with a calibration."""
+    done = [(row, common.read_calibration(run)) for row, run in zip(table, runs) if Path(run, "calibration.json").exists()]
+    if len(done) < 4:
+        raise common.InputError(f"--against-test needs 4 runs with a calibration.json, found {len(done)}")
+    lines = [f"\n| signal ({len(done)} runs) | rho with test AUROC | rho with test specificity @Rec |", "| --- | ---: | ---: |"]
+    for name in (k for k, v in table[0].items() if isinstance(v, float) and k not in ("minutes", "matched n")):
+        have = [row[name] for row, _ in done]
+        rho = [spearmanr(have, [c["test"]["at_rec"][k] for _, c in done])[0] for k in ("auroc", "specificity")]
+        lines.append(f"| {name} | {rho[0]:+.2f} | {rho[1]:+.2f} |")
+    return "\n".join(lines)
 
 
 def main():
     parser = common.parser(__doc__)
-    parser.add_argument("recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
-    parser.add_argument("--data-dir", default=data.DEFAULT_DIR, help="folder with train/ and test/")
-    parser.add_argument("--cache-dir", default="Data/cache", help="where decoded images are kept")
-    parser.add_argument("--img-size", type=int, default=112, help="side of the proxy's input, px")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of the proxy; its last one is scored")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights, order and augmentation")
-    parser.add_argument("--weights", default=None, metavar="PATH", help="pretrained weights (default: from scratch)")
+    parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
+    parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
+    parser.add_argument("--against-test", action="store_true", help="afterwards: how well the signals foresaw the test results")
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
-    parser.add_argument("--work", default="outputs/experiments", help="folder for the proxies' files")
     args = parser.parse_args()
-    device = engine.pick_device(args.device)
-    config = data.DataConfig(args.data_dir, args.img_size, cache_dir=args.cache_dir)
-    train, val, _ = data.load_train_val(config)
-    everything = data.Subset(train.files + val.files, np.r_[train.labels, val.labels], train.images,
-                             np.r_[train.rows, val.rows])
-    header = None
-    for name in args.recipes:
-        started = time.perf_counter()
-        row = {**signals(name, everything, config, args, device), "minutes": (time.perf_counter() - started) / 60}
-        if header is None:
-            header = ["recipe", *row]
-            print("| " + " | ".join(header) + " |\n| --- |" + " ---: |" * len(row))
-        print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in row.values()) + " |", flush=True)
-        with open(Path(args.work).with_suffix(".jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps({"recipe": name, "changes": RECIPES[name], "command": common.command_line(), **row}) + "\n")
+    device, loaded, table = engine.pick_device(args.device), {}, []
+    runs = common.find_runs(args.runs_dir, args.run)
+    for run in runs:
+        results = common.read_results(run)
+        config = data.config_from_json(results["data"])
+        if config not in loaded:
+            train, val, split = data.load_train_val(config)
+            loaded[config] = train, val, overlap_weights(train, val), split["fingerprint"]
+        *sets, fingerprint = loaded[config]
+        if fingerprint != results["split"]["fingerprint"]:
+            raise common.InputError(f"the images in {config.data_dir} are not those {run} was trained on")
+        path, checkpoint = Path(run, "signals.json"), common.sha256(Path(run, "checkpoint.pth"))
+        kept = common.read_json(path) if path.exists() else {}
+        if kept.get("checkpoint") != checkpoint:
+            kept = {"checkpoint": checkpoint, "signals": signals(run, *sets, device)}
+            common.write_json(path, kept)
+        table.append(kept["signals"])
+        shown = {k: v for k, v in table[-1].items() if k != "corruptions"}
+        if len(table) == 1:
+            print("| run | " + " | ".join(shown) + " |\n| --- |" + " ---: |" * len(shown))
+        print(f"| {run} | " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in shown.values()) + " |", flush=True)
+    if args.against_test:
+        print(against_test(table, runs))
 
 
 if __name__ == "__main__":

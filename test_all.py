@@ -1563,8 +1563,8 @@ def test_learning_rate_never_exceeds_the_peak(warmup):
 
 def test_parameter_groups():
     model = small_vit()
-    decay, plain = engine.parameter_groups(model, 0.05)
-    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    plain, decay = sorted(engine.parameter_groups(model, 0.05), key=lambda g: g["weight_decay"])
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0) and decay["lr_scale"] == plain["lr_scale"] == 1
     names = {id(p): n for n, p in model.named_parameters()}
     with_decay, without = ([names[id(p)] for p in g["params"]] for g in (decay, plain))
     assert sorted(with_decay + without) == sorted(names.values())  # each once
@@ -1656,7 +1656,7 @@ def test_pick_device():
 # ================================================================ engine: fit
 
 def toy_fit(out, *, epochs=3, resume=False, loss_fn=None, monitor=engine.binary_auroc, patience=9, lr=1e-3,
-            max_steps=None, augment=data.Augment(hflip=0.5), capture=None):
+            max_steps=None, augment=data.Augment(hflip=0.5), capture=None, **more):
     """`engine.fit` of a small ViT with dropout, DropPath and augmentation: 5 steps an epoch, a fraction of a second."""
     torch.manual_seed(1)
     model = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
@@ -1670,7 +1670,7 @@ def toy_fit(out, *, epochs=3, resume=False, loss_fn=None, monitor=engine.binary_
                           loss_fn=loss_fn or engine.cross_entropy(None, 0.05), monitor=monitor, mean=(0.5,), std=(0.5,),
                           augment=augment, device=CPU, amp=False, epochs=epochs, batch_size=8, lr=lr,
                           weight_decay=0.05, schedule="cosine", warmup_epochs=1.0, clip=1.0, patience=patience, seed=0,
-                          max_steps=max_steps, resume=resume)
+                          max_steps=max_steps, resume=resume, **more)
 
 
 @pytest.fixture(scope="module")
@@ -3050,18 +3050,6 @@ def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):
         assert np.abs(file["test_p1"] - plain["test_p1"]).max() > 1e-3
 
 
-def test_source_folds_split_series_and_patient_numbers():
-    import experiments
-    files = ["train/NORMAL/IM-0001-0001.jpeg", "train/NORMAL/NORMAL2-IM-0002-0001.jpeg",
-             *(f"train/PNEUMONIA/person{i}_virus_{i}.jpeg" for i in (1, 2, 3, 4))]
-    labels = np.array([0, 0, 1, 1, 1, 1])
-    first = experiments.source_fold(files, labels, 0)
-    assert first.tolist() == [True, False, True, True, False, False]
-    assert (experiments.source_fold(files, labels, 1) == ~first).all()
-    with pytest.raises(InputError, match="sources"):
-        experiments.source_fold(["a.png", "b.png"], np.array([0, 1]), 0)
-
-
 def test_corruptions_keep_shape_and_change_the_image():
     import experiments
     image = data._draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
@@ -3080,6 +3068,195 @@ def test_reported_interval_never_claims_certainty():
     row = metrics.summarize_at_threshold(y, p, 0.6)
     row["interval"] = metrics.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
     assert metrics.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
+
+
+def test_overlap_weights_balance_the_shortcut():
+    """Overlap weights of a logistic model balance its covariates exactly on the data it was fitted to (unpenalised);
+    here: the weighted shortcut separates the classes far less, and an image the shortcut is sure of weighs nothing."""
+    import experiments
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    images = np.clip(rng.normal(100 + 15 * labels[:, None, None], 40, (200, 1, 1)) + rng.normal(0, 9, (200, 32, 32)), 0, 255)
+    subset = data.Subset([""] * 200, labels, images.astype(np.uint8), np.arange(200))
+    weights, bright = experiments.overlap_weights(subset, subset), images.mean((1, 2))
+    plain, matched = (sklearn.metrics.roc_auc_score(labels, bright, sample_weight=w) for w in (None, weights))
+    assert plain > 0.58 and abs(matched - 0.5) < (plain - 0.5) / 3
+    assert weights.min() >= 0 and weights.max() <= 1
+
+
+def test_experiments_prints_signals_and_keeps_them(bench, tmp_path):
+    shutil.copytree(bench, tmp_path / "b")
+    done = succeed("experiments", "--run", "outputs/linear", cwd=tmp_path / "b")
+    header, _, row = [line for line in done.out.splitlines() if line.startswith("|")]
+    values = dict(zip(header.split(" | "), row.split(" | ")))
+    kept = read_json(tmp_path / "b/outputs/linear/signals.json")["signals"]
+    with np.load(bench / "outputs/linear/scores.npz") as file:
+        assert kept["val AUROC"] == pytest.approx(sklearn.metrics.roc_auc_score(file["val_labels"], file["val_p1"]))
+    assert float(values["corrupted spec"]) == pytest.approx(kept["corrupted spec"], abs=6e-4)
+    assert kept["choice"] == pytest.approx((kept["corrupted spec"] + kept["corrupted recall"]) / 2)
+    assert kept["corrupted spec"] == pytest.approx(np.mean([v[1] for v in kept["corruptions"].values()]), abs=1e-4)
+    refused(cli("experiments", "--run", "outputs/linear", "--against-test", cwd=tmp_path / "b"), "needs 4 runs")
+
+
+# ================================================================ recipes
+
+def test_layer_decay_by_hand():
+    model = small_vit()  # depth 3
+    scale = {id(p): g["lr_scale"] for g in engine.parameter_groups(model, 0.05, 0.5) for p in g["params"]}
+    named = {n: scale[id(p)] for n, p in model.named_parameters()}
+    for name, value in {"head.weight": 1, "norm.bias": 1, "blocks.2.attn.qkv.weight": 0.5, "blocks.1.norm1.bias": 0.25,
+                        "blocks.0.mlp.fc1.weight": 0.125, "cls_token": 0.0625, "patch_embed.proj.weight": 0.0625}.items():
+        assert named[name] == value, name
+
+
+def test_patch_drop_is_a_forward_on_the_kept_patches():
+    """Leaving patches out equals running the blocks by hand on the tokens that stay; eval mode drops none."""
+    model = randomise(small_vit(patch_drop_rate=0.5))
+    x = torch.rand(3, 3, 16, 16)
+    plain = randomise(small_vit())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    torch.manual_seed(1)
+    got = model.train().forward_features(x)
+    torch.manual_seed(1)
+    keep = torch.rand(3, 16).argsort(1)[:, :8]
+    assert got.shape == (3, 9, 24)
+    tokens = model.patch_embed(x) + model.pos_embed[:, 1:]
+    for i in range(3):
+        t = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], tokens[i][keep[i]]])[None]
+        for block in model.blocks:
+            t = block(t)
+        assert torch.allclose(got[i], model.norm(t)[0], atol=1e-5)
+
+
+def test_mean_readout():
+    model = randomise(small_vit(pool="mean")).eval()
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(model(x), model.head(model.forward_features(x)[:, 1:].mean(1)), atol=1e-6)
+    reference = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=2,
+                                              global_pool="avg", fc_norm=False, norm_layer=torch.nn.LayerNorm).eval()
+    reference.load_state_dict(model.state_dict())
+    reference.norm.eps = 1e-6
+    for block in reference.blocks:
+        block.norm1.eps = block.norm2.eps = 1e-6
+    assert torch.allclose(model(x), reference(x), atol=1e-5)
+
+
+def test_mixup_mixes_image_and_label_alike():
+    x, y = torch.arange(64.0).view(64, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(64) % 2
+    torch.manual_seed(0)
+    mixed, soft = engine.mix(x, y, 0.4)
+    assert soft.shape == (64, 2) and torch.allclose(soft.sum(1), torch.ones(64))
+    torch.manual_seed(0)
+    share = torch.distributions.Beta(0.4, 0.4).sample((64,))
+    other = torch.randperm(64)
+    for i in range(64):
+        assert mixed[i, 0, 0, 0] == pytest.approx(float(share[i] * i + (1 - share[i]) * other[i]), abs=1e-4)
+        want = share[i] * (i % 2) + (1 - share[i]) * (other[i] % 2)
+        assert soft[i, 1] == pytest.approx(float(want), abs=1e-6)
+
+
+def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
+    """Stage 1 against the plain loop that runs the frozen backbone in every step: the same head to rounding."""
+    train, loss_fn = toy_subset(40, 0), engine.cross_entropy(None, 0.0)
+    model = randomise(small_vit(in_chans=1))
+    slow = randomise(small_vit(in_chans=1)).eval()
+    slow.load_state_dict(model.state_dict())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    engine.fit_head(model, train, epochs=3, batch_size=8, lr=1e-2, weight_decay=0.05, loss_fn=loss_fn, mean=[0.5],
+                    std=[0.5], device=CPU, amp=False, seed=3)
+    optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
+    for epoch in range(3):
+        for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
+            x, y = data.Batches(train, CPU).get(index)
+            optimizer.zero_grad()
+            loss_fn(slow((x - 0.5) / 0.5), y).backward()
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        if name.startswith("head"):
+            assert torch.allclose(value, slow.state_dict()[name], atol=1e-5) and not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+def test_masked_autoencoder_loss_by_brute_force():
+    torch.manual_seed(0)
+    encoder = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    model = randomise(vit.MaskedAutoencoder(encoder, 0.75, decoder_dim=8, decoder_depth=1, decoder_heads=2)).eval()
+    x = torch.rand(2, 1, 16, 16).expand(-1, 3, -1, -1)
+    errors = model(x)
+    assert torch.equal(errors, model(x)) and errors.shape == (2, 1)  # eval hides the same patches again
+    order = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)).argsort(1)
+    for i in range(2):
+        keep, hide = order[i, 12:], order[i, :12]
+        seen = model.embed(model.encoder.forward_features(x[i:i + 1], keep=keep[None]))[0]
+        tokens = model.mask_token[0].repeat(16, 1)
+        tokens[keep] = seen[1:]
+        t = (torch.cat([seen[:1], tokens]) + model.pos_embed[0])[None]
+        guess = model.predict(model.norm(model.blocks[0](t)))[0, 1:]
+        total = 0.0
+        for patch in hide.tolist():
+            r, c = 4 * (patch // 4), 4 * (patch % 4)
+            want = x[i, 0, r:r + 4, c:c + 4].reshape(-1)
+            want = (want - want.mean()) / (want.var() + 1e-6).sqrt()
+            total += ((guess[patch] - want) ** 2).mean().item()
+        assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
+
+
+def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
+    """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit the same."""
+    captured, weights = [], []
+    hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
+        lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()}))
+    try:
+        toy_fit(tmp_path / "a", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, capture=captured)
+    finally:
+        hook.remove()
+    average = weights[0]
+    for now in weights[1:]:
+        average = {n: 0.8 * average[n] + 0.2 * now[n] for n in now}
+    last = load_pth(tmp_path, "a", "last.pth")
+    for name, value in average.items():
+        assert torch.allclose(last["average"][f"module.{name}"].double(), value, atol=1e-6), name
+    best, checkpoint = read_json(tmp_path, "a", "results.json")["best_epoch"], load_pth(tmp_path, "a", "checkpoint.pth")
+    if best == 2:
+        assert all(torch.equal(checkpoint[n], last["average"][f"module.{n}"]) for n in checkpoint)
+    assert not any(torch.equal(checkpoint[n], last["model"][n]) for n in average if n.endswith("weight"))
+    calls, plain = itertools.count(1), engine.cross_entropy(None, 0.05)
+
+    def loss_fn(logits, y):
+        if next(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(logits, y)
+
+    with pytest.raises(common.Interrupted):
+        toy_fit(tmp_path / "b", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, loss_fn=loss_fn)
+    toy_fit(tmp_path / "b", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, resume=True)
+    assert same_tensors(load_pth(tmp_path, "b", "checkpoint.pth"), checkpoint)
+    assert same_tensors(load_pth(tmp_path, "b", "last.pth")["average"], last["average"])
+
+
+def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
+    """pretrain_mae.py -> --init: the encoder arrives whole, head apart; the run is no candidate of calibrate or compare;
+    a wrong folder, shape or split is refused."""
+    common_flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32)
+    done = succeed("pretrain_mae", *common_flags, "--epochs", 2, "--batch-size", 32, "--max-steps", 4, cwd=tmp_path)
+    assert "val loss" in done.out and "AUROC" not in done.out
+    results = read_json(tmp_path, "outputs/mae/results.json")
+    assert [set(h) for h in results["history"]] == [{"train_loss", "val_loss", "lr", "seconds"}] * 2
+    refused(cli("calibrate", cwd=tmp_path), "no finished runs")
+    flags = (*common_flags, "--init", "outputs/mae", "--epochs", 1, "--max-steps", 1, "--lr", 1e-12, "--weight-decay", 0)
+    succeed("train_scratch", *flags, cwd=tmp_path)
+    encoder = load_pth(tmp_path, "outputs/mae/checkpoint.pth")
+    for name, value in load_pth(tmp_path, "outputs/scratch/checkpoint.pth").items():
+        if not name.startswith("head"):
+            assert torch.allclose(value, encoder[f"encoder.{name}"], atol=1e-9), name
+    run = read_json(tmp_path, "outputs/scratch/results.json")
+    assert run["recipe"]["init"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
+    refused(cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path), "pretrain_mae.py")
+    refused(cli("train_scratch", *flags, "--overwrite", "--model", "ti16", cwd=tmp_path), "does not fit")
+    refused(cli("train_scratch", *flags, "--overwrite", "--split-seed", 1, cwd=tmp_path), "--split")
+    refused(cli("train_scratch", *flags, "--overwrite", "--init", "nowhere", cwd=tmp_path), "nowhere")
 
 
 # ================================================================ explain.py

@@ -21,19 +21,21 @@ def main():
                        help="Google .npz, timm or DeiT .pth/.safetensors, or Hugging Face ViT state dict")
     group.add_argument("--mean", type=float, nargs=3, default=None, help="input mean (default: the weights' own)")
     group.add_argument("--std", type=float, nargs=3, default=None, help="input std (default: the weights' own)")
-    group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    group.add_argument("--pool", choices=("cls", "mean"), default="cls", help="what the head reads")
     data.add_augment_arguments(parser)
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--freeze-epochs", type=int, default=0, help="first train the head alone, on frozen features")
+    group.add_argument("--head-lr", type=float, default=1e-3, help="rate of that stage")
     engine.add_arguments(parser, out="outputs/pretrained", epochs=10, lr=1e-4)
     args = parser.parse_args()
 
     shape = npz_loader.config_from_npz(args.weights)  # first: a missing file should not cost a decoding pass
-    if not 0 <= args.drop_path < 1:
-        raise common.InputError(f"--drop-path must lie in [0, 1), got {args.drop_path}")
     for plan in engine.plans_from_args(args):
         keys = ("embed_dim", "depth", "patch_size")
         name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in keys)), "b16")
         model = build_vit(name, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
-                          **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path})
+                          **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path,
+                             "patch_drop_rate": args.patch_drop, "pool": args.pool})
         report = npz_loader.load_npz(model, args.weights)
         print(npz_loader.describe(report), flush=True)
         engine.train(plan, model, name=name, mean=args.mean or report["mean"], std=args.std or report["std"],

@@ -15,14 +15,19 @@ from vit import CONFIGS, build_vit
 def main():
     parser = common.parser(__doc__)
     data.add_arguments(parser)
-    parser.add_argument_group("model").add_argument("--model", choices=CONFIGS, default="scratch", help="architecture")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=CONFIGS, default="scratch", help="architecture")
+    group.add_argument("--drop-rate", type=float, default=0.1, metavar="X", help="dropout")
+    group.add_argument("--init", default=None, metavar="DIR", help="start from the encoder that pretrain_mae.py left there")
     data.add_augment_arguments(parser)
-    engine.add_arguments(parser, out="outputs/scratch", epochs=15, lr=3e-4)
+    engine.add_arguments(parser, out="outputs/scratch", epochs=15, lr=3e-4, drop_path=0.05)
     args = parser.parse_args()
 
     for plan in engine.plans_from_args(args):
-        model = build_vit(args.model, num_classes=len(plan.config.classes), img_size=plan.config.img_size)
-        engine.train(plan, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+        model = build_vit(args.model, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
+                          drop_rate=args.drop_rate, drop_path_rate=args.drop_path, patch_drop_rate=args.patch_drop)
+        more = {"init": engine.load_encoder(model, args.init, plan.config)} if args.init else {}
+        engine.train(plan, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, **more)
 
 
 if __name__ == "__main__":

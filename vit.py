@@ -129,11 +129,15 @@ class VisionTransformer(nn.Module):
 
     `img_size` is a side or (H, W), each divisible by `patch_size`; `drop_rate` acts after the position
     embedding and in every block; `drop_path_rate` grows linearly from 0 in the first block to its
-    value in the last. ValueError for sizes that do not fit together.
+    value in the last; in training each image loses a random share `patch_drop_rate` of its patches (Liu et al. 2022,
+    arXiv:2208.07220), which also makes a step cheaper. `pool`: what the head reads, the "cls" token or the "mean" of
+    the patches. InputError for sizes that do not fit together.
     """
 
+    kind = "vit"
+
     def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=2, embed_dim=768, depth=12,
-                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0):
+                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0, patch_drop_rate=0.0, pool="cls"):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
@@ -147,7 +151,8 @@ class VisionTransformer(nn.Module):
         self.grid_size = (height // patch_size, width // patch_size)
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
                            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                           drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+                           drop_rate=drop_rate, drop_path_rate=drop_path_rate, patch_drop_rate=patch_drop_rate, pool=pool)
+        self.patch_drop_rate, self.pool = patch_drop_rate, pool
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
@@ -168,8 +173,9 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, x, return_attention=False):
-        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first.
+    def forward_features(self, x, return_attention=False, keep=None):
+        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first; with `keep`, int64 (B, M),
+        only those patches of each image (B, 1 + M, D).
 
         With `return_attention`: (tokens, attention (B, depth, heads, N, N)), computed by explicit
         products, which equal the fused kernel to rounding.
@@ -177,9 +183,14 @@ class VisionTransformer(nn.Module):
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
             raise InputError(f"expected images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
                              f"got {tuple(x.shape)}")
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        x = self.pos_drop(x + self.pos_embed)
+        x = self.patch_embed(x) + self.pos_embed[:, 1:]
+        if keep is None and self.training and self.patch_drop_rate:
+            count = max(1, round(x.shape[1] * (1 - self.patch_drop_rate)))
+            keep = torch.rand(x.shape[:2], device=x.device).argsort(1)[:, :count]
+        if keep is not None:
+            x = x.gather(1, keep.unsqueeze(2).expand(-1, -1, x.shape[2]))
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = self.pos_drop(torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1))
         maps = []
         for block in self.blocks:
             if return_attention:
@@ -193,10 +204,61 @@ class VisionTransformer(nn.Module):
     def forward_head(self, tokens):
         """Tokens (B, N, D) -> logits (B, K), outside autocast: bf16 logits would tie scores artificially."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.head(tokens[:, 0].to(self.head.weight.dtype))
+            return self.head(self.readout(tokens.to(self.head.weight.dtype)))
+
+    def readout(self, tokens):
+        """Tokens (B, N, D) -> what the head reads, (B, D)."""
+        return tokens[:, 1:].mean(1) if self.pool == "mean" else tokens[:, 0]
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
+
+
+class MaskedAutoencoder(nn.Module):
+    """Self-supervised pretraining (He et al. 2022, arXiv:2111.06377): the encoder sees a random share 1 - `mask_ratio` of
+    the patches, a small decoder guesses the grey levels of the others, each patch scaled to mean 0 and variance 1.
+
+    forward: images (B, C, H, W) -> float32 (B, 1), the mean squared error over each image's hidden patches. In eval
+    mode the same patches are hidden every time. `encoder` holds the keywords of the VisionTransformer.
+    """
+
+    kind = "mae"
+
+    def __init__(self, encoder, mask_ratio=0.75, decoder_dim=128, decoder_depth=2, decoder_heads=4):
+        super().__init__()
+        self.config = dict(encoder=encoder, mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
+                           decoder_heads=decoder_heads)
+        self.encoder = VisionTransformer(**encoder)
+        self.patches = self.encoder.grid_size[0] * self.encoder.grid_size[1]
+        self.hidden = round(self.patches * mask_ratio)
+        if not 0 < self.hidden < self.patches:
+            raise InputError(f"mask ratio {mask_ratio} hides {self.hidden} of {self.patches} patches")
+        self.embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patches, decoder_dim))
+        self.blocks = nn.ModuleList(Block(decoder_dim, decoder_heads, 4.0, 0.0, 0.0) for _ in range(decoder_depth))
+        self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.predict = nn.Linear(decoder_dim, self.encoder.patch_size ** 2)
+        for p in (self.mask_token, self.pos_embed):
+            nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, x):
+        B, fixed = len(x), None if self.training else torch.Generator(x.device).manual_seed(0)
+        order = torch.rand(B, self.patches, device=x.device, generator=fixed).argsort(1)
+        keep, hide = order[:, self.hidden:], order[:, :self.hidden]
+        seen = self.embed(self.encoder.forward_features(x, keep=keep))  # (B, 1 + kept, decoder_dim)
+        tokens = self.mask_token.to(seen.dtype).expand(B, self.patches, -1).scatter(
+            1, keep.unsqueeze(2).expand(-1, -1, seen.shape[2]), seen[:, 1:])
+        tokens = torch.cat([seen[:, :1], tokens], dim=1) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        index = hide.unsqueeze(2)
+        guess = self.predict(self.norm(tokens[:, 1:].gather(1, index.expand(-1, -1, tokens.shape[2])))).float()
+        p = self.encoder.patch_size  # the channels repeat one grey image, so the first is all there is to guess
+        target = F.unfold(x[:, :1].float(), p, stride=p).transpose(1, 2)
+        target = target.gather(1, index.expand(-1, -1, target.shape[2]))
+        var, mean = torch.var_mean(target, dim=2, keepdim=True)
+        return F.mse_loss(guess, (target - mean) / (var + 1e-6).sqrt(), reduction="none").mean((1, 2)).unsqueeze(1)
 
 
 class PixelLinear(nn.Module):
@@ -204,6 +266,8 @@ class PixelLinear(nn.Module):
 
     The yardstick that every other model is held against; H and W must be multiples of `side`.
     """
+
+    kind = "linear"
 
     def __init__(self, side=32, num_classes=2):
         super().__init__()
@@ -231,8 +295,8 @@ def build_vit(name, num_classes=2, img_size=224, **overrides):
 
 
 def build_model(config):
-    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear", **its keywords}."""
-    kinds = {"vit": VisionTransformer, "linear": PixelLinear}
+    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae", **its keywords}."""
+    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder)}
     config = dict(config)
     kind = config.pop("kind", None)
     if kind not in kinds:
