@@ -193,7 +193,9 @@ def load_tensors(path):
 
 def command_line():
     """The command as typed, quoted for a shell, for results.json and resume messages."""
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    number = os.environ.get("WORLD_SIZE", "1")
+    runner = ["python"] if number == "1" else ["torchrun", "--nproc_per_node", number]
+    return shlex.join([*runner, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def parser(doc, **kwargs):
@@ -207,8 +209,9 @@ def parser(doc, **kwargs):
 
 
 def say(message):
-    """One line on stderr: progress and notes (stdout is kept for results)."""
-    print(message, file=sys.stderr, flush=True)
+    """One line on stderr: progress and notes (stdout is kept for results); of torchrun's processes the first one's."""
+    if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
+        print(message, file=sys.stderr, flush=True)
 
 
 def start(main):

@@ -4,6 +4,7 @@ A run folder holds `checkpoint.pth` (weights of the best epoch, tensors only), `
 needed to resume) and `results.json`. Each is written to a temporary name and renamed.
 """
 import argparse
+import atexit
 import math
 import os
 import platform
@@ -11,14 +12,16 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -36,7 +39,9 @@ def add_arguments(parser, out, epochs, lr, batch_size=32, drop_path=0.0, supervi
     Without `supervised` those that need labels are left out."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=epochs, help="passes over the training images")
-    group.add_argument("--batch-size", type=int, default=batch_size, help="images a step")
+    group.add_argument("--batch-size", type=int, default=batch_size, help="images a step, over all processes")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+                       help="run each step in N parts, for less memory: the same step to rounding")
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate of AdamW")
     group.add_argument("--weight-decay", type=float, default=0.05, help="not on biases, norms, [CLS], positions")
     group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
@@ -77,7 +82,7 @@ def add_run_arguments(parser, out):
 
 def _recipe_from_args(args):
     """Parsed training flags -> the settings that define a result; InputError if one is out of range."""
-    for name in ("epochs", "batch_size", "patience"):
+    for name in ("epochs", "batch_size", "accumulate", "patience"):
         if getattr(args, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "clip"):
@@ -99,7 +104,7 @@ def _recipe_from_args(args):
 
 
 # What a result depends on beside the data: first what `fit` takes, then what builds the model and its loss.
-FIT = ("epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "max_steps", "ema",
+FIT = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "max_steps", "ema",
        "mixup", "layer_decay")
 RECIPE = (*FIT, "label_smoothing", "class_weights", "patch_drop", "drop_path", "drop_rate", "freeze_epochs", "head_lr",
           "pool", "mask_ratio", "init")
@@ -139,6 +144,7 @@ def plans_from_args(args):
     Every flag and every run folder is checked before any work is done; then data are drawn or fetched if asked to.
     With --seeds and --resume, finished seeds are passed over and those not begun are begun.
     """
+    join_processes(args.device)
     recipe, augment = _recipe_from_args(args), data.augment_from_args(args)
     seeds = args.seeds or [args.seed]
     if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63:
@@ -148,7 +154,8 @@ def plans_from_args(args):
     outs = [out_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
     device = pick_device(args.device)
     amp = fast_bf16(device) if args.amp is None else args.amp
-    config = data.config_from_args(args)
+    with first_process_first():  # nothing is written before every process has checked the flags and folders
+        config = data.config_from_args(args)
     for seed, out in zip(seeds, outs):
         resume = args.resume and (out / "last.pth").exists()
         if resume and args.seeds and read_json(out / "results.json").get("finished"):
@@ -166,7 +173,8 @@ def train(plan, model, *, name, mean, std, loss_fn=None, **more):
     `more` is copied into results.json. `loss_fn(output, labels)` replaces the cross-entropy of a model without classes;
     the best epoch is then that of the least validation loss.
     """
-    train_set, val_set, split = data.load_train_val(plan.config)
+    with first_process_first():
+        train_set, val_set, split = data.load_train_val(plan.config)
     r = plan.recipe
     weight = None
     if r.get("class_weights"):
@@ -190,9 +198,13 @@ def train(plan, model, *, name, mean, std, loss_fn=None, **more):
 # ---------------------------------------------------------------- device, precision, randomness
 
 def pick_device(name="auto"):
-    """"auto" -> cuda, else mps, else cpu; or the named device. InputError if it is not there."""
+    """"auto" -> cuda, else mps, else cpu; or the named device. InputError if it is not there.
+
+    Under torchrun each process takes its own CUDA device, or the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if processes()[1] > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else "cpu" if name == "mps" else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -242,6 +254,46 @@ def device_name(device):
     return f"{device.type} ({torch.get_num_threads()} threads, {platform.machine()})"
 
 
+# ---------------------------------------------------------------- several processes (torchrun)
+
+def processes():
+    """(rank, number) of this process: (0, 1) unless torchrun started it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    """Under torchrun: join the others, over nccl on GPUs and gloo on CPUs. Only the first one prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextmanager
+def first_process_first():
+    """The block runs in the first process, then in the others: what it writes is there when they come."""
+    rank, number = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if number > 1 and not rank:
+        dist.barrier()
+
+
+def gather(value):
+    """A picklable value of every process -> their list, in every process."""
+    parts = [None] * processes()[1]
+    if len(parts) == 1:
+        return [value]
+    dist.all_gather_object(parts, value)
+    return parts
+
+
 # ---------------------------------------------------------------- pure functions of the recipe
 
 def learning_rate(step, total, warmup, peak, schedule="cosine"):
@@ -278,8 +330,23 @@ def class_weights(labels, num_classes):
 
 
 def cross_entropy(weight, label_smoothing):
-    """loss(logits [B, K], labels [B]) -> scalar, with class weights [K] (or None) and label smoothing."""
-    return lambda logits, y: F.cross_entropy(logits, y, weight=weight, label_smoothing=label_smoothing)
+    """loss(logits [B, K], labels [B]) -> scalar mean, with class weights [K] (or None) and label smoothing.
+
+    loss.weight is `weight`: what an image's part in the mean is."""
+    def loss(logits, y):
+        return F.cross_entropy(logits, y, weight=weight, label_smoothing=label_smoothing)
+    loss.weight = weight
+    return loss
+
+
+def share(loss_fn, part, whole):
+    """The part of a batch's mean loss that the mean over some of its images stands for; labels [P], [B] -> scalar.
+
+    The sum over the parts of share * loss is the loss of the whole batch, whoever computes which part."""
+    weight = getattr(loss_fn, "weight", None)
+    if weight is None or part.is_floating_point():  # mixed labels: torch divides by the count
+        return len(part) / len(whole)
+    return weight[part].sum() / weight[whole].sum()
 
 
 def mix(x, y, alpha, num_classes=2):
@@ -398,17 +465,21 @@ def fit_head(model, train, *, epochs, batch_size, lr, weight_decay, loss_fn, mea
 
 def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, amp, epochs, batch_size, lr,
         weight_decay, schedule, warmup_epochs, clip, seed, patience=math.inf, monitor=binary_auroc, max_steps=None,
-        resume=False, ema=0.0, mixup=0.0, layer_decay=1.0):
+        resume=False, ema=0.0, mixup=0.0, layer_decay=1.0, accumulate=1):
     """Train `model` on Subset `train`, keep the epoch with the best `monitor` (None: the least loss) on Subset `val`.
 
     `meta` is copied into results.json and must match on `resume` (its key "recipe" and "data" decide what
     a result is). `loss_fn(logits, labels)` and `monitor(labels, logits)` are given by the caller. After
     an interruption (Ctrl-C, SIGTERM, kill -9) `resume` goes on from last.pth; on a CPU the end is bit
     for bit that of an uninterrupted run. Returns the content of results.json. InputError on a non-finite
-    loss, naming epoch, step and learning rate; Interrupted when stopped on request, after saving.
+    loss, naming epoch, step and learning rate; Interrupted when stopped on request, after saving. Under torchrun the
+    batch is shared out among the processes (DistributedDataParallel) and the first one writes.
     """
-    out = Path(out)
+    out, (rank, number) = Path(out), processes()
     model.to(device)
+    net = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if number > 1 else model
+    if rank:
+        torch.manual_seed(seed + rank * 1_000_003)  # other augmentations than the first process's
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr,
                                   fused=device.type in ("cpu", "cuda"))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
@@ -421,17 +492,17 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
         state = _load_last(out, model, optimizer, device, meta, average)
         if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
             meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
-        _clear(out, "scores", "calibration")  # they belong to the weights of before
-    else:
+    stale = ("scores", "calibration")  # they belong to the weights of before
+    if not rank:
         out.mkdir(parents=True, exist_ok=True)
-        _clear(out, "checkpoint", "last", "results", "scores", "calibration")
+        _clear(out, *stale, *(() if resume else ("checkpoint", "last", "results")))
     results = {"command": command_line(), **meta, "format": FORMAT, "finished": False,
                "synthetic": meta["split"]["synthetic"], "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
                "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
                "minutes": sum(h["seconds"] for h in state["history"]) / 60}
     source, history = data.Batches(train, device), state["history"]
     if not resume:  # from now on the run can be resumed, and no other is begun in its folder unasked
-        write_json(out / "results.json", results)
+        _write(out, results)
         _save_last(out, model, optimizer, device, meta, state, average)
 
     def goodness(row):
@@ -450,14 +521,15 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     with stop_requests() as stop:
         while not done():
             started = time.perf_counter() - state["seconds"]
-            state["lr"] = _train_epoch(model, source, optimizer, state, stop, average=average, mixup=mixup, loss_fn=loss_fn, mean=mean, std=std,
+            state["lr"] = _train_epoch(net, source, optimizer, state, stop, average=average, mixup=mixup,
+                                       accumulate=accumulate, loss_fn=loss_fn, mean=mean, std=std,
                                        augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip,
                                        seed=seed, epochs=epochs, total=total,
                                        rate=lambda s: learning_rate(s, total, warmup, lr, schedule))
             if stop:
                 state["seconds"] = time.perf_counter() - started
                 _save_last(out, model, optimizer, device, meta, state, average)
-                write_json(out / "results.json", results)  # so that a new run does not overwrite it unasked
+                _write(out, results)  # so that a new run does not overwrite it unasked
                 raise _interrupted(state, stop[0])
             row = _validate(kept, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
                             amp=amp)
@@ -472,12 +544,12 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
             if better:
                 _save_checkpoint(out, kept)
             results.update(best_epoch=state["best_epoch"], minutes=sum(h["seconds"] for h in history) / 60)
-            write_json(out / "results.json", results)
+            _write(out, results)
             print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, "
                   + (f"val loss {row['val_loss']:.4f}, " if monitor else "") + f"{told(row)}{' *' if better else ''}, "
                   f"lr {row['lr']:.1e}, {row['seconds']:.0f} s", flush=True)
     results["finished"] = True
-    write_json(out / "results.json", results)
+    _write(out, results)
     print(f"best epoch {results['best_epoch']}: {told(history[results['best_epoch'] - 1])}; {results['minutes']:.1f} min; "
           f"wrote {out}/checkpoint.pth and results.json", flush=True)
     return results
@@ -493,7 +565,12 @@ def _interrupted(state, signum):
 
 def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
     """The history entry of the epoch in `state`; InputError if the validation loss is not finite."""
-    logits = predict(model, val, mean=mean, std=std, device=device, amp=amp, progress="validation")
+    rank, number = processes()
+    mine = predict(model, val.take(np.arange(rank, len(val), number)), mean=mean, std=std, device=device, amp=amp,
+                   progress="validation")
+    logits = mine.new_empty(len(val), mine.shape[1])
+    for r, part in enumerate(gather(mine)):
+        logits[r::number] = part
     loss = float(loss_fn(logits.to(device), torch.from_numpy(val.labels).to(device)))
     if not math.isfinite(loss):
         raise InputError(f"the validation loss became {loss} in epoch {state['epoch'] + 1}: try a smaller --lr")
@@ -501,53 +578,81 @@ def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
     return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, **watched, "lr": state["lr"]}
 
 
-def _train_epoch(model, source, optimizer, state, stop, *, average, mixup, loss_fn, mean, std, augment, device, amp, batch_size,
-                 clip, seed, epochs, total, rate):
+def _train_epoch(net, source, optimizer, state, stop, *, average, mixup, accumulate, loss_fn, mean, std, augment,
+                 device, amp, batch_size, clip, seed, epochs, total, rate):
     """Run the rest of the epoch in `state` (updated in place); returns the last learning rate."""
-    model.train()
-    count, epoch = len(source.subset), state["epoch"]
+    net.train()
+    (rank, number), count, epoch = processes(), len(source.subset), state["epoch"]
+    steps = math.ceil(count / batch_size)
     # The order is a function of (seed, epoch) alone, so a resumed epoch continues in the same order.
     order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
-    batches = order.split(batch_size)[: total - epoch * math.ceil(count / batch_size)]
-    current = rate(epoch * math.ceil(count / batch_size) + max(0, state["step"] - 1))
-    told, seen, begin = time.perf_counter(), 0, time.perf_counter()
+    batches = order.split(batch_size)[: total - epoch * steps]
+    current = rate(epoch * steps + max(0, state["step"] - 1))
+    look = 1 if device.type == "cpu" else 10  # reading the loss makes a GPU wait
+    running, told, seen, begin = torch.zeros(2, device=device), time.perf_counter(), 0, time.perf_counter()
     with tqdm(total=len(batches), initial=state["step"], desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False,
-              disable=not sys.stderr.isatty()) as bar:
+              disable=bool(rank) or not sys.stderr.isatty()) as bar:
         for index in batches[state["step"]:]:
-            current = rate(epoch * math.ceil(count / batch_size) + state["step"])
+            current = rate(epoch * steps + state["step"])
             for group in optimizer.param_groups:
                 group["lr"] = current * group["lr_scale"]
-            x, y = source.get(index)
-            with torch.no_grad():
-                x = scale_input(augment(x), mean, std)
-                if mixup:
-                    x, y = mix(x, y, mixup)
-            with autocast(device, amp):
-                logits = model(x)
-            loss = loss_fn(logits.float(), y)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise InputError(f"the loss became {value} in epoch {epoch + 1}, step {state['step'] + 1}, at learning "
-                                 f"rate {current:.2e}. Try a smaller --lr" + (", or --no-amp" if amp else ""))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            if average is not None:
-                average.update_parameters(model)
+            running[0] += _backward(net, source, index[rank::number], index, loss_fn=loss_fn, mean=mean, std=std,
+                                    augment=augment, device=device, amp=amp, mixup=mixup, accumulate=accumulate)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
             state["step"] += 1
-            state["loss_sum"] += value
             seen += len(index)
+            if state["step"] % look and state["step"] < len(batches):
+                _step(optimizer, average, net)
+                continue
+            running[1] = len(stop)
+            if number > 1:
+                dist.all_reduce(running)
+            value, stopping = running.tolist()
+            running.zero_()
+            if not math.isfinite(value):
+                raise InputError(f"the loss became {value} in epoch {epoch + 1}, step {state['step']}, at learning "
+                                 f"rate {current:.2e}. Try a smaller --lr" + (", or --no-amp" if amp else ""))
+            _step(optimizer, average, net)
+            state["loss_sum"] += value
             now = time.perf_counter()
             status = f"loss {state['loss_sum'] / state['step']:.3f}, {seen / (now - begin):.0f} images/s"
             bar.set_postfix_str(status, refresh=False)
-            bar.update()
-            if bar.disable and now - told > 30:
+            bar.update(state["step"] - bar.n)
+            if not rank and bar.disable and now - told > 30:
                 told, left = now, (len(batches) - state["step"]) * batch_size * (now - begin) / seen
                 say(f"epoch {epoch + 1}/{epochs} step {state['step']}/{len(batches)}: {status}, {left:.0f} s left")
-            if stop:
+            if stopping:
+                stop[:] = stop or [signal.SIGTERM]  # another process was asked
                 break
     return current
+
+
+def _step(optimizer, average, net):
+    optimizer.step()
+    if average is not None:
+        average.update_parameters(getattr(net, "module", net))
+
+
+def _backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, amp, mixup, accumulate):
+    """Add the gradient of this process's rows `mine` of the batch `whole`; returns their part of its loss, detached."""
+    number, total = processes()[1], 0.0
+    labels = source.labels[whole.to(device)]
+    parts = (mine if len(mine) else whole[:1]).split(math.ceil(max(1, len(mine)) / accumulate))
+    for i, index in enumerate(parts):
+        x, y = source.get(index)
+        with torch.no_grad():
+            x = scale_input(augment(x), mean, std)
+            if mixup:
+                x, y = mix(x, y, mixup)
+        wait = net.no_sync() if number > 1 and i < len(parts) - 1 else nullcontext()
+        with wait:
+            with autocast(device, amp):
+                logits = net(x)
+            part = loss_fn(logits.float(), y) * (share(loss_fn, y, labels) if len(mine) else 0.0)
+            (part * number).backward()  # DistributedDataParallel takes the mean over processes
+        total += part.detach()
+    return total
 
 
 # ---------------------------------------------------------------- files of a run
@@ -567,7 +672,14 @@ def _clear(out, *names):
             (out / f"{name}{tta}{suffixes[name]}").unlink(missing_ok=True)
 
 
+def _write(out, results):
+    if processes()[0] == 0:
+        write_json(out / "results.json", results)
+
+
 def _save_checkpoint(out, model):
+    if processes()[0]:
+        return
     with atomic_path(Path(out, "checkpoint.pth")) as tmp:
         torch.save({name: p.detach().cpu() for name, p in model.state_dict().items()}, tmp)
 
@@ -584,8 +696,9 @@ def _save_last(out, model, optimizer, device, meta, state, average=None):
     value = {"format": FORMAT, "meta": {k: meta[k] for k in ("model_config", "recipe", "data", "split")},
              "model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
              "average": average and average.state_dict(),
-             "rng": torch.get_rng_state(),
-             "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+             "rng": gather((torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None))}
+    if processes()[0]:
+        return
     with atomic_path(out / "last.pth") as tmp:
         torch.save(value, tmp)
 
@@ -605,9 +718,13 @@ def _load_last(out, model, optimizer, device, meta, average=None):
     optimizer.load_state_dict(last["optimizer"])
     if average is not None:
         average.load_state_dict(last["average"])
-    torch.set_rng_state(last["rng"])
-    if last["device_rng"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(last["device_rng"], device)
+    rank, number = processes()
+    if len(last["rng"]) != number:
+        raise InputError(f"--resume: {out} was trained by {len(last['rng'])} processes, now there are {number}")
+    random_state, device_state = last["rng"][rank]
+    torch.set_rng_state(random_state)
+    if device_state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(device_state, device)
     state = last["state"]
     if state["step"] == 0 and state["best_epoch"] == state["epoch"]:
         _save_checkpoint(out, average.module if average else model)  # the process may have died before it could

@@ -3203,6 +3203,49 @@ def test_masked_autoencoder_loss_by_brute_force():
         assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([3.0, 0.5])])
+def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
+    """Batches in 3 uneven parts: the same losses and weights as in one part, class weights or not."""
+    histories, ends = [], []
+    for n in (1, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            plain = vit.VisionTransformer
+            patch.setattr(sys.modules[__name__], "small_vit", lambda drop_rate, drop_path_rate, **kw: plain(
+                **dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3), **kw))
+            results = toy_fit(tmp_path / str(n), epochs=2, accumulate=n, augment=data.Augment(**NONE),
+                              loss_fn=engine.cross_entropy(weight, 0.05))
+        histories.append([(h["train_loss"], h["val_loss"]) for h in results["history"]])
+        ends.append(load_pth(tmp_path, str(n), "last.pth")["model"])
+    assert np.array(histories[1]) == pytest.approx(np.array(histories[0]), rel=1e-5)
+    for name in ends[0]:
+        assert torch.allclose(ends[0][name], ends[1][name], atol=2e-4), name
+
+
+def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
+    """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
+    writer; a resume with another number of processes is refused."""
+    flags = ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--epochs", 2, "--batch-size", 10, "--no-amp",
+             "--drop-rate", 0, "--drop-path", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in NONE))]
+    succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
+
+    def torchrun(*more):
+        return popen("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPO / "train_scratch.py",
+                     *flags, "--out", "two", *more, cwd=tmp_path)
+
+    process = torchrun()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    assert out.count("model: scratch") == 1
+    one, two = (read_json(tmp_path, name, "results.json") for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for key in ("train_loss", "val_loss", "val_auroc"):
+            assert b[key] == pytest.approx(a[key], rel=2e-4), key
+    process = torchrun("--resume")  # finished: nothing to do
+    assert process.wait(timeout=120) == 0
+    assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
+    refused(cli("train_scratch", *flags, "--epochs", 2, "--out", "two", "--resume", cwd=tmp_path), "2 processes")
+
+
 def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit the same."""
     captured, weights = [], []

@@ -229,6 +229,7 @@ class MaskedAutoencoder(nn.Module):
         self.config = dict(encoder=encoder, mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads)
         self.encoder = VisionTransformer(**encoder)
+        self.encoder.head.requires_grad_(False)  # there are no classes here
         self.patches = self.encoder.grid_size[0] * self.encoder.grid_size[1]
         self.hidden = round(self.patches * mask_ratio)
         if not 0 < self.hidden < self.patches:
