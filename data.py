@@ -6,6 +6,7 @@ Only pixels reach a model: never file names, sizes, or original widths and heigh
 import argparse
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -552,13 +553,14 @@ class Batches:
     """Batches of a Subset, made on `device`: x float32 [B, 1, S, S] in [0, 1] and y int64 [B].
 
     On CUDA the whole uint8 array is kept on the device if it takes less than half the free memory;
-    otherwise rows are gathered from the memory map.
+    otherwise rows are gathered from the memory map, whose pages are let go again every 4 batches: resident memory
+    does not grow with the number of images (the system's file cache still holds them).
     """
 
     def __init__(self, subset, device):
         self.subset, self.device = subset, torch.device(device)
         self.labels = torch.from_numpy(subset.labels).to(self.device)
-        self.resident = None
+        self.resident, self.taken = None, 0
         size = len(subset) * subset.images[0].nbytes
         if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
             self.resident = torch.from_numpy(subset.images[subset.rows]).to(self.device)
@@ -571,6 +573,10 @@ class Batches:
         else:
             x = torch.from_numpy(self.subset.images[self.subset.rows[index.numpy()]]).to(self.device)
             y = self.labels[index.to(self.device)]
+            self.taken += 1
+            file = getattr(self.subset.images, "_mmap", None)
+            if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
         return normalise(x, self.subset.normalise), y
 
 

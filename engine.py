@@ -71,6 +71,18 @@ def add_arguments(parser, out, epochs, lr, batch_size=32, drop_path=0.0, supervi
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
 
 
+def parse(parser, paper):
+    """Parse the command line; --recipe paper replaces the defaults by `paper` {name: value}, single flags win over both."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", choices=("default", "paper"), default="default",
+                       help="the defaults: what did best on the selection signals, or the plain settings of earlier work")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe")
+    if early.parse_known_args()[0].recipe == "paper":
+        parser.set_defaults(**paper)
+    return parser.parse_args()
+
+
 def add_run_arguments(parser, out):
     """--out and --overwrite; returns their group."""
     group = parser.add_argument_group("run")
@@ -597,7 +609,7 @@ def _train_epoch(net, source, optimizer, state, stop, *, average, mixup, accumul
             for group in optimizer.param_groups:
                 group["lr"] = current * group["lr_scale"]
             optimizer.zero_grad(set_to_none=True)
-            running[0] += _backward(net, source, index[rank::number], index, loss_fn=loss_fn, mean=mean, std=std,
+            running[0] += backward(net, source, index[rank::number], index, loss_fn=loss_fn, mean=mean, std=std,
                                     augment=augment, device=device, amp=amp, mixup=mixup, accumulate=accumulate)
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
             state["step"] += 1
@@ -634,7 +646,7 @@ def _step(optimizer, average, net):
         average.update_parameters(getattr(net, "module", net))
 
 
-def _backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, amp, mixup, accumulate):
+def backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, amp, mixup, accumulate):
     """Add the gradient of this process's rows `mine` of the batch `whole`; returns their part of its loss, detached."""
     number, total = processes()[1], 0.0
     labels = source.labels[whole.to(device)]

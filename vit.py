@@ -37,15 +37,16 @@ class DropPath(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask on a CPU comes from 16 random bits an element (p to within 1e-5): torch's own
-    Bernoulli draws there cost more than the matrix products around them."""
+    """nn.Dropout whose mask on a CPU comes from 8 random bits an element (p to the nearest 1/256, its inverse exact):
+    torch's own Bernoulli draws there cost more than the matrix products around them."""
 
     def forward(self, x):
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+        dropped = round(self.p * 256)
+        if not self.training or dropped == 0 or x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 3) // 4,)).view(torch.int16)[:x.numel()]
-        kept = (bits >= round(self.p * 2**16) - 2**15).view(x.shape)
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        bits = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 7) // 8,)).view(torch.uint8)[:x.numel()]
+        kept = (bits >= dropped).view(x.shape) if dropped < 256 else torch.zeros(x.shape, dtype=torch.bool)
+        return x * kept.to(x.dtype).mul_(256 / max(1, 256 - dropped))
 
 
 class PatchEmbed(nn.Module):
