@@ -12,6 +12,7 @@ import csv
 import html
 import itertools
 import os
+import re
 from pathlib import Path
 
 import matplotlib
@@ -58,9 +59,14 @@ def read_run(folder, suffix):
     """A Run from disk; InputError if it is damaged or was calibrated by another version."""
     results, calibration = common.read_results(folder), common.read_calibration(folder, suffix)
     name = NAMES.get(results["model"], results["model"]) + (" pretrained" if "weights" in results else "")
+    if "init" in results:
+        name += ", masked pretraining"
+        results["minutes"] += results["init"]["minutes"]
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")
-    usual = folder.name.removesuffix("-demo") in ("scratch", "pretrained", "linear")
-    base, name = name + end, name + ("" if usual else f" ({folder.name})") + end
+    usual = ("scratch", "pretrained", "linear")
+    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", folder.name)
+    base = name + ("" if stem in usual else f" ({stem})") + end
+    name += ("" if folder.name.removesuffix("-demo") in usual else f" ({folder.name})") + end
     try:
         with np.load(Path(folder, f"scores{suffix}.npz"), allow_pickle=False) as file:
             scores = {k: file[k] for k in file.files}

@@ -481,6 +481,10 @@ class Augment:
         return x.clamp(0, 1)
 
 
+# Augmentation of the default recipes; Augment's own defaults are the plain one.
+STRONG = dict(rotate=15.0, translate=0.1, scale=0.25, aspect=0.15, brightness=0.25, contrast=0.4, gamma=0.5)
+
+
 def _span(side, length, place, device):
     """Booleans (B, side): True on a run of `length` (fraction) that starts at `place` of the room left for it."""
     at = (torch.arange(side, device=device) + 0.5) / side

@@ -71,15 +71,15 @@ def add_arguments(parser, out, epochs, lr, batch_size=32, drop_path=0.0, supervi
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
 
 
-def parse(parser, paper):
-    """Parse the command line; --recipe paper replaces the defaults by `paper` {name: value}, single flags win over both."""
+def parse(parser, recipes):
+    """Parse the command line. `recipes` {name: {flag's name: value}} are the defaults that --recipe chooses among, the
+    first unless named; a flag given by hand wins."""
     group = parser.add_argument_group("recipe")
-    group.add_argument("--recipe", choices=("default", "paper"), default="default",
-                       help="the defaults: what did best on the selection signals, or the plain settings of earlier work")
+    group.add_argument("--recipe", choices=list(recipes), default=next(iter(recipes)),
+                       help="which defaults: the recipe chosen on validation and robustness, or the plain one of earlier work")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--recipe")
-    if early.parse_known_args()[0].recipe == "paper":
-        parser.set_defaults(**paper)
+    early.add_argument("--recipe", default=next(iter(recipes)))
+    parser.set_defaults(**recipes.get(early.parse_known_args()[0].recipe, {}))
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ def main():
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden, in (0, 1)")
     data.add_augment_arguments(parser)
     engine.add_arguments(parser, out="outputs/mae", epochs=60, lr=1e-3, batch_size=64, supervised=False)
-    args = parser.parse_args()
+    args = engine.parse(parser, {"default": data.STRONG})
 
     for plan in engine.plans_from_args(args):
         encoder = {**CONFIGS[args.model], "img_size": plan.config.img_size, "num_classes": len(plan.config.classes),

@@ -3204,6 +3204,26 @@ def test_masked_autoencoder_loss_by_brute_force():
         assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
 
 
+def test_recipe_flag_chooses_the_defaults(monkeypatch):
+    """--recipe swaps defaults, a flag given by hand wins over both, and results.json tells what was used."""
+    import train_scratch
+
+    def parsed(*argv):
+        seen = {}
+        monkeypatch.setattr(sys, "argv", ["train_scratch.py", *argv])
+        monkeypatch.setattr(engine, "plans_from_args", lambda args: seen.update(vars(args)) or [])
+        train_scratch.main()
+        return seen
+
+    default, paper = parsed(), parsed("--recipe", "paper")
+    assert {k: default[k] for k in train_scratch.RECIPES["default"]} == train_scratch.RECIPES["default"]
+    plain = vars(data.Augment()) | {"drop_rate": 0.1, "drop_path": 0.05, "patch_drop": 0.0, "ema": 0.0, "mixup": 0.0,
+                                    "epochs": 15, "batch_size": 32, "lr": 3e-4, "label_smoothing": 0.05}
+    assert {k: paper[k] for k in plain} == plain
+    assert parsed("--recipe", "paper", "--rotate", "3")["rotate"] == 3.0
+    assert parsed("--patch-drop", "0.1")["patch_drop"] == 0.1
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """50,000 cached images (200 MB) read twice over, in random order: resident memory stays within 40 MB."""
@@ -3249,7 +3269,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
     writer; a resume with another number of processes is refused."""
     flags = ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--epochs", 2, "--batch-size", 10, "--no-amp",
-             "--drop-rate", 0, "--drop-path", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in NONE))]
+             "--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in NONE))]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
     def torchrun(*more):
