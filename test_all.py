@@ -3269,7 +3269,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
     writer; a resume with another number of processes is refused."""
     flags = ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--epochs", 2, "--batch-size", 10, "--no-amp",
-             "--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in NONE))]
+             "--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in vars(data.Augment())))]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
     def torchrun(*more):
