@@ -3204,6 +3204,33 @@ def test_masked_autoencoder_loss_by_brute_force():
         assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
 
 
+def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
+    done = succeed("benchmark", "--data-dir", synthetic, "--quick", "--img-size", 32, "--images", 8, "--workers", 0, cwd=tmp_path)
+    result = json.loads(done.out.splitlines()[-1])
+    assert [row["name"] for row in result["rows"]] == [
+        "decode_small", "decode_original", "train_step_scratch", "train_step_ti16", "train_step_b16", "evaluate_scratch",
+        "epoch_scratch", "epoch_scratch_originals", "frozen_stage"]
+    for row in result["rows"]:
+        assert row.keys() == {"name", "unit", "ours", "baseline", "ratio", "ratio_min", "ratio_max", "peak_mib"}
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["unit"] == "images/s"
+        assert row["ratio"] == pytest.approx(row["ours"] / row["baseline"])  # one turn
+    assert set(result["fraction_of_peak"]) == {"train_step_scratch", "train_step_ti16", "train_step_b16"}
+    assert result["matmul_peak_gflops"] > 0 and result["device"].startswith("cpu")
+    refused(cli("benchmark", "--data-dir", "nowhere", cwd=tmp_path), "nowhere")
+    refused(cli("benchmark", "--data-dir", synthetic, "--img-size", 30, cwd=tmp_path), "divisible by 16")
+
+
+def test_step_flops_against_torch_counter():
+    """The formula against torch's own count of a forward and backward pass (which skips the gradient by the image)."""
+    import benchmark
+    from torch.utils.flop_counter import FlopCounterMode
+    for name, size in (("scratch", 64), ("ti16", 224)):
+        model = vit.build_vit(name, img_size=size)
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(torch.randn(1, 3, size, size, requires_grad=True)).sum().backward()
+        assert benchmark.step_flops(vit.CONFIGS[name], size) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
 def test_recipe_flag_chooses_the_defaults(monkeypatch):
     """--recipe swaps defaults, a flag given by hand wins over both, and results.json tells what was used."""
     import train_scratch
