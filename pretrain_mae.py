@@ -1,6 +1,6 @@
 """Pretrain the encoder of the scratch ViT without labels: a masked autoencoder on the training images alone.
 
-    python pretrain_mae.py --epochs 60
+    python pretrain_mae.py --epochs 30
     python train_scratch.py --init outputs/mae
 
 Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step
@@ -12,6 +12,8 @@ import data
 import engine
 from vit import CONFIGS, MaskedAutoencoder
 
+RECIPES = {"default": dict(rotate=15.0, translate=0.1, scale=0.25, aspect=0.15, gamma=0.3, warmup_epochs=4.0)}
+
 
 def main():
     parser = common.parser(__doc__)
@@ -20,8 +22,8 @@ def main():
     group.add_argument("--model", choices=CONFIGS, default="scratch", help="architecture of the encoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden, in (0, 1)")
     data.add_augment_arguments(parser)
-    engine.add_arguments(parser, out="outputs/mae", epochs=60, lr=1e-3, batch_size=64, supervised=False)
-    args = engine.parse(parser, {"default": data.STRONG})
+    engine.add_arguments(parser, out="outputs/mae", epochs=30, lr=1e-3, batch_size=64, supervised=False)
+    args = engine.parse(parser, RECIPES)
 
     for plan in engine.plans_from_args(args):
         encoder = {**CONFIGS[args.model], "img_size": plan.config.img_size, "num_classes": len(plan.config.classes),

@@ -225,7 +225,7 @@ class MaskedAutoencoder(nn.Module):
 
     kind = "mae"
 
-    def __init__(self, encoder, mask_ratio=0.75, decoder_dim=128, decoder_depth=2, decoder_heads=4):
+    def __init__(self, encoder, mask_ratio=0.75, decoder_dim=128, decoder_depth=1, decoder_heads=4):
         super().__init__()
         self.config = dict(encoder=encoder, mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
                            decoder_heads=decoder_heads)
