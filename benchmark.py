@@ -190,7 +190,7 @@ class Ours:
         model.train()
         optimizer.zero_grad(set_to_none=True)
         engine.backward(model, source, index, index, loss_fn=engine.cross_entropy(None, 0.0), augment=data.Augment(),
-                         mixup=0.0, accumulate=1, **self.scaling)
+                        accumulate=1, **self.scaling)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -54,9 +54,6 @@ def add_arguments(parser, out, epochs, lr, batch_size=32, drop_path=0.0, supervi
         group.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=True,
                            help="weight the loss by inverse class frequency")
         group.add_argument("--patience", type=int, default=5, help="epochs without a better validation AUROC")
-        group.add_argument("--mixup", type=float, default=0.0, metavar="A", help="mix pairs of images, share from Beta(A, A)")
-        group.add_argument("--layer-decay", type=float, default=1.0, metavar="X",
-                           help="learning rate of each layer relative to the one above it")
         group.add_argument("--patch-drop", type=float, default=0.0, metavar="X", help="share of patches left out in training")
         group.add_argument("--drop-path", type=float, default=drop_path, metavar="X", help="stochastic depth of the last block")
     group = add_run_arguments(parser, out)
@@ -97,29 +94,25 @@ def _recipe_from_args(args):
     for name in ("epochs", "batch_size", "accumulate", "patience"):
         if getattr(args, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("lr", "clip"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in ("weight_decay", "warmup_epochs"):
-        if not 0 <= getattr(args, name) < math.inf:
+    for name in ("lr", "head_lr", "clip"):
+        if not 0 < getattr(args, name, 1) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("weight_decay", "warmup_epochs", "freeze_epochs"):
+        if not 0 <= getattr(args, name, 0) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    for name in ("label_smoothing", "patch_drop", "drop_path", "drop_rate"):
+    for name in ("label_smoothing", "patch_drop", "drop_path", "drop_rate", "ema"):
         if not 0 <= getattr(args, name, 0) < 1:
             raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(args, name)}")
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps must be at least 1, got {args.max_steps}")
-    for name in ("ema", "layer_decay"):
-        if not 0 <= getattr(args, name, 0) <= (0.99999 if name == "ema" else 1):
-            raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1{')' if name == 'ema' else ']'}, got {getattr(args, name)}")
     names = [n for n in RECIPE if hasattr(args, n)]
     return {name: getattr(args, name) for name in names}
 
 
 # What a result depends on beside the data: first what `fit` takes, then what builds the model and its loss.
-FIT = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "max_steps", "ema",
-       "mixup", "layer_decay")
+FIT = ("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "warmup_epochs", "clip", "patience", "max_steps", "ema")
 RECIPE = (*FIT, "label_smoothing", "class_weights", "patch_drop", "drop_path", "drop_rate", "freeze_epochs", "head_lr",
-          "pool", "mask_ratio", "init")
+          "mask_ratio", "init")
 
 
 def out_from_args(args, suffix=""):
@@ -318,21 +311,13 @@ def learning_rate(step, total, warmup, peak, schedule="cosine"):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def parameter_groups(model, weight_decay, layer_decay=1.0):
-    """Groups for AdamW: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed.
-
-    Each has "lr_scale" = layer_decay^(layers above it): 1 for head and final norm, layer_decay for the last block,
-    ... and layer_decay^(depth + 1) for the embeddings (Bao et al. 2022, arXiv:2106.08254)."""
-    groups, depth = {}, len(getattr(model, "blocks", ()))
+def parameter_groups(model, weight_decay):
+    """Two groups: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed."""
+    decay, plain = [], []
     for name, p in model.named_parameters():
-        above = 0 if name.startswith(("head", "norm")) else depth + 1
-        if name.startswith("blocks."):
-            above = depth - int(name.split(".")[1])
         if p.requires_grad:
-            decay = 0.0 if p.ndim <= 1 or name in ("cls_token", "pos_embed") else weight_decay
-            key = decay, layer_decay ** above
-            groups.setdefault(key, {"params": [], "weight_decay": decay, "lr_scale": key[1]})["params"].append(p)
-    return list(groups.values())
+            (plain if p.ndim <= 1 or name.endswith(("_token", "pos_embed")) else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def class_weights(labels, num_classes):
@@ -356,19 +341,9 @@ def share(loss_fn, part, whole):
 
     The sum over the parts of share * loss is the loss of the whole batch, whoever computes which part."""
     weight = getattr(loss_fn, "weight", None)
-    if weight is None or part.is_floating_point():  # mixed labels: torch divides by the count
+    if weight is None:
         return len(part) / len(whole)
     return weight[part].sum() / weight[whole].sum()
-
-
-def mix(x, y, alpha, num_classes=2):
-    """Mixup (Zhang et al. 2018, arXiv:1710.09412): x and one-hot y, each mixed with another image of the batch by its
-    own share from Beta(alpha, alpha) -> (x [B, ...], float32 y [B, num_classes])."""
-    share = torch.distributions.Beta(alpha, alpha).sample((len(x),)).to(x.device)
-    other = torch.randperm(len(x), device=x.device)
-    y = F.one_hot(y, num_classes).float()
-    wide = share.view(-1, *[1] * (x.ndim - 1))
-    return x * wide + x[other] * (1 - wide), y * share.view(-1, 1) + y[other] * (1 - share).view(-1, 1)
 
 
 def binary_auroc(labels, logits):
@@ -440,7 +415,7 @@ def stop_requests():
 
 @torch.inference_mode()
 def cls_features(model, subset, *, mean, std, device, amp, batch_size=64, progress=None):
-    """What the head reads of every image of a Subset, float32 [N, D] on `device`; eval mode, no augmentation."""
+    """[CLS] after the final norm, which the head reads, of every image of a Subset: float32 [N, D] on `device`; eval mode, no augmentation."""
     was_training = model.training
     model.to(device).eval()
     batches, out = data.Batches(subset, device), []
@@ -448,7 +423,7 @@ def cls_features(model, subset, *, mean, std, device, amp, batch_size=64, progre
                       disable=progress is None or not sys.stderr.isatty()):
         x, _ = batches.get(index)
         with autocast(device, amp):
-            out.append(model.readout(model.forward_features(scale_input(x, mean, std))).float())
+            out.append(model.forward_features(scale_input(x, mean, std))[:, 0].float())
     model.train(was_training)
     return torch.cat(out)
 
@@ -477,7 +452,7 @@ def fit_head(model, train, *, epochs, batch_size, lr, weight_decay, loss_fn, mea
 
 def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, amp, epochs, batch_size, lr,
         weight_decay, schedule, warmup_epochs, clip, seed, patience=math.inf, monitor=binary_auroc, max_steps=None,
-        resume=False, ema=0.0, mixup=0.0, layer_decay=1.0, accumulate=1):
+        resume=False, ema=0.0, accumulate=1):
     """Train `model` on Subset `train`, keep the epoch with the best `monitor` (None: the least loss) on Subset `val`.
 
     `meta` is copied into results.json and must match on `resume` (its key "recipe" and "data" decide what
@@ -492,8 +467,7 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     net = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if number > 1 else model
     if rank:
         torch.manual_seed(seed + rank * 1_000_003)  # other augmentations than the first process's
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr,
-                                  fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=device.type in ("cpu", "cuda"))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     kept = average.module if ema else model  # what is validated and saved
     steps = math.ceil(len(train) / batch_size)
@@ -533,7 +507,7 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     with stop_requests() as stop:
         while not done():
             started = time.perf_counter() - state["seconds"]
-            state["lr"] = _train_epoch(net, source, optimizer, state, stop, average=average, mixup=mixup,
+            state["lr"] = _train_epoch(net, source, optimizer, state, stop, average=average,
                                        accumulate=accumulate, loss_fn=loss_fn, mean=mean, std=std,
                                        augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip,
                                        seed=seed, epochs=epochs, total=total,
@@ -590,8 +564,8 @@ def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
     return {"train_loss": state["loss_sum"] / state["step"], "val_loss": loss, **watched, "lr": state["lr"]}
 
 
-def _train_epoch(net, source, optimizer, state, stop, *, average, mixup, accumulate, loss_fn, mean, std, augment,
-                 device, amp, batch_size, clip, seed, epochs, total, rate):
+def _train_epoch(net, source, optimizer, state, stop, *, average, accumulate, loss_fn, mean, std, augment, device,
+                 amp, batch_size, clip, seed, epochs, total, rate):
     """Run the rest of the epoch in `state` (updated in place); returns the last learning rate."""
     net.train()
     (rank, number), count, epoch = processes(), len(source.subset), state["epoch"]
@@ -607,10 +581,10 @@ def _train_epoch(net, source, optimizer, state, stop, *, average, mixup, accumul
         for index in batches[state["step"]:]:
             current = rate(epoch * steps + state["step"])
             for group in optimizer.param_groups:
-                group["lr"] = current * group["lr_scale"]
+                group["lr"] = current
             optimizer.zero_grad(set_to_none=True)
             running[0] += backward(net, source, index[rank::number], index, loss_fn=loss_fn, mean=mean, std=std,
-                                    augment=augment, device=device, amp=amp, mixup=mixup, accumulate=accumulate)
+                                    augment=augment, device=device, amp=amp, accumulate=accumulate)
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
             state["step"] += 1
             seen += len(index)
@@ -646,7 +620,7 @@ def _step(optimizer, average, net):
         average.update_parameters(getattr(net, "module", net))
 
 
-def backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, amp, mixup, accumulate):
+def backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, amp, accumulate):
     """Add the gradient of this process's rows `mine` of the batch `whole`; returns their part of its loss, detached."""
     number, total = processes()[1], 0.0
     labels = source.labels[whole.to(device)]
@@ -655,8 +629,6 @@ def backward(net, source, mine, whole, *, loss_fn, mean, std, augment, device, a
         x, y = source.get(index)
         with torch.no_grad():
             x = scale_input(augment(x), mean, std)
-            if mixup:
-                x, y = mix(x, y, mixup)
         wait = net.no_sync() if number > 1 and i < len(parts) - 1 else nullcontext()
         with wait:
             with autocast(device, amp):

@@ -1564,8 +1564,8 @@ def test_learning_rate_never_exceeds_the_peak(warmup):
 
 def test_parameter_groups():
     model = small_vit()
-    plain, decay = sorted(engine.parameter_groups(model, 0.05), key=lambda g: g["weight_decay"])
-    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0) and decay["lr_scale"] == plain["lr_scale"] == 1
+    decay, plain = engine.parameter_groups(model, 0.05)
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     with_decay, without = ([names[id(p)] for p in g["params"]] for g in (decay, plain))
     assert sorted(with_decay + without) == sorted(names.values())  # each once
@@ -3101,15 +3101,6 @@ def test_experiments_prints_signals_and_keeps_them(bench, tmp_path):
 
 # ================================================================ recipes
 
-def test_layer_decay_by_hand():
-    model = small_vit()  # depth 3
-    scale = {id(p): g["lr_scale"] for g in engine.parameter_groups(model, 0.05, 0.5) for p in g["params"]}
-    named = {n: scale[id(p)] for n, p in model.named_parameters()}
-    for name, value in {"head.weight": 1, "norm.bias": 1, "blocks.2.attn.qkv.weight": 0.5, "blocks.1.norm1.bias": 0.25,
-                        "blocks.0.mlp.fc1.weight": 0.125, "cls_token": 0.0625, "patch_embed.proj.weight": 0.0625}.items():
-        assert named[name] == value, name
-
-
 def test_patch_drop_is_a_forward_on_the_kept_patches():
     """Leaving patches out equals running the blocks by hand on the tokens that stay; eval mode drops none."""
     model = randomise(small_vit(patch_drop_rate=0.5))
@@ -3128,33 +3119,6 @@ def test_patch_drop_is_a_forward_on_the_kept_patches():
         for block in model.blocks:
             t = block(t)
         assert torch.allclose(got[i], model.norm(t)[0], atol=1e-5)
-
-
-def test_mean_readout():
-    model = randomise(small_vit(pool="mean")).eval()
-    x = torch.rand(2, 3, 16, 16)
-    assert torch.allclose(model(x), model.head(model.forward_features(x)[:, 1:].mean(1)), atol=1e-6)
-    reference = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=2,
-                                              global_pool="avg", fc_norm=False, norm_layer=torch.nn.LayerNorm).eval()
-    reference.load_state_dict(model.state_dict())
-    reference.norm.eps = 1e-6
-    for block in reference.blocks:
-        block.norm1.eps = block.norm2.eps = 1e-6
-    assert torch.allclose(model(x), reference(x), atol=1e-5)
-
-
-def test_mixup_mixes_image_and_label_alike():
-    x, y = torch.arange(64.0).view(64, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(64) % 2
-    torch.manual_seed(0)
-    mixed, soft = engine.mix(x, y, 0.4)
-    assert soft.shape == (64, 2) and torch.allclose(soft.sum(1), torch.ones(64))
-    torch.manual_seed(0)
-    share = torch.distributions.Beta(0.4, 0.4).sample((64,))
-    other = torch.randperm(64)
-    for i in range(64):
-        assert mixed[i, 0, 0, 0] == pytest.approx(float(share[i] * i + (1 - share[i]) * other[i]), abs=1e-4)
-        want = share[i] * (i % 2) + (1 - share[i]) * (other[i] % 2)
-        assert soft[i, 1] == pytest.approx(float(want), abs=1e-6)
 
 
 def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
@@ -3244,7 +3208,7 @@ def test_recipe_flag_chooses_the_defaults(monkeypatch):
 
     default, paper = parsed(), parsed("--recipe", "paper")
     assert {k: default[k] for k in train_scratch.RECIPES["default"]} == train_scratch.RECIPES["default"]
-    plain = vars(data.Augment()) | {"drop_rate": 0.1, "drop_path": 0.05, "patch_drop": 0.0, "ema": 0.0, "mixup": 0.0,
+    plain = vars(data.Augment()) | {"drop_rate": 0.1, "drop_path": 0.05, "patch_drop": 0.0, "ema": 0.0,
                                     "epochs": 15, "batch_size": 32, "lr": 3e-4, "label_smoothing": 0.05}
     assert {k: paper[k] for k in plain} == plain
     assert parsed("--recipe", "paper", "--rotate", "3")["rotate"] == 3.0
@@ -3323,7 +3287,7 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
         lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()}))
     try:
-        toy_fit(tmp_path / "a", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, capture=captured)
+        toy_fit(tmp_path / "a", epochs=2, ema=0.8, capture=captured)
     finally:
         hook.remove()
     average = weights[0]
@@ -3344,8 +3308,8 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
         return plain(logits, y)
 
     with pytest.raises(common.Interrupted):
-        toy_fit(tmp_path / "b", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, loss_fn=loss_fn)
-    toy_fit(tmp_path / "b", epochs=2, ema=0.8, mixup=0.4, layer_decay=0.7, resume=True)
+        toy_fit(tmp_path / "b", epochs=2, ema=0.8, loss_fn=loss_fn)
+    toy_fit(tmp_path / "b", epochs=2, ema=0.8, resume=True)
     assert same_tensors(load_pth(tmp_path, "b", "checkpoint.pth"), checkpoint)
     assert same_tensors(load_pth(tmp_path, "b", "last.pth")["average"], last["average"])
 

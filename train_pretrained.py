@@ -24,7 +24,6 @@ def main():
                        help="Google .npz, timm or DeiT .pth/.safetensors, or Hugging Face ViT state dict")
     group.add_argument("--mean", type=float, nargs=3, default=None, help="input mean (default: the weights' own)")
     group.add_argument("--std", type=float, nargs=3, default=None, help="input std (default: the weights' own)")
-    group.add_argument("--pool", choices=("cls", "mean"), default="cls", help="what the head reads")
     data.add_augment_arguments(parser)
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--freeze-epochs", type=int, default=0, help="first train the head alone, on frozen features")
@@ -38,7 +37,7 @@ def main():
         name = next((n for n, c in CONFIGS.items() if all(shape[k] == c[k] for k in keys)), "b16")
         model = build_vit(name, num_classes=len(plan.config.classes), img_size=plan.config.img_size,
                           **{**shape, "drop_rate": 0.0, "drop_path_rate": args.drop_path,
-                             "patch_drop_rate": args.patch_drop, "pool": args.pool})
+                             "patch_drop_rate": args.patch_drop})
         report = npz_loader.load_npz(model, args.weights)
         print(npz_loader.describe(report), flush=True)
         engine.train(plan, model, name=name, mean=args.mean or report["mean"], std=args.std or report["std"],

@@ -131,14 +131,13 @@ class VisionTransformer(nn.Module):
     `img_size` is a side or (H, W), each divisible by `patch_size`; `drop_rate` acts after the position
     embedding and in every block; `drop_path_rate` grows linearly from 0 in the first block to its
     value in the last; in training each image loses a random share `patch_drop_rate` of its patches (Liu et al. 2022,
-    arXiv:2208.07220), which also makes a step cheaper. `pool`: what the head reads, the "cls" token or the "mean" of
-    the patches. InputError for sizes that do not fit together.
+    arXiv:2208.07220), which also makes a step cheaper. InputError for sizes that do not fit together.
     """
 
     kind = "vit"
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=2, embed_dim=768, depth=12,
-                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0, patch_drop_rate=0.0, pool="cls"):
+                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0, patch_drop_rate=0.0):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
@@ -152,8 +151,8 @@ class VisionTransformer(nn.Module):
         self.grid_size = (height // patch_size, width // patch_size)
         self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
                            embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                           drop_rate=drop_rate, drop_path_rate=drop_path_rate, patch_drop_rate=patch_drop_rate, pool=pool)
-        self.patch_drop_rate, self.pool = patch_drop_rate, pool
+                           drop_rate=drop_rate, drop_path_rate=drop_path_rate, patch_drop_rate=patch_drop_rate)
+        self.patch_drop_rate = patch_drop_rate
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
@@ -205,11 +204,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, tokens):
         """Tokens (B, N, D) -> logits (B, K), outside autocast: bf16 logits would tie scores artificially."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.head(self.readout(tokens.to(self.head.weight.dtype)))
-
-    def readout(self, tokens):
-        """Tokens (B, N, D) -> what the head reads, (B, D)."""
-        return tokens[:, 1:].mean(1) if self.pool == "mean" else tokens[:, 0]
+            return self.head(tokens[:, 0].to(self.head.weight.dtype))
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
