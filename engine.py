@@ -507,16 +507,15 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     with stop_requests() as stop:
         while not done():
             started = time.perf_counter() - state["seconds"]
-            state["lr"] = _train_epoch(net, source, optimizer, state, stop, average=average,
-                                       accumulate=accumulate, loss_fn=loss_fn, mean=mean, std=std,
-                                       augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip,
-                                       seed=seed, epochs=epochs, total=total,
-                                       rate=lambda s: learning_rate(s, total, warmup, lr, schedule))
-            if stop:
+            state["lr"], stopped = _train_epoch(
+                net, source, optimizer, state, stop, average=average, accumulate=accumulate, loss_fn=loss_fn, mean=mean,
+                std=std, augment=augment, device=device, amp=amp, batch_size=batch_size, clip=clip, seed=seed, epochs=epochs,
+                total=total, rate=lambda s: learning_rate(s, total, warmup, lr, schedule))
+            if stopped:
                 state["seconds"] = time.perf_counter() - started
                 _save_last(out, model, optimizer, device, meta, state, average)
                 _write(out, results)  # so that a new run does not overwrite it unasked
-                raise _interrupted(state, stop[0])
+                raise _interrupted(state, stop[0] if stop else signal.SIGTERM)  # none: another process was asked
             row = _validate(kept, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
                             amp=amp)
             row["seconds"] = time.perf_counter() - started
@@ -566,7 +565,9 @@ def _validate(model, val, state, *, loss_fn, monitor, mean, std, device, amp):
 
 def _train_epoch(net, source, optimizer, state, stop, *, average, accumulate, loss_fn, mean, std, augment, device,
                  amp, batch_size, clip, seed, epochs, total, rate):
-    """Run the rest of the epoch in `state` (updated in place); returns the last learning rate."""
+    """Run the rest of the epoch in `state` (updated in place); returns the last learning rate, and whether to stop.
+
+    The processes agree on the latter, so that none waits for one that has left."""
     net.train()
     (rank, number), count, epoch = processes(), len(source.subset), state["epoch"]
     steps = math.ceil(count / batch_size)
@@ -574,6 +575,7 @@ def _train_epoch(net, source, optimizer, state, stop, *, average, accumulate, lo
     order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
     batches = order.split(batch_size)[: total - epoch * steps]
     current = rate(epoch * steps + max(0, state["step"] - 1))
+    stopping = 0.0
     look = 1 if device.type == "cpu" else 10  # reading the loss makes a GPU wait
     running, told, seen, begin = torch.zeros(2, device=device), time.perf_counter(), 0, time.perf_counter()
     with tqdm(total=len(batches), initial=state["step"], desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False,
@@ -609,9 +611,8 @@ def _train_epoch(net, source, optimizer, state, stop, *, average, accumulate, lo
                 told, left = now, (len(batches) - state["step"]) * batch_size * (now - begin) / seen
                 say(f"epoch {epoch + 1}/{epochs} step {state['step']}/{len(batches)}: {status}, {left:.0f} s left")
             if stopping:
-                stop[:] = stop or [signal.SIGTERM]  # another process was asked
                 break
-    return current
+    return current, bool(stopping)
 
 
 def _step(optimizer, average, net):
