@@ -481,8 +481,9 @@ class Augment:
         return x.clamp(0, 1)
 
 
-# Augmentation of the default recipes, where it differs from Augment's own defaults, which are the plain one.
+# Augmentation of the recipes, where it differs from Augment's own defaults, which are the plain one.
 ROBUST = dict(scale=0.2, gamma=0.3, blur=0.5, noise=0.05)
+STRONG = dict(rotate=15.0, translate=0.1, scale=0.25, aspect=0.15, brightness=0.25, contrast=0.4, gamma=0.5)
 
 
 def _span(side, length, place, device):

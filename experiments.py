@@ -133,8 +133,10 @@ def against_test(table, runs):
     if len(done) < 4:
         raise common.InputError(f"--against-test needs 4 runs with a calibration.json, found {len(done)}")
     lines = [f"\n| signal ({len(done)} runs) | rho with test AUROC | rho with test specificity @Rec |", "| --- | ---: | ---: |"]
-    for name in (k for k, v in table[0].items() if isinstance(v, float) and k not in ("minutes", "matched n")):
-        have = [row[name] for row, _ in done]
+    columns = {k: [row[k] for row, _ in done] for k, v in table[0].items()
+               if isinstance(v, float) and k not in ("minutes", "matched n")}
+    columns |= {f"AUROC under {k}": [row["corruptions"][k][0] for row, _ in done] for k in table[0]["corruptions"]}
+    for name, have in columns.items():
         rho = [spearmanr(have, [c["test"]["at_rec"][k] for _, c in done])[0] for k in ("auroc", "specificity")]
         lines.append(f"| {name} | {rho[0]:+.2f} | {rho[1]:+.2f} |")
     return "\n".join(lines)

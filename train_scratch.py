@@ -11,7 +11,7 @@ import data
 import engine
 from vit import CONFIGS, build_vit
 
-# Both are defaults of flags; EXPERIMENTS.md has what each choice was made on.
+# Defaults of flags; EXPERIMENTS.md has what each choice was made on.
 RECIPES = {"default": dict(data.ROBUST, drop_rate=0.0, drop_path=0.05, patch_drop=0.5, ema=0.99),
            "paper": dict(drop_rate=0.1, drop_path=0.05)}
 
