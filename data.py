@@ -401,7 +401,7 @@ def load_train_val(config):
 
 
 def load_test(config):
-    """The test Subset. Only calibrate.py, and explain.py on request, may call this: it opens the test images."""
+    """The test Subset. Only calibrate.py, and explain.py and experiments.py on request, may call this: it opens the test images."""
     root = find_root(config.data_dir, config.classes)
     files, labels = list_images(root, "test", config.classes)
     images, kept, _ = load_images(root, files, config, "test")

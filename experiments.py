@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
@@ -98,6 +99,34 @@ def overlap_weights(train, val):
     return np.where(val.labels == 1, 1 - e, e)
 
 
+def stamped(subset, template, near=0.75):
+    """Boolean [N]: does the lower right corner hold the `template` (float32 [h, w]), by normalised cross-correlation >= near."""
+    side = subset.images.shape[1]
+    x = torch.from_numpy(subset.images[subset.rows][:, -side // 8:, -side // 5:].astype(np.float32))[:, None]
+    t, ones = template - template.mean(), torch.ones(1, 1, *template.shape)
+    var = F.conv2d(x * x, ones) - F.conv2d(x, ones) ** 2 / template.numel()
+    return ((F.conv2d(x, t[None, None]) / t.norm() / var.clamp(min=1).sqrt()).flatten(1).amax(1) >= near).numpy()
+
+
+def count_stamps(train, val, test):
+    """Markdown: how many images carry the tube voltage ("KV59") that one X-ray unit burns in, by class and split.
+
+    The templates are that text in three training images (224 px); the test images are opened for this count alone."""
+    places = {"person1077_virus_1787": (216, 222, 211, 223), "person1124_virus_1851": (213, 222, 209, 223),
+              "person1125_virus_1852": (213, 222, 206, 223)}
+    names = [Path(f).stem for f in train.files]
+    if train.images.shape[1] != 224 or not set(places) <= set(names):
+        raise common.InputError("--stamps needs the Kermany set's training images at 224 px")
+    templates = [torch.from_numpy(train.images[train.rows[names.index(n)]][a:b, c:d].astype(np.float32))
+                 for n, (a, b, c, d) in places.items()]
+    lines = ["| images with the stamp | NORMAL | PNEUMONIA |", "| --- | ---: | ---: |"]
+    for name, subset in (("train", train), ("validation", val), ("test", test)):
+        hit = np.any([stamped(subset, t) for t in templates], axis=0)
+        lines.append(f"| {name} | " + " | ".join(f"{hit[subset.labels == k].sum()} of {(subset.labels == k).sum()}" for k in (0, 1))
+                     + " |")
+    return "\n".join(lines)
+
+
 def signals(run, train, val, weights, device):
     """{signal: value} of a finished run; `weights` are the overlap weights of `val`."""
     model, results = engine.load_run(run)
@@ -147,8 +176,15 @@ def main():
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
     parser.add_argument("--against-test", action="store_true", help="afterwards: how well the signals foresaw the test results")
+    parser.add_argument("--stamps", metavar="DIR", default=None, help="instead: count the images of one X-ray unit by the text "
+                        "it burns in, in the data folder DIR (opens the test images)")
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     args = parser.parse_args()
+    if args.stamps:
+        config = data.DataConfig(args.stamps)
+        train, val, _ = data.load_train_val(config)
+        print(count_stamps(train, val, data.load_test(config)))
+        return
     device, loaded, table = engine.pick_device(args.device), {}, []
     runs = common.find_runs(args.runs_dir, args.run)
     for run in runs:
