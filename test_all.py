@@ -3085,6 +3085,29 @@ def test_overlap_weights_balance_the_shortcut():
     assert weights.min() >= 0 and weights.max() <= 1
 
 
+def test_stamped_finds_the_template_whatever_its_contrast():
+    import experiments
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (40, 224, 224)).astype(np.uint8)
+    template = rng.integers(0, 2, (8, 13)) * 200.0
+    for i in range(0, 40, 3):  # brighter or darker, anywhere in the lower right corner
+        y, x = rng.integers(197, 216), rng.integers(182, 211)
+        images[i, y:y + 8, x:x + 13] = 20 + template * rng.uniform(0.4, 1.1)
+    images[1, 20:28, 20:33] = template  # another corner
+    subset = data.Subset([""] * 40, np.zeros(40, np.int64), images, np.arange(40))
+    hit = experiments.stamped(subset, torch.from_numpy(template.astype(np.float32)))
+    assert np.flatnonzero(hit).tolist() == list(range(0, 40, 3))
+
+
+@pytest.mark.skipif(not (SHARED / "chest_xray").is_dir(), reason="needs the real set")
+def test_one_unit_has_no_healthy_child_in_training(tmp_path):
+    """The two images of test NORMAL that show the stamp to the eye are among the hits, and train NORMAL has none."""
+    done = succeed("experiments", "--stamps", SHARED / "chest_xray", cwd=tmp_path)
+    rows = {r.split(" | ")[0][2:]: r for r in done.out.splitlines() if r.startswith("| ")}
+    assert rows["train"].split(" | ")[1] == "0 of 1073" and rows["validation"].split(" | ")[1] == "0 of 268"
+    assert int(rows["test"].split(" | ")[1].split()[0]) >= 2
+
+
 def test_experiments_prints_signals_and_keeps_them(bench, tmp_path):
     shutil.copytree(bench, tmp_path / "b")
     done = succeed("experiments", "--run", "outputs/linear", cwd=tmp_path / "b")
