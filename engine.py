@@ -492,14 +492,8 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
         _write(out, results)
         _save_last(out, model, optimizer, device, meta, state, average)
 
-    def goodness(row):
-        return row.get("val_auroc", -row["val_loss"])
-
-    def told(row):
-        return f"val AUROC {row['val_auroc']:.4f}" if "val_auroc" in row else f"val loss {row['val_loss']:.4f}"
-
     def best_so_far():
-        return goodness(history[state["best_epoch"] - 1]) if state["best_epoch"] else -math.inf
+        return _goodness(history[state["best_epoch"] - 1]) if state["best_epoch"] else -math.inf
 
     def done():
         return (state["epoch"] >= epochs or state["epoch"] * steps >= total
@@ -520,7 +514,7 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
             row = _validate(kept, val, state, loss_fn=loss_fn, monitor=monitor, mean=mean, std=std, device=device,
                             amp=amp)
             row["seconds"] = time.perf_counter() - started
-            better = goodness(row) > best_so_far()
+            better = _goodness(row) > best_so_far()
             history.append(row)
             state.update(epoch=state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
             if better:
@@ -531,14 +525,22 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
                 _save_checkpoint(out, kept)
             results.update(best_epoch=state["best_epoch"], minutes=sum(h["seconds"] for h in history) / 60)
             _write(out, results)
-            print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, "
-                  + (f"val loss {row['val_loss']:.4f}, " if monitor else "") + f"{told(row)}{' *' if better else ''}, "
+            print(f"epoch {state['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, {_told(row)}{' *' if better else ''}, "
                   f"lr {row['lr']:.1e}, {row['seconds']:.0f} s", flush=True)
     results["finished"] = True
     _write(out, results)
-    print(f"best epoch {results['best_epoch']}: {told(history[results['best_epoch'] - 1])}; {results['minutes']:.1f} min; "
-          f"wrote {out}/checkpoint.pth and results.json", flush=True)
+    print(f"best epoch {results['best_epoch']}: {_told(history[results['best_epoch'] - 1])}; {results['minutes']:.1f} min; wrote "
+          f"{out}/checkpoint.pth and results.json", flush=True)
     return results
+
+
+def _goodness(row):
+    """What the best epoch has most of: AUROC on validation, or, of a model without classes, minus its loss there."""
+    return row.get("val_auroc", -row["val_loss"])
+
+
+def _told(row):
+    return f"val loss {row['val_loss']:.4f}" + (f", val AUROC {row['val_auroc']:.4f}" if "val_auroc" in row else "")
 
 
 def _interrupted(state, signum):

@@ -1,4 +1,4 @@
-"""Tests of the whole project: pytest test_all.py (about two minutes on two cores; needs no data and no network).
+"""Tests of the whole project: pytest test_all.py (about three minutes on two cores; needs no data and no network).
 
 Expected values come from brute force, closed form, counts by hand, or an independent library (timm, scipy,
 scikit-learn, torchvision, PIL), never from recorded output. Tests on real files skip where ../shared is absent.
