@@ -311,6 +311,7 @@ def growth(args, ours, device, fraction):
 
 
 def parse():
+    """Checked command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--data-dir", default=data.DEFAULT_DIR, help="folder with train/ and test/")
     parser.add_argument("--originals", default=None, metavar="DIR", help="folder with one folder of full-size images a class "
