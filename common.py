@@ -217,19 +217,28 @@ def say(message):
 def start(main):
     """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback),
     130 on Ctrl-C, 143 on SIGTERM."""
+    code = 0
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
         say("error: " + " ".join(str(error).split("\n")) if "\n  " not in str(error) else f"error: {error}")
-        sys.exit(2)
+        code = 2
     except BrokenPipeError:  # `compare.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None:  # not about a path: a bug, so let it be seen
             raise
         say(f"error: {error.filename}: {error.strerror}")
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt as stop:
         say(str(stop) or "interrupted")
-        sys.exit(128 + getattr(stop, "signum", 2))
+        code = 128 + getattr(stop, "signum", 2)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor while the
+        # interpreter is being torn down aborts it, now and then, so under torchrun there is no tearing down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)

@@ -4,7 +4,6 @@ A run folder holds `checkpoint.pth` (weights of the best epoch, tensors only), `
 needed to resume) and `results.json`. Each is written to a temporary name and renamed.
 """
 import argparse
-import atexit
 import math
 import os
 import platform
@@ -275,7 +274,6 @@ def join_processes(device):
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
 
