@@ -433,7 +433,9 @@ class Augment:
     resampling with black outside. brightness: +/- added; contrast: +/- fraction about the image's mean; gamma:
     exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side (a coarser detector);
     noise: greatest standard deviation; erase: probability that one rectangle of 3% to 25% of the area turns grey
-    (Zhong et al. 2020, arXiv:1708.04896).
+    (Zhong et al. 2020, arXiv:1708.04896). frame, tone: probability that the border (up to a fifth of the side), or
+    the grey levels (histogram matching), are borrowed from another image of the batch, whatever its class: what a
+    machine and its operator add to a picture then tells nothing of the child.
     """
     rotate: float = 7.0
     translate: float = 0.05
@@ -446,6 +448,8 @@ class Augment:
     noise: float = 0.0
     erase: float = 0.0
     hflip: float = 0.0
+    frame: float = 0.0
+    tone: float = 0.0
 
     def __call__(self, x):
         B, device = x.shape[0], x.device
@@ -463,6 +467,12 @@ class Augment:
             x = affine(x, angle=both(math.radians(self.rotate)), zoom=1 + both(self.scale),
                        flip=1 - 2 * chance(self.hflip).float(), shift_x=both(self.translate),
                        shift_y=both(self.translate), aspect=1 + both(self.aspect))
+        if self.frame or self.tone:
+            other = x[torch.randperm(B, device=device)]
+            if self.tone:
+                x = torch.where(chance(self.tone).view(B, 1, 1, 1), match_levels(x, other), x)
+            if self.frame:
+                x = borrow_frame(x, other, uniform(0, 0.2) * chance(self.frame))
         if self.blur:
             side = x.shape[-1]
             x = torch.where(chance(self.blur).view(B, 1, 1, 1), gaussian_blur(x, side * uniform(0.004, 0.012)), x)
@@ -493,6 +503,37 @@ def _span(side, length, place, device):
     return (at >= start.unsqueeze(1)) & (at < (start + length).unsqueeze(1))
 
 
+def match_levels(x, like, levels=256):
+    """Images [B, 1, S, S] in [0, 1] with their grey levels moved, in order, to the distribution of `like`'s, pair by
+    pair: histogram matching (Gonzalez and Woods, Digital Image Processing, section 3.3) in `levels` steps. The distributions
+    are those of the middle (three quarters of each side), without the black beside a body."""
+    def steps(z):
+        return (z.flatten(1) * (levels - 1)).round().long()
+
+    def cumulative(z):  # (B, levels): share of the pixels below the middle of each level
+        margin = z.shape[-1] // 8
+        step = steps(z[..., margin:z.shape[-2] - margin, margin:z.shape[-1] - margin])
+        share = torch.zeros(len(z), levels, device=z.device).scatter_add_(1, step, torch.ones_like(step, dtype=torch.float))
+        share = share / step.shape[1]
+        return share.cumsum(1) - share / 2
+
+    have, want = cumulative(x), cumulative(like)
+    high = torch.searchsorted(want, have).clamp(1, levels - 1)
+    below, above = want.gather(1, high - 1), want.gather(1, high)
+    level = high - 1 + ((have - below) / (above - below).clamp(min=1e-9)).clamp(0, 1)  # between the two neighbours
+    return (level / (levels - 1)).gather(1, steps(x)).view_as(x).to(x.dtype)
+
+
+def borrow_frame(x, other, width):
+    """Images [B, 1, S, S] whose border, `width` [B] of the side wide, comes from `other`; a soft edge of 4%; 0: none."""
+    side = x.shape[-1]
+    at = (torch.arange(side, device=x.device) + 0.5) / side
+    depth = torch.minimum(at, 1 - at)
+    depth = torch.minimum(depth[:, None], depth[None])  # (S, S): distance to the nearest edge
+    own = ((depth - width.view(-1, 1, 1, 1)) / 0.04 + 0.5).clamp(0, 1)
+    return torch.where(width.view(-1, 1, 1, 1) > 0, x * own + other * (1 - own), x)
+
+
 def gaussian_blur(x, sigma):
     """Blur images [B, 1, S, S], each by its own sigma [B] in pixels (at most S/6); edges are repeated."""
     B, radius = len(x), max(1, math.ceil(3 * float(sigma.max())))
@@ -510,7 +551,8 @@ def add_augment_arguments(parser):
     units = {"rotate": "+/- degrees", "translate": "+/- fraction of the side", "scale": "+/- fraction",
              "aspect": "+/- fraction", "brightness": "+/- of the grey range", "contrast": "+/- fraction",
              "gamma": "exponent exp(+/- X)", "blur": "probability", "noise": "greatest standard deviation",
-             "erase": "probability", "hflip": "probability"}
+             "erase": "probability", "hflip": "probability",
+             "frame": "probability of the border of another image", "tone": "probability of the grey levels of another image"}
     for name, default in asdict(Augment()).items():
         group.add_argument(f"--{name}", type=float, default=default, metavar="X", help=units[name])
 

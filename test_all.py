@@ -3000,6 +3000,48 @@ def test_gaussian_blur_equals_scipy():
         assert got[i, 0].numpy() == pytest.approx(want, abs=1e-5)
 
 
+def test_match_levels_is_quantile_mapping():
+    """Against rank statistics: in its middle every image gets the quantiles of the other one, and keeps its own order."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(np.stack([rng.beta(4, 2, (64, 64)), rng.beta(2, 5, (64, 64)), np.full((64, 64), 0.4)])).float()[:, None]
+    like = torch.from_numpy(np.stack([rng.normal(0.6, 0.1, (64, 64)).clip(0, 1), rng.random((64, 64)), rng.random((64, 64))])).float()[:, None]
+    got, middle, q = data.match_levels(x, like), slice(8, 56), np.linspace(0.02, 0.98, 49)
+    for i in range(2):
+        have, want = (t[i, 0, middle, middle].double().numpy() for t in (got, like))
+        assert np.quantile(have, q) == pytest.approx(np.quantile(want, q), abs=0.02)
+        by_rank = np.sort(want.ravel())[scipy.stats.rankdata(x[i, 0, middle, middle].numpy().ravel(), "ordinal") - 1]
+        assert have.ravel() == pytest.approx(by_rank, abs=0.03)
+        order = x[i].flatten().argsort()
+        assert (got[i].flatten()[order].diff() >= -0.006).all()  # one step of 1/255
+    assert got[2].unique().numel() == 1 and float(got[2].mean()) == pytest.approx(float(like[2, 0, middle, middle].median()), abs=0.02)
+    assert (data.match_levels(x, x) - x).abs().max() <= 0.5 / 255 + 1e-6
+    assert data.match_levels(x.bfloat16(), like.bfloat16()).dtype == torch.bfloat16
+
+
+def test_borrow_frame_takes_the_border_and_leaves_the_middle():
+    x, other, width = torch.full((4, 1, 100, 100), 0.2), torch.full((4, 1, 100, 100), 0.8), torch.tensor([0.0, 0.1, 0.2, 0.0])
+    got = data.borrow_frame(x, other, width)
+    assert torch.equal(got[[0, 3]], x[[0, 3]])
+    for i, w in ((1, 10), (2, 20)):
+        own = got[i, 0] == 0.2
+        assert own[w + 2:98 - w, w + 2:98 - w].all() and (got[i, 0, : w - 2] == 0.8).all() and (got[i, 0, :, 102 - w:] == 0.8).all()
+        assert 1 - (got[i] - 0.2).mean() / 0.6 == pytest.approx((1 - 2 * w / 100) ** 2, abs=0.01)  # the area that stays
+
+
+def test_frame_and_tone_come_from_the_batch_at_their_probability():
+    """Both keep the labels' images: no image is replaced, about the given share is changed, and 0 draws nothing."""
+    x = torch.arange(1, 401).view(-1, 1, 1, 1) / 500 * (0.5 + 0.5 * torch.rand(400, 1, 40, 40))
+    torch.manual_seed(0)
+    toned = data.Augment(**{**NONE, "tone": 0.5})(x)
+    assert (toned != x).flatten(1).any(1).float().mean() == pytest.approx(0.5, abs=0.08)
+    framed = data.Augment(**{**NONE, "frame": 0.5})(x)
+    assert torch.equal(framed[..., 10:30, 10:30], x[..., 10:30, 10:30])
+    assert 0.35 < (framed != x).flatten(1).any(1).float().mean() < 0.55  # the narrowest frames are no pixel wide
+    state = torch.get_rng_state()
+    data.Augment(**NONE)(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_gamma_noise_and_erase_do_what_they_say():
     torch.manual_seed(0)
     half = torch.full((400, 1, 16, 16), 0.5)
