@@ -8,11 +8,10 @@ and prints a markdown row:
 - corrupted: the same images with changed exposure, sharpness, noise, compression and framing (after ImageNet-C,
   Hendrycks and Dietterich 2019, arXiv:1903.12261): mean AUROC, and mean specificity and recall at the recall-first
   threshold of the clean images. "worst" is the corruption with the least mean of the two.
-- matched: validation re-weighted so that a shortcut tells nothing. The shortcut is logistic regression on coarse
-  pixels, grey-level histogram and sharpness, fitted to the training images; with its probability e of pneumonia,
-  NORMAL images weigh e and PNEUMONIA images 1 - e (overlap weights: Li, Morgan, Zaslavsky 2018, arXiv:1404.1785).
-  "n" is the effective number of NORMAL images, (sum w)^2 / sum w^2: few, so this signal is noisy.
-- choice: the mean of corrupted specificity and recall; what recipes are chosen on.
+- borrowed: the border (an eighth of the side) comes from a random validation image of the *other* class, so that what lies
+  there (markers, tubes, framing, the look of a machine) speaks for the wrong answer: AUROC. "control" is the same with
+  a border from the own class, for what the seams alone do.
+- choice: the mean of borrowed AUROC and of (corrupted specificity + corrupted recall) / 2; what recipes are chosen on.
 
 The test folder is counted, never opened. With --against-test a second table holds the rank correlation of each signal
 with the test results that calibrate.py has left in calibration.json: read it after the choice.
@@ -26,10 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import common
 import data
@@ -78,25 +74,13 @@ def corruptions():
             "wider": through(wider)}
 
 
-def shortcut_features(images):
-    """uint8 [N, S, S] -> [N, 16 * 16 + 16 + 8]: coarse pixels, grey-level histogram, log power by spatial frequency."""
-    rows = []
-    for image in images:
-        coarse = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX), dtype=float).ravel() / 255
-        levels = np.histogram(image, 16, (0, 256), density=True)[0] * 256
-        power = np.abs(np.fft.rfft2(image / 255.0)) ** 2
-        radius = np.hypot(np.fft.fftfreq(len(image))[:, None], np.fft.rfftfreq(len(image))[None])
-        band = np.digitize(radius, np.geomspace(1 / len(image), 0.5, 9)) - 1
-        rows.append(np.r_[coarse, levels, [np.log(power[band == b].mean()) for b in range(8)]])
-    return np.array(rows)
-
-
-def overlap_weights(train, val):
-    """Weights [N] of the validation images that leave the shortcut nothing to tell (see above)."""
-    shortcut = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000))
-    shortcut.fit(shortcut_features(train.images[train.rows]), train.labels)
-    e = shortcut.predict_proba(shortcut_features(val.images[val.rows]))[:, 1]
-    return np.where(val.labels == 1, 1 - e, e)
+def borrowed(images, labels, other):
+    """uint8 [N, S, S] whose borders come from images of the other class (`other`) or of the same one, drawn with seed 0."""
+    rng = np.random.default_rng(0)
+    donors = np.array([rng.choice(np.flatnonzero((labels != y) == other)) for y in labels])
+    own, border = (torch.from_numpy(images[rows]).unsqueeze(1) / 255 for rows in (np.arange(len(images)), donors))
+    framed = data.borrow_frame(own, border, torch.full((len(images),), 1 / 8))
+    return framed.mul_(255).round_().byte().squeeze(1).numpy()
 
 
 def stamped(subset, template, near=0.75):
@@ -127,32 +111,32 @@ def count_stamps(train, val, test):
     return "\n".join(lines)
 
 
-def signals(run, train, val, weights, device):
-    """{signal: value} of a finished run; `weights` are the overlap weights of `val`."""
+def signals(run, val, device):
+    """{signal: value} of a finished run on its validation images."""
     model, results = engine.load_run(run)
     amp = engine.trained_precision(results, device)
     model.to(device)
 
-    def score(subset):
-        logits = engine.predict(model, subset, mean=results["mean"], std=results["std"], device=device, amp=amp,
+    def score(images, subset=val):
+        changed = data.Subset(subset.files, subset.labels, images, np.arange(len(images)), subset.normalise)
+        logits = engine.predict(model, changed, mean=results["mean"], std=results["std"], device=device, amp=amp,
                                 batch_size=128, progress=str(run))
         return engine.probabilities(logits)[:, 1]
 
-    y, p = val.labels, score(val)
+    y, images = val.labels, val.images[val.rows]
+    p = score(images)
     thr, _, _ = metrics.choose_threshold_by_min_recall(y, p, 0.95)
+    wrong, control = (roc_auc_score(y, score(borrowed(images, y, other))) for other in (True, False))
     # All the NORMAL images and every third of the others: the specificity is what varies.
     few = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
     rows = {}
     for name, change in corruptions().items():
-        images = np.stack([change(few.images[r]) for r in few.rows])
-        q = score(data.Subset(few.files, few.labels, images, np.arange(len(images)), few.normalise))
+        q = score(np.stack([change(few.images[r]) for r in few.rows]), few)
         rows[name] = [roc_auc_score(few.labels, q), (q[few.labels == 0] < thr).mean(), (q[few.labels == 1] >= thr).mean()]
     auroc, spec, recall = np.mean(list(rows.values()), axis=0)
-    normal = weights * (y == 0)
     return {"val AUROC": roc_auc_score(y, p), "corrupted AUROC": auroc, "corrupted spec": spec, "corrupted recall": recall,
-            "worst": min(rows, key=lambda n: sum(rows[n][1:])), "matched AUROC": roc_auc_score(y, p, sample_weight=weights),
-            "matched spec": normal[p < thr].sum() / normal.sum(), "matched n": normal.sum() ** 2 / (normal ** 2).sum(),
-            "choice": (spec + recall) / 2, "minutes": results["minutes"],
+            "worst": min(rows, key=lambda n: sum(rows[n][1:])), "borrowed AUROC": wrong, "control AUROC": control,
+            "choice": (wrong + (spec + recall) / 2) / 2, "minutes": results["minutes"],
             "corruptions": {n: [round(float(v), 4) for v in r] for n, r in rows.items()}}
 
 
@@ -163,7 +147,7 @@ def against_test(table, runs):
         raise common.InputError(f"--against-test needs 4 runs with a calibration.json, found {len(done)}")
     lines = [f"\n| signal ({len(done)} runs) | rho with test AUROC | rho with test specificity @Rec |", "| --- | ---: | ---: |"]
     columns = {k: [row[k] for row, _ in done] for k, v in table[0].items()
-               if isinstance(v, float) and k not in ("minutes", "matched n")}
+               if isinstance(v, float) and k != "minutes"}
     columns |= {f"AUROC under {k}": [row["corruptions"][k][0] for row, _ in done] for k in table[0]["corruptions"]}
     for name, have in columns.items():
         rho = [spearmanr(have, [c["test"]["at_rec"][k] for _, c in done])[0] for k in ("auroc", "specificity")]
@@ -191,15 +175,15 @@ def main():
         results = common.read_results(run)
         config = data.config_from_json(results["data"])
         if config not in loaded:
-            train, val, split = data.load_train_val(config)
-            loaded[config] = train, val, overlap_weights(train, val), split["fingerprint"]
-        *sets, fingerprint = loaded[config]
+            _, val, split = data.load_train_val(config)
+            loaded[config] = val, split["fingerprint"]
+        val, fingerprint = loaded[config]
         if fingerprint != results["split"]["fingerprint"]:
             raise common.InputError(f"the images in {config.data_dir} are not those {run} was trained on")
         path, checkpoint = Path(run, "signals.json"), common.sha256(Path(run, "checkpoint.pth"))
         kept = common.read_json(path) if path.exists() else {}
-        if kept.get("checkpoint") != checkpoint:
-            kept = {"checkpoint": checkpoint, "signals": signals(run, *sets, device)}
+        if kept.get("checkpoint") != checkpoint or "borrowed AUROC" not in kept["signals"]:
+            kept = {"checkpoint": checkpoint, "signals": signals(run, val, device)}
             common.write_json(path, kept)
         table.append(kept["signals"])
         shown = {k: v for k, v in table[-1].items() if k != "corruptions"}
