@@ -7,7 +7,8 @@ epoch, transforms image by image, torchvision's ViT, fp32, AdamW as it comes. Ou
 times, after one unmeasured turn); the table shows medians in images a second, the ratio with its least and greatest value,
 and the peak memory of our side. `fraction of peak` is the share of the machine's own matrix-multiply speed in the same
 number format that a training step reaches, its operations counted by formula (`step_flops`). An "epoch" is one over
---images images with its validation and files, not the whole set. The last line of stdout is the same as JSON.
+--images images with its validation and files, not the whole set. Last come whole scripts as a user starts them (not with
+--quick), and one epoch shared among more and more processes. The last line of stdout is the same as JSON.
 """
 import argparse
 import contextlib
@@ -15,7 +16,9 @@ import ctypes
 import gc
 import io
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -310,6 +313,56 @@ def growth(args, ours, device, fraction):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- whole scripts, as a user starts them
+
+def start_script(*argv, threads=None):
+    """Run Python with `argv` in this folder, quietly: (seconds, peak resident memory in MiB or None where unknown)."""
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.DEVNULL, stderr=errors, env=env,
+                                   cwd=Path(__file__).parent)
+        usage = None
+        if hasattr(os, "wait4"):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.wait():
+            errors.seek(0)
+            raise common.InputError(f"{' '.join(map(str, argv))} failed: {errors.read()[-500:]}")
+    return time.perf_counter() - started, usage and usage.ru_maxrss / 2**10
+
+
+def script_rows(args, root, device, work):
+    """(what, seconds, MiB) of calibrate.py and predict.py on the whole set, and of a short scratch training alone."""
+    run, more = work / "runs/scratch", ("--device", device)
+    yield "train_scratch.py, 20 steps and a validation", *start_script(
+        "train_scratch.py", "--data-dir", root.resolve(), "--cache-dir", work / "cache", "--img-size", args.img_size, "--epochs", 1,
+        "--max-steps", 20, "--out", run, *more)
+    imports, _ = start_script("-c", "import calibrate")
+    for name in ("calibrate.py", "calibrate.py again, scores kept"):
+        seconds, memory = start_script("calibrate.py", "--run", run, *more)
+        yield f"{name} (imports: {imports:.1f} s of it)", seconds, memory
+    yield "predict.py on the test folder", *start_script("predict.py", (root / "test").resolve(), "--run", run, *more)
+
+
+def process_growth(args, device, work):
+    """Markdown: an epoch of the scratch model on drawn images under torchrun, shared among more and more processes; on CPUs the
+    cores are shared out too. By formula: as fast as one process however they are shared out, or n times as fast on n GPUs."""
+    cores, cuda = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device.type == "cuda"
+    numbers = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() if cuda else cores)]
+    data.make_synthetic(work / "drawn", train=args.images, test=8)
+    lines = ["\n| processes | threads each | images/s | by formula |", "| ---: | ---: | ---: | ---: |"]
+    for n in numbers:
+        start_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "train_scratch.py", "--data-dir",
+                     work / "drawn", "--cache-dir", work / "cache", "--img-size", args.img_size, "--epochs", 2, "--device", device.type,
+                     "--out", work / f"processes{n}", threads=max(1, cores // n))
+        results = common.read_json(work / f"processes{n}" / "results.json")
+        speed = results["split"]["train"] / results["history"][-1]["seconds"]
+        one = speed if n == 1 else one
+        lines.append(f"| {n} | {max(1, cores // n)} | {speed:.0f} | {one * (n if cuda else 1):.0f} |")
+    return "\n".join(lines)
+
+
 def parse():
     """Checked command line."""
     parser = common.parser(__doc__)
@@ -363,7 +416,13 @@ def main():
         for name, seconds, count in more_rows(args, *pairs, device):
             more[name] = seconds
             print(f"{name}: {seconds:.2f} s ({count} images)", flush=True)
-        print(growth(args, pairs[0][1], device, fractions["train_step_scratch"] * peak * 1e9))
+        print(growth(args, pairs[0][1], device, fractions["train_step_scratch"] * peak * 1e9), flush=True)
+        if not args.quick:
+            print("\n| script, from start to end | seconds | peak, MiB |\n| --- | ---: | ---: |")
+            for name, seconds, memory in script_rows(args, root, device, work):
+                more[name] = seconds
+                print(f"| {name} | {seconds:.1f} | {'-' if memory is None else f'{memory:.0f}'} |", flush=True)
+            print(process_growth(args, device, work))
     print(json.dumps({"device": engine.device_name(device), "dtype": "bf16" if amp else "fp32", "matmul_peak_gflops": peak,
                       "rows": rows, "fraction_of_peak": fractions, "more_seconds": more, "images": args.images,
                       "img_size": args.img_size, "repeats": args.repeats, "versions": engine.versions(),

@@ -3246,6 +3246,14 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
     refused(cli("benchmark", "--data-dir", synthetic, "--img-size", 30, cwd=tmp_path), "divisible by 16")
 
 
+def test_start_script_tells_time_memory_and_failure():
+    import benchmark
+    seconds, memory = benchmark.start_script("-c", "import time; x = b'1' * 2**26; time.sleep(0.3)")
+    assert 0.3 <= seconds < 20 and (memory is None or 64 < memory < 400)
+    with pytest.raises(common.InputError, match="the reason"):
+        benchmark.start_script("-c", "import sys; sys.exit('the reason')")
+
+
 def test_step_flops_against_torch_counter():
     """The formula against torch's own count of a forward and backward pass (which skips the gradient by the image)."""
     import benchmark
