@@ -66,10 +66,13 @@ def reset_peak(device):
 
 def peak_mib(device):
     """Peak since reset_peak, MiB; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_resident("self")
+
+
+def peak_resident(process):
+    """Peak resident memory of a process, MiB; None where that is not known (Linux only)."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")), None)
@@ -322,14 +325,14 @@ def start_script(*argv, threads=None):
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.DEVNULL, stderr=errors, env=env,
                                    cwd=Path(__file__).parent)
-        usage = None
-        if hasattr(os, "wait4"):
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.wait():
+        peak = None
+        while process.poll() is None:
+            peak = peak_resident(process.pid) or peak
+            time.sleep(0.02)
+        if process.returncode:
             errors.seek(0)
             raise common.InputError(f"{' '.join(map(str, argv))} failed: {errors.read()[-500:]}")
-    return time.perf_counter() - started, usage and usage.ru_maxrss / 2**10
+    return time.perf_counter() - started, peak
 
 
 def script_rows(args, root, device, work):
