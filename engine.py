@@ -4,6 +4,7 @@ A run folder holds `checkpoint.pth` (weights of the best epoch, tensors only), `
 needed to resume) and `results.json`. Each is written to a temporary name and renamed.
 """
 import argparse
+import ctypes
 import math
 import os
 import platform
@@ -11,7 +12,7 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from common import (FORMAT, InputError, Interrupted, atomic_path, command_line, 
                     say, sha256, write_json)
 from vit import build_model
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 # ---------------------------------------------------------------- command line
 
@@ -205,7 +207,7 @@ def train(plan, model, *, name, mean, std, loss_fn=None, **more):
 def pick_device(name="auto"):
     """"auto" -> cuda, else mps, else cpu; or the named device. InputError if it is not there.
 
-    Under torchrun each process takes its own CUDA device, or the CPU."""
+    Under torchrun each process takes its own CUDA device, or the CPU. On a CPU, see keep_freed_memory."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if processes()[1] > 1:
@@ -215,7 +217,22 @@ def pick_device(name="auto"):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory(keep=True):
+    """Have glibc keep the memory that tensors free for the next ones (nothing happens where there is no glibc).
+
+    As it comes, it hands large blocks back to the system, which has to clear every page anew: 250,000 page faults, a fifth of
+    the time, in each ViT-B/16 step of 16 images. The peak is the same. `keep` False: what a long-running process has by itself."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            for option, value in (M_MMAP_MAX, 0 if keep else 65536), (M_TRIM_THRESHOLD, -1 if keep else 64 << 20), \
+                    (M_MMAP_THRESHOLD, 32 << 20):
+                mallopt(option, value)
 
 
 def fast_bf16(device):

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import pickle
 import random
 import re
@@ -3244,6 +3245,19 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
     assert result["matmul_peak_gflops"] > 0 and result["device"].startswith("cpu")
     refused(cli("benchmark", "--data-dir", "nowhere", cwd=tmp_path), "nowhere")
     refused(cli("benchmark", "--data-dir", synthetic, "--img-size", 30, cwd=tmp_path), "divisible by 16")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """Page faults, counted by the kernel, of 20 tensors of 64 MiB (16,384 pages) one after the other: a few with
+    the switch, each one's without."""
+    code = ("import resource, torch, engine; engine.keep_freed_memory({keep}); faults = lambda: resource.getrusage("
+            "resource.RUSAGE_SELF).ru_minflt; before = faults()\n"
+            "for _ in range(20): torch.ones(2**24)\n"
+            "print(faults() - before)")
+    kept, returned = (int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=REPO, capture_output=True, text=True,
+                                         check=True).stdout) for keep in (True, False))
+    assert kept < 3 * 2**14 and (returned > 18 * 2**14 or returned < kept)  # fewer where the system gives huge pages
 
 
 def test_start_script_tells_time_memory_and_failure():
