@@ -489,23 +489,8 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     steps = math.ceil(len(train) / batch_size)
     total = min(epochs * steps, max_steps or math.inf)
     warmup = min(warmup_epochs * steps, total)
-    state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
-    if resume:
-        state = _load_last(out, model, optimizer, device, meta, average)
-        if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
-            meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
-    stale = ("scores", "calibration")  # they belong to the weights of before
-    if not rank:
-        out.mkdir(parents=True, exist_ok=True)
-        _clear(out, *stale, *(() if resume else ("checkpoint", "last", "results")))
-    results = {"command": command_line(), **meta, "format": FORMAT, "finished": False,
-               "synthetic": meta["split"]["synthetic"], "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
-               "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
-               "minutes": sum(h["seconds"] for h in state["history"]) / 60}
+    state, results = _begin(out, model, optimizer, average, device, meta, resume)
     source, history = data.Batches(train, device), state["history"]
-    if not resume:  # from now on the run can be resumed, and no other is begun in its folder unasked
-        _write(out, results)
-        _save_last(out, model, optimizer, device, meta, state, average)
 
     def best_so_far():
         return _goodness(history[state["best_epoch"] - 1]) if state["best_epoch"] else -math.inf
@@ -547,6 +532,27 @@ def fit(model, train, val, *, out, meta, loss_fn, mean, std, augment, device, am
     print(f"best epoch {results['best_epoch']}: {_told(history[results['best_epoch'] - 1])}; {results['minutes']:.1f} min; wrote "
           f"{out}/checkpoint.pth and results.json", flush=True)
     return results
+
+
+def _begin(out, model, optimizer, average, device, meta, resume):
+    """The loop's state and the content of results.json, new or from where a run in `out` was stopped; files of before go."""
+    state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
+    if resume:
+        state = _load_last(out, model, optimizer, device, meta, average)
+        if (out / "results.json").exists():  # the command that began the run tells more than the one that resumed it
+            meta = {**meta, "command": read_json(out / "results.json").get("command", command_line())}
+    if processes()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        # Scores belong to the weights of before.
+        _clear(out, "scores", "calibration", *(() if resume else ("checkpoint", "last", "results")))
+    results = {"command": command_line(), **meta, "format": FORMAT, "finished": False,
+               "synthetic": meta["split"]["synthetic"], "params": sum(p.numel() for p in model.parameters()), "device": device_name(device),
+               "versions": versions(), "best_epoch": state["best_epoch"], "history": state["history"],
+               "minutes": sum(h["seconds"] for h in state["history"]) / 60}
+    if not resume:  # from now on the run can be resumed, and no other is begun in its folder unasked
+        _write(out, results)
+        _save_last(out, model, optimizer, device, meta, state, average)
+    return state, results
 
 
 def _goodness(row):
