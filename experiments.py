@@ -11,11 +11,14 @@ and prints a markdown row:
 - borrowed: the border (an eighth of the side) comes from a random validation image of the *other* class, so that what lies
   there (markers, tubes, framing, the look of a machine) speaks for the wrong answer: AUROC. "control" is the same with
   a border from the own class, for what the seams alone do.
-- choice: the mean of borrowed AUROC and of (corrupted specificity + corrupted recall) / 2; what recipes are chosen on.
+- NIH (with --nih DIR): images of another hospital, adults, from NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315): AUROC of "No
+  Finding" against pneumonia, consolidation or infiltration. Neither training nor test folder: another shift altogether.
+- choice: the mean of borrowed AUROC and of (corrupted specificity + corrupted recall) / 2.
 
 The test folder is counted, never opened. With --against-test a second table holds the rank correlation of each signal
 with the test results that calibrate.py has left in calibration.json: read it after the choice.
 """
+import csv
 import io
 import json
 from pathlib import Path
@@ -31,6 +34,8 @@ import common
 import data
 import engine
 import metrics
+
+PNEUMONIA_LIKE = {"Pneumonia", "Consolidation", "Infiltration"}
 
 
 def corruptions():
@@ -83,6 +88,26 @@ def borrowed(images, labels, other):
     return framed.mul_(255).round_().byte().squeeze(1).numpy()
 
 
+def load_nih(folder, config):
+    """Images of `folder`/images with their findings in `folder`/sample_labels.csv, prepared as `config` says: a Subset of those
+    with "No Finding" (0) and those with one of PNEUMONIA_LIKE (1). InputError if there are none of either."""
+    found, path = {0: [], 1: []}, Path(folder, "sample_labels.csv")
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                findings, name = set(row["Finding Labels"].split("|")), f"images/{row['Image Index']}"
+                if Path(folder, name).exists() and (findings == {"No Finding"} or findings & PNEUMONIA_LIKE):
+                    found[int(findings != {"No Finding"})].append(name)
+    except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+        raise common.InputError(f"--nih: {path} is no list of NIH findings: {type(error).__name__} {error}") from None
+    if not found[0] or not found[1]:
+        raise common.InputError(f"--nih: {folder}/images holds {len(found[0])} images of {path} without and {len(found[1])} with "
+                                "pneumonia, consolidation or infiltration; both are needed")
+    files, labels = found[0] + found[1], np.repeat([0, 1], [len(found[0]), len(found[1])])
+    images, rows, _ = data.load_images(folder, files, config, "nih")
+    return data.Subset([files[r] for r in rows], labels[rows], images, rows, config.normalise)
+
+
 def stamped(subset, template, near=0.75):
     """Boolean [N]: does the lower right corner hold the `template` (float32 [h, w]), by normalised cross-correlation >= near."""
     side = subset.images.shape[1]
@@ -111,8 +136,8 @@ def count_stamps(train, val, test):
     return "\n".join(lines)
 
 
-def signals(run, val, device):
-    """{signal: value} of a finished run on its validation images."""
+def signals(run, val, nih, device):
+    """{signal: value} of a finished run on its validation images and those of load_nih (or None)."""
     model, results = engine.load_run(run)
     amp = engine.trained_precision(results, device)
     model.to(device)
@@ -127,6 +152,7 @@ def signals(run, val, device):
     p = score(images)
     thr, _, _ = metrics.choose_threshold_by_min_recall(y, p, 0.95)
     wrong, control = (roc_auc_score(y, score(borrowed(images, y, other))) for other in (True, False))
+    far = {"NIH AUROC": roc_auc_score(nih.labels, score(nih.images[nih.rows], nih))} if nih else {}
     # All the NORMAL images and every third of the others: the specificity is what varies.
     few = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
     rows = {}
@@ -136,7 +162,7 @@ def signals(run, val, device):
     auroc, spec, recall = np.mean(list(rows.values()), axis=0)
     return {"val AUROC": roc_auc_score(y, p), "corrupted AUROC": auroc, "corrupted spec": spec, "corrupted recall": recall,
             "worst": min(rows, key=lambda n: sum(rows[n][1:])), "borrowed AUROC": wrong, "control AUROC": control,
-            "choice": (wrong + (spec + recall) / 2) / 2, "minutes": results["minutes"],
+            **far, "choice": (wrong + (spec + recall) / 2) / 2, "minutes": results["minutes"],
             "corruptions": {n: [round(float(v), 4) for v in r] for n, r in rows.items()}}
 
 
@@ -160,6 +186,7 @@ def main():
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
     parser.add_argument("--against-test", action="store_true", help="afterwards: how well the signals foresaw the test results")
+    parser.add_argument("--nih", metavar="DIR", default=None, help="a folder of NIH ChestX-ray14: images/ and sample_labels.csv")
     parser.add_argument("--stamps", metavar="DIR", default=None, help="instead: count the images of one X-ray unit by the text "
                         "it burns in, in the data folder DIR (opens the test images)")
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
@@ -176,17 +203,18 @@ def main():
         config = data.config_from_json(results["data"])
         if config not in loaded:
             _, val, split = data.load_train_val(config)
-            loaded[config] = val, split["fingerprint"]
-        val, fingerprint = loaded[config]
+            loaded[config] = val, args.nih and load_nih(args.nih, config), split["fingerprint"]
+        val, nih, fingerprint = loaded[config]
         if fingerprint != results["split"]["fingerprint"]:
             raise common.InputError(f"the images in {config.data_dir} are not those {run} was trained on")
         path, checkpoint = Path(run, "signals.json"), common.sha256(Path(run, "checkpoint.pth"))
         kept = common.read_json(path) if path.exists() else {}
-        if kept.get("checkpoint") != checkpoint or "borrowed AUROC" not in kept["signals"]:
-            kept = {"checkpoint": checkpoint, "signals": signals(run, val, device)}
+        if kept.get("checkpoint") != checkpoint or "borrowed AUROC" not in kept["signals"] \
+                or nih and "NIH AUROC" not in kept["signals"]:
+            kept = {"checkpoint": checkpoint, "signals": signals(run, val, nih, device)}
             common.write_json(path, kept)
         table.append(kept["signals"])
-        shown = {k: v for k, v in table[-1].items() if k != "corruptions"}
+        shown = {k: v for k, v in table[-1].items() if k != "corruptions" and (nih or k != "NIH AUROC")}
         if len(table) == 1:
             print("| run | " + " | ".join(shown) + " |\n| --- |" + " ---: |" * len(shown))
         print(f"| {run} | " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in shown.values()) + " |", flush=True)

@@ -3114,6 +3114,24 @@ def test_reported_interval_never_claims_certainty():
     assert metrics.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
 
 
+def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
+    import experiments
+    (tmp_path / "images").mkdir()
+    listed = {"a.png": "No Finding", "b.png": "Infiltration|Mass", "c.png": "Hernia", "d.png": "Pneumonia", "gone.png": "Pneumonia"}
+    for i, name in enumerate(list(listed)[:4]):
+        Image.fromarray(np.full((40, 40), 50 * i, np.uint8)).save(tmp_path / "images" / name)
+    csv_path = tmp_path / "sample_labels.csv"
+    csv_path.write_text("Image Index,Finding Labels,Patient Age\n" + "".join(f"{k},{v},1\n" for k, v in listed.items()))
+    config = data.DataConfig(str(tmp_path), 32, cache_dir=str(tmp_path / "cache"))
+    nih = experiments.load_nih(tmp_path, config)
+    assert nih.files == ["images/a.png", "images/b.png", "images/d.png"] and nih.labels.tolist() == [0, 1, 1]
+    assert nih.images[nih.rows][:, 0, 0].tolist() == [0, 50, 150]
+    for text, message in (("Image Index\na.png\n", "Finding Labels"), ("Image Index,Finding Labels\na.png,No Finding\n", "1 images"), (None, "No such file")):
+        csv_path.write_text(text) if text else csv_path.unlink()
+        with pytest.raises(common.InputError, match=message):
+            experiments.load_nih(tmp_path, config)
+
+
 def test_borrowed_borders_come_from_the_class_asked_for():
     """Flat images, NORMAL dark and PNEUMONIA bright: the border shows whose it is, the middle stays."""
     import experiments
