@@ -74,8 +74,7 @@ def parse(parser, recipes):
     first unless named; a flag given by hand wins."""
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=list(recipes), default=next(iter(recipes)),
-                       help="which defaults: chosen without the test set (default), the plain ones of earlier work (paper), "
-                            "or what did best on the test set when it was looked at (strong, where offered)")
+                       help="which defaults: the best by experiments.py's signals (default), or the plain ones of earlier work (paper)")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default=next(iter(recipes)))
     parser.set_defaults(**recipes.get(early.parse_known_args()[0].recipe, {}))
