@@ -12,7 +12,7 @@ import engine
 from vit import CONFIGS, build_vit
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
-RECIPES = {"default": dict(data.ROBUST, drop_rate=0.0, drop_path=0.05, patch_drop=0.5, ema=0.99),
+RECIPES = {"default": dict(data.ROBUST, frame=0.5, tone=0.5, drop_rate=0.0, drop_path=0.05, patch_drop=0.5, ema=0.99),
            "paper": dict(drop_rate=0.1, drop_path=0.05)}
 
 
