@@ -13,7 +13,7 @@ import npz_loader
 from vit import CONFIGS, build_vit
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
-RECIPES = {"default": dict(data.STRONG, epochs=2), "paper": {}}
+RECIPES = {"default": dict(data.STRONG, epochs=3, freeze_epochs=30, lr=3e-5, ema=0.99), "paper": {}}
 
 
 def main():
