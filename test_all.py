@@ -3132,6 +3132,20 @@ def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
             experiments.load_nih(tmp_path, config)
 
 
+def test_border_alone_sees_the_border_and_nothing_else(tiny_npz):
+    """Noise images whose class is told by the grey of a corner, or of the middle: separated, or at chance (sd 0.05)."""
+    import experiments
+    rng = np.random.default_rng(0)
+    labels = np.arange(160) % 2
+    for place, low, high in (((slice(0, 4),) * 2, 0.98, 1), ((slice(4, 28),) * 2, 0.3, 0.7)):
+        images = rng.integers(0, 60, (160, 32, 32), np.uint8)
+        images[(slice(None), *place)] += (labels * 150).astype(np.uint8)[:, None, None]
+        train = data.Subset([f"{i}.png" for i in range(160)], labels, images, np.arange(160))
+        before = images.copy()
+        assert low <= experiments.border_alone(train, tiny_npz, torch.device("cpu")) <= high
+        assert (images == before).all()
+
+
 def test_borrowed_borders_come_from_the_class_asked_for():
     """Flat images, NORMAL dark and PNEUMONIA bright: the border shows whose it is, the middle stays."""
     import experiments
