@@ -74,7 +74,8 @@ def parse(parser, recipes):
     first unless named; a flag given by hand wins."""
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=list(recipes), default=next(iter(recipes)),
-                       help="which defaults: the best by experiments.py's signals (default), or the plain ones of earlier work (paper)")
+                       help="which defaults: those chosen in EXPERIMENTS.md (default)"
+                            + (", or the plain ones of earlier work (paper)" if "paper" in recipes else ""))
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default=next(iter(recipes)))
     parser.set_defaults(**recipes.get(early.parse_known_args()[0].recipe, {}))

@@ -4,7 +4,7 @@
 
 Writes checkpoint.pth (best epoch by validation AUROC), last.pth and results.json to outputs/scratch.
 Prints the split, then one line per epoch. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes
-about a minute and a half. The test images are not opened: that is calibrate.py's.
+just under a minute (a minute and a half with --recipe paper). The test images are not opened: that is calibrate.py's.
 """
 import common
 import data
