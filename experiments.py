@@ -116,8 +116,9 @@ def load_nih(folder, config):
 
 
 def border_alone(train, weights, device, folds=5):
-    """Out-of-fold AUROC, patients kept together, of a logistic regression on what the frozen pretrained ViT of `weights` makes of
-    the border (outer eighth) alone, the middle of every image grey: how much of the classes lies where no lung is."""
+    """How much of the classes lies where little lung is: AUROC of a logistic regression on the frozen features that the
+    pretrained ViT of `weights` makes of the border (outer eighth), the middle of every image grey. Out of fold, each
+    patient in one fold. InputError for weights that cannot be read."""
     side, shape = train.images.shape[1], npz_loader.config_from_npz(weights)
     images = train.images[train.rows].copy()
     images[:, side // 8:-(side // 8), side // 8:-(side // 8)] = 128
@@ -127,7 +128,7 @@ def border_alone(train, weights, device, folds=5):
     x = engine.cls_features(model, subset, mean=report["mean"], std=report["std"], device=device,
                             amp=engine.fast_bf16(device), progress="features")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced"))
-    p = cross_val_predict(probe, x.float().cpu().numpy(), train.labels, groups=[data.patient_id(f) for f in train.files],
+    p = cross_val_predict(probe, x.cpu().numpy(), train.labels, groups=[data.patient_id(f) for f in train.files],
                           cv=GroupKFold(folds), method="predict_proba")
     return roc_auc_score(train.labels, p[:, 1])
 
