@@ -1,6 +1,6 @@
 """Pretrain the encoder of the scratch ViT without labels: a masked autoencoder on the training images alone.
 
-    python pretrain_mae.py --epochs 30
+    python pretrain_mae.py --epochs 90
     python train_scratch.py --init outputs/mae
 
 Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step
@@ -22,7 +22,7 @@ def main():
     group.add_argument("--model", choices=CONFIGS, default="scratch", help="architecture of the encoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden, in (0, 1)")
     data.add_augment_arguments(parser)
-    engine.add_arguments(parser, out="outputs/mae", epochs=30, lr=1e-3, batch_size=64, supervised=False)
+    engine.add_arguments(parser, out="outputs/mae", epochs=90, lr=1e-3, batch_size=64, supervised=False)
     args = engine.parse(parser, RECIPES)
 
     for plan in engine.plans_from_args(args):
