@@ -6,6 +6,7 @@
 Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step
 costs about a third of a supervised one. Uses neither labels nor other data, nor the validation or test images except
 that the validation images choose the epoch. Writes checkpoint.pth (encoder and decoder), last.pth and results.json.
+On one CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
 """
 import common
 import data
