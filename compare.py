@@ -13,6 +13,7 @@ import html
 import itertools
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -519,8 +520,9 @@ def draw_scores(runs):
         row = run.points[split, "at_rec"]
         ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"),
                xlabel="score for PNEUMONIA", ylabel="% of the class",
-               title=f"{run.name}, {'validation' if split == 'val' else 'test'} (n = {(y == 0).sum()} + {y.sum()}), threshold "
-                     f"{run.threshold:.3f}:\nrecall {row['recall']:.3f}, specificity {row['specificity']:.3f}")
+               title=textwrap.fill(f"{run.name}, {'validation' if split == 'val' else 'test'} (n = {(y == 0).sum()} + {y.sum()}), "
+                                   f"threshold {run.threshold:.3f}", 72)  # two panels side by side: a long name wraps
+                     + f":\nrecall {row['recall']:.3f}, specificity {row['specificity']:.3f}")
         ax.title.set_fontsize(8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure, "Scores on validation and test"
