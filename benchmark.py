@@ -10,6 +10,7 @@ number format that a training step reaches, its operations counted by formula (`
 --images images with its validation and files, not the whole set. Last come whole scripts as a user starts them (not with
 --quick), and one epoch shared among more and more processes. The last line of stdout is the same as JSON.
 """
+
 import argparse
 import contextlib
 import ctypes
@@ -44,6 +45,7 @@ FROZEN_EPOCHS = 30
 
 
 # ---------------------------------------------------------------- measuring
+
 
 def synchronise(device):
     if device.type == "cuda":
@@ -103,12 +105,22 @@ def compare(name, count, ours, baseline, device, repeats, scale=1.0, warm=None):
         if turn or repeats == 0:
             times.append((first, second))
     ratios = [b / a for a, b in times]
-    row = {"name": name, "unit": "images/s", "ours": count / statistics.median(a for a, _ in times),
-           "baseline": count / statistics.median(b for _, b in times), "ratio": statistics.median(ratios),
-           "ratio_min": min(ratios), "ratio_max": max(ratios), "peak_mib": peak}
+    row = {
+        "name": name,
+        "unit": "images/s",
+        "ours": count / statistics.median(a for a, _ in times),
+        "baseline": count / statistics.median(b for _, b in times),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "peak_mib": peak,
+    }
     memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-    print(f"| {name} | {row['ours']:.1f} | {row['baseline']:.1f} | {row['ratio']:.2f} | {row['ratio_min']:.2f} to "
-          f"{row['ratio_max']:.2f} | {memory} |", flush=True)
+    print(
+        f"| {name} | {row['ours']:.1f} | {row['baseline']:.1f} | {row['ratio']:.2f} | {row['ratio_min']:.2f} to "
+        f"{row['ratio_max']:.2f} | {memory} |",
+        flush=True,
+    )
     return row
 
 
@@ -133,25 +145,44 @@ def step_flops(config, img_size):
 
 # ---------------------------------------------------------------- the plain baseline
 
+
 class Baseline:
     """ImageFolder + DataLoader + torchvision's ViT + AdamW, fp32."""
 
     def __init__(self, folder, count, size, device, workers):
-        train = transforms.Compose([transforms.Resize((size, size)), transforms.RandomAffine(7, (0.05, 0.05), (0.9, 1.1)),
-                                    transforms.ColorJitter(0.1, 0.15), transforms.ToTensor(),
-                                    transforms.Normalize(MEAN, MEAN)])
-        plain = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, MEAN)])
+        train = transforms.Compose(
+            [
+                transforms.Resize((size, size)),
+                transforms.RandomAffine(7, (0.05, 0.05), (0.9, 1.1)),
+                transforms.ColorJitter(0.1, 0.15),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, MEAN),
+            ]
+        )
+        plain = transforms.Compose(
+            [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, MEAN)]
+        )
         self.size, self.device, self.workers = size, device, workers
         order = np.random.default_rng(0).permutation(len(ImageFolder(folder)))
         self.rows = np.resize(order, count)
-        self.train, self.plain = (torch.utils.data.Subset(ImageFolder(folder, t), self.rows.tolist()) for t in (train, plain))
+        self.train, self.plain = (
+            torch.utils.data.Subset(ImageFolder(folder, t), self.rows.tolist()) for t in (train, plain)
+        )
 
     def loader(self, dataset, shuffle=False):
         return DataLoader(dataset, BATCH, shuffle=shuffle, num_workers=self.workers)
 
     def model(self, config):
-        return PlainViT(self.size, config["patch_size"], config["depth"], config["num_heads"], config["embed_dim"],
-                        4 * config["embed_dim"], dropout=config.get("drop_rate", 0.0), num_classes=2).to(self.device)
+        return PlainViT(
+            self.size,
+            config["patch_size"],
+            config["depth"],
+            config["num_heads"],
+            config["embed_dim"],
+            4 * config["embed_dim"],
+            dropout=config.get("drop_rate", 0.0),
+            num_classes=2,
+        ).to(self.device)
 
     def step(self, model, optimizer, x, y):
         loss = F.cross_entropy(model(x.to(self.device)), y.to(self.device))
@@ -169,7 +200,10 @@ class Baseline:
         model.train()
         for x, y in self.loader(self.train, shuffle=True):
             self.step(model, optimizer, x, y)
-        full, self.plain = self.plain, torch.utils.data.Subset(self.plain, range(round(len(self.plain) * val_share)))
+        full, self.plain = (
+            self.plain,
+            torch.utils.data.Subset(self.plain, range(round(len(self.plain) * val_share))),
+        )
         self.evaluate(model)
         self.plain = full
 
@@ -181,11 +215,19 @@ class Baseline:
 
 # ---------------------------------------------------------------- our side
 
+
 class Ours:
     """The same work by data.py and engine.py, from the cache in `work`."""
 
     def __init__(self, folder, rows, size, device, amp, work):
-        self.folder, self.rows, self.size, self.device, self.amp, self.work = folder, rows, size, device, amp, work
+        self.folder, self.rows, self.size, self.device, self.amp, self.work = (
+            folder,
+            rows,
+            size,
+            device,
+            amp,
+            work,
+        )
         self.files = [Path(p).relative_to(folder).as_posix() for p, _ in ImageFolder(folder).samples]
         self.labels = np.array([y for _, y in ImageFolder(folder).samples])[rows]
         self.config = data.DataConfig(str(folder), size, cache_dir=str(work / "cache"))
@@ -193,25 +235,57 @@ class Ours:
 
     def load(self, fresh=False):
         """The images as a Subset; `fresh`: without a cache."""
-        config = replace(self.config, cache_dir=str(self.work / f"fresh{time.monotonic_ns()}")) if fresh else self.config
+        config = (
+            replace(self.config, cache_dir=str(self.work / f"fresh{time.monotonic_ns()}"))
+            if fresh
+            else self.config
+        )
         images, _, _ = data.load_images(self.folder, self.files, config, "train")
         return data.Subset([self.files[r] for r in self.rows], self.labels, images, self.rows)
 
     def step(self, model, optimizer, source, index):
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        engine.backward(model, source, index, index, loss_fn=engine.cross_entropy(None, 0.0), augment=data.Augment(),
-                        accumulate=1, **self.scaling)
+        engine.backward(
+            model,
+            source,
+            index,
+            index,
+            loss_fn=engine.cross_entropy(None, 0.0),
+            augment=data.Augment(),
+            accumulate=1,
+            **self.scaling,
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     def epoch(self, model, subset, val_share=0.25):
-        meta = {"model_config": {"kind": "vit", **model.config}, "recipe": {}, "data": {}, "split": {"synthetic": False}}
+        meta = {
+            "model_config": {"kind": "vit", **model.config},
+            "recipe": {},
+            "data": {},
+            "split": {"synthetic": False},
+        }
         with contextlib.redirect_stdout(io.StringIO()):
-            engine.fit(model, subset, subset.take(np.arange(round(len(subset) * val_share))), out=self.work / "run", meta=meta,
-                       loss_fn=engine.cross_entropy(None, 0.0), monitor=None, augment=data.Augment(), epochs=1,
-                       batch_size=BATCH, lr=1e-4, weight_decay=0.01, schedule="cosine", warmup_epochs=0.0, clip=1.0, seed=0,
-                       **self.scaling)
+            engine.fit(
+                model,
+                subset,
+                subset.take(np.arange(round(len(subset) * val_share))),
+                out=self.work / "run",
+                meta=meta,
+                loss_fn=engine.cross_entropy(None, 0.0),
+                monitor=None,
+                augment=data.Augment(),
+                epochs=1,
+                batch_size=BATCH,
+                lr=1e-4,
+                weight_decay=0.01,
+                schedule="cosine",
+                warmup_epochs=0.0,
+                clip=1.0,
+                seed=0,
+                **self.scaling,
+            )
 
 
 def optimizer_of(model, device):
@@ -230,14 +304,18 @@ def enlarge(folder, target, count):
 
 # ---------------------------------------------------------------- rows
 
+
 def decode_rows(args, small, large, device):
     """decode_small, decode_original: every file decoded and resized once; ours builds its cache, the baseline its batches."""
     for name, (plain, ours) in (("decode_small", small), ("decode_original", large)):
+
         def read(plain=plain):
             for _ in plain.loader(plain.plain.dataset):
                 pass
 
-        yield compare(name, len(ours.files), lambda ours=ours: ours.load(fresh=True), read, device, args.repeats)
+        yield compare(
+            name, len(ours.files), lambda ours=ours: ours.load(fresh=True), read, device, args.repeats
+        )
 
 
 def step_rows(args, plain, ours, device):
@@ -251,10 +329,15 @@ def step_rows(args, plain, ours, device):
         optimizer, ordinary = optimizer_of(model, device), torch.optim.AdamW(other.parameters(), lr=1e-4)
         x, y = torch.randn(batch, 3, args.img_size, args.img_size), torch.arange(batch) % 2
         steps = 1 if name == "b16" and device.type == "cpu" else 3
-        yield compare(f"train_step_{name}", steps * batch,
-                      lambda: [ours.step(model, optimizer, source, index) for _ in range(steps)],
-                      lambda: [plain.step(other, ordinary, x, y) for _ in range(steps)], device, args.repeats,
-                      warm=lambda: ours.step(model, optimizer, source, index))
+        yield compare(
+            f"train_step_{name}",
+            steps * batch,
+            lambda: [ours.step(model, optimizer, source, index) for _ in range(steps)],
+            lambda: [plain.step(other, ordinary, x, y) for _ in range(steps)],
+            device,
+            args.repeats,
+            warm=lambda: ours.step(model, optimizer, source, index),
+        )
         del model, other, optimizer, ordinary
 
 
@@ -262,15 +345,30 @@ def loop_rows(args, small, large, device):
     """evaluate_scratch, epoch_scratch, epoch_scratch_originals: whole loops, data included."""
     config = CONFIGS["scratch"]
     plain, ours = small
-    model, other = build_vit("scratch", img_size=args.img_size, drop_rate=0.0).to(device), plain.model({**config, "drop_rate": 0.0})
+    model, other = (
+        build_vit("scratch", img_size=args.img_size, drop_rate=0.0).to(device),
+        plain.model({**config, "drop_rate": 0.0}),
+    )
     subset = ours.load()
-    yield compare("evaluate_scratch", len(subset), lambda: engine.predict(model, subset, **ours.scaling),
-                  lambda: plain.evaluate(other), device, args.repeats)
+    yield compare(
+        "evaluate_scratch",
+        len(subset),
+        lambda: engine.predict(model, subset, **ours.scaling),
+        lambda: plain.evaluate(other),
+        device,
+        args.repeats,
+    )
     for name, (plain, ours) in (("epoch_scratch", small), ("epoch_scratch_originals", large)):
         subset = ours.load()
         ordinary = torch.optim.AdamW(other.parameters(), lr=1e-4)
-        yield compare(name, len(subset), lambda: ours.epoch(model, subset), lambda: plain.epoch(other, ordinary), device,
-                      args.repeats)
+        yield compare(
+            name,
+            len(subset),
+            lambda: ours.epoch(model, subset),
+            lambda: plain.epoch(other, ordinary),
+            device,
+            args.repeats,
+        )
 
 
 def frozen_row(args, plain, ours, device):
@@ -283,54 +381,97 @@ def frozen_row(args, plain, ours, device):
 
     def stage():
         with contextlib.redirect_stderr(io.StringIO()):
-            engine.fit_head(model, subset, epochs=FROZEN_EPOCHS, batch_size=BATCH, lr=1e-3, weight_decay=0.01,
-                            loss_fn=engine.cross_entropy(None, 0.0), seed=0, **ours.scaling)
+            engine.fit_head(
+                model,
+                subset,
+                epochs=FROZEN_EPOCHS,
+                batch_size=BATCH,
+                lr=1e-3,
+                weight_decay=0.01,
+                loss_fn=engine.cross_entropy(None, 0.0),
+                seed=0,
+                **ours.scaling,
+            )
 
-    yield compare("frozen_stage", len(subset) * FROZEN_EPOCHS, stage, lambda: plain.frozen_epoch(other, ordinary), device,
-                  args.repeats, scale=FROZEN_EPOCHS)
+    yield compare(
+        "frozen_stage",
+        len(subset) * FROZEN_EPOCHS,
+        stage,
+        lambda: plain.frozen_epoch(other, ordinary),
+        device,
+        args.repeats,
+        scale=FROZEN_EPOCHS,
+    )
 
 
 def more_rows(args, small, large, device):
     """Times without a baseline, seconds: from a start with a cache to the first step, and building the caches."""
-    for name, (_, ours) in (("first epoch's extra cost without a cache, 224 px files", small),
-                            ("first epoch's extra cost without a cache, originals", large)):
+    for name, (_, ours) in (
+        ("first epoch's extra cost without a cache, 224 px files", small),
+        ("first epoch's extra cost without a cache, originals", large),
+    ):
         yield name, timed(lambda: ours.load(fresh=True), device), len(ours.files)
     _, ours = small
 
     def start():
         subset = ours.load()
         model = build_vit("scratch", img_size=args.img_size, drop_rate=0.0).to(device)
-        ours.step(model, optimizer_of(model, device), data.Batches(subset, device), torch.arange(min(BATCH, len(subset))))
+        ours.step(
+            model,
+            optimizer_of(model, device),
+            data.Batches(subset, device),
+            torch.arange(min(BATCH, len(subset))),
+        )
 
-    yield "start to the end of the first step, cache there, imports done", timed(start, device), len(ours.files)
+    yield (
+        "start to the end of the first step, cache there, imports done",
+        timed(start, device),
+        len(ours.files),
+    )
 
 
 def growth(args, ours, device, fraction):
     """Markdown: how a scratch epoch of the whole set grows with the side of the images. Measured: one step; predicted:
     images * step_flops / (fraction of peak at --img-size * peak), which is also how it grows with their number."""
-    lines = ["\n| side, px | GFLOP an image's step | images/s | minutes for 15 epochs of 4,172 images | by formula |",
-             "| ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "\n| side, px | GFLOP an image's step | images/s | minutes for 15 epochs of 4,172 images | by formula |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
     for size in sorted({args.img_size // 32 * 16, args.img_size, args.img_size // 16 * 27 // 16 * 16}):
-        model, batch = build_vit("scratch", img_size=size, drop_rate=0.0).to(device), 4 if args.quick else BATCH
+        model, batch = (
+            build_vit("scratch", img_size=size, drop_rate=0.0).to(device),
+            4 if args.quick else BATCH,
+        )
         images = np.random.default_rng(0).integers(0, 256, (batch, size, size), dtype=np.uint8)
         subset = data.Subset([""] * batch, np.arange(batch) % 2, images, np.arange(batch))
         source, optimizer = data.Batches(subset, device), optimizer_of(model, device)
-        times = [timed(lambda: ours.step(model, optimizer, source, torch.arange(batch)), device) for _ in range(args.repeats + 1)]
+        times = [
+            timed(lambda: ours.step(model, optimizer, source, torch.arange(batch)), device)
+            for _ in range(args.repeats + 1)
+        ]
         speed, flops = batch / statistics.median(times[1:]), step_flops(CONFIGS["scratch"], size)
-        lines.append(f"| {size} | {flops / 1e9:.2f} | {speed:.0f} | {15 * 4172 / speed / 60:.1f} | "
-                     f"{15 * 4172 * flops / fraction / 60:.1f} |")
+        lines.append(
+            f"| {size} | {flops / 1e9:.2f} | {speed:.0f} | {15 * 4172 / speed / 60:.1f} | "
+            f"{15 * 4172 * flops / fraction / 60:.1f} |"
+        )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- whole scripts, as a user starts them
+
 
 def start_script(*argv, threads=None):
     """Run Python with `argv` in this folder, quietly: (seconds, peak resident memory in MiB or None where unknown)."""
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.DEVNULL, stderr=errors, env=env,
-                                   cwd=Path(__file__).parent)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=env,
+            cwd=Path(__file__).parent,
+        )
         peak = None
         while process.poll() is None:
             peak = peak_resident(process.pid) or peak
@@ -344,27 +485,67 @@ def start_script(*argv, threads=None):
 def script_rows(args, root, device, work):
     """(what, seconds, MiB) of calibrate.py and predict.py on the whole set, and of a short scratch training alone."""
     run, more = work / "runs/scratch", ("--device", device)
-    yield "train_scratch.py, 20 steps and a validation", *start_script(
-        "train_scratch.py", "--data-dir", root.resolve(), "--cache-dir", work / "cache", "--img-size", args.img_size, "--epochs", 1,
-        "--max-steps", 20, "--out", run, *more)
+    yield (
+        "train_scratch.py, 20 steps and a validation",
+        *start_script(
+            "train_scratch.py",
+            "--data-dir",
+            root.resolve(),
+            "--cache-dir",
+            work / "cache",
+            "--img-size",
+            args.img_size,
+            "--epochs",
+            1,
+            "--max-steps",
+            20,
+            "--out",
+            run,
+            *more,
+        ),
+    )
     imports, _ = start_script("-c", "import calibrate")
     for name in ("calibrate.py", "calibrate.py again, scores kept"):
         seconds, memory = start_script("calibrate.py", "--run", run, *more)
         yield f"{name} (imports: {imports:.1f} s of it)", seconds, memory
-    yield "predict.py on the test folder", *start_script("predict.py", (root / "test").resolve(), "--run", run, *more)
+    yield (
+        "predict.py on the test folder",
+        *start_script("predict.py", (root / "test").resolve(), "--run", run, *more),
+    )
 
 
 def process_growth(args, device, work):
     """Markdown: an epoch of the scratch model on drawn images under torchrun, shared among more and more processes; on CPUs the
     cores are shared out too. By formula: as fast as one process however they are shared out, or n times as fast on n GPUs."""
-    cores, cuda = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device.type == "cuda"
+    cores, cuda = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        device.type == "cuda",
+    )
     numbers = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() if cuda else cores)]
     data.make_synthetic(work / "drawn", train=args.images, test=8)
     lines = ["\n| processes | threads each | images/s | by formula |", "| ---: | ---: | ---: | ---: |"]
     for n in numbers:
-        start_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "train_scratch.py", "--data-dir",
-                     work / "drawn", "--cache-dir", work / "cache", "--img-size", args.img_size, "--epochs", 2, "--device", device.type,
-                     "--out", work / f"processes{n}", threads=max(1, cores // n))
+        start_script(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            n,
+            "train_scratch.py",
+            "--data-dir",
+            work / "drawn",
+            "--cache-dir",
+            work / "cache",
+            "--img-size",
+            args.img_size,
+            "--epochs",
+            2,
+            "--device",
+            device.type,
+            "--out",
+            work / f"processes{n}",
+            threads=max(1, cores // n),
+        )
         results = common.read_json(work / f"processes{n}" / "results.json")
         speed = results["split"]["train"] / results["history"][-1]["seconds"]
         one = speed if n == 1 else one
@@ -376,20 +557,33 @@ def parse():
     """Checked command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--data-dir", default=data.DEFAULT_DIR, help="folder with train/ and test/")
-    parser.add_argument("--originals", default=None, metavar="DIR", help="folder with one folder of full-size images a class "
-                        "(default: images of --data-dir enlarged to 1800 x 1400)")
+    parser.add_argument(
+        "--originals",
+        default=None,
+        metavar="DIR",
+        help="folder with one folder of full-size images a class "
+        "(default: images of --data-dir enlarged to 1800 x 1400)",
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
-                        help="bf16 on our side (default: where the device does it fast)")
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bf16 on our side (default: where the device does it fast)",
+    )
     parser.add_argument("--images", type=int, default=512, help="images of an epoch and of an evaluation")
     parser.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the square input")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns")
     parser.add_argument("--workers", type=int, default=2, help="the baseline's DataLoader workers")
-    parser.add_argument("--quick", action="store_true", help="64 images, 1 turn, batches of 4 for the steps: a first look")
+    parser.add_argument(
+        "--quick", action="store_true", help="64 images, 1 turn, batches of 4 for the steps: a first look"
+    )
     args = parser.parse_args()
     for name in ("images", "repeats", "img_size"):
         if getattr(args, name) < 1:
-            raise common.InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise common.InputError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
     if args.img_size % 16:
         raise common.InputError(f"--img-size must be divisible by 16, got {args.img_size}")
     if args.quick:
@@ -413,13 +607,23 @@ def main():
             plain = Baseline(folder, args.images, args.img_size, device, args.workers)
             pairs.append((plain, Ours(folder, plain.rows, args.img_size, device, amp, work / place)))
         peak = matmul_peak(device, dtype)
-        print(f"{engine.device_name(device)}, torch {torch.__version__}, {'bf16' if amp else 'fp32'}; matrix products reach "
-              f"{peak:.0f} GFLOP/s\n\n| | ours, images/s | baseline, images/s | ratio | least to greatest | our peak, MiB |\n"
-              "| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
-        rows = [*decode_rows(args, *pairs, device), *step_rows(args, *pairs[0], device), *loop_rows(args, *pairs, device),
-                *frozen_row(args, *pairs[0], device)]
-        fractions = {row["name"]: row["ours"] * step_flops(CONFIGS[row["name"][11:]], args.img_size) / peak / 1e9
-                     for row in rows if row["name"].startswith("train_step")}
+        print(
+            f"{engine.device_name(device)}, torch {torch.__version__}, {'bf16' if amp else 'fp32'}; matrix products reach "
+            f"{peak:.0f} GFLOP/s\n\n| | ours, images/s | baseline, images/s | ratio | least to greatest | our peak, MiB |\n"
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            flush=True,
+        )
+        rows = [
+            *decode_rows(args, *pairs, device),
+            *step_rows(args, *pairs[0], device),
+            *loop_rows(args, *pairs, device),
+            *frozen_row(args, *pairs[0], device),
+        ]
+        fractions = {
+            row["name"]: row["ours"] * step_flops(CONFIGS[row["name"][11:]], args.img_size) / peak / 1e9
+            for row in rows
+            if row["name"].startswith("train_step")
+        }
         print("\nfraction of peak: " + ", ".join(f"{k} {v:.2f}" for k, v in fractions.items()))
         more = {}
         for name, seconds, count in more_rows(args, *pairs, device):
@@ -430,12 +634,27 @@ def main():
             print("\n| script, from start to end | seconds | peak, MiB |\n| --- | ---: | ---: |")
             for name, seconds, memory in script_rows(args, root, device, work):
                 more[name] = seconds
-                print(f"| {name} | {seconds:.1f} | {'-' if memory is None else f'{memory:.0f}'} |", flush=True)
+                print(
+                    f"| {name} | {seconds:.1f} | {'-' if memory is None else f'{memory:.0f}'} |", flush=True
+                )
             print(process_growth(args, device, work))
-    print(json.dumps({"device": engine.device_name(device), "dtype": "bf16" if amp else "fp32", "matmul_peak_gflops": peak,
-                      "rows": rows, "fraction_of_peak": fractions, "more_seconds": more, "images": args.images,
-                      "img_size": args.img_size, "repeats": args.repeats, "versions": engine.versions(),
-                      "command": common.command_line()}))
+    print(
+        json.dumps(
+            {
+                "device": engine.device_name(device),
+                "dtype": "bf16" if amp else "fp32",
+                "matmul_peak_gflops": peak,
+                "rows": rows,
+                "fraction_of_peak": fractions,
+                "more_seconds": more,
+                "images": args.images,
+                "img_size": args.img_size,
+                "repeats": args.repeats,
+                "versions": engine.versions(),
+                "command": common.command_line(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

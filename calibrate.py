@@ -9,6 +9,7 @@ images (the only script that opens them for that) and prints both sides with int
 calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json). Scores are kept while
 checkpoint and data are unchanged, so another --min-recall takes seconds.
 """
+
 import argparse
 from pathlib import Path
 
@@ -30,8 +31,10 @@ def load_sets(config, fingerprint, loaded):
         loaded[config] = val, data.load_test(config), split["fingerprint"]
     val, test, found = loaded[config]
     if found != fingerprint:
-        raise common.InputError(f"the images in {config.data_dir} are not those the run was trained on (the split's "
-                                "fingerprint differs): point --data-dir at the same files")
+        raise common.InputError(
+            f"the images in {config.data_dir} are not those the run was trained on (the split's "
+            "fingerprint differs): point --data-dir at the same files"
+        )
     return val, test
 
 
@@ -41,20 +44,40 @@ def score(run, sets, *, device, batch_size, tta=None):
     `tta`: None, or {"flip": bool} for test-time augmentation."""
     model, results = engine.load_run(run)
     amp = engine.trained_precision(results, device)
-    key = common.sha256([common.sha256(Path(run, "checkpoint.pth")), results["mean"], results["std"], amp, tta,
-                         results["data"].get("normalise", "none"),
-                         [data.pixel_fingerprint(s) for s in sets]])
+    key = common.sha256(
+        [
+            common.sha256(Path(run, "checkpoint.pth")),
+            results["mean"],
+            results["std"],
+            amp,
+            tta,
+            results["data"].get("normalise", "none"),
+            [data.pixel_fingerprint(s) for s in sets],
+        ]
+    )
     path = Path(run, "scores-tta.npz" if tta else "scores.npz")
     if (kept := read_scores(path, key)) is not None:
         return kept
     model.to(device)
     scores = {"key": np.array(key)}
     for name, subset in zip(("val", "test"), sets):
-        logits = engine.predict(model, subset, mean=results["mean"], std=results["std"], device=device, amp=amp,
-                                batch_size=batch_size, views=data.tta_views(**tta) if tta else None,
-                                progress=f"{run} {name}").numpy()
-        scores |= {f"{name}_files": np.array(subset.files), f"{name}_labels": subset.labels, f"{name}_logits": logits,
-                   f"{name}_patients": np.array([data.patient_id(f) for f in subset.files])}
+        logits = engine.predict(
+            model,
+            subset,
+            mean=results["mean"],
+            std=results["std"],
+            device=device,
+            amp=amp,
+            batch_size=batch_size,
+            views=data.tta_views(**tta) if tta else None,
+            progress=f"{run} {name}",
+        ).numpy()
+        scores |= {
+            f"{name}_files": np.array(subset.files),
+            f"{name}_labels": subset.labels,
+            f"{name}_logits": logits,
+            f"{name}_patients": np.array([data.patient_id(f) for f in subset.files]),
+        }
     return scores
 
 
@@ -69,63 +92,104 @@ def read_scores(path, key):
         common.say(f"{path} is damaged ({error}): scoring again")
         return None
     needed = [f"{s}_{k}" for s in ("val", "test") for k in ("files", "labels", "patients", "logits")]
-    return scores if "key" in scores and str(scores["key"]) == key and all(k in scores for k in needed) else None
+    return (
+        scores if "key" in scores and str(scores["key"]) == key and all(k in scores for k in needed) else None
+    )
 
 
 def show(title, result):
     """Print a run's figures, validation beside test, with intervals of recall and specificity."""
     guarantee = result["guarantee"]
-    print(f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= "
-          f"{result['min_recall']:g} there); " + (
-              f"@Guar {guarantee['threshold']:.4f} (true recall >= {result['min_recall']:g} with confidence "
-              f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
-              if guarantee["threshold"] is not None else f"no @Guar: {guarantee['why_not']}"))
+    print(
+        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= "
+        f"{result['min_recall']:g} there); "
+        + (
+            f"@Guar {guarantee['threshold']:.4f} (true recall >= {result['min_recall']:g} with confidence "
+            f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
+            if guarantee["threshold"] is not None
+            else f"no @Guar: {guarantee['why_not']}"
+        )
+    )
     print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
     for name, word in (("val", "validation"), ("test", "test")):
         for point, mark in POINTS.items():
             if point in result[name]:
                 row = result[name][point]
-                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k))
-                         for k in ("recall", "specificity")]
-                print(f"  {word:10} {mark:5}" + "".join(f"{row[c]:12.4f}" for c in COLUMNS) + "   " + "  ".join(spans))
+                spans = [
+                    "{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k))
+                    for k in ("recall", "specificity")
+                ]
+                print(
+                    f"  {word:10} {mark:5}"
+                    + "".join(f"{row[c]:12.4f}" for c in COLUMNS)
+                    + "   "
+                    + "  ".join(spans)
+                )
     calib, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
-    print(f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "
-          + "; ".join(f"{name} ECE {calib[name]['before']['ece']:.3f} -> {calib[name]['after']['ece']:.3f}, "
-                      f"NLL {calib[name]['before']['nll']:.3f} -> {calib[name]['after']['nll']:.3f}"
-                      for name in ("val", "test")))
+    print(
+        f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "
+        + "; ".join(
+            f"{name} ECE {calib[name]['before']['ece']:.3f} -> {calib[name]['after']['ece']:.3f}, "
+            f"NLL {calib[name]['before']['nll']:.3f} -> {calib[name]['after']['nll']:.3f}"
+            for name in ("val", "test")
+        )
+    )
     if row["ppv"] is not None and row["npv"] is not None:
-        print(f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, "
-              f"NPV {row['npv']:.3f}")
+        print(
+            f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, "
+            f"NPV {row['npv']:.3f}"
+        )
 
 
 def parse():
     """Checked command line."""
     parser = common.parser(__doc__)
     parser.add_argument("--min-recall", type=float, default=0.95, help="recall floor, in (0, 1]")
-    parser.add_argument("--guarantee", type=float, default=None, metavar="CONFIDENCE",
-                        help="confidence of the guaranteed threshold, in (0, 1); naming it makes too few patients an "
-                             "error (default: 0.95, left out where it cannot be given)")
-    parser.add_argument("--temperature", action=argparse.BooleanOptionalAction, default=False,
-                        help="divide logits by the temperature fitted on validation: same decisions, other probabilities")
-    parser.add_argument("--tta", action="store_true", help="average over small shifts and zooms; kept as a row of its own")
+    parser.add_argument(
+        "--guarantee",
+        type=float,
+        default=None,
+        metavar="CONFIDENCE",
+        help="confidence of the guaranteed threshold, in (0, 1); naming it makes too few patients an "
+        "error (default: 0.95, left out where it cannot be given)",
+    )
+    parser.add_argument(
+        "--temperature",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="divide logits by the temperature fitted on validation: same decisions, other probabilities",
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="average over small shifts and zooms; kept as a row of its own"
+    )
     parser.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
-    parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="draws of the patient bootstrap")
-    parser.add_argument("--prevalence", type=float, default=0.1, help="share of sick for predictive values, in (0, 1)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=2000, metavar="N", help="draws of the patient bootstrap"
+    )
+    parser.add_argument(
+        "--prevalence", type=float, default=0.1, help="share of sick for predictive values, in (0, 1)"
+    )
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
     parser.add_argument("--data-dir", default=None, help="the same images elsewhere (default: as trained)")
     parser.add_argument("--cache-dir", default=None, help="decoded images (default: as trained)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     args = parser.parse_args()
     for name, high in (("min_recall", True), ("guarantee", False), ("prevalence", False)):
         value = getattr(args, name)
         if value is not None and not (0 < value < 1 or value == 1 and high):
-            raise common.InputError(f"--{name.replace('_', '-')} must lie in (0, 1{']' if high else ')'}, got {value}")
+            raise common.InputError(
+                f"--{name.replace('_', '-')} must lie in (0, 1{']' if high else ')'}, got {value}"
+            )
     for name, least in (("batch_size", 1), ("bootstrap", 100)):
         if getattr(args, name) < least:
-            raise common.InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+            raise common.InputError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+            )
     return args
 
 
@@ -141,21 +205,37 @@ def main():
         sets = load_sets(config, results["split"]["fingerprint"], loaded)
         scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
         try:
-            result = metrics.evaluate(scores, min_recall=args.min_recall, confidence=args.guarantee or 0.95,
-                                      strict=args.guarantee is not None, temperature=args.temperature,
-                                      bootstrap=args.bootstrap, prevalence=args.prevalence)
+            result = metrics.evaluate(
+                scores,
+                min_recall=args.min_recall,
+                confidence=args.guarantee or 0.95,
+                strict=args.guarantee is not None,
+                temperature=args.temperature,
+                bootstrap=args.bootstrap,
+                prevalence=args.prevalence,
+            )
         except common.InputError as error:
             raise common.InputError(f"{run}: {error}") from None
         promised = promised or result["guarantee"]["threshold"] is not None
-        result |= {"format": common.FORMAT, "checkpoint": common.sha256(Path(run, "checkpoint.pth")),
-                   "synthetic": results["synthetic"], "tta": tta, "command": common.command_line()}
+        result |= {
+            "format": common.FORMAT,
+            "checkpoint": common.sha256(Path(run, "checkpoint.pth")),
+            "synthetic": results["synthetic"],
+            "tta": tta,
+            "command": common.command_line(),
+        }
         with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
             np.savez(f, **scores)
         common.write_json(Path(run, f"calibration{suffix}.json"), result)
-        show(str(run) + (" with TTA" if tta else "") + (" (SYNTHETIC data)" if results["synthetic"] else ""), result)
+        show(
+            str(run) + (" with TTA" if tta else "") + (" (SYNTHETIC data)" if results["synthetic"] else ""),
+            result,
+        )
     if promised:
-        print("\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "
-              "validation and test lines.")
+        print(
+            "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "
+            "validation and test lines."
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What every script shares: one error type, one way to write a file, one way to start and stop."""
+
 import argparse
 import contextlib
 import hashlib
@@ -13,7 +14,16 @@ from pathlib import Path
 
 
 # What reading a damaged .npz may raise.
-DAMAGED = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class InputError(ValueError):
@@ -93,20 +103,48 @@ def read_results(run):
     results = read_json(path)
     check_format(results, path)
     number = (int, float)
-    kinds = {"model": str, "model_config": dict, "params": int, "minutes": number, "synthetic": bool, "split": dict,
-             "data": dict, "history": list, "best_epoch": int, "recipe": dict, "mean": list, "std": list, "finished": bool}
+    kinds = {
+        "model": str,
+        "model_config": dict,
+        "params": int,
+        "minutes": number,
+        "synthetic": bool,
+        "split": dict,
+        "data": dict,
+        "history": list,
+        "best_epoch": int,
+        "recipe": dict,
+        "mean": list,
+        "std": list,
+        "finished": bool,
+    }
     wrong = [k for k, kind in kinds.items() if not isinstance(results.get(k), kind)]
     if not wrong:
         split, epochs = results["split"], results["history"]
-        wrong += [f"split.{k}" for k in ("train", "val", "test", "counts", "fingerprint", "set") if k not in split]
+        wrong += [
+            f"split.{k}" for k in ("train", "val", "test", "counts", "fingerprint", "set") if k not in split
+        ]
         wrong += [] if "amp" in results["recipe"] else ["recipe.amp"]
-        wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3) or len(results["mean"]) != len(results["std"])
-                  or not all(isinstance(v, number) for v in results[k])]
-        wrong += [] if results["best_epoch"] <= len(epochs) and (epochs or not results["finished"]) else ["best_epoch"]
-        needed = {"train_loss", "val_loss"} | ({"val_auroc"} if results["model_config"].get("kind") != "mae" else set())
+        wrong += [
+            k
+            for k in ("mean", "std")
+            if len(results[k]) not in (1, 3)
+            or len(results["mean"]) != len(results["std"])
+            or not all(isinstance(v, number) for v in results[k])
+        ]
+        wrong += (
+            []
+            if results["best_epoch"] <= len(epochs) and (epochs or not results["finished"])
+            else ["best_epoch"]
+        )
+        needed = {"train_loss", "val_loss"} | (
+            {"val_auroc"} if results["model_config"].get("kind") != "mae" else set()
+        )
         wrong += ["history"] * any(not isinstance(h, dict) or not needed <= h.keys() for h in epochs)
     if wrong:
-        raise InputError(f"{path} is damaged or was not written by a training script: missing or wrong {', '.join(wrong)}")
+        raise InputError(
+            f"{path} is damaged or was not written by a training script: missing or wrong {', '.join(wrong)}"
+        )
     return results
 
 
@@ -116,22 +154,35 @@ def check_format(value, path):
     if not isinstance(found, int):
         raise InputError(f"{path} is damaged: it has no format number")
     if found > FORMAT:
-        raise InputError(f"{path} has format {found}, this version reads up to {FORMAT}: update these scripts")
+        raise InputError(
+            f"{path} has format {found}, this version reads up to {FORMAT}: update these scripts"
+        )
 
 
 def read_calibration(run, suffix=""):
     """calibration{suffix}.json of a run; InputError if absent, newer, damaged, or made for another checkpoint."""
     path = Path(run, f"calibration{suffix}.json")
     if not path.exists():
-        raise InputError(f"{run} is not calibrated: run python calibrate.py{' --tta' if suffix else ''} first")
+        raise InputError(
+            f"{run} is not calibrated: run python calibrate.py{' --tta' if suffix else ''} first"
+        )
     calibration = read_json(path)
     check_format(calibration, path)
-    rows = [calibration.get(s, {}).get(p, {}) for s in ("val", "test") for p in ("at_0.5", "at_rec")] \
-        if all(isinstance(calibration.get(s), dict) for s in ("val", "test")) else [{}]
+    rows = (
+        [calibration.get(s, {}).get(p, {}) for s in ("val", "test") for p in ("at_0.5", "at_rec")]
+        if all(isinstance(calibration.get(s), dict) for s in ("val", "test"))
+        else [{}]
+    )
     numbers = [calibration.get(k) for k in ("threshold", "temperature", "min_recall", "bootstrap")]
-    if not all(isinstance(v, (int, float)) for v in numbers) or not 0 <= numbers[0] <= 1 or not numbers[1] > 0 \
-            or not all({"interval", "at_prevalence", "thr", "recall", "specificity"} <= row.keys() for row in rows) \
-            or not {"guarantee", "probability", "temperature_applied", "checkpoint"} <= calibration.keys():
+    if (
+        not all(isinstance(v, (int, float)) for v in numbers)
+        or not 0 <= numbers[0] <= 1
+        or not numbers[1] > 0
+        or not all(
+            {"interval", "at_prevalence", "thr", "recall", "specificity"} <= row.keys() for row in rows
+        )
+        or not {"guarantee", "probability", "temperature_applied", "checkpoint"} <= calibration.keys()
+    ):
         raise InputError(f"{path} is damaged: run calibrate.py again")
     checkpoint = Path(run, "checkpoint.pth")
     if not checkpoint.exists() or sha256(checkpoint) != calibration["checkpoint"]:
@@ -154,10 +205,14 @@ def find_runs(runs_dir, chosen=None):
         if results["finished"]:
             runs.append(path.parent)
         else:
-            say(f"note: {path.parent} is not finished, passed over (name it with --run to use it all the same)")
+            say(
+                f"note: {path.parent} is not finished, passed over (name it with --run to use it all the same)"
+            )
     if not runs:
-        raise InputError(f"no finished runs under {runs_dir}: train one first, "
-                         "for instance python train_scratch.py --epochs 15")
+        raise InputError(
+            f"no finished runs under {runs_dir}: train one first, "
+            "for instance python train_scratch.py --epochs 15"
+        )
     return runs
 
 
@@ -165,8 +220,11 @@ def sha256(data):
     """Hex SHA-256 of a file's bytes (Path) or of a value's canonical JSON (anything else)."""
     if isinstance(data, Path):
         with open(data, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest() if sys.version_info >= (3, 11) \
+            return (
+                hashlib.file_digest(f, "sha256").hexdigest()
+                if sys.version_info >= (3, 11)
                 else hashlib.sha256(f.read()).hexdigest()
+            )
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -175,6 +233,7 @@ def load_tensors(path):
     import pickle
 
     import torch  # here, not above: scripts that only read JSON need no torch
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the very thing that is refused below
@@ -183,8 +242,11 @@ def load_tensors(path):
         raise InputError(f"{path} does not exist: train the model again, or copy the file back") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
-        why = "it holds something other than tensors, perhaps code, and was refused" if unsafe else \
-            "it is damaged; train again, or copy the file back"
+        why = (
+            "it holds something other than tensors, perhaps code, and was refused"
+            if unsafe
+            else "it is damaged; train again, or copy the file back"
+        )
         raise InputError(f"{path} cannot be loaded: {why}") from None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InputError(f"{path} holds a {type(value).__name__} that is not a state dict")
@@ -200,11 +262,13 @@ def command_line():
 
 def parser(doc, **kwargs):
     """An ArgumentParser whose --help is the script's docstring followed by flags with defaults."""
+
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
             if action.default is None or "default:" in (action.help or ""):
                 return action.help
             return super()._get_help_string(action)
+
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, **kwargs)
 
 

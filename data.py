@@ -3,6 +3,7 @@
 Layout: DIR/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg (DIR/chest_xray/... of the Kaggle zip is found too).
 Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
 """
+
 import argparse
 import json
 import math
@@ -36,6 +37,7 @@ CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are rebu
 @dataclass(frozen=True)
 class DataConfig:
     """Everything that decides which images are seen and how; kept in results.json."""
+
     data_dir: str = DEFAULT_DIR
     img_size: int = 224
     resize: str = "squash"
@@ -52,6 +54,7 @@ class DataConfig:
 class Subset:
     """`files` [N] relative to the data folder, `labels` int64 [N], `images` uint8 [*, S, S] (memory-mapped,
     shared between subsets), `rows` int64 [N] into it."""
+
     files: list
     labels: np.ndarray
     images: np.ndarray
@@ -62,27 +65,48 @@ class Subset:
         return len(self.files)
 
     def take(self, index):
-        return Subset([self.files[i] for i in index], self.labels[index], self.images, self.rows[index], self.normalise)
+        return Subset(
+            [self.files[i] for i in index], self.labels[index], self.images, self.rows[index], self.normalise
+        )
 
 
 # ---------------------------------------------------------------- command line
+
 
 def add_arguments(parser):
     """The data flags that every training script shares."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", default=DEFAULT_DIR, help="folder with train/ and test/")
-    group.add_argument("--demo", action="store_true", help=f"draw a synthetic set in {SYNTHETIC_DIR} and use it")
+    group.add_argument(
+        "--demo", action="store_true", help=f"draw a synthetic set in {SYNTHETIC_DIR} and use it"
+    )
     group.add_argument("--download", action="store_true", help="fetch the Kaggle set into --data-dir first")
     group.add_argument("--img-size", type=int, default=224, metavar="PX", help="side of the square input")
-    group.add_argument("--resize", choices=RESIZES, default="squash",
-                       help="non-square originals: distort, letterbox, or cut to the middle")
-    group.add_argument("--normalise", choices=MODES, default="none",
-                       help="exposure of each image: as it is, to one mean and spread, or a flat histogram")
-    group.add_argument("--split", choices=SPLITS, default="patient",
-                       help="validation split: no patient on both sides, or plain stratified images")
+    group.add_argument(
+        "--resize",
+        choices=RESIZES,
+        default="squash",
+        help="non-square originals: distort, letterbox, or cut to the middle",
+    )
+    group.add_argument(
+        "--normalise",
+        choices=MODES,
+        default="none",
+        help="exposure of each image: as it is, to one mean and spread, or a flat histogram",
+    )
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="patient",
+        help="validation split: no patient on both sides, or plain stratified images",
+    )
     group.add_argument("--split-seed", type=int, default=0, help="seed of the validation split")
-    group.add_argument("--skip-bad", action=argparse.BooleanOptionalAction, default=False,
-                       help="leave out unreadable images instead of stopping")
+    group.add_argument(
+        "--skip-bad",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out unreadable images instead of stopping",
+    )
     group.add_argument("--cache-dir", default="Data/cache", help="where decoded images are kept")
 
 
@@ -101,8 +125,16 @@ def config_from_args(args):
         make_synthetic(SYNTHETIC_DIR)
     elif args.download:
         download(args.data_dir)
-    return DataConfig(args.data_dir, args.img_size, args.resize, args.split, args.split_seed,
-                      skip_bad=args.skip_bad, cache_dir=args.cache_dir, normalise=args.normalise)
+    return DataConfig(
+        args.data_dir,
+        args.img_size,
+        args.resize,
+        args.split,
+        args.split_seed,
+        skip_bad=args.skip_bad,
+        cache_dir=args.cache_dir,
+        normalise=args.normalise,
+    )
 
 
 def config_from_json(value):
@@ -111,15 +143,20 @@ def config_from_json(value):
         config = DataConfig(**{**value, "classes": tuple(value["classes"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
-    wrong = [k for k, default in asdict(DataConfig()).items() if not isinstance(getattr(config, k), type(default))]
+    wrong = [
+        k for k, default in asdict(DataConfig()).items() if not isinstance(getattr(config, k), type(default))
+    ]
     choices = {"resize": RESIZES, "split": SPLITS, "normalise": MODES}
     wrong += [k for k, known in choices.items() if getattr(config, k) not in known]
     if wrong:
-        raise InputError(f"the data settings of the run are damaged: {', '.join(f'{k} is {value[k]!r}' for k in wrong)}")
+        raise InputError(
+            f"the data settings of the run are damaged: {', '.join(f'{k} is {value[k]!r}' for k in wrong)}"
+        )
     return config
 
 
 # ---------------------------------------------------------------- files
+
 
 def find_root(data_dir, classes=CLASSES):
     """The folder that holds train/ and test/: `data_dir` or its chest_xray/ (to depth 2); InputError if none."""
@@ -127,10 +164,12 @@ def find_root(data_dir, classes=CLASSES):
         root = Path(data_dir, nested)
         if (root / "train").is_dir():
             return root
-    raise InputError(f"no data: {data_dir} has no train/ folder. Three ways to get one:\n"
-                     "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
-                     "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
-                     "  --demo           draw a small synthetic set for a first try")
+    raise InputError(
+        f"no data: {data_dir} has no train/ folder. Three ways to get one:\n"
+        "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
+        "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
+        "  --demo           draw a small synthetic set for a first try"
+    )
 
 
 def list_images(root, split, classes=CLASSES):
@@ -144,8 +183,11 @@ def list_images(root, split, classes=CLASSES):
         folder = Path(root, split, name)
         if not folder.is_dir():
             raise InputError(f"{folder} does not exist: each class needs a folder of its own")
-        found = sorted(p.name for p in folder.iterdir()
-                       if p.suffix.lower() in EXTENSIONS and not p.name.startswith((".", "__MACOSX")))
+        found = sorted(
+            p.name
+            for p in folder.iterdir()
+            if p.suffix.lower() in EXTENSIONS and not p.name.startswith((".", "__MACOSX"))
+        )
         if not found:
             raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")
         names += [f"{split}/{name}/{f}" for f in found]
@@ -166,6 +208,7 @@ def patient_id(name):
 
 # ---------------------------------------------------------------- split
 
+
 def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
     """Indices (train, val), both sorted, of the original training files.
 
@@ -178,7 +221,9 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
     labels = np.asarray(labels)
     order = np.array(sorted(range(len(files)), key=files.__getitem__))
     try:
-        train, val = train_test_split(order, test_size=val_fraction, stratify=labels[order], random_state=seed)
+        train, val = train_test_split(
+            order, test_size=val_fraction, stratify=labels[order], random_state=seed
+        )
     except ValueError as error:
         raise InputError(f"the training images cannot be split: {error}") from None
     if mode == "image":
@@ -205,7 +250,9 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
     train = np.setdiff1d(order, val)
     for k in kinds:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
-            raise InputError(f"class number {k} has too few patients to be in train and validation: use --split image")
+            raise InputError(
+                f"class number {k} has too few patients to be in train and validation: use --split image"
+            )
     return train, val
 
 
@@ -236,6 +283,7 @@ def _nearest_subset(sizes, target):
 
 # ---------------------------------------------------------------- decoding and cache
 
+
 def decode(source, size, resize="squash"):
     """An image file (path or file object) -> uint8 [size, size], grey.
 
@@ -248,8 +296,12 @@ def decode(source, size, resize="squash"):
             image.draft("L", (2 * size, 2 * size))
             if image.mode.startswith("I") or image.mode == "F":
                 pixels = np.asarray(image, dtype=np.float32)
-                white = next(w for w in (255, 4095, math.inf) if pixels.max() <= w)  # 8, 12 or 16 bits are in use
-                image = Image.fromarray((pixels / min(white, 65535) * 255).round().clip(0, 255).astype(np.uint8))
+                white = next(
+                    w for w in (255, 4095, math.inf) if pixels.max() <= w
+                )  # 8, 12 or 16 bits are in use
+                image = Image.fromarray(
+                    (pixels / min(white, 65535) * 255).round().clip(0, 255).astype(np.uint8)
+                )
             return to_square(image.convert("L"), size, resize)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
@@ -283,7 +335,9 @@ def load_images(root, files, config, split):
     """
     stats = [os.stat(Path(root, f)) for f in files]
     size = config.img_size
-    key = sha256([CACHE_VERSION, size, config.resize, [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]])
+    key = sha256(
+        [CACHE_VERSION, size, config.resize, [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
+    )
     place = sha256([str(Path(root).resolve()), split, size, config.resize])[:8]
     path = Path(config.cache_dir, f"{Path(root).name}-{split}-{size}-{config.resize}-{place}.npy")
     info = _valid_cache(path, key)
@@ -291,15 +345,21 @@ def load_images(root, files, config, split):
         info = _build_cache(path, key, root, files, config)
     bad = info["bad"]
     if not info["kept"]:
-        raise InputError(f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read, so none is left: "
-                         f"{'; '.join(bad[:3])}")
+        raise InputError(
+            f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read, so none is left: "
+            f"{'; '.join(bad[:3])}"
+        )
     if bad and not config.skip_bad:
-        raise InputError(f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read: "
-                         f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}. "
-                         "Mend or remove them, or leave them out with --skip-bad")
+        raise InputError(
+            f"{len(bad)} of {len(files)} images in {Path(root, split)} cannot be read: "
+            f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}. "
+            "Mend or remove them, or leave them out with --skip-bad"
+        )
     if bad:
-        say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}: "
-            f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
+        say(
+            f"--skip-bad: left out {len(bad)} of {len(files)} images in {Path(root, split)}: "
+            f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+        )
     sizes = {"width": info["width"], "height": info["height"]}
     return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64), sizes
 
@@ -327,6 +387,7 @@ def _crc32(path):
 
 def _build_cache(path, key, root, files, config):
     from tqdm import tqdm
+
     size, kept, bad, sizes = config.img_size, [], [], []
 
     def one(name):
@@ -341,9 +402,11 @@ def _build_cache(path, key, root, files, config):
     # window keeps memory constant however many images there are.
     with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
         array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
-        with tqdm(total=len(files), desc=f"decoding {path.name}", unit="img", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(
+            total=len(files), desc=f"decoding {path.name}", unit="img", disable=not sys.stderr.isatty()
+        ) as bar:
             for begin in range(0, len(files), 512):
-                for i, result in enumerate(pool.map(one, files[begin:begin + 512]), begin):
+                for i, result in enumerate(pool.map(one, files[begin : begin + 512]), begin):
                     if isinstance(result, str):
                         bad.append(result)
                     else:
@@ -362,6 +425,7 @@ def _build_cache(path, key, root, files, config):
 
 # ---------------------------------------------------------------- the data set
 
+
 def load_train_val(config):
     """(train, val) Subsets and `info`, the JSON description of the split; prints the split line.
 
@@ -374,29 +438,48 @@ def load_train_val(config):
     _, test_labels = list_images(root, "test", config.classes)
     images, kept, sizes = load_images(root, files, config, "train")
     everything = Subset([files[i] for i in kept], labels[kept], images, kept, config.normalise)
-    index = split_train_val(everything.files, everything.labels, config.split, config.val_fraction, config.split_seed)
+    index = split_train_val(
+        everything.files, everything.labels, config.split, config.val_fraction, config.split_seed
+    )
     train, val = (everything.take(i) for i in index)
     ids = {patient_id(f) for f in train.files}
     info = {
-        "train": len(train), "val": len(val), "test": len(test_labels),
-        "counts": {s: {c: int((y == k).sum()) for k, c in enumerate(config.classes)}
-                   for s, y in (("train", train.labels), ("val", val.labels), ("test", test_labels))},
+        "train": len(train),
+        "val": len(val),
+        "test": len(test_labels),
+        "counts": {
+            s: {c: int((y == k).sum()) for k, c in enumerate(config.classes)}
+            for s, y in (("train", train.labels), ("val", val.labels), ("test", test_labels))
+        },
         "shared_patients": sum(patient_id(f) in ids for f in val.files),
         "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
-        "synthetic": is_synthetic(root), "set": root.resolve().name, "original_size": sizes,
+        "synthetic": is_synthetic(root),
+        "set": root.resolve().name,
+        "original_size": sizes,
     }
-    counts = "; ".join(f"{s} " + " + ".join(f"{n} {c}" for c, n in info["counts"][s].items()) for s in info["counts"])
+    counts = "; ".join(
+        f"{s} " + " + ".join(f"{n} {c}" for c, n in info["counts"][s].items()) for s in info["counts"]
+    )
     name = f"{root} (SYNTHETIC)" if info["synthetic"] else str(root)
-    print(f"data: {name}, --split {config.split}: (train, val, test) = "
-          f"({len(train)}, {len(val)}, {len(test_labels)}): {counts}; "
-          f"{info['shared_patients']} validation images share a patient with train", flush=True)
+    print(
+        f"data: {name}, --split {config.split}: (train, val, test) = "
+        f"({len(train)}, {len(val)}, {len(test_labels)}): {counts}; "
+        f"{info['shared_patients']} validation images share a patient with train",
+        flush=True,
+    )
     if config.split == "patient":
-        _, plain = train_test_split(everything.labels, test_size=config.val_fraction, stratify=everything.labels,
-                                    random_state=config.split_seed)
+        _, plain = train_test_split(
+            everything.labels,
+            test_size=config.val_fraction,
+            stratify=everything.labels,
+            random_state=config.split_seed,
+        )
         want = [int((plain == k).sum()) for k in range(len(config.classes))]
         have = list(info["counts"]["val"].values())
         if want != have:
-            say(f"note: whole patients allow no exact stratified split: validation has {have}, nearest to {want}")
+            say(
+                f"note: whole patients allow no exact stratified split: validation has {have}, nearest to {want}"
+            )
     return train, val, info
 
 
@@ -418,11 +501,14 @@ def pixel_fingerprint(subset):
 
 def input_range(subset):
     """Least and greatest per-image mean and standard deviation (grey levels 0 to 1): what a model was trained on."""
-    values = np.array([(image.mean(), image.std()) for image in (subset.images[row] for row in subset.rows)]) / 255
+    values = (
+        np.array([(image.mean(), image.std()) for image in (subset.images[row] for row in subset.rows)]) / 255
+    )
     return {name: [float(v.min()), float(v.max())] for name, v in zip(("mean", "std"), values.T)}
 
 
 # ---------------------------------------------------------------- batches on the device
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -437,6 +523,7 @@ class Augment:
     the grey levels (histogram matching), are borrowed from another image of the batch, whatever its class: what a
     machine and its operator add to a picture then tells nothing of the child.
     """
+
     rotate: float = 7.0
     translate: float = 0.05
     scale: float = 0.1
@@ -464,9 +551,15 @@ class Augment:
             return torch.rand(B, device=device) < p
 
         if self.rotate or self.translate or self.scale or self.aspect or self.hflip:
-            x = affine(x, angle=both(math.radians(self.rotate)), zoom=1 + both(self.scale),
-                       flip=1 - 2 * chance(self.hflip).float(), shift_x=both(self.translate),
-                       shift_y=both(self.translate), aspect=1 + both(self.aspect))
+            x = affine(
+                x,
+                angle=both(math.radians(self.rotate)),
+                zoom=1 + both(self.scale),
+                flip=1 - 2 * chance(self.hflip).float(),
+                shift_x=both(self.translate),
+                shift_y=both(self.translate),
+                aspect=1 + both(self.aspect),
+            )
         if self.frame or self.tone:
             other = x[torch.randperm(B, device=device)]
             if self.tone:
@@ -475,19 +568,28 @@ class Augment:
                 x = borrow_frame(x, other, uniform(0, 0.2) * chance(self.frame))
         if self.blur:
             side = x.shape[-1]
-            x = torch.where(chance(self.blur).view(B, 1, 1, 1), gaussian_blur(x, side * uniform(0.004, 0.012)), x)
+            x = torch.where(
+                chance(self.blur).view(B, 1, 1, 1), gaussian_blur(x, side * uniform(0.004, 0.012)), x
+            )
         if self.gamma:
             x = x.clamp(min=1e-6) ** both(self.gamma).exp().view(B, 1, 1, 1)
         if self.brightness or self.contrast:
             mean = x.mean(dim=(1, 2, 3), keepdim=True)
-            x = (x - mean) * (1 + both(self.contrast)).view(B, 1, 1, 1) + mean + both(self.brightness).view(B, 1, 1, 1)
+            x = (
+                (x - mean) * (1 + both(self.contrast)).view(B, 1, 1, 1)
+                + mean
+                + both(self.brightness).view(B, 1, 1, 1)
+            )
         if self.noise:
             x = x + torch.randn_like(x) * uniform(0, self.noise).view(B, 1, 1, 1)
         if self.erase:
             area, ratio = uniform(0.03, 0.25), both(0.7).exp()
-            inside = _span(x.shape[-1], (area * ratio).sqrt(), uniform(0, 1), device).unsqueeze(1) \
-                & _span(x.shape[-2], (area / ratio).sqrt(), uniform(0, 1), device).unsqueeze(2)  # (B, S, S)
-            x = torch.where((inside & chance(self.erase).view(B, 1, 1)).unsqueeze(1), uniform(0, 1).view(B, 1, 1, 1), x)
+            inside = _span(x.shape[-1], (area * ratio).sqrt(), uniform(0, 1), device).unsqueeze(1) & _span(
+                x.shape[-2], (area / ratio).sqrt(), uniform(0, 1), device
+            ).unsqueeze(2)  # (B, S, S)
+            x = torch.where(
+                (inside & chance(self.erase).view(B, 1, 1)).unsqueeze(1), uniform(0, 1).view(B, 1, 1, 1), x
+            )
         return x.clamp(0, 1)
 
 
@@ -507,20 +609,25 @@ def match_levels(x, like, levels=256):
     """Images [B, 1, S, S] in [0, 1] with their grey levels moved, in order, to the distribution of `like`'s, pair by
     pair: histogram matching (Gonzalez and Woods, Digital Image Processing, section 3.3) in `levels` steps. The distributions
     are those of the middle (three quarters of each side), without the black beside a body."""
+
     def steps(z):
         return (z.flatten(1) * (levels - 1)).round().long()
 
     def cumulative(z):  # (B, levels): share of the pixels below the middle of each level
         margin = z.shape[-1] // 8
-        step = steps(z[..., margin:z.shape[-2] - margin, margin:z.shape[-1] - margin])
-        share = torch.zeros(len(z), levels, device=z.device).scatter_add_(1, step, torch.ones_like(step, dtype=torch.float))
+        step = steps(z[..., margin : z.shape[-2] - margin, margin : z.shape[-1] - margin])
+        share = torch.zeros(len(z), levels, device=z.device).scatter_add_(
+            1, step, torch.ones_like(step, dtype=torch.float)
+        )
         share = share / step.shape[1]
         return share.cumsum(1) - share / 2
 
     have, want = cumulative(x), cumulative(like)
     high = torch.searchsorted(want, have).clamp(1, levels - 1)
     below, above = want.gather(1, high - 1), want.gather(1, high)
-    level = high - 1 + ((have - below) / (above - below).clamp(min=1e-9)).clamp(0, 1)  # between the two neighbours
+    level = (
+        high - 1 + ((have - below) / (above - below).clamp(min=1e-9)).clamp(0, 1)
+    )  # between the two neighbours
     return (level / (levels - 1)).gather(1, steps(x)).view_as(x).to(x.dtype)
 
 
@@ -540,7 +647,9 @@ def gaussian_blur(x, sigma):
     at = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (at / sigma.view(B, 1)) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)  # (B, 2r + 1)
-    x = F.pad(x.transpose(0, 1), (radius,) * 4, mode="replicate")  # (1, B, S + 2r, S + 2r): one group an image
+    x = F.pad(
+        x.transpose(0, 1), (radius,) * 4, mode="replicate"
+    )  # (1, B, S + 2r, S + 2r): one group an image
     x = F.conv2d(F.conv2d(x, kernel.view(B, 1, 1, -1), groups=B), kernel.view(B, 1, -1, 1), groups=B)
     return x.transpose(0, 1)
 
@@ -548,11 +657,21 @@ def gaussian_blur(x, sigma):
 def add_augment_arguments(parser):
     """Flags for every field of Augment, with its defaults."""
     group = parser.add_argument_group("augmentation of training images (0 turns one off)")
-    units = {"rotate": "+/- degrees", "translate": "+/- fraction of the side", "scale": "+/- fraction",
-             "aspect": "+/- fraction", "brightness": "+/- of the grey range", "contrast": "+/- fraction",
-             "gamma": "exponent exp(+/- X)", "blur": "probability", "noise": "greatest standard deviation",
-             "erase": "probability", "hflip": "probability",
-             "frame": "probability of the border of another image", "tone": "probability of the grey levels of another image"}
+    units = {
+        "rotate": "+/- degrees",
+        "translate": "+/- fraction of the side",
+        "scale": "+/- fraction",
+        "aspect": "+/- fraction",
+        "brightness": "+/- of the grey range",
+        "contrast": "+/- fraction",
+        "gamma": "exponent exp(+/- X)",
+        "blur": "probability",
+        "noise": "greatest standard deviation",
+        "erase": "probability",
+        "hflip": "probability",
+        "frame": "probability of the border of another image",
+        "tone": "probability of the grey levels of another image",
+    }
     for name, default in asdict(Augment()).items():
         group.add_argument(f"--{name}", type=float, default=default, metavar="X", help=units[name])
 
@@ -574,8 +693,15 @@ def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
     grows by `aspect` and height shrinks by it.
     """
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    theta = torch.stack([torch.stack([cos * flip / aspect, -sin * flip * aspect, 2 * shift_x], 1),  # the grid spans [-1, 1]
-                         torch.stack([sin / aspect, cos * aspect, 2 * shift_y], 1)], dim=1)  # (B, 2, 3)
+    theta = torch.stack(
+        [
+            torch.stack(
+                [cos * flip / aspect, -sin * flip * aspect, 2 * shift_x], 1
+            ),  # the grid spans [-1, 1]
+            torch.stack([sin / aspect, cos * aspect, 2 * shift_y], 1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 
@@ -584,13 +710,21 @@ def tta_views(flip=False):
 
     The image itself, shifted 3% in four directions, zoomed by 0.95 and 1.05; with `flip` all of them mirrored too.
     """
-    settings = [(1.0, 0.0, 0.0), (1.0, 0.03, 0.0), (1.0, -0.03, 0.0), (1.0, 0.0, 0.03), (1.0, 0.0, -0.03),
-                (0.95, 0.0, 0.0), (1.05, 0.0, 0.0)]
+    settings = [
+        (1.0, 0.0, 0.0),
+        (1.0, 0.03, 0.0),
+        (1.0, -0.03, 0.0),
+        (1.0, 0.0, 0.03),
+        (1.0, 0.0, -0.03),
+        (0.95, 0.0, 0.0),
+        (1.05, 0.0, 0.0),
+    ]
 
     def view(zoom, dx, dy, mirrored):
         def apply(x):
             values = (0.0, zoom, -1.0 if mirrored else 1.0, dx, dy)
             return affine(x, *(torch.full((len(x),), v, device=x.device) for v in values))
+
         return apply if mirrored or (zoom, dx, dy) != (1.0, 0.0, 0.0) else lambda x: x
 
     return [view(*s, mirrored) for mirrored in ((False, True) if flip else (False,)) for s in settings]
@@ -636,7 +770,9 @@ def normalise(x, mode):
         levels = x.flatten(1).long()  # (B, S*S)
         ones = torch.ones_like(levels, dtype=torch.float32)
         counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, ones)
-        ranks = (counts.cumsum(1) - counts / 2) / levels.shape[1]  # (B, 256): mid-rank of each grey level, in (0, 1)
+        ranks = (counts.cumsum(1) - counts / 2) / levels.shape[
+            1
+        ]  # (B, 256): mid-rank of each grey level, in (0, 1)
         return ranks.gather(1, levels).view(x.shape).unsqueeze(1)
     x = x.unsqueeze(1).float().div_(255)
     if mode == "standard":
@@ -646,6 +782,7 @@ def normalise(x, mode):
 
 
 # ---------------------------------------------------------------- synthetic set, download
+
 
 def is_synthetic(root):
     """Whether `root` was drawn by `make_synthetic`."""
@@ -680,8 +817,11 @@ def make_synthetic(root, train=480, test=120, seed=0):
                     patient += 1
                     for k in range(min(int(rng.choice([1, 1, 1, 2, 3])), count - made)):
                         made += 1
-                        file = f"person{patient}_{('bacteria', 'virus')[patient % 2]}_{made}.jpeg" if label else \
-                            f"IM-{patient:04d}-{k + 1:04d}.jpeg"
+                        file = (
+                            f"person{patient}_{('bacteria', 'virus')[patient % 2]}_{made}.jpeg"
+                            if label
+                            else f"IM-{patient:04d}-{k + 1:04d}.jpeg"
+                        )
                         pixels = _draw_radiograph(rng, sick=bool(label), shifted=split == "test")
                         Image.fromarray(pixels).save(folder / file, quality=90)
         (tmp / "SYNTHETIC").write_text(json.dumps(settings))
@@ -694,7 +834,7 @@ def make_synthetic(root, train=480, test=120, seed=0):
 
 def _draw_radiograph(rng, sick, shifted, side=256):
     """One drawn chest, uint8 [side, side]; bright = dense, as on a radiograph."""
-    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j]
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     zoom = rng.normal(1.12 if shifted else 1.0, 0.05)
     x, y = (x - rng.normal(0, 0.04)) * zoom, (y - rng.normal(0, 0.04)) * zoom
 
@@ -704,7 +844,7 @@ def _draw_radiograph(rng, sick, shifted, side=256):
 
     body = blob(0, 0.1, 0.95, 1.3, 0.05)
     lungs = np.maximum(blob(-0.42, 0, 0.3, 0.62, 0.06), blob(0.42, 0, 0.28, 0.6, 0.06))
-    wave = np.cos(2 * np.pi * (5.5 * (y - 0.35 * x ** 2) + rng.uniform()))
+    wave = np.cos(2 * np.pi * (5.5 * (y - 0.35 * x**2) + rng.uniform()))
     image = 0.62 * body - 0.4 * lungs + 0.07 * lungs * np.clip(wave, 0, 1) ** 2
     image += 0.3 * blob(0, 0, 0.09, 1.2, 0.2) + 0.28 * blob(0.16, 0.3, 0.3, 0.3, 0.08)
     if sick:
@@ -715,7 +855,11 @@ def _draw_radiograph(rng, sick, shifted, side=256):
             image += rng.uniform(0.1, 0.3) * cloud * lungs
     coarse = Image.fromarray(rng.normal(0, 1, (16, 16)).astype(np.float32))
     image += 0.02 * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
-    image = (image - 0.4) * rng.normal(0.85 if shifted else 1.0, 0.06) + 0.4 + rng.normal(-0.07 if shifted else 0, 0.04)
+    image = (
+        (image - 0.4) * rng.normal(0.85 if shifted else 1.0, 0.06)
+        + 0.4
+        + rng.normal(-0.07 if shifted else 0, 0.04)
+    )
     image += rng.normal(0, 0.02, image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
@@ -731,6 +875,7 @@ def download(data_dir):
     target, tries = Path(data_dir), []
     try:
         import kagglehub
+
         source = Path(kagglehub.dataset_download(KAGGLE))
         shutil.copytree(find_root(source), target, dirs_exist_ok=True)
         return
@@ -739,15 +884,20 @@ def download(data_dir):
     except (OSError, RuntimeError, ValueError) as error:  # no network, no account, no such set: the next way
         tries.append(f"kagglehub: {error}")
     if shutil.which("kaggle"):
-        done = subprocess.run(["kaggle", "datasets", "download", "-d", KAGGLE, "-p", str(target), "--unzip"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["kaggle", "datasets", "download", "-d", KAGGLE, "-p", str(target), "--unzip"],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode == 0:
             find_root(target)
             return
         tries.append(f"kaggle: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     else:
         tries.append("the kaggle command is not installed (pip install kaggle)")
-    raise InputError("the download did not get through: " + "; ".join(tries) + ". By hand:\n"
-                     f"  1. open https://www.kaggle.com/datasets/{KAGGLE} in a browser and download the zip\n"
-                     f"  2. unzip it so that {target}/train/NORMAL and {target}/test/NORMAL exist\n"
-                     "  3. run the same command again without --download")
+    raise InputError(
+        "the download did not get through: " + "; ".join(tries) + ". By hand:\n"
+        f"  1. open https://www.kaggle.com/datasets/{KAGGLE} in a browser and download the zip\n"
+        f"  2. unzip it so that {target}/train/NORMAL and {target}/test/NORMAL exist\n"
+        "  3. run the same command again without --download"
+    )

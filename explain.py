@@ -12,6 +12,7 @@ order, maps after randomising the weights, share of the map on the lungs and on 
 explains any files instead. Grad-CAM: Selvaraju et al. 2017 (arXiv:1610.02391) on the tokens of a block's first norm;
 rollout: Abnar and Zuidema 2020 (arXiv:2005.00928). A map shows what moved the score, not where the disease is.
 """
+
 import copy
 from pathlib import Path
 
@@ -36,6 +37,7 @@ STEPS = 15  # points of a deletion or insertion curve
 
 # ---------------------------------------------------------------- maps
 
+
 def grad_cam(model, x, target=1, layer=-1):
     """Grad-CAM of logit `target` at the output of blocks[layer].norm1: x [B, C, H, W] -> float32 [B, h, w], >= 0.
 
@@ -51,8 +53,10 @@ def grad_cam(model, x, target=1, layer=-1):
     try:
         model.eval()
         with torch.enable_grad():
-            score = model(x)[:, target].sum()  # images do not mix, so the sum gives every image its own gradient
-            gradient, = torch.autograd.grad(score, kept[0])
+            score = model(x)[
+                :, target
+            ].sum()  # images do not mix, so the sum gives every image its own gradient
+            (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
         model.train(was_training)
@@ -89,6 +93,7 @@ def compute(method, model, x, layer, target=1):
 
 
 # ---------------------------------------------------------------- are they true
+
 
 @torch.inference_mode()
 def curves(model, x, order):
@@ -144,7 +149,7 @@ def lung_mask(image):
     mask = np.isin(labels, np.setdiff1d(np.arange(1, count + 1), border))
     mask = ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=max(1, side // 40)))
     if not 0.08 < mask.mean() < 0.55:
-        y, x = np.mgrid[0:1:side * 1j, 0:1:side * 1j]
+        y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j]
         mask = np.minimum(((x - 0.31) / 0.17) ** 2, ((x - 0.69) / 0.17) ** 2) + ((y - 0.47) / 0.33) ** 2 < 1
     return mask
 
@@ -156,7 +161,9 @@ def _otsu(values):
     weight, mass = np.cumsum(counts), np.cumsum(counts * centres)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (mass[-1] * weight / total - mass) ** 2 / (weight * (total - weight))
-    return centres[np.argmax(np.nan_to_num(between[:-1], nan=-1.0))]  # a constant image has no such threshold: the lowest
+    return centres[
+        np.argmax(np.nan_to_num(between[:-1], nan=-1.0))
+    ]  # a constant image has no such threshold: the lowest
 
 
 def regions(maps, images):
@@ -166,9 +173,13 @@ def regions(maps, images):
     full = full / np.maximum(full.sum(axis=(1, 2), keepdims=True), 1e-12)
     lungs = np.stack([lung_mask(i) for i in images])
     edge = np.ones((side, side), bool)
-    edge[side // 10:side - side // 10, side // 10:side - side // 10] = False
-    return {"lung_share": mean_interval((full * lungs).sum(axis=(1, 2))), "lung_area": float(lungs.mean()),
-            "border_share": mean_interval((full * edge).sum(axis=(1, 2))), "border_area": float(edge.mean())}
+    edge[side // 10 : side - side // 10, side // 10 : side - side // 10] = False
+    return {
+        "lung_share": mean_interval((full * lungs).sum(axis=(1, 2))),
+        "lung_area": float(lungs.mean()),
+        "border_share": mean_interval((full * edge).sum(axis=(1, 2))),
+        "border_area": float(edge.mean()),
+    }
 
 
 def faithfulness(model, x, images, methods, layer):
@@ -184,13 +195,17 @@ def faithfulness(model, x, images, methods, layer):
         areas[name] = [np.concatenate([p[i] for p in parts]).mean(axis=1) for i in (0, 1)]
         out[name] = {k: mean_interval(v) for k, v in zip(("deletion", "insertion"), areas[name])}
     for m in methods:
-        out[m] |= {f"{k}_minus_random": mean_interval(areas[m][i] - areas["random"][i])
-                   for i, k in enumerate(("deletion", "insertion"))}
+        out[m] |= {
+            f"{k}_minus_random": mean_interval(areas[m][i] - areas["random"][i])
+            for i, k in enumerate(("deletion", "insertion"))
+        }
         out[m] |= regions(maps[m].cpu(), images)
         some = x[:8]
         out[m]["randomised"] = []
         for name, broken in randomised(model):
-            pairs = zip(maps[m][:8].flatten(1).cpu().numpy(), compute(m, broken, some, layer).flatten(1).cpu().numpy())
+            pairs = zip(
+                maps[m][:8].flatten(1).cpu().numpy(), compute(m, broken, some, layer).flatten(1).cpu().numpy()
+            )
             rho = [spearmanr(a, b).statistic if a.std() and b.std() else 0.0 for a, b in pairs]
             out[m]["randomised"].append({"down_to": name, "rank_correlation": float(np.mean(rho))})
     return out
@@ -198,11 +213,16 @@ def faithfulness(model, x, images, methods, layer):
 
 # ---------------------------------------------------------------- pictures
 
+
 def pick(y, p, thr):
     """Rows of the sheet: [(title, index)]: most confident and most borderline of every outcome that occurs."""
     rows = []
-    for title, wanted in (("true positive", (y == 1) & (p >= thr)), ("false positive", (y == 0) & (p >= thr)),
-                          ("false negative", (y == 1) & (p < thr)), ("true negative", (y == 0) & (p < thr))):
+    for title, wanted in (
+        ("true positive", (y == 1) & (p >= thr)),
+        ("false positive", (y == 0) & (p >= thr)),
+        ("false negative", (y == 1) & (p < thr)),
+        ("true negative", (y == 0) & (p < thr)),
+    ):
         index = np.flatnonzero(wanted)
         if len(index):
             far = index[np.argsort(np.abs(p[index] - thr), kind="stable")]
@@ -215,8 +235,13 @@ def pick(y, p, thr):
 def draw(rows, methods, mark, title):
     """A sheet: rows of (text, image uint8 [S, S], {method: map [h, w]}) -> figure: image, maps, overlay, colour bar."""
     columns = 2 + len(methods)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(2.6 * columns + 0.8, 2.75 * len(rows) + 0.8), squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(2.6 * columns + 0.8, 2.75 * len(rows) + 0.8),
+        squeeze=False,
+        layout="constrained",
+    )
     for line, (text, image, maps) in zip(axes, rows):
         side = len(image)
         line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -226,17 +251,31 @@ def draw(rows, methods, mark, title):
             grid = maps[method] / max(float(maps[method].max()), 1e-12)
             ax.imshow(grid, cmap="inferno", vmin=0, vmax=1)
             if not maps[method].any():
-                ax.text(0.5, 0.5, "nothing speaks\nfor this class", color="white", ha="center", va="center",
-                        transform=ax.transAxes, fontsize=8)
+                ax.text(
+                    0.5,
+                    0.5,
+                    "nothing speaks\nfor this class",
+                    color="white",
+                    ha="center",
+                    va="center",
+                    transform=ax.transAxes,
+                    fontsize=8,
+                )
         for ax in line:
             ax.set(xticks=[], yticks=[])
         grid = torch.as_tensor(maps[methods[0]])[None, None]
         smooth = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0].numpy()
         line[-1].imshow(image, cmap="gray", vmin=0, vmax=255)
-        shown = line[-1].imshow(smooth / max(float(smooth.max()), 1e-12), cmap="inferno", vmin=0, vmax=1, alpha=0.45)
-    for ax, name in zip(axes[0], ["image", *(METHODS[m] for m in methods), f"overlay of {METHODS[methods[0]]}"]):
+        shown = line[-1].imshow(
+            smooth / max(float(smooth.max()), 1e-12), cmap="inferno", vmin=0, vmax=1, alpha=0.45
+        )
+    for ax, name in zip(
+        axes[0], ["image", *(METHODS[m] for m in methods), f"overlay of {METHODS[methods[0]]}"]
+    ):
         ax.set_title(name, fontsize=9)
-    figure.colorbar(shown, ax=axes[:, -1].tolist(), shrink=min(1, 2 / len(rows)), label="share of the image's own maximum")
+    figure.colorbar(
+        shown, ax=axes[:, -1].tolist(), shrink=min(1, 2 / len(rows)), label="share of the image's own maximum"
+    )
     figure.suptitle(title + mark, fontsize=11)
     return figure
 
@@ -249,6 +288,7 @@ def save(figure, path):
 
 # ---------------------------------------------------------------- main
 
+
 def parse():
     """Checked command line."""
     parser = common.parser(__doc__)
@@ -256,9 +296,13 @@ def parse():
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="which images to choose from")
     parser.add_argument("--method", choices=(*METHODS, "both"), default="both", help="which maps to draw")
-    parser.add_argument("--target", default="PNEUMONIA", metavar="CLASS", help="whose logit Grad-CAM explains")
+    parser.add_argument(
+        "--target", default="PNEUMONIA", metavar="CLASS", help="whose logit Grad-CAM explains"
+    )
     parser.add_argument("--layer", type=int, default=-1, help="block of Grad-CAM; -1 is the last")
-    parser.add_argument("--tests", type=int, default=40, metavar="N", help="images for the faithfulness tests; 0: none")
+    parser.add_argument(
+        "--tests", type=int, default=40, metavar="N", help="images for the faithfulness tests; 0: none"
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     return parser.parse_args()
 
@@ -275,7 +319,10 @@ def main():
     if args.target not in config.classes:
         raise common.InputError(f"--target {args.target} is not one of {', '.join(config.classes)}")
     target = config.classes.index(args.target)
-    thr, t = calibration["threshold"], calibration["temperature"] if calibration["temperature_applied"] else 1.0
+    thr, t = (
+        calibration["threshold"],
+        calibration["temperature"] if calibration["temperature_applied"] else 1.0,
+    )
     methods = list(METHODS) if args.method == "both" else [args.method]
     mark = " [SYNTHETIC]" if results["synthetic"] else ""
     model.to(device)
@@ -287,15 +334,26 @@ def main():
     def score(pixels):  # as calibrate.py and predict.py do, or an image on the threshold could change sides
         parts, amp = torch.from_numpy(pixels).split(64), engine.trained_precision(results, device)
         with torch.inference_mode():
-            logits = [engine.forward(model, data.normalise(part.to(device), config.normalise), mean=results["mean"],
-                                     std=results["std"], amp=amp) for part in parts]
+            logits = [
+                engine.forward(
+                    model,
+                    data.normalise(part.to(device), config.normalise),
+                    mean=results["mean"],
+                    std=results["std"],
+                    amp=amp,
+                )
+                for part in parts
+            ]
         return metrics.tempered(torch.cat(logits).cpu().numpy(), t)
 
     def row(head, name, pixels, p, truth):
         decisions = [config.classes[int(p >= point)] for point in (0.5, thr)]
-        maps = {m: compute(m, model, prepare(pixels[None]), args.layer, target)[0].cpu().numpy() for m in methods}
+        maps = {
+            m: compute(m, model, prepare(pixels[None]), args.layer, target)[0].cpu().numpy() for m in methods
+        }
         text = f"{head}\n{Path(name).name}\np = {p:.3f}; @0.5 {decisions[0]}, @Rec {decisions[1]}" + (
-            f"\ntruth {truth}" if truth else "")
+            f"\ntruth {truth}" if truth else ""
+        )
         return text, pixels, maps
 
     folder = run / "explain"
@@ -309,28 +367,53 @@ def main():
         subset = data.load_train_val(config)[1] if args.split == "val" else data.load_test(config)
         pixels, y = np.stack([subset.images[r] for r in subset.rows]), subset.labels
         p = score(pixels)
-        rows = [row(head, subset.files[i], pixels[i], p[i], config.classes[y[i]]) for head, i in pick(y, p, thr)]
-        save(draw(rows, methods, mark, f"{run.name}, {args.split}: threshold @Rec {thr:.3f}; Grad-CAM of "
-                  f"{args.target}"), folder / "sheet.png")
+        rows = [
+            row(head, subset.files[i], pixels[i], p[i], config.classes[y[i]]) for head, i in pick(y, p, thr)
+        ]
+        save(
+            draw(
+                rows,
+                methods,
+                mark,
+                f"{run.name}, {args.split}: threshold @Rec {thr:.3f}; Grad-CAM of {args.target}",
+            ),
+            folder / "sheet.png",
+        )
     for text, image, maps in rows:
-        save(draw([(text, image, maps)], methods, mark, run.name), folder / f"{Path(text.splitlines()[1]).stem}.png")
+        save(
+            draw([(text, image, maps)], methods, mark, run.name),
+            folder / f"{Path(text.splitlines()[1]).stem}.png",
+        )
     print(f"wrote {len(rows)} pictures{'' if args.images else ' and sheet.png'} to {folder}", flush=True)
     if args.images or not args.tests:
         return
     called = np.flatnonzero((y == 1) & (p >= thr))
     if len(called) < 2:
-        raise common.InputError(f"{run}: fewer than two true positives on {args.split}: nothing to test the maps on")
+        raise common.InputError(
+            f"{run}: fewer than two true positives on {args.split}: nothing to test the maps on"
+        )
     chosen = np.sort(np.random.default_rng(0).choice(called, min(args.tests, len(called)), replace=False))
     report = faithfulness(model, prepare(pixels[chosen]), pixels[chosen], methods, args.layer)
-    common.write_json(folder / "explain.json", {"format": common.FORMAT, "synthetic": results["synthetic"], "split": args.split,
-                                                "checkpoint": calibration["checkpoint"], "layer": args.layer, **report})
+    common.write_json(
+        folder / "explain.json",
+        {
+            "format": common.FORMAT,
+            "synthetic": results["synthetic"],
+            "split": args.split,
+            "checkpoint": calibration["checkpoint"],
+            "layer": args.layer,
+            **report,
+        },
+    )
     for m in methods:
         r = report[m]
-        print(f"{METHODS[m]}: deletion minus random {r['deletion_minus_random']['mean']:+.3f}, insertion minus random "
-              f"{r['insertion_minus_random']['mean']:+.3f}; on the lungs {r['lung_share']['mean']:.2f} (area "
-              f"{r['lung_area']:.2f}), on the border {r['border_share']['mean']:.2f} (area {r['border_area']:.2f}); rank "
-              f"correlation after randomising the head {r['randomised'][0]['rank_correlation']:.2f}, everything "
-              f"{r['randomised'][-1]['rank_correlation']:.2f}")
+        print(
+            f"{METHODS[m]}: deletion minus random {r['deletion_minus_random']['mean']:+.3f}, insertion minus random "
+            f"{r['insertion_minus_random']['mean']:+.3f}; on the lungs {r['lung_share']['mean']:.2f} (area "
+            f"{r['lung_area']:.2f}), on the border {r['border_share']['mean']:.2f} (area {r['border_area']:.2f}); rank "
+            f"correlation after randomising the head {r['randomised'][0]['rank_correlation']:.2f}, everything "
+            f"{r['randomised'][-1]['rank_correlation']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Everywhere: `y_true` is an array [N] of 0 (NORMAL) and 1 (PNEUMONIA), `p1` an array [N] of scores in
 [0, 1], and an image is called positive iff p1 >= threshold. Errors are common.InputError, a ValueError.
 """
+
 import math
 
 import numpy as np
@@ -82,7 +83,11 @@ def summarize_at_threshold(y_true, p1, thr):
         "f1": 2 * tp / (2 * tp + fp + fn),
         "auroc": float(roc_auc_score(y, p)),
         "auprc": float(average_precision_score(y, p)),
-        "tp": tp, "fp": fp, "tn": tn, "fn": fn, "thr": float(thr),
+        "tp": tp,
+        "fp": fp,
+        "tn": tn,
+        "fn": fn,
+        "thr": float(thr),
     }
 
 
@@ -92,11 +97,14 @@ def _check_both_classes(y):
     if positives == 0:
         raise InputError("no positives among the labels: recall is undefined")
     if positives == len(y):
-        raise InputError("no negatives among the labels (one class only): specificity and AUROC are undefined")
+        raise InputError(
+            "no negatives among the labels (one class only): specificity and AUROC are undefined"
+        )
     return positives
 
 
 # ---------------------------------------------------------------- a recall floor that holds
+
 
 def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95, groups=None):
     """A threshold whose true recall is >= `min_recall` with probability >= `confidence` -> (thr, recall, precision).
@@ -132,15 +140,19 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
         order = np.argsort(codes, kind="stable")
         counts = np.bincount(codes)
         first = np.cumsum(counts) - counts
-        picks = first + (rng.random((201, len(counts))) * counts).astype(np.int64)  # one image a patient and draw
+        picks = first + (rng.random((201, len(counts))) * counts).astype(
+            np.int64
+        )  # one image a patient and draw
         draws = np.sort(scores[order[picks]], axis=1)
     n = draws.shape[1]
     tails = binom.cdf(np.arange(n), n, 1 - min_recall)  # index k - 1
     allowed = np.flatnonzero(tails <= 1 - confidence)
     if len(allowed) == 0:
         needed = math.ceil(math.log(1 - confidence) / math.log(min_recall) - 1e-9)
-        raise InputError(f"{n} independent positives cannot promise recall >= {min_recall:g} with confidence "
-                         f"{confidence:g}: at least {needed} are needed")
+        raise InputError(
+            f"{n} independent positives cannot promise recall >= {min_recall:g} with confidence "
+            f"{confidence:g}: at least {needed} are needed"
+        )
     chosen = np.sort(draws[:, allowed[-1]])
     thr = chosen[(len(chosen) - 1) // 2]
     called = p >= thr
@@ -150,20 +162,24 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
 
 # ---------------------------------------------------------------- intervals
 
+
 def wilson_interval(k, n, level=0.95):
     """Wilson (1927) score interval of a proportion k/n -> (lo, hi). InputError unless 0 <= k <= n, n >= 1."""
     _check_count(k, n, level)
     z = norm.ppf((1 + level) / 2)
     centre, spread = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return (0.0 if k == 0 else float(max(0, centre - spread))), (1.0 if k == n else float(min(1, centre + spread)))
+    return (0.0 if k == 0 else float(max(0, centre - spread))), (
+        1.0 if k == n else float(min(1, centre + spread))
+    )
 
 
 def clopper_pearson_interval(k, n, level=0.95):
     """Exact (conservative) interval of a proportion k/n -> (lo, hi). InputError unless 0 <= k <= n, n >= 1."""
     _check_count(k, n, level)
     tail = (1 - level) / 2
-    return (0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))), \
-           (1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k)))
+    return (0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))), (
+        1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
+    )
 
 
 def _check_count(k, n, level):
@@ -181,7 +197,9 @@ def _delong(y, scores):
     if min(m, n) < 2:
         raise InputError(f"DeLong needs two images of each class, got {m} positives and {n} negatives")
     rank_all = rankdata(np.concatenate([pos, neg], axis=1), axis=1)
-    v10 = (rank_all[:, :m] - rankdata(pos, axis=1)) / n  # share of negatives below each positive, ties one half
+    v10 = (
+        rank_all[:, :m] - rankdata(pos, axis=1)
+    ) / n  # share of negatives below each positive, ties one half
     v01 = 1 - (rank_all[:, m:] - rankdata(neg, axis=1)) / m
     return v10.mean(axis=1), np.atleast_2d(np.cov(v10)) / m + np.atleast_2d(np.cov(v01)) / n
 
@@ -270,7 +288,8 @@ def bootstrap_summary(y_true, p1, thr, weights):
             "specificity": 1 - fp / negatives,
             "f1": np.where(tp > 0, 2 * tp / (tp + fp + positives), 0.0),
             "auroc": (fp_step * (tp_curve - tp_step / 2)).sum(axis=1) / (positives * negatives),
-            "auprc": (tp_step * np.where(seen > 0, tp_curve / np.maximum(seen, 1), 0)).sum(axis=1) / positives,
+            "auprc": (tp_step * np.where(seen > 0, tp_curve / np.maximum(seen, 1), 0)).sum(axis=1)
+            / positives,
         }
     one_class = (positives == 0) | (negatives == 0)
     return {k: np.where(one_class, np.nan, v) for k, v in out.items()}
@@ -279,8 +298,10 @@ def bootstrap_summary(y_true, p1, thr, weights):
 def _percentiles(values, level):
     ok = values[np.isfinite(values)]
     if len(ok) * 2 < len(values) or len(ok) == 0:
-        raise InputError(f"{len(values) - len(ok)} of {len(values)} bootstrap draws are undefined (one class only): "
-                         "too few images or patients for an interval")
+        raise InputError(
+            f"{len(values) - len(ok)} of {len(values)} bootstrap draws are undefined (one class only): "
+            "too few images or patients for an interval"
+        )
     lo, hi = np.percentile(ok, [50 * (1 - level), 50 * (1 + level)])
     return float(lo), float(hi)
 
@@ -292,10 +313,16 @@ def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
     (patients) drawn n times, the only one that knows that images of one patient are alike."""
     row = summarize_at_threshold(y_true, p1, thr)
     tp, fp, tn, fn = (row[k] for k in ("tp", "fp", "tn", "fn"))
-    out = {name: {"bootstrap": list(_percentiles(values, level))} for name, values in
-           bootstrap_summary(y_true, p1, thr, bootstrap_weights(groups, n, seed)).items()}
-    for name, k, total in (("recall", tp, tp + fn), ("specificity", tn, tn + fp), ("precision", tp, tp + fp),
-                           ("acc", tp + tn, tp + tn + fp + fn)):
+    out = {
+        name: {"bootstrap": list(_percentiles(values, level))}
+        for name, values in bootstrap_summary(y_true, p1, thr, bootstrap_weights(groups, n, seed)).items()
+    }
+    for name, k, total in (
+        ("recall", tp, tp + fn),
+        ("specificity", tn, tn + fp),
+        ("precision", tp, tp + fp),
+        ("acc", tp + tn, tp + tn + fp + fn),
+    ):
         if total:
             out[name]["wilson"] = list(wilson_interval(k, total, level))
     out["auroc"]["delong"] = list(delong_interval(y_true, p1, level)[1:])
@@ -334,6 +361,7 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, leve
 
 # ---------------------------------------------------------------- probabilities
 
+
 def fit_temperature(logits, y_true):
     """The T > 0 that minimises the NLL of softmax(logits / T), logits [N, K] and labels [N] in 0..K-1
     (Guo et al. 2017, arXiv:1706.04599). Sought in [0.01, 100]; separable data end at 0.01.
@@ -352,8 +380,11 @@ def fit_temperature(logits, y_true):
     def loss(log_t):  # convex in 1/T, so one minimum in log T
         return -log_softmax(z * math.exp(-log_t), axis=1)[rows, y].mean()
 
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.01), math.log(100)), method="bounded",
-                                    options={"xatol": 1e-8}).x)
+    return math.exp(
+        minimize_scalar(
+            loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-8}
+        ).x
+    )
 
 
 def tempered(logits, temperature):
@@ -412,6 +443,7 @@ def net_benefit(y_true, p1, odds_thresholds):
 
 # ---------------------------------------------------------------- all of it
 
+
 def evaluate(scores, *, min_recall, confidence, strict, temperature, bootstrap, prevalence):
     """Thresholds from validation and every figure on both sides: the content of calibration.json.
 
@@ -431,8 +463,11 @@ def evaluate(scores, *, min_recall, confidence, strict, temperature, bootstrap, 
         scores[f"{name}_p1"] = tempered(scores[f"{name}_logits"], used)
     y, p = scores["val_labels"], scores["val_p1"]
     thresholds = {"at_0.5": 0.5, "at_rec": choose_threshold_by_min_recall(y, p, min_recall)[0]}
-    guarantee = {"confidence": confidence, "threshold": None,
-                 "positive_patients": len(np.unique(scores["val_patients"][y == 1]))}
+    guarantee = {
+        "confidence": confidence,
+        "threshold": None,
+        "positive_patients": len(np.unique(scores["val_patients"][y == 1])),
+    }
     try:
         thr, _, _ = choose_threshold_with_guarantee(y, p, min_recall, confidence, scores["val_patients"])
         thresholds["at_guaranteed"] = guarantee["threshold"] = thr
@@ -448,11 +483,21 @@ def evaluate(scores, *, min_recall, confidence, strict, temperature, bootstrap, 
             row = summarize_at_threshold(y, p, thr)
             row["interval"] = intervals_at_threshold(y, p, thr, patients, bootstrap)
             ppv, npv = predictive_values(row["recall"], row["specificity"], prevalence)
-            row["at_prevalence"] = {"prevalence": prevalence, "ppv": None if np.isnan(ppv) else ppv,
-                                    "npv": None if np.isnan(npv) else npv}
+            row["at_prevalence"] = {
+                "prevalence": prevalence,
+                "ppv": None if np.isnan(ppv) else ppv,
+                "npv": None if np.isnan(npv) else npv,
+            }
             summaries[name][point] = row
     if guarantee["threshold"] is not None:
         guarantee |= {name: {"at_guaranteed": summaries[name]["at_guaranteed"]} for name in summaries}
-    return {"min_recall": min_recall, "threshold": thresholds["at_rec"], **summaries,
-            "guarantee": guarantee, "temperature": fitted, "temperature_applied": temperature,
-            "probability": probability, "bootstrap": bootstrap}
+    return {
+        "min_recall": min_recall,
+        "threshold": thresholds["at_rec"],
+        **summaries,
+        "guarantee": guarantee,
+        "temperature": fitted,
+        "temperature_applied": temperature,
+        "probability": probability,
+        "bootstrap": bootstrap,
+    }

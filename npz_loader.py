@@ -5,6 +5,7 @@ recognised by their keys. Every array is loaded, resized, reset or dropped *by n
 missing, left over or misshapen is an InputError (a ValueError) that lists the names. Layout of the `.npz`:
 https://github.com/google-research/vision_transformer (`vit_jax/checkpoint.py`). Nothing is downloaded.
 """
+
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -23,17 +24,26 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DeiT
 
 _MHA = "MultiHeadDotProductAttention_1"
 _TOP = {  # ours -> Google's
-    "cls_token": "cls", "pos_embed": "Transformer/posembed_input/pos_embedding",
-    "patch_embed.proj.weight": "embedding/kernel", "patch_embed.proj.bias": "embedding/bias",
-    "norm.weight": "Transformer/encoder_norm/scale", "norm.bias": "Transformer/encoder_norm/bias",
-    "head.weight": "head/kernel", "head.bias": "head/bias",
+    "cls_token": "cls",
+    "pos_embed": "Transformer/posembed_input/pos_embedding",
+    "patch_embed.proj.weight": "embedding/kernel",
+    "patch_embed.proj.bias": "embedding/bias",
+    "norm.weight": "Transformer/encoder_norm/scale",
+    "norm.bias": "Transformer/encoder_norm/bias",
+    "head.weight": "head/kernel",
+    "head.bias": "head/bias",
 }
 _BLOCK = {
-    "norm1.weight": "LayerNorm_0/scale", "norm1.bias": "LayerNorm_0/bias",
-    "norm2.weight": "LayerNorm_2/scale", "norm2.bias": "LayerNorm_2/bias",
-    "attn.proj.weight": f"{_MHA}/out/kernel", "attn.proj.bias": f"{_MHA}/out/bias",
-    "mlp.fc1.weight": "MlpBlock_3/Dense_0/kernel", "mlp.fc1.bias": "MlpBlock_3/Dense_0/bias",
-    "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel", "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
+    "norm1.weight": "LayerNorm_0/scale",
+    "norm1.bias": "LayerNorm_0/bias",
+    "norm2.weight": "LayerNorm_2/scale",
+    "norm2.bias": "LayerNorm_2/bias",
+    "attn.proj.weight": f"{_MHA}/out/kernel",
+    "attn.proj.bias": f"{_MHA}/out/bias",
+    "mlp.fc1.weight": "MlpBlock_3/Dense_0/kernel",
+    "mlp.fc1.bias": "MlpBlock_3/Dense_0/bias",
+    "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel",
+    "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
 }
 _LAYER = r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\."  # transformers 4 and 5 name the blocks differently
 _HF = [  # Hugging Face -> ours, as (pattern, replacement)
@@ -45,10 +55,12 @@ _HF = [  # Hugging Face -> ours, as (pattern, replacement)
     (_LAYER + r"attention\.k_proj\.", r"blocks.\1.attn.key."),
     (_LAYER + r"attention\.v_proj\.", r"blocks.\1.attn.value."),
     (_LAYER + r"attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
-    (_LAYER + r"layernorm_before\.", r"blocks.\1.norm1."), (_LAYER + r"layernorm_after\.", r"blocks.\1.norm2."),
+    (_LAYER + r"layernorm_before\.", r"blocks.\1.norm1."),
+    (_LAYER + r"layernorm_after\.", r"blocks.\1.norm2."),
     (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
     (_LAYER + r"(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
-    (r"^(?:vit\.)?layernorm\.", "norm."), (r"^classifier\.", "head."),
+    (r"^(?:vit\.)?layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
     (r"^(?:vit\.)?pooler\.dense\.", "pre_logits."),
 ]
 
@@ -79,27 +91,42 @@ def load_npz(model, path):
         resized += ["pos_embed"] if changed else []
     missing = sorted(target.keys() - arrays.keys() - set(reset))
     extra = sorted(arrays.keys() - target.keys())
-    wrong = sorted(f"{n} is {tuple(arrays[n].shape)}, needs {tuple(target[n].shape)}"
-                   for n in target.keys() & arrays.keys() if arrays[n].shape != target[n].shape)
+    wrong = sorted(
+        f"{n} is {tuple(arrays[n].shape)}, needs {tuple(target[n].shape)}"
+        for n in target.keys() & arrays.keys()
+        if arrays[n].shape != target[n].shape
+    )
     if heads not in (None, model.config["num_heads"]):  # the fused shapes would not show it
         wrong.append(f"{heads} heads, the model has {model.config['num_heads']}")
     if missing or extra or wrong:
-        raise InputError(f"{path} does not fit the model: missing from the file [{', '.join(missing)}]; "
-                         f"not in the model [{', '.join(extra)}]; wrong shape [{'; '.join(wrong)}]")
+        raise InputError(
+            f"{path} does not fit the model: missing from the file [{', '.join(missing)}]; "
+            f"not in the model [{', '.join(extra)}]; wrong shape [{'; '.join(wrong)}]"
+        )
     with torch.no_grad():
         for name, value in arrays.items():
             target[name].copy_(value)
         if reset:
             torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
             torch.nn.init.zeros_(model.head.bias)
-    return dict(source=source, path=str(path), mean=list(mean), std=list(std), resized=resized, reset=reset,
-                loaded=sorted(arrays.keys() - set(resized)), dropped=sorted(dropped))
+    return dict(
+        source=source,
+        path=str(path),
+        mean=list(mean),
+        std=list(std),
+        resized=resized,
+        reset=reset,
+        loaded=sorted(arrays.keys() - set(resized)),
+        dropped=sorted(dropped),
+    )
 
 
 def describe(report):
     """The report of `load_npz` as one line."""
     parts = [f"{len(report['loaded'])} arrays loaded"]
-    parts += [f"{word} [{', '.join(report[word])}]" for word in ("resized", "reset", "dropped") if report[word]]
+    parts += [
+        f"{word} [{', '.join(report[word])}]" for word in ("resized", "reset", "dropped") if report[word]
+    ]
     return f"weights: {report['path']} ({report['source']}): " + ", ".join(parts)
 
 
@@ -120,7 +147,9 @@ def config_from_npz(path):
     heads = heads or known.get(dim, max(1, dim // 64))
     if patch != patch_w:
         raise InputError(f"{path}: patches of {patch}x{patch_w} are not square")
-    return dict(patch_size=patch, in_chans=chans, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=hidden / dim)
+    return dict(
+        patch_size=patch, in_chans=chans, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=hidden / dim
+    )
 
 
 def save_npz(model, path):
@@ -160,8 +189,10 @@ def _resize_pos_embed(pos, grid, path):
     """(1, 1 + n*n, D) -> (1, 1 + h*w, D), and whether it changed. The file's grid is square."""
     side = round(max(0, pos.shape[1] - 1) ** 0.5)
     if pos.shape[0] != 1 or side < 1 or side * side != pos.shape[1] - 1:
-        raise InputError(f"{path}: a position embedding of {pos.shape[1]} tokens, shape {tuple(pos.shape)}, is not "
-                         "[CLS] plus a square grid")
+        raise InputError(
+            f"{path}: a position embedding of {pos.shape[1]} tokens, shape {tuple(pos.shape)}, is not "
+            "[CLS] plus a square grid"
+        )
     if (side, side) == tuple(grid):
         return pos, False
     cells = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, n*n, D) -> (1, D, n, n)
@@ -181,9 +212,11 @@ def _read(path):
     """Any weights file -> _Weights."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"no weights at {path}. Fetch them once with:\n"
-                         f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"
-                         "  or copy the file there by hand, or name another with --weights PATH")
+        raise InputError(
+            f"no weights at {path}. Fetch them once with:\n"
+            f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"
+            "  or copy the file there by hand, or name another with --weights PATH"
+        )
     heads = None
     if path.suffix == ".npz":
         arrays, dropped, heads = _from_google(_read_npz(path), path)
@@ -207,8 +240,9 @@ def _read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (*DAMAGED, AttributeError) as error:
-        raise InputError(f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({error}). "
-                         "Fetch it again") from None
+        raise InputError(
+            f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({error}). Fetch it again"
+        ) from None
     if any("opt/target/" in name for name in arrays):  # a training checkpoint: weights and optimiser state
         arrays = {n.removeprefix("opt/target/"): a for n, a in arrays.items()}
     return arrays
@@ -218,11 +252,15 @@ def _from_google(arrays, path):
     """Google's arrays -> (ours, dropped names, heads)."""
     hybrid = [n for n in arrays if n.startswith(("conv_root", "gn_root", "block1/"))]
     if hybrid:
-        raise InputError(f"{path} is a ResNet hybrid (it has {hybrid[0]}); only plain ViT files fit: "
-                         "take one without an R in its name, such as ViT-B_16.npz")
+        raise InputError(
+            f"{path} is a ResNet hybrid (it has {hybrid[0]}); only plain ViT files fit: "
+            "take one without an R in its name, such as ViT-B_16.npz"
+        )
     if "embedding/kernel" not in arrays or "cls" not in arrays:
-        raise InputError(f"{path} is not a ViT in Google's layout: it lacks embedding/kernel or cls "
-                         f"(it has {', '.join(sorted(arrays)[:4]) or 'no arrays'})")
+        raise InputError(
+            f"{path} is not a ViT in Google's layout: it lacks embedding/kernel or cls "
+            f"(it has {', '.join(sorted(arrays)[:4]) or 'no arrays'})"
+        )
     dropped = [n for n in arrays if n.startswith(("pre_logits/", "opt/", "state/"))]
     rest = {n: a for n, a in arrays.items() if n not in dropped}
     wrong = [n for n, a in rest.items() if a.dtype.kind != "f"]
@@ -237,12 +275,21 @@ def _from_google(arrays, path):
             return None
         return torch.from_numpy(np.ascontiguousarray(rest.pop(name), dtype=np.float32))
 
-    shape = getattr(rest.get(f"Transformer/encoderblock_0/{_MHA}/query/kernel"), "shape", ())  # (D, heads, head_dim)
+    shape = getattr(
+        rest.get(f"Transformer/encoderblock_0/{_MHA}/query/kernel"), "shape", ()
+    )  # (D, heads, head_dim)
     wrong = []
     for name, array in rest.items():  # these are flattened below, which would hide a wrong order of axes
         part = name.split(f"{_MHA}/")[-1]
-        needed = {"out/kernel": (*shape[1:], *shape[:1]), "query/bias": shape[1:], "key/bias": shape[1:],
-                  "value/bias": shape[1:], "query/kernel": shape, "key/kernel": shape, "value/kernel": shape}.get(part)
+        needed = {
+            "out/kernel": (*shape[1:], *shape[:1]),
+            "query/bias": shape[1:],
+            "key/bias": shape[1:],
+            "value/bias": shape[1:],
+            "query/kernel": shape,
+            "key/kernel": shape,
+            "value/kernel": shape,
+        }.get(part)
         if shape and needed is not None and (array.shape != needed or len(shape) != 3):
             wrong.append(f"{name} is {array.shape}, needs {needed}")
     if wrong:
@@ -263,7 +310,9 @@ def _from_google(arrays, path):
         out[name] = value.contiguous()
     for i in range(depth):
         for kind, ours in (("kernel", "weight"), ("bias", "bias")):
-            keys = [f"Transformer/encoderblock_{i}/{_MHA}/{part}/{kind}" for part in ("query", "key", "value")]
+            keys = [
+                f"Transformer/encoderblock_{i}/{_MHA}/{part}/{kind}" for part in ("query", "key", "value")
+            ]
             parts = [take(key) for key in keys]
             if any(part is None for part in parts):
                 continue
@@ -274,8 +323,10 @@ def _from_google(arrays, path):
                 fused = torch.cat([p.flatten() for p in parts])
             out[f"blocks.{i}.attn.qkv.{ours}"] = fused
     if missing or rest or len(heads) != 1:
-        raise InputError(f"{path} is not a complete plain ViT: missing [{', '.join(missing)}]; "
-                         f"left over [{', '.join(sorted(rest))}]; {depth} blocks of {sorted(heads)} heads")
+        raise InputError(
+            f"{path} is not a complete plain ViT: missing [{', '.join(missing)}]; "
+            f"left over [{', '.join(sorted(rest))}]; {depth} blocks of {sorted(heads)} heads"
+        )
     return out, dropped, heads.pop()
 
 
@@ -297,7 +348,9 @@ def _read_torch(path):
     state = state["model"] if wrapped else state
     wrong = [str(n) for n, v in state.items() if not isinstance(v, torch.Tensor)]
     if wrong or not state:
-        raise InputError(f"{path} is not a state dict: {', '.join(wrong[:4]) or 'nothing'} in it is no tensor")
+        raise InputError(
+            f"{path} is not a state dict: {', '.join(wrong[:4]) or 'nothing'} in it is no tensor"
+        )
     return {n: v.float() for n, v in state.items()}, wrapped
 
 

@@ -12,6 +12,7 @@ is scored all the same. Memory does not grow with the number of files.
 
 writes an ONNX file instead (needs onnx, onnxscript and onnxruntime), checked against PyTorch. Not a medical device.
 """
+
 import csv
 import glob
 import itertools
@@ -69,7 +70,14 @@ def open_dicom(path):
     try:
         file = pydicom.dcmread(path)
         stored = file.pixel_array
-    except (InvalidDicomError, AttributeError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+    except (
+        InvalidDicomError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+        KeyError,
+    ) as error:
         raise OSError(f"DICOM not readable: {' '.join(str(error).split())[:200]}") from None
     if stored.ndim == 3 and file.get("SamplesPerPixel", 1) == 3:
         return Image.fromarray(stored.astype(np.uint8)).convert("L")
@@ -131,7 +139,9 @@ class Scorer:
             self.views = data.tta_views(**calibration["tta"]) if tta else None
             self.results["input_range"], self.results["split"]["original_size"]
         except (KeyError, TypeError) as error:
-            raise common.InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
+            raise common.InputError(
+                f"{run}: results.json or its calibration is incomplete ({error!r})"
+            ) from None
         self.device, self.classes = device, self.config.classes
         self.amp = engine.trained_precision(self.results, device)
         self.model.to(device)
@@ -140,19 +150,29 @@ class Scorer:
     def scores(self, images):
         """uint8 [B, S, S] -> P(PNEUMONIA), float64 [B]."""
         x = data.normalise(torch.from_numpy(images).to(self.device), self.config.normalise)
-        logits = engine.forward(self.model, x, mean=self.results["mean"], std=self.results["std"], amp=self.amp,
-                                views=self.views)
+        logits = engine.forward(
+            self.model, x, mean=self.results["mean"], std=self.results["std"], amp=self.amp, views=self.views
+        )
         scores = metrics.tempered(logits.cpu().numpy(), self.temperature)
         if not np.isfinite(scores).all():
-            raise common.InputError("the model gives NaN scores: its checkpoint is damaged, or its precision too low")
+            raise common.InputError(
+                "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
+            )
         return scores
 
     def rows(self, paths, batch_size):
         """Yield a dict of COLUMNS for every path, in order; unreadable files have None for scores and decisions."""
+
         def read(path):
             try:
                 return load_image(path, self.config)
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+            except (
+                OSError,
+                UnidentifiedImageError,
+                Image.DecompressionBombError,
+                ValueError,
+                SyntaxError,
+            ) as error:
                 return f"unreadable: {error}"
 
         paths = iter(paths)
@@ -170,8 +190,18 @@ class Scorer:
                         yield dict(zip(COLUMNS, (name, None, None, None, image)))
                         continue
                     p = float(next(scores))
-                    yield dict(zip(COLUMNS, (name, p, self.classes[p >= 0.5], self.classes[p >= self.threshold],
-                                             unlike(*image, self.results))))
+                    yield dict(
+                        zip(
+                            COLUMNS,
+                            (
+                                name,
+                                p,
+                                self.classes[p >= 0.5],
+                                self.classes[p >= self.threshold],
+                                unlike(*image, self.results),
+                            ),
+                        )
+                    )
 
 
 class Exported(torch.nn.Module):
@@ -193,30 +223,55 @@ def export(scorer, run, path):
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise common.InputError(f"--export needs packages that are not here ({error.name}): "
-                                "pip install onnx onnxscript onnxruntime") from None
+        raise common.InputError(
+            f"--export needs packages that are not here ({error.name}): "
+            "pip install onnx onnxscript onnxruntime"
+        ) from None
     size, results = scorer.config.img_size, scorer.results
     model = Exported(scorer.model.cpu().float(), results["mean"], results["std"], scorer.temperature).eval()
     probe = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
     with common.atomic_path(path) as tmp:
-        torch.onnx.export(model, (probe,), tmp, input_names=["image"], output_names=["p_pneumonia"], dynamo=True,
-                          dynamic_shapes={"image": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False)
+        torch.onnx.export(
+            model,
+            (probe,),
+            tmp,
+            input_names=["image"],
+            output_names=["p_pneumonia"],
+            dynamo=True,
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            external_data=False,
+            verbose=False,
+        )
         graph = onnx.load(tmp)
-        onnx.helper.set_model_props(graph, {
-            "run": str(run), "model": results["model"], "classes": json.dumps(scorer.classes),
-            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; files: {scorer.config.resize} to {size} px, "
-                     f"then data.normalise(..., {scorer.config.normalise!r})",
-            "mean": json.dumps(results["mean"]), "std": json.dumps(results["std"]), "scaling": "inside the graph",
-            "normalise": scorer.config.normalise,
-            "temperature": repr(scorer.temperature), "threshold@0.5": "0.5", "threshold@Rec": repr(scorer.threshold),
-            "synthetic": json.dumps(results["synthetic"])})
+        onnx.helper.set_model_props(
+            graph,
+            {
+                "run": str(run),
+                "model": results["model"],
+                "classes": json.dumps(scorer.classes),
+                "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; files: {scorer.config.resize} to {size} px, "
+                f"then data.normalise(..., {scorer.config.normalise!r})",
+                "mean": json.dumps(results["mean"]),
+                "std": json.dumps(results["std"]),
+                "scaling": "inside the graph",
+                "normalise": scorer.config.normalise,
+                "temperature": repr(scorer.temperature),
+                "threshold@0.5": "0.5",
+                "threshold@Rec": repr(scorer.threshold),
+                "synthetic": json.dumps(results["synthetic"]),
+            },
+        )
         onnx.save(graph, tmp)
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
         with torch.inference_mode():
-            worst = max(float(np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max())
-                        for x in (probe, probe[:1]))
+            worst = max(
+                float(np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max())
+                for x in (probe, probe[:1])
+            )
         if not worst <= 1e-4:
-            raise common.InputError(f"the exported model differs from PyTorch by {worst:.1e}: nothing was written")
+            raise common.InputError(
+                f"the exported model differs from PyTorch by {worst:.1e}: nothing was written"
+            )
     print(f"wrote {path}: differs from PyTorch by at most {worst:.1e} in probability")
 
 
@@ -225,9 +280,13 @@ def parse():
     parser = common.parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="files, folders or globs")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation, as calibrated with calibrate.py --tta")
+    parser.add_argument(
+        "--tta", action="store_true", help="test-time augmentation, as calibrated with calibrate.py --tta"
+    )
     parser.add_argument("--jsonl", action="store_true", help="JSON lines instead of CSV")
-    parser.add_argument("--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring")
+    parser.add_argument(
+        "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
+    )
     parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 Expected values come from brute force, closed form, counts by hand, or an independent library (timm, scipy,
 scikit-learn, torchvision, PIL), never from recorded output. Tests on real files skip where ../shared is absent.
 """
+
 import csv
 import importlib
 import io
@@ -25,7 +26,9 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis")))  # not the repo
+os.environ.setdefault(
+    "HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis"))
+)  # not the repo
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -62,6 +65,7 @@ CPU = torch.device("cpu")
 
 
 # ================================================================ helpers
+
 
 def cli(script, *argv, cwd):
     """Run a script's main() in this process, as its command line would -> (code, out, err)."""
@@ -100,8 +104,9 @@ def popen(*argv, cwd):
     """A real process of this interpreter, stdout piped, stderr in cwd/stderr.txt."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
     with open(Path(cwd, "stderr.txt"), "w") as err:
-        return subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=err,
-                                text=True)
+        return subprocess.Popen(
+            [sys.executable, *map(str, argv)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=err, text=True
+        )
 
 
 def read_json(*parts):
@@ -169,9 +174,20 @@ def own_runs(runs, tmp_path):
 
 # ================================================================ vit
 
-@pytest.mark.parametrize("name, classes, count", [
-    ("scratch", 2, 4_987_138), ("ti16", 2, 5_524_802), ("ti16", 1000, 5_717_416), ("s16", 2, 21_666_434),
-    ("b16", 2, 85_800_194), ("b16", 1000, 86_567_656), ("b32", 2, 87_456_770), ("l16", 2, 303_303_682)])
+
+@pytest.mark.parametrize(
+    "name, classes, count",
+    [
+        ("scratch", 2, 4_987_138),
+        ("ti16", 2, 5_524_802),
+        ("ti16", 1000, 5_717_416),
+        ("s16", 2, 21_666_434),
+        ("b16", 2, 85_800_194),
+        ("b16", 1000, 86_567_656),
+        ("b32", 2, 87_456_770),
+        ("l16", 2, 303_303_682),
+    ],
+)
 def test_parameter_counts(name, classes, count):
     with torch.device("meta"):
         model = vit.build_vit(name, num_classes=classes)
@@ -181,7 +197,9 @@ def test_parameter_counts(name, classes, count):
 def small_vit(**changes):
     """A ViT of a few thousand parameters for 16 px images, in eval mode."""
     torch.manual_seed(0)
-    settings = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, drop_rate=0.0, drop_path_rate=0.0)
+    settings = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, drop_rate=0.0, drop_path_rate=0.0
+    )
     return vit.VisionTransformer(**{**settings, **changes}).eval()
 
 
@@ -197,7 +215,12 @@ def randomise(model, seed=0):
 def test_initial_values():
     model = vit.build_vit("scratch")
     state = dict(model.named_parameters())
-    for name in ("blocks.0.attn.qkv.weight", "blocks.5.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed"):
+    for name in (
+        "blocks.0.attn.qkv.weight",
+        "blocks.5.mlp.fc1.weight",
+        "patch_embed.proj.weight",
+        "pos_embed",
+    ):
         assert state[name].std().item() == pytest.approx(0.02, rel=0.03), name
         assert state[name].abs().max() <= 2.0
     for name, p in state.items():
@@ -246,7 +269,9 @@ def test_attention_by_hand():
     for h in (slice(0, 3), slice(3, 6)):
         scores = q[:, h] @ k[:, h].T / math.sqrt(3)
         heads.append(scipy.special.softmax(scores, axis=1) @ v[:, h])
-    expected = np.hstack(heads) @ layer.proj.weight.detach().double().numpy().T + layer.proj.bias.detach().numpy()
+    expected = (
+        np.hstack(heads) @ layer.proj.weight.detach().double().numpy().T + layer.proj.bias.detach().numpy()
+    )
     with torch.no_grad():
         assert np.allclose(layer(torch.from_numpy(x).float()).numpy()[0], expected, atol=1e-5)
 
@@ -327,7 +352,9 @@ def test_dropout(p, dtype):
     layer = vit.Dropout(p).train()
     p = round(p * 256) / 256
     torch.manual_seed(0)
-    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)  # an odd count: the last random word is used in part
+    x = torch.ones(
+        301, 999, dtype=dtype, requires_grad=True
+    )  # an odd count: the last random word is used in part
     y = layer(x)
     n = x.numel()
     kept = y.detach() != 0
@@ -355,23 +382,29 @@ def test_other_image_sizes(size, tokens):
         assert model.pos_embed.shape[1] == tokens
         patches = model.patch_embed(x)
         # The last patch is the lower right corner, in row-major order.
-        corner = (model.patch_embed.proj.weight * x[:, :, -16:, -16:]).sum((1, 2, 3)) + model.patch_embed.proj.bias
+        corner = (model.patch_embed.proj.weight * x[:, :, -16:, -16:]).sum(
+            (1, 2, 3)
+        ) + model.patch_embed.proj.bias
     assert torch.allclose(patches[0, -1], corner, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: vit.build_vit("scratch", img_size=225),
-    lambda: vit.build_vit("scratch", img_size=(224, 100)),
-    lambda: vit.build_vit("scratch", img_size=8),
-    lambda: vit.build_vit("scratch", img_size=0),
-    lambda: vit.build_vit("scratch", num_heads=7),
-    lambda: vit.build_vit("scratch", num_classes=0),
-    lambda: vit.build_vit("resnet50"),
-    lambda: vit.build_model({"kind": "forest"}),
-    lambda: vit.build_model({}),
-    lambda: small_vit()(torch.zeros(1, 3, 16, 20)),
-    lambda: small_vit()(torch.zeros(1, 1, 16, 16)),
-    lambda: small_vit()(torch.zeros(3, 16, 16))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: vit.build_vit("scratch", img_size=225),
+        lambda: vit.build_vit("scratch", img_size=(224, 100)),
+        lambda: vit.build_vit("scratch", img_size=8),
+        lambda: vit.build_vit("scratch", img_size=0),
+        lambda: vit.build_vit("scratch", num_heads=7),
+        lambda: vit.build_vit("scratch", num_classes=0),
+        lambda: vit.build_vit("resnet50"),
+        lambda: vit.build_model({"kind": "forest"}),
+        lambda: vit.build_model({}),
+        lambda: small_vit()(torch.zeros(1, 3, 16, 20)),
+        lambda: small_vit()(torch.zeros(1, 1, 16, 16)),
+        lambda: small_vit()(torch.zeros(3, 16, 16)),
+    ],
+)
 def test_vit_errors(make):
     with pytest.raises(InputError):
         make()
@@ -398,18 +431,25 @@ def test_pixel_linear_by_hand():
 
 # ================================================================ npz_loader
 
+
 def google_arrays(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2, hidden=None, seed=0):
     """Random arrays in the layout of Google's checkpoints, all distinct, with outputs of order 1."""
     rng = np.random.default_rng(seed)
     hidden = hidden or 4 * dim
 
     def draw(*shape, scale=1.0, centre=0.0):
-        return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(centre))
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(centre)
 
-    w = {"cls": draw(1, 1, dim), "Transformer/posembed_input/pos_embedding": draw(1, 1 + grid * grid, dim),
-         "embedding/kernel": draw(patch, patch, 3, dim, scale=(3 * patch * patch) ** -0.5), "embedding/bias": draw(dim),
-         "Transformer/encoder_norm/scale": draw(dim, scale=0.2, centre=1), "Transformer/encoder_norm/bias": draw(dim),
-         "head/kernel": draw(dim, classes, scale=dim ** -0.5), "head/bias": draw(classes)}
+    w = {
+        "cls": draw(1, 1, dim),
+        "Transformer/posembed_input/pos_embedding": draw(1, 1 + grid * grid, dim),
+        "embedding/kernel": draw(patch, patch, 3, dim, scale=(3 * patch * patch) ** -0.5),
+        "embedding/bias": draw(dim),
+        "Transformer/encoder_norm/scale": draw(dim, scale=0.2, centre=1),
+        "Transformer/encoder_norm/bias": draw(dim),
+        "head/kernel": draw(dim, classes, scale=dim**-0.5),
+        "head/bias": draw(classes),
+    }
     for i in range(depth):
         block = f"Transformer/encoderblock_{i}/"
         for norm in ("LayerNorm_0", "LayerNorm_2"):
@@ -417,19 +457,20 @@ def google_arrays(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2, hidden=N
             w[f"{block}{norm}/bias"] = draw(dim, scale=0.2)
         attention = f"{block}MultiHeadDotProductAttention_1/"
         for part in ("query", "key", "value"):
-            w[f"{attention}{part}/kernel"] = draw(dim, heads, dim // heads, scale=dim ** -0.5)
+            w[f"{attention}{part}/kernel"] = draw(dim, heads, dim // heads, scale=dim**-0.5)
             w[f"{attention}{part}/bias"] = draw(heads, dim // heads, scale=0.2)
-        w[f"{attention}out/kernel"] = draw(heads, dim // heads, dim, scale=dim ** -0.5)
+        w[f"{attention}out/kernel"] = draw(heads, dim // heads, dim, scale=dim**-0.5)
         w[f"{attention}out/bias"] = draw(dim, scale=0.2)
-        w[f"{block}MlpBlock_3/Dense_0/kernel"] = draw(dim, hidden, scale=dim ** -0.5)
+        w[f"{block}MlpBlock_3/Dense_0/kernel"] = draw(dim, hidden, scale=dim**-0.5)
         w[f"{block}MlpBlock_3/Dense_0/bias"] = draw(hidden, scale=0.2)
-        w[f"{block}MlpBlock_3/Dense_1/kernel"] = draw(hidden, dim, scale=hidden ** -0.5)
+        w[f"{block}MlpBlock_3/Dense_1/kernel"] = draw(hidden, dim, scale=hidden**-0.5)
         w[f"{block}MlpBlock_3/Dense_1/bias"] = draw(dim, scale=0.2)
     return w
 
 
 def flax_forward(w, images):
     """The Flax model written out in NumPy over Google's arrays: images [B, H, W, 3] -> logits [B, K]."""
+
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w[f"{name}/scale"] + w[f"{name}/bias"]
@@ -447,9 +488,13 @@ def flax_forward(w, images):
         block = f"Transformer/encoderblock_{i}"
         attention = f"{block}/MultiHeadDotProductAttention_1"
         y = norm(x, f"{block}/LayerNorm_0")
-        q, k, v = (einsum("bnd,dhk->bnhk", y, w[f"{attention}/{part}/kernel"]) + w[f"{attention}/{part}/bias"]
-                   for part in ("query", "key", "value"))
-        weights = scipy.special.softmax(einsum("bqhk,bnhk->bhqn", q, k) / np.sqrt(np.float32(q.shape[-1])), axis=-1)
+        q, k, v = (
+            einsum("bnd,dhk->bnhk", y, w[f"{attention}/{part}/kernel"]) + w[f"{attention}/{part}/bias"]
+            for part in ("query", "key", "value")
+        )
+        weights = scipy.special.softmax(
+            einsum("bqhk,bnhk->bhqn", q, k) / np.sqrt(np.float32(q.shape[-1])), axis=-1
+        )
         y = einsum("bhqn,bnhk->bqhk", weights, v)
         x = x + einsum("bqhk,hkd->bqd", y, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
         y = norm(x, f"{block}/LayerNorm_2")
@@ -463,13 +508,25 @@ def vit_for(arrays_settings=None, **changes):
     """A fresh model for `google_arrays()` of the given settings."""
     s = {**dict(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2), **(arrays_settings or {})}
     torch.manual_seed(5)
-    return vit.VisionTransformer(**{**dict(img_size=s["grid"] * s["patch"], patch_size=s["patch"], embed_dim=s["dim"],
-                                           depth=s["depth"], num_heads=s["heads"], num_classes=s["classes"]),
-                                    **changes}).eval()
+    return vit.VisionTransformer(
+        **{
+            **dict(
+                img_size=s["grid"] * s["patch"],
+                patch_size=s["patch"],
+                embed_dim=s["dim"],
+                depth=s["depth"],
+                num_heads=s["heads"],
+                num_classes=s["classes"],
+            ),
+            **changes,
+        }
+    ).eval()
 
 
-@pytest.mark.parametrize("ours, theirs, dim, heads, batch", [
-    ("ti16", "vit_tiny_patch16_224", 192, 3, 2), ("b16", "vit_base_patch16_224", 768, 12, 1)])
+@pytest.mark.parametrize(
+    "ours, theirs, dim, heads, batch",
+    [("ti16", "vit_tiny_patch16_224", 192, 3, 2), ("b16", "vit_base_patch16_224", 768, 12, 1)],
+)
 def test_npz_logits_against_timm_and_numpy(tmp_path, ours, theirs, dim, heads, batch):
     """A whole checkpoint: our loader = timm's loader = the Flax definition; then saved back, the same arrays."""
     w = google_arrays(dim=dim, depth=12, heads=heads, patch=16, grid=14, classes=7)
@@ -519,13 +576,17 @@ def test_npz_prefix_pre_logits_and_21843_classes(tmp_path):
     plain = google_arrays(classes=21843)
     extras = {"pre_logits/kernel": np.ones((12, 12), np.float32), "pre_logits/bias": np.ones(12, np.float32)}
     full = {f"opt/target/{n}": a for n, a in (w | extras).items()}
-    full |= {"opt/state/step": np.array(7), "opt/state/param_states/cls/momentum": np.ones((1, 1, 12), np.float32)}
+    full |= {
+        "opt/state/step": np.array(7),
+        "opt/state/param_states/cls/momentum": np.ones((1, 1, 12), np.float32),
+    }
     np.savez(tmp_path / "w.npz", **full)
     model = vit_for()
     report = npz_loader.load_npz(model, tmp_path / "w.npz")
     assert sorted(report["reset"]) == ["head.bias", "head.weight"]
-    assert sorted(report["dropped"]) == sorted(["head.bias", "head.weight", *extras, "opt/state/step",
-                                                "opt/state/param_states/cls/momentum"])
+    assert sorted(report["dropped"]) == sorted(
+        ["head.bias", "head.weight", *extras, "opt/state/step", "opt/state/param_states/cls/momentum"]
+    )
     assert sorted(report["loaded"] + report["reset"]) == sorted(model.state_dict())
     assert not model.head.bias.any() and 0 < model.head.weight.abs().max() < 0.1
     reference = vit_for(dict(classes=21843))
@@ -620,7 +681,7 @@ def _bad_npz(path, change):
     elif change == "compressed and damaged":
         np.savez_compressed(path, **w)
         raw = bytearray(path.read_bytes())
-        raw[len(raw) // 2: len(raw) // 2 + 40] = bytes(40)
+        raw[len(raw) // 2 : len(raw) // 2 + 40] = bytes(40)
         path.write_bytes(raw)
         return
     elif change == "hybrid":
@@ -660,16 +721,35 @@ def _bad_npz(path, change):
     np.savez(path, **w)
 
 
-@pytest.mark.parametrize("change, words", [
-    ("absent", ["curl", npz_loader.DOWNLOAD, npz_loader.DEFAULT_PATH]), ("truncated", ["truncated"]),
-    ("text", ["damaged"]), ("empty", ["damaged"]), ("pickle", ["pickled"]), ("object arrays", ["pickled"]),
-    ("compressed and damaged", ["damaged"]), ("hybrid", ["hybrid", "conv_root"]), ("nothing of a ViT", ["weights"]),
-    ("array missing", ["encoderblock_1/MlpBlock_3/Dense_0/bias"]), ("key missing", ["encoderblock_1", "key/kernel"]),
-    ("block missing", ["encoderblock_0"]), ("head bias missing", ["head"]), ("misshapen", ["blocks.1.mlp.fc2.weight"]),
-    ("transposed", ["blocks.1.mlp.fc2.weight"]), ("extra", ["encoderblock_1/LayerNorm_9/scale"]),
-    ("integers", ["embedding/bias"]), ("NaN", ["blocks.1.attn.proj.bias"]), ("infinite", ["blocks.1.attn.qkv.bias"]),
-    ("heads", ["4 heads", "has 3"]), ("heads of one block", ["heads"]), ("width", ["blocks.0.norm1.weight"]),
-    ("depth", ["blocks.2"]), ("position grid", ["7 tokens"])])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("absent", ["curl", npz_loader.DOWNLOAD, npz_loader.DEFAULT_PATH]),
+        ("truncated", ["truncated"]),
+        ("text", ["damaged"]),
+        ("empty", ["damaged"]),
+        ("pickle", ["pickled"]),
+        ("object arrays", ["pickled"]),
+        ("compressed and damaged", ["damaged"]),
+        ("hybrid", ["hybrid", "conv_root"]),
+        ("nothing of a ViT", ["weights"]),
+        ("array missing", ["encoderblock_1/MlpBlock_3/Dense_0/bias"]),
+        ("key missing", ["encoderblock_1", "key/kernel"]),
+        ("block missing", ["encoderblock_0"]),
+        ("head bias missing", ["head"]),
+        ("misshapen", ["blocks.1.mlp.fc2.weight"]),
+        ("transposed", ["blocks.1.mlp.fc2.weight"]),
+        ("extra", ["encoderblock_1/LayerNorm_9/scale"]),
+        ("integers", ["embedding/bias"]),
+        ("NaN", ["blocks.1.attn.proj.bias"]),
+        ("infinite", ["blocks.1.attn.qkv.bias"]),
+        ("heads", ["4 heads", "has 3"]),
+        ("heads of one block", ["heads"]),
+        ("width", ["blocks.0.norm1.weight"]),
+        ("depth", ["blocks.2"]),
+        ("position grid", ["7 tokens"]),
+    ],
+)
 def test_bad_npz(tmp_path, change, words):
     path = tmp_path / "w.npz"
     if change != "absent":
@@ -694,8 +774,13 @@ def test_npz_every_array_misshapen(tmp_path, img_size):
     for name, array in w.items():
         if name.startswith("head/"):  # a head of another shape is reset by design
             continue
-        changes = {"cut": array[..., :-1], "repeated": np.concatenate([array, array]), "leading axis": array[None],
-                   "flat": array.ravel(), "reversed axes": array.T}
+        changes = {
+            "cut": array[..., :-1],
+            "repeated": np.concatenate([array, array]),
+            "leading axis": array[None],
+            "flat": array.ravel(),
+            "reversed axes": array.T,
+        }
         if array.ndim > 1:
             changes["swapped axes"] = np.swapaxes(array, 0, 1)
         for what, wrong in changes.items():
@@ -753,15 +838,23 @@ def hugging_face_names(state):
             continue
         if name.startswith("blocks."):
             _, block, rest = name.split(".", 2)
-            for ours, theirs in (("attn.proj", "attention.output.dense"), ("norm1", "layernorm_before"),
-                                 ("norm2", "layernorm_after"), ("mlp.fc1", "intermediate.dense"),
-                                 ("mlp.fc2", "output.dense")):
+            for ours, theirs in (
+                ("attn.proj", "attention.output.dense"),
+                ("norm1", "layernorm_before"),
+                ("norm2", "layernorm_after"),
+                ("mlp.fc1", "intermediate.dense"),
+                ("mlp.fc2", "output.dense"),
+            ):
                 rest = rest.replace(ours, theirs)
             out[f"vit.encoder.layer.{block}.{rest}"] = value.clone()
             continue
-        for ours, theirs in (("cls_token", "vit.embeddings.cls_token"), ("head.", "classifier."),
-                             ("pos_embed", "vit.embeddings.position_embeddings"), ("norm.", "vit.layernorm."),
-                             ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection.")):
+        for ours, theirs in (
+            ("cls_token", "vit.embeddings.cls_token"),
+            ("head.", "classifier."),
+            ("pos_embed", "vit.embeddings.position_embeddings"),
+            ("norm.", "vit.layernorm."),
+            ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
+        ):
             if name.startswith(ours):
                 out[theirs + name.removeprefix(ours)] = value.clone()
     return out
@@ -774,7 +867,9 @@ def test_torch_state_dicts(tmp_path, form):
     state = {n: v.clone() for n, v in donor.state_dict().items()}
     if "Hugging Face" in form:
         state = hugging_face_names(state)
-        assert len(state) == len(donor.state_dict()) + 2 * 2 * 2  # two blocks, weight and bias, two more names
+        assert (
+            len(state) == len(donor.state_dict()) + 2 * 2 * 2
+        )  # two blocks, weight and bias, two more names
     if form.startswith("safetensors"):
         path = tmp_path / "w.safetensors"
         pytest.importorskip("safetensors.torch").save_file(state, path)
@@ -786,8 +881,16 @@ def test_torch_state_dicts(tmp_path, form):
     assert sorted(report["loaded"]) == sorted(model.state_dict())
     imagenet = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert (report["mean"], report["std"]) == (imagenet if form == "DeiT" else ([0.5] * 3, [0.5] * 3))
-    assert report["source"].split()[0] in {"DeiT": "DeiT", "Hugging Face": "Hugging", "timm": "timm",
-                                           "safetensors": "timm", "safetensors Hugging Face": "Hugging"}[form]
+    assert (
+        report["source"].split()[0]
+        in {
+            "DeiT": "DeiT",
+            "Hugging Face": "Hugging",
+            "timm": "timm",
+            "safetensors": "timm",
+            "safetensors Hugging Face": "Hugging",
+        }[form]
+    )
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(model(x), donor(x), atol=1e-5)
@@ -795,8 +898,15 @@ def test_torch_state_dicts(tmp_path, form):
 
 def test_real_hugging_face_model(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
-                                    image_size=32, num_labels=2, layer_norm_eps=1e-6)
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=32,
+        num_labels=2,
+        layer_norm_eps=1e-6,
+    )
     donor = randomise(transformers.ViTForImageClassification(config)).eval()
     torch.save(donor.state_dict(), tmp_path / "w.bin")
     model = vit_for(dict(dim=24, patch=16))
@@ -806,7 +916,9 @@ def test_real_hugging_face_model(tmp_path):
         assert torch.allclose(model(x), donor(x).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["name", "missing", "shape", "query", "NaN", "not tensors", "code", "text", "empty"])
+@pytest.mark.parametrize(
+    "what", ["name", "missing", "shape", "query", "NaN", "not tensors", "code", "text", "empty"]
+)
 def test_bad_torch_state_dict(tmp_path, what):
     model = vit_for()
     state = {n: v.clone() for n, v in randomise(vit_for()).state_dict().items()}
@@ -831,8 +943,13 @@ def test_bad_torch_state_dict(tmp_path, what):
         path.write_text("hello" if what == "text" else "")
     else:
         torch.save(state, path)
-    words = {"name": "blocks.0.ls1.gamma", "missing": "norm.bias", "shape": "norm.bias", "query": "query.bias",
-             "NaN": "cls_token"}
+    words = {
+        "name": "blocks.0.ls1.gamma",
+        "missing": "norm.bias",
+        "shape": "norm.bias",
+        "query": "query.bias",
+        "NaN": "cls_token",
+    }
     with pytest.raises(InputError, match=re.escape(words.get(what, "w.pth"))):
         npz_loader.load_npz(model, path)
     assert same_tensors(model.state_dict(), before) and not (tmp_path / "executed").exists()
@@ -861,19 +978,35 @@ def test_real_weights_against_timm():
 
 # ================================================================ data: names, files, split
 
-@pytest.mark.parametrize("name, patient", [
-    ("person1000_bacteria_2931.jpeg", "person1000"), ("person1000_virus_1681.jpeg", "person1000"),
-    ("person10_virus_35.jpeg", "person10"), ("IM-0115-0001.jpeg", "IM-0115"), ("IM-0011-0001-0002.jpeg", "IM-0011"),
-    ("NORMAL2-IM-0587-0001-0002.jpeg", "NORMAL2-IM-0587"), ("NORMAL2-IM-0115-0001.jpeg", "NORMAL2-IM-0115"),
-    ("train/NORMAL/IM-0115-0001.jpeg", "IM-0115")])
+
+@pytest.mark.parametrize(
+    "name, patient",
+    [
+        ("person1000_bacteria_2931.jpeg", "person1000"),
+        ("person1000_virus_1681.jpeg", "person1000"),
+        ("person10_virus_35.jpeg", "person10"),
+        ("IM-0115-0001.jpeg", "IM-0115"),
+        ("IM-0011-0001-0002.jpeg", "IM-0011"),
+        ("NORMAL2-IM-0587-0001-0002.jpeg", "NORMAL2-IM-0587"),
+        ("NORMAL2-IM-0115-0001.jpeg", "NORMAL2-IM-0115"),
+        ("train/NORMAL/IM-0115-0001.jpeg", "IM-0115"),
+    ],
+)
 def test_patient_id(name, patient):
     assert data.patient_id(name) == patient
 
 
 def test_any_other_name_is_a_patient_of_its_own():
     """Numbered files are common: 1.png of one class folder is not the child of 1.png of the other."""
-    names = ["train/NORMAL/1.png", "train/PNEUMONIA/1.png", "train/NORMAL/2.png", "train/NORMAL/a_1.png",
-             "train/NORMAL/a_2.png", "train/NORMAL/person.png", "train/NORMAL/IM.png"]
+    names = [
+        "train/NORMAL/1.png",
+        "train/PNEUMONIA/1.png",
+        "train/NORMAL/2.png",
+        "train/NORMAL/a_1.png",
+        "train/NORMAL/a_2.png",
+        "train/NORMAL/person.png",
+        "train/NORMAL/IM.png",
+    ]
     assert len({data.patient_id(n) for n in names}) == len(names)
     files = [f"train/{c}/{i}.png" for c in data.CLASSES for i in range(12)]
     labels = np.arange(24) // 12
@@ -891,11 +1024,27 @@ def touch(root, *names):
 
 def test_listing(tmp_path):
     """Three extensions in any case; hidden files and the litter of a Mac's zip are passed over."""
-    touch(tmp_path, "train/NORMAL/b.JPEG", "train/NORMAL/a.jpg", "train/NORMAL/c.PnG", "train/NORMAL/.DS_Store",
-          "train/NORMAL/._a.jpg", "train/NORMAL/.jpeg", "train/NORMAL/notes.txt", "train/NORMAL/__MACOSX/._a.jpg",
-          "train/PNEUMONIA/x.jpeg", "__MACOSX/train/NORMAL/._a.jpg", "val/NORMAL/official.jpeg")
+    touch(
+        tmp_path,
+        "train/NORMAL/b.JPEG",
+        "train/NORMAL/a.jpg",
+        "train/NORMAL/c.PnG",
+        "train/NORMAL/.DS_Store",
+        "train/NORMAL/._a.jpg",
+        "train/NORMAL/.jpeg",
+        "train/NORMAL/notes.txt",
+        "train/NORMAL/__MACOSX/._a.jpg",
+        "train/PNEUMONIA/x.jpeg",
+        "__MACOSX/train/NORMAL/._a.jpg",
+        "val/NORMAL/official.jpeg",
+    )
     files, labels = data.list_images(data.find_root(tmp_path), "train")
-    assert files == ["train/NORMAL/a.jpg", "train/NORMAL/b.JPEG", "train/NORMAL/c.PnG", "train/PNEUMONIA/x.jpeg"]
+    assert files == [
+        "train/NORMAL/a.jpg",
+        "train/NORMAL/b.JPEG",
+        "train/NORMAL/c.PnG",
+        "train/PNEUMONIA/x.jpeg",
+    ]
     assert labels.tolist() == [0, 0, 0, 1]
     assert data.list_images(tmp_path, "train", ("PNEUMONIA", "NORMAL"))[1].tolist() == [0, 1, 1, 1]
 
@@ -922,7 +1071,9 @@ def made_up_listing(seed=0):
     rng, files, labels = random.Random(seed), [], []
     for patient in range(120):
         for k in range(rng.choice([1, 1, 1, 2, 3, 5, 30 if patient == 7 else 4])):
-            files.append(f"train/PNEUMONIA/person{patient}_{rng.choice(['virus', 'bacteria'])}_{len(files)}.jpeg")
+            files.append(
+                f"train/PNEUMONIA/person{patient}_{rng.choice(['virus', 'bacteria'])}_{len(files)}.jpeg"
+            )
     labels += [1] * len(files)
     for patient in range(80):
         for k in range(rng.choice([1, 1, 2, 3])):
@@ -950,7 +1101,9 @@ def test_patient_split_has_the_counts_of_the_plain_split(seed):
 def test_image_split_is_scikit_learns(synthetic):
     files, labels = data.list_images(synthetic, "train")
     train, val = data.split_train_val(files, labels, "image", 0.2, 3)
-    expected = sklearn.model_selection.train_test_split(np.arange(96), test_size=0.2, stratify=labels, random_state=3)
+    expected = sklearn.model_selection.train_test_split(
+        np.arange(96), test_size=0.2, stratify=labels, random_state=3
+    )
     assert set(train) == set(expected[0]) and set(val) == set(expected[1])
 
 
@@ -973,7 +1126,9 @@ def test_patient_with_both_classes_stays_whole():
     labels = np.array([(p + (k == 2)) % 2 if p % 5 == 0 else p % 2 for p in range(40) for k in range(3)])
     train, val = data.split_train_val(files, labels)
     assert shared_images(files, train, val) == 0 and len(train) + len(val) == 120
-    assert np.abs(np.bincount(labels[val]) - [12, 12]).max() <= 1  # sizes 1, 2 and 3: the count can nearly be met
+    assert (
+        np.abs(np.bincount(labels[val]) - [12, 12]).max() <= 1
+    )  # sizes 1, 2 and 3: the count can nearly be met
 
 
 @given(sizes=st.lists(st.integers(1, 12), max_size=9), target=st.integers(0, 60))
@@ -985,14 +1140,20 @@ def test_nearest_subset_against_brute_force(sizes, target):
     assert abs(found - target) == min(abs(s - target) for s in sums)
 
 
-@given(sizes=st.tuples(*[st.lists(st.sampled_from([1, 2, 3, 7]), min_size=2, max_size=7)] * 2), seed=st.integers(0, 99))
+@given(
+    sizes=st.tuples(*[st.lists(st.sampled_from([1, 2, 3, 7]), min_size=2, max_size=7)] * 2),
+    seed=st.integers(0, 99),
+)
 def test_patient_split_against_brute_force(sizes, seed):
     """Per class, the nearest count to the plain split's that whole patients can give."""
     files, labels = [], []
     for label, patients in enumerate(sizes):
         for p, size in enumerate(patients):
-            files += [f"{'train/NORMAL/IM-' if label == 0 else 'train/PNEUMONIA/person'}{p:02d}"
-                      f"{'-' if label == 0 else '_virus_'}{k:04d}.jpeg" for k in range(size)]
+            files += [
+                f"{'train/NORMAL/IM-' if label == 0 else 'train/PNEUMONIA/person'}{p:02d}"
+                f"{'-' if label == 0 else '_virus_'}{k:04d}.jpeg"
+                for k in range(size)
+            ]
             labels += [label] * size
     labels = np.array(labels)
     assume(np.bincount(labels).min() >= 5)
@@ -1018,8 +1179,10 @@ def test_split_errors():
     with pytest.raises(InputError):
         data.split_train_val(["a.png", "b.png", "c.png"], [0, 1, 1])
     with pytest.raises(InputError, match="patients"):  # ten images of one patient cannot be on both sides
-        data.split_train_val([f"person1_virus_{i}.jpeg" for i in range(10)] + [f"x{i}.jpeg" for i in range(10)],
-                             [1] * 10 + [0] * 10)
+        data.split_train_val(
+            [f"person1_virus_{i}.jpeg" for i in range(10)] + [f"x{i}.jpeg" for i in range(10)],
+            [1] * 10 + [0] * 10,
+        )
 
 
 def test_real_split():
@@ -1041,6 +1204,7 @@ def test_real_split():
 
 
 # ================================================================ data: decoding and cache
+
 
 def smooth_picture(height, width, seed=0):
     """A smooth random grey picture, uint8."""
@@ -1091,7 +1255,9 @@ def test_resize_geometry(tmp_path):
         squash, crop, pad = (data.decode(tmp_path / f"{name}.png", 40, r) for r in ("squash", "crop", "pad"))
         if name == "tall":
             squash, crop, pad = squash.T, crop.T, pad.T
-        assert (crop[1:-1, 1:-1] == 255).all() and crop.min() > 200  # the filter may see a pixel beyond the edge
+        assert (
+            crop[1:-1, 1:-1] == 255
+        ).all() and crop.min() > 200  # the filter may see a pixel beyond the edge
         row = squash[20]
         assert (row[:9] == 0).all() and (row[11:29] == 255).all() and (row[31:] == 0).all()
         assert (squash == row).all()
@@ -1134,7 +1300,7 @@ def test_damaged_pictures_raise_oserror_only():
         for trial in range(250):
             raw = bytearray(buffer.getvalue())
             if trial % 5 == 0:
-                del raw[rng.randrange(len(raw)):]
+                del raw[rng.randrange(len(raw)) :]
             else:
                 raw[rng.randrange(min(len(raw), 400 if trial % 2 else len(raw)))] = rng.randrange(256)
             try:
@@ -1153,7 +1319,9 @@ def small_set(tmp_path):
             folder = tmp_path / "set" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(np.full((20, 20), 10 * i + 100 * k, np.uint8)).save(folder / f"{'np'[k]}{i:02d}.png")
+                Image.fromarray(np.full((20, 20), 10 * i + 100 * k, np.uint8)).save(
+                    folder / f"{'np'[k]}{i:02d}.png"
+                )
     return data.DataConfig(data_dir=str(tmp_path / "set"), img_size=16, cache_dir=str(tmp_path / "cache"))
 
 
@@ -1179,14 +1347,27 @@ def test_cache_is_reused(small_set):
     stat = os.stat(cache_file(small_set))
     _, again, _ = load_train(small_set)
     assert np.array_equal(images, again)
-    assert (os.stat(cache_file(small_set)).st_mtime_ns, os.stat(cache_file(small_set)).st_ino) == (stat.st_mtime_ns,
-                                                                                                   stat.st_ino)
+    assert (os.stat(cache_file(small_set)).st_mtime_ns, os.stat(cache_file(small_set)).st_ino) == (
+        stat.st_mtime_ns,
+        stat.st_ino,
+    )
     assert not list(Path(small_set.cache_dir).glob(".*"))
 
 
-@pytest.mark.parametrize("damage", ["image changed", "image replaced in the same second", "byte flipped", "truncated",
-                                    "emptied", "array missing", "description missing", "description damaged",
-                                    "description changed"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "image changed",
+        "image replaced in the same second",
+        "byte flipped",
+        "truncated",
+        "emptied",
+        "array missing",
+        "description missing",
+        "description damaged",
+        "description changed",
+    ],
+)
 def test_cache_is_rebuilt(small_set, damage):
     """A stale or damaged cache never reaches a model."""
     files, images, _ = load_train(small_set)
@@ -1225,6 +1406,7 @@ def test_cache_is_rebuilt(small_set, damage):
 def test_caches_of_other_settings_do_not_mix(small_set):
     load_train(small_set)
     from dataclasses import replace
+
     assert load_train(replace(small_set, img_size=8))[1].shape == (24, 8, 8)
     load_train(replace(small_set, resize="pad"))
     assert len(list(Path(small_set.cache_dir).glob("*.npy"))) == 3
@@ -1236,7 +1418,11 @@ def test_caches_of_other_settings_do_not_mix(small_set):
 
 def test_bad_files_are_named_or_skipped(small_set, capsys):
     from dataclasses import replace
-    cut, text = Path(small_set.data_dir, "train/NORMAL/n03.jpeg"), Path(small_set.data_dir, "train/PNEUMONIA/zz.jpeg")
+
+    cut, text = (
+        Path(small_set.data_dir, "train/NORMAL/n03.jpeg"),
+        Path(small_set.data_dir, "train/PNEUMONIA/zz.jpeg"),
+    )
     Image.fromarray(smooth_picture(64, 64)).save(cut)
     cut.write_bytes(cut.read_bytes()[:300])
     text.write_text("not an image")
@@ -1261,7 +1447,10 @@ def test_load_train_val(small_set, capsys):
     train, val, info = data.load_train_val(small_set)
     assert (info["train"], info["val"], info["test"]) == (19, 5, 6) == (len(train), len(val), info["test"])
     assert info["synthetic"] is False and info["shared_patients"] == 0 and info["set"] == "set"
-    assert sum(info["counts"]["val"].values()) == 5 and info["counts"]["test"] == {"NORMAL": 3, "PNEUMONIA": 3}
+    assert sum(info["counts"]["val"].values()) == 5 and info["counts"]["test"] == {
+        "NORMAL": 3,
+        "PNEUMONIA": 3,
+    }
     assert "(train, val, test) = (19, 5, 6)" in capsys.readouterr().out
     test = data.load_test(small_set)
     assert test.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -1348,17 +1537,28 @@ def test_augment_rotation_by_90_degrees(monkeypatch):
     assert torch.allclose(found[0], left, atol=1e-4) and torch.allclose(found[1], right, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings, affine", [
-    (dict(rotate=20), (dict(angle=20, scale=1), dict(angle=-20, scale=1))),
-    (dict(scale=0.25), (dict(angle=0, scale=1.25), dict(angle=0, scale=0.75)))])
+@pytest.mark.parametrize(
+    "settings, affine",
+    [
+        (dict(rotate=20), (dict(angle=20, scale=1), dict(angle=-20, scale=1))),
+        (dict(scale=0.25), (dict(angle=0, scale=1.25), dict(angle=0, scale=0.75))),
+    ],
+)
 def test_augment_geometry_against_torchvision(monkeypatch, settings, affine):
     x = picture_batch()
     found = extremes(monkeypatch, x, **settings)
-    expected = [TF.affine(x, translate=[0, 0], shear=[0.0], interpolation=TF.InterpolationMode.BILINEAR, **a)
-                for a in affine]
+    expected = [
+        TF.affine(x, translate=[0, 0], shear=[0.0], interpolation=TF.InterpolationMode.BILINEAR, **a)
+        for a in affine
+    ]
     if (found[0] - expected[0]).abs().mean() > (found[0] - expected[1]).abs().mean():
         found.reverse()
-    inside = (slice(None), slice(None), slice(7, 25), slice(7, 25))  # clear of the border, where padding differs
+    inside = (
+        slice(None),
+        slice(None),
+        slice(7, 25),
+        slice(7, 25),
+    )  # clear of the border, where padding differs
     for a, b in zip(found, expected):
         assert torch.allclose(a[inside], b[inside], atol=1e-3)
         assert (a - x).abs().mean() > 0.01
@@ -1384,7 +1584,12 @@ def test_augment_brightness_and_contrast():
     stretched = data.Augment(**{**NONE, "contrast": 0.2})(steps)
     assert torch.allclose(stretched.mean((1, 2, 3)), torch.tensor(0.5), atol=1e-6)
     factor = (stretched[:, 0, 0, 1] - stretched[:, 0, 0, 0]) / 0.2
-    assert factor.min() >= 0.8 - 1e-5 and factor.max() <= 1.2 + 1e-5 and factor.min() < 0.803 and factor.max() > 1.197
+    assert (
+        factor.min() >= 0.8 - 1e-5
+        and factor.max() <= 1.2 + 1e-5
+        and factor.min() < 0.803
+        and factor.max() > 1.197
+    )
     bright = data.Augment(**{**NONE, "brightness": 1.0})(torch.rand(50, 1, 4, 4))
     assert bright.min() >= 0 and bright.max() <= 1
 
@@ -1404,7 +1609,9 @@ def test_augment_each_image_by_itself():
 
 
 def folder_bytes(root):
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()
+    }
 
 
 def test_synthetic_set(tmp_path, synthetic):
@@ -1413,7 +1620,9 @@ def test_synthetic_set(tmp_path, synthetic):
     data.make_synthetic(b, train=16, test=8)
     data.make_synthetic(c, train=16, test=8, seed=1)
     assert folder_bytes(a) == folder_bytes(b)
-    assert folder_bytes(a)["train/NORMAL/IM-0001-0001.jpeg"] != folder_bytes(c)["train/NORMAL/IM-0001-0001.jpeg"]
+    assert (
+        folder_bytes(a)["train/NORMAL/IM-0001-0001.jpeg"] != folder_bytes(c)["train/NORMAL/IM-0001-0001.jpeg"]
+    )
     stamp = os.stat(a / "SYNTHETIC").st_mtime_ns
     data.make_synthetic(a, train=16, test=8)
     assert os.stat(a / "SYNTHETIC").st_mtime_ns == stamp  # kept, not drawn again
@@ -1422,10 +1631,14 @@ def test_synthetic_set(tmp_path, synthetic):
     files, labels = data.list_images(synthetic, "train")
     assert np.bincount(labels).tolist() == [36, 60]  # three in eight are NORMAL
     assert np.bincount(data.list_images(synthetic, "test")[1]).tolist() == [15, 25]
-    assert all(re.match(r"(person\d+_(bacteria|virus)_\d+|IM-\d{4}-\d{4})\.jpeg$", Path(f).name) for f in files)
+    assert all(
+        re.match(r"(person\d+_(bacteria|virus)_\d+|IM-\d{4}-\d{4})\.jpeg$", Path(f).name) for f in files
+    )
     assert len({data.patient_id(f) for f in files}) < 96  # some patients have several images
-    train, test = (np.stack([data.decode(synthetic / f, 32) for f in data.list_images(synthetic, s)[0]])
-                   for s in ("train", "test"))
+    train, test = (
+        np.stack([data.decode(synthetic / f, 32) for f in data.list_images(synthetic, s)[0]])
+        for s in ("train", "test")
+    )
     assert test.mean() < train.mean() - 5 and test.std(axis=(1, 2)).mean() < train.std(axis=(1, 2)).mean()
     assert data.is_synthetic(synthetic) and not data.is_synthetic(tmp_path)
 
@@ -1450,6 +1663,7 @@ def test_download_explains_the_steps_by_hand(tmp_path, monkeypatch):
 
 # ================================================================ metrics
 
+
 def brute_force_threshold(y, p, min_recall):
     """Every distinct score as threshold, in exact fractions: (precision, recall, threshold), the largest wins."""
     candidates = []
@@ -1463,8 +1677,10 @@ def brute_force_threshold(y, p, min_recall):
     return threshold, float(recall), float(precision)
 
 
-@given(pairs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=2, max_size=24),
-       min_recall=st.sampled_from([0.01, 0.2, 1 / 3, 0.5, 2 / 3, 0.75, 0.9, 0.95, 1.0]))
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8)), min_size=2, max_size=24),
+    min_recall=st.sampled_from([0.01, 0.2, 1 / 3, 0.5, 2 / 3, 0.75, 0.9, 0.95, 1.0]),
+)
 @settings(max_examples=400)
 def test_threshold_against_brute_force(pairs, min_recall):
     y, p = [a for a, _ in pairs], [b / 8 for _, b in pairs]
@@ -1481,14 +1697,18 @@ def test_threshold_on_continuous_scores_against_brute_force():
         assert metrics.choose_threshold_by_min_recall(y, p, min_recall) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("y, p, target, expected", [
-    ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.95, (0.8, 1.0, 1.0)),  # separable
-    ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.5, (0.8, 1.0, 1.0)),  # equal precision: higher recall
-    ([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], 0.5, (0.9, 0.5, 1.0)),
-    ([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], 0.51, (0.7, 1.0, 2 / 3)),
-    ([1, 0], [0.5, 0.5], 1.0, (0.5, 1.0, 0.5)),  # a tie cannot be cut
-    ([1, 0, 0, 1], [0.0, 0.0, 1.0, 1.0], 0.5, (0.0, 1.0, 0.5)),  # precision 1/2 both times: higher recall
-    ([1] * 19 + [1, 0], [0.9] * 19 + [0.1, 0.2], 0.95, (0.9, 0.95, 1.0))])  # 19/20 counts as 0.95
+@pytest.mark.parametrize(
+    "y, p, target, expected",
+    [
+        ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.95, (0.8, 1.0, 1.0)),  # separable
+        ([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1], 0.5, (0.8, 1.0, 1.0)),  # equal precision: higher recall
+        ([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], 0.5, (0.9, 0.5, 1.0)),
+        ([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], 0.51, (0.7, 1.0, 2 / 3)),
+        ([1, 0], [0.5, 0.5], 1.0, (0.5, 1.0, 0.5)),  # a tie cannot be cut
+        ([1, 0, 0, 1], [0.0, 0.0, 1.0, 1.0], 0.5, (0.0, 1.0, 0.5)),  # precision 1/2 both times: higher recall
+        ([1] * 19 + [1, 0], [0.9] * 19 + [0.1, 0.2], 0.95, (0.9, 0.95, 1.0)),
+    ],
+)  # 19/20 counts as 0.95
 def test_threshold_by_hand(y, p, target, expected):
     assert metrics.choose_threshold_by_min_recall(y, p, target) == pytest.approx(expected)
 
@@ -1503,25 +1723,45 @@ def test_summary_against_scikit_learn(pairs, cut):
     tn, fp, fn, tp = sklearn.metrics.confusion_matrix(y, called, labels=[0, 1]).ravel()
     assert (found["tn"], found["fp"], found["fn"], found["tp"]) == (tn, fp, fn, tp)
     pairs_won = [(a > b) + 0.5 * (a == b) for a in p[y == 1] for b in p[y == 0]]  # AUROC by counting pairs
-    assert found == pytest.approx({
-        "acc": sklearn.metrics.accuracy_score(y, called), "thr": thr,
-        "precision": sklearn.metrics.precision_score(y, called, zero_division=0),
-        "recall": sklearn.metrics.recall_score(y, called),
-        "specificity": sklearn.metrics.recall_score(y, called, pos_label=0),
-        "f1": sklearn.metrics.f1_score(y, called, zero_division=0),
-        "auroc": np.mean(pairs_won), "auprc": sklearn.metrics.average_precision_score(y, p),
-        "tn": tn, "fp": fp, "fn": fn, "tp": tp}, abs=1e-12)
+    assert found == pytest.approx(
+        {
+            "acc": sklearn.metrics.accuracy_score(y, called),
+            "thr": thr,
+            "precision": sklearn.metrics.precision_score(y, called, zero_division=0),
+            "recall": sklearn.metrics.recall_score(y, called),
+            "specificity": sklearn.metrics.recall_score(y, called, pos_label=0),
+            "f1": sklearn.metrics.f1_score(y, called, zero_division=0),
+            "auroc": np.mean(pairs_won),
+            "auprc": sklearn.metrics.average_precision_score(y, p),
+            "tn": tn,
+            "fp": fp,
+            "fn": fn,
+            "tp": tp,
+        },
+        abs=1e-12,
+    )
     assert json.loads(json.dumps(found)) == found  # plain Python values
 
 
-@pytest.mark.parametrize("y, p, target, word", [
-    ([0, 0], [0.1, 0.2], 0.9, "no positives"), ([1, 1], [0.1, 0.2], 0.9, "no negatives"),
-    ([0, 1], [0.1, math.nan], 0.9, "NaN"), ([0, 1], [0.1, 1.1], 0.9, "lie in"), ([0, 1], [-0.1, 1], 0.9, "lie in"),
-    ([0, 1], [0.1, math.inf], 0.9, "lie in"), ([0, 1, 1], [0.1, 0.2], 0.9, "3 labels but 2"),
-    ([], [], 0.9, "no labels"),
-    ([0, 2], [0.1, 0.2], 0.9, "labels must be"), ([[0, 1]], [[0.1, 0.2]], 0.9, "1-D"),
-    ([0, 1], [0.1, 0.2], 0.0, "min_recall"), ([0, 1], [0.1, 0.2], 1.01, "min_recall"),
-    ([0, 1], [0.1, 0.2], -0.5, "min_recall"), ([0, 1], [0.1, 0.2], math.nan, "min_recall")])
+@pytest.mark.parametrize(
+    "y, p, target, word",
+    [
+        ([0, 0], [0.1, 0.2], 0.9, "no positives"),
+        ([1, 1], [0.1, 0.2], 0.9, "no negatives"),
+        ([0, 1], [0.1, math.nan], 0.9, "NaN"),
+        ([0, 1], [0.1, 1.1], 0.9, "lie in"),
+        ([0, 1], [-0.1, 1], 0.9, "lie in"),
+        ([0, 1], [0.1, math.inf], 0.9, "lie in"),
+        ([0, 1, 1], [0.1, 0.2], 0.9, "3 labels but 2"),
+        ([], [], 0.9, "no labels"),
+        ([0, 2], [0.1, 0.2], 0.9, "labels must be"),
+        ([[0, 1]], [[0.1, 0.2]], 0.9, "1-D"),
+        ([0, 1], [0.1, 0.2], 0.0, "min_recall"),
+        ([0, 1], [0.1, 0.2], 1.01, "min_recall"),
+        ([0, 1], [0.1, 0.2], -0.5, "min_recall"),
+        ([0, 1], [0.1, 0.2], math.nan, "min_recall"),
+    ],
+)
 def test_metric_errors(y, p, target, word):
     with pytest.raises(ValueError, match=word):
         metrics.choose_threshold_by_min_recall(y, p, target)
@@ -1542,9 +1782,11 @@ def test_threshold_is_fast():
 
 # ================================================================ engine: pure functions
 
+
 def test_learning_rate_by_hand():
     def rate(step, schedule="cosine"):
         return engine.learning_rate(step, total=110, warmup=10, peak=2.0, schedule=schedule)
+
     assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert rate(60) == pytest.approx(1.0)  # half-way down
     assert rate(35) == pytest.approx(1 + math.sqrt(0.5))  # a quarter of the way: cos 45 degrees
@@ -1571,8 +1813,14 @@ def test_parameter_groups():
     with_decay, without = ([names[id(p)] for p in g["params"]] for g in (decay, plain))
     assert sorted(with_decay + without) == sorted(names.values())  # each once
     assert all(n.endswith("weight") and "norm" not in n for n in with_decay)
-    assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.norm1.weight", "head.bias",
-            "patch_embed.proj.bias"} <= set(without)
+    assert {
+        "cls_token",
+        "pos_embed",
+        "norm.weight",
+        "blocks.0.norm1.weight",
+        "head.bias",
+        "patch_embed.proj.bias",
+    } <= set(without)
     assert {"patch_embed.proj.weight", "head.weight", "blocks.2.attn.qkv.weight"} <= set(with_decay)
 
 
@@ -1594,7 +1842,9 @@ def test_cross_entropy_by_hand():
     expected = -np.mean([0.95 * log[0, 0] + 0.05 * log[0, 1], 0.95 * log[1, 1] + 0.05 * log[1, 0]])
     assert found == pytest.approx(expected, rel=1e-6)
     found = engine.cross_entropy(torch.tensor([2.0, 0.5]), 0.0)(logits, torch.tensor([0, 1])).item()
-    assert found == pytest.approx(sklearn.metrics.log_loss([0, 1], np.exp(log), sample_weight=[2, 0.5]), rel=1e-6)
+    assert found == pytest.approx(
+        sklearn.metrics.log_loss([0, 1], np.exp(log), sample_weight=[2, 0.5]), rel=1e-6
+    )
 
 
 def test_probabilities_do_not_saturate():
@@ -1630,7 +1880,9 @@ def test_predict_keeps_order_and_mode():
     assert model.training and logits.dtype == torch.float32 and not logits.requires_grad
     model.eval()
     with torch.no_grad():
-        expected = torch.cat([model(torch.from_numpy(i)[None, None].float() / 255 * 2 - 1) for i in subset.images])
+        expected = torch.cat(
+            [model(torch.from_numpy(i)[None, None].float() / 255 * 2 - 1) for i in subset.images]
+        )
     assert torch.allclose(logits, expected, atol=1e-5) and logits.std() > 0.1
     order = np.array([7, 2, 10])
     assert torch.allclose(engine.predict(model, subset.take(order), **kwargs), expected[order], atol=1e-5)
@@ -1657,22 +1909,71 @@ def test_pick_device():
 
 # ================================================================ engine: fit
 
-def toy_fit(out, *, epochs=3, resume=False, loss_fn=None, monitor=engine.binary_auroc, patience=9, lr=1e-3,
-            max_steps=None, augment=data.Augment(hflip=0.5), capture=None, **more):
+
+def toy_fit(
+    out,
+    *,
+    epochs=3,
+    resume=False,
+    loss_fn=None,
+    monitor=engine.binary_auroc,
+    patience=9,
+    lr=1e-3,
+    max_steps=None,
+    augment=data.Augment(hflip=0.5),
+    capture=None,
+    **more,
+):
     """`engine.fit` of a small ViT with dropout, DropPath and augmentation: 5 steps an epoch, a fraction of a second."""
     torch.manual_seed(1)
     model = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
     if capture is not None:
         capture.append(model)
-    meta = {"model": "toy", "model_config": {"kind": "vit", **model.config}, "recipe": {"lr": lr, "amp": False},
-            "data": {"data_dir": "toy", "cache_dir": "anywhere"}, "split": {"synthetic": True, "fingerprint": "f", "train": 1, "val": 1, "test": 1, "counts": {}, "set": "toy"},
-            "seed": 0, "mean": [0.5], "std": [0.5]}
+    meta = {
+        "model": "toy",
+        "model_config": {"kind": "vit", **model.config},
+        "recipe": {"lr": lr, "amp": False},
+        "data": {"data_dir": "toy", "cache_dir": "anywhere"},
+        "split": {
+            "synthetic": True,
+            "fingerprint": "f",
+            "train": 1,
+            "val": 1,
+            "test": 1,
+            "counts": {},
+            "set": "toy",
+        },
+        "seed": 0,
+        "mean": [0.5],
+        "std": [0.5],
+    }
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return engine.fit(model, toy_subset(40, 0), toy_subset(20, 1), out=out, meta=meta,
-                          loss_fn=loss_fn or engine.cross_entropy(None, 0.05), monitor=monitor, mean=(0.5,), std=(0.5,),
-                          augment=augment, device=CPU, amp=False, epochs=epochs, batch_size=8, lr=lr,
-                          weight_decay=0.05, schedule="cosine", warmup_epochs=1.0, clip=1.0, patience=patience, seed=0,
-                          max_steps=max_steps, resume=resume, **more)
+        return engine.fit(
+            model,
+            toy_subset(40, 0),
+            toy_subset(20, 1),
+            out=out,
+            meta=meta,
+            loss_fn=loss_fn or engine.cross_entropy(None, 0.05),
+            monitor=monitor,
+            mean=(0.5,),
+            std=(0.5,),
+            augment=augment,
+            device=CPU,
+            amp=False,
+            epochs=epochs,
+            batch_size=8,
+            lr=lr,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_epochs=1.0,
+            clip=1.0,
+            patience=patience,
+            seed=0,
+            max_steps=max_steps,
+            resume=resume,
+            **more,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -1699,7 +2000,8 @@ def test_fit_is_deterministic_and_learns(tmp_path, toy_reference):
     losses = [h["train_loss"] for h in results["history"]]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert [h["lr"] for h in results["history"]] == pytest.approx(
-        [engine.learning_rate(s, 15, 5, 1e-3) for s in (4, 9, 14)])
+        [engine.learning_rate(s, 15, 5, 1e-3) for s in (4, 9, 14)]
+    )
 
 
 def test_val_loss_and_auroc_of_the_history(tmp_path):
@@ -1714,7 +2016,9 @@ def test_val_loss_and_auroc_of_the_history(tmp_path):
     p = scipy.special.softmax(logits.double().numpy(), axis=1)[:, 1]
     assert row["val_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(val.labels, p), abs=1e-9)
     targets = np.where(val.labels == 1, 0.975, 0.025)  # smoothing 0.05
-    assert row["val_loss"] == pytest.approx(-np.mean(targets * np.log(p) + (1 - targets) * np.log(1 - p)), rel=1e-5)
+    assert row["val_loss"] == pytest.approx(
+        -np.mean(targets * np.log(p) + (1 - targets) * np.log(1 - p)), rel=1e-5
+    )
 
 
 def test_one_step_is_adamw_with_clipping(tmp_path):
@@ -1731,7 +2035,9 @@ def test_one_step_is_adamw_with_clipping(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "small_vit", lambda **kw: expected)  # no dropout: comparable
         start = {n: p.clone() for n, p in expected.state_dict().items()}
-        toy_fit(tmp_path, epochs=1, max_steps=1, augment=data.Augment(**NONE), loss_fn=loss_fn, capture=captured)
+        toy_fit(
+            tmp_path, epochs=1, max_steps=1, augment=data.Augment(**NONE), loss_fn=loss_fn, capture=captured
+        )
     after = captured[0].state_dict()
     model = vit.VisionTransformer(**expected.config)
     model.load_state_dict(start)
@@ -1773,11 +2079,12 @@ def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
         agrees(out, toy_fit(out, resume=True), toy_reference)
         shutil.rmtree(out)
     if signum == signal.SIGINT:  # after its step; during a validation: after the first step of the next epoch
-        assert stopped == [(e, s) for e in range(3) for s in (1, 1, 2, 3, 4, 5)[e == 0:]]
+        assert stopped == [(e, s) for e in range(3) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
 
 
 def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
     """The process dies just before or just after each rename: what lies there is complete, and goes on to the end."""
+
     class Died(BaseException):
         pass
 
@@ -1844,7 +2151,7 @@ def test_every_image_once_an_epoch_in_a_new_order(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.Batches, "get", get)
     toy_fit(tmp_path)
-    epochs = [seen[i:i + 40] for i in (0, 40, 80)]
+    epochs = [seen[i : i + 40] for i in (0, 40, 80)]
     assert len(seen) == 120 and all(sorted(order) == list(range(40)) for order in epochs)
     assert len({tuple(order) for order in [*epochs, range(40)]}) == 4
 
@@ -1866,7 +2173,9 @@ def test_non_finite_loss_names_epoch_step_and_rate(tmp_path):
     plain, calls = engine.cross_entropy(None, 0.05), itertools.count(1)
 
     def loss_fn(logits, y):
-        return plain(logits, y) * (math.nan if next(calls) == 9 else 1)  # 5 steps, a validation, then the third step
+        return plain(logits, y) * (
+            math.nan if next(calls) == 9 else 1
+        )  # 5 steps, a validation, then the third step
 
     with pytest.raises(InputError) as error:
         toy_fit(tmp_path, loss_fn=loss_fn)
@@ -1885,15 +2194,36 @@ def test_non_finite_weights_after_the_last_step_of_an_epoch(tmp_path):
 
 # ================================================================ engine: files of a run
 
-RESULT_KEYS = {"model", "params", "minutes", "synthetic", "split", "history", "best_epoch", "seed", "command",
-               "versions", "device", "format"}
+RESULT_KEYS = {
+    "model",
+    "params",
+    "minutes",
+    "synthetic",
+    "split",
+    "history",
+    "best_epoch",
+    "seed",
+    "command",
+    "versions",
+    "device",
+    "format",
+}
 
 
-@pytest.mark.parametrize("name, params, epochs", [
-    # 32 px: 5 positions in the place of 197, each 256 wide
-    ("scratch", 4_987_138 - 192 * 256, 2), ("linear", 32 * 32 + 1, 1),
-    # embedding, [CLS], 5 positions, 2 blocks (norms, qkv, proj, fc1, fc2), norm, head
-    ("pretrained", 24 * 769 + 24 + 5 * 24 + 2 * (4 * 24 + 72 * 25 + 24 * 25 + 96 * 25 + 24 * 97) + 48 + 50, 2)])
+@pytest.mark.parametrize(
+    "name, params, epochs",
+    [
+        # 32 px: 5 positions in the place of 197, each 256 wide
+        ("scratch", 4_987_138 - 192 * 256, 2),
+        ("linear", 32 * 32 + 1, 1),
+        # embedding, [CLS], 5 positions, 2 blocks (norms, qkv, proj, fc1, fc2), norm, head
+        (
+            "pretrained",
+            24 * 769 + 24 + 5 * 24 + 2 * (4 * 24 + 72 * 25 + 24 * 25 + 96 * 25 + 24 * 97) + 48 + 50,
+            2,
+        ),
+    ],
+)
 def test_results_json(runs, synthetic, name, params, epochs):
     results = read_json(runs.out, name, "results.json")
     assert RESULT_KEYS <= results.keys()
@@ -1906,7 +2236,10 @@ def test_results_json(runs, synthetic, name, params, epochs):
     split = results["split"]
     assert (split["train"], split["val"], split["test"]) == (76, 20, 40)
     assert split["shared_patients"] == 0 and re.fullmatch("[0-9a-f]{64}", split["fingerprint"])
-    assert results["command"].startswith(f"python train_{name}.py --data-dir ") and "torch" in results["versions"]
+    assert (
+        results["command"].startswith(f"python train_{name}.py --data-dir ")
+        and "torch" in results["versions"]
+    )
     assert results["minutes"] * 60 == pytest.approx(sum(row["seconds"] for row in results["history"]))
     assert results["finished"] is True and results["format"] == 1
     assert results["data"]["data_dir"] == str(synthetic)
@@ -1968,18 +2301,30 @@ def test_checkpoint_with_code_is_refused(own_runs, zipped):
 def test_last_and_weights_with_code_are_refused(own_runs, flags):
     out = own_runs / "outputs" / "scratch"
     torch.save({"format": 1, "model": Evil(own_runs / "executed")}, out / "last.pth")
-    done = cli("train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", "--resume", cwd=own_runs)
+    done = cli(
+        "train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", "--resume", cwd=own_runs
+    )
     refused(done, "last.pth", "refused")
-    refused(cli("train_pretrained", *flags, "--weights", out / "last.pth", "--out", "x", cwd=own_runs), "refused")
+    refused(
+        cli("train_pretrained", *flags, "--weights", out / "last.pth", "--out", "x", cwd=own_runs), "refused"
+    )
     assert not (own_runs / "executed").exists()
 
 
-@pytest.mark.parametrize("damage, words", [
-    ("checkpoint cut", ["checkpoint.pth", "damaged"]), ("checkpoint absent", ["checkpoint.pth", "does not exist"]),
-    ("checkpoint of another model", ["checkpoint.pth", "does not fit"]), ("results cut", ["results.json"]),
-    ("results of a newer format", ["results.json", "update"]), ("results without split", ["split"]),
-    ("results not an object", ["results.json", "list"]), ("results of an unknown model", ["does not describe a model"]),
-    ("results with strange data", ["data settings"])])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("checkpoint cut", ["checkpoint.pth", "damaged"]),
+        ("checkpoint absent", ["checkpoint.pth", "does not exist"]),
+        ("checkpoint of another model", ["checkpoint.pth", "does not fit"]),
+        ("results cut", ["results.json"]),
+        ("results of a newer format", ["results.json", "update"]),
+        ("results without split", ["split"]),
+        ("results not an object", ["results.json", "list"]),
+        ("results of an unknown model", ["does not describe a model"]),
+        ("results with strange data", ["data settings"]),
+    ],
+)
 def test_damaged_run(own_runs, damage, words):
     out = own_runs / "outputs" / "scratch"
     results, checkpoint = out / "results.json", out / "checkpoint.pth"
@@ -2007,6 +2352,7 @@ def test_damaged_run(own_runs, damage, words):
 
 # ================================================================ command lines
 
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_docstring(script, tmp_path):
     done = cli(script, "--help", cwd=tmp_path)
@@ -2017,21 +2363,34 @@ def test_help_is_the_docstring(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script, argv, word", [
-    ("train_scratch", ["--epochs", "0"], "--epochs"), ("train_scratch", ["--batch-size", "0"], "--batch-size"),
-    ("train_scratch", ["--lr", "nan"], "--lr"), ("train_scratch", ["--lr", "-1"], "--lr"),
-    ("train_scratch", ["--clip", "0"], "--clip"), ("train_scratch", ["--weight-decay", "-1"], "--weight-decay"),
-    ("train_scratch", ["--warmup-epochs", "-1"], "--warmup-epochs"),
-    ("train_scratch", ["--patience", "0"], "--patience"),
-    ("train_scratch", ["--label-smoothing", "1"], "--label-smoothing"),
-    ("train_scratch", ["--rotate", "999"], "--rotate"),
-    ("train_scratch", ["--scale", "1"], "--scale"), ("train_scratch", ["--hflip", "-0.1"], "--hflip"),
-    ("train_scratch", ["--max-steps", "0"], "--max-steps"), ("train_scratch", ["--device", "abacus"], "abacus"),
-    ("train_scratch", ["--img-size", "33"], "33"), ("train_scratch", ["--img-size", "0"], "--img-size"),
-    ("train_scratch", ["--resume"], "last.pth"), ("train_scratch", ["--seed", "-1"], "seed"),
-    ("train_scratch", ["--split-seed", "-1"], "-1"),
-    ("train_linear", ["--C", "0"], "--C"), ("train_linear", ["--img-size", "48"], "multiple of 32"),
-    ("train_pretrained", ["--drop-path", "1"], "--drop-path"), ("train_pretrained", ["--weights", "w.npz"], "curl")])
+@pytest.mark.parametrize(
+    "script, argv, word",
+    [
+        ("train_scratch", ["--epochs", "0"], "--epochs"),
+        ("train_scratch", ["--batch-size", "0"], "--batch-size"),
+        ("train_scratch", ["--lr", "nan"], "--lr"),
+        ("train_scratch", ["--lr", "-1"], "--lr"),
+        ("train_scratch", ["--clip", "0"], "--clip"),
+        ("train_scratch", ["--weight-decay", "-1"], "--weight-decay"),
+        ("train_scratch", ["--warmup-epochs", "-1"], "--warmup-epochs"),
+        ("train_scratch", ["--patience", "0"], "--patience"),
+        ("train_scratch", ["--label-smoothing", "1"], "--label-smoothing"),
+        ("train_scratch", ["--rotate", "999"], "--rotate"),
+        ("train_scratch", ["--scale", "1"], "--scale"),
+        ("train_scratch", ["--hflip", "-0.1"], "--hflip"),
+        ("train_scratch", ["--max-steps", "0"], "--max-steps"),
+        ("train_scratch", ["--device", "abacus"], "abacus"),
+        ("train_scratch", ["--img-size", "33"], "33"),
+        ("train_scratch", ["--img-size", "0"], "--img-size"),
+        ("train_scratch", ["--resume"], "last.pth"),
+        ("train_scratch", ["--seed", "-1"], "seed"),
+        ("train_scratch", ["--split-seed", "-1"], "-1"),
+        ("train_linear", ["--C", "0"], "--C"),
+        ("train_linear", ["--img-size", "48"], "multiple of 32"),
+        ("train_pretrained", ["--drop-path", "1"], "--drop-path"),
+        ("train_pretrained", ["--weights", "w.npz"], "curl"),
+    ],
+)
 def test_bad_flags(script, argv, word, flags, tiny_npz, tmp_path):
     more = ["--weights", tiny_npz] if script == "train_pretrained" and "--weights" not in argv else []
     refused(cli(script, *flags, *more, *argv, cwd=tmp_path), word)
@@ -2079,7 +2438,9 @@ def test_training_never_opens_a_test_image(synthetic, tmp_path, tiny_npz, monkey
     for path in (root / "test").rglob("*.jpeg"):
         path.write_bytes(b"garbage")
     opened, real = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda source, *a, **k: opened.append(str(source)) or real(source, *a, **k))
+    monkeypatch.setattr(
+        Image, "open", lambda source, *a, **k: opened.append(str(source)) or real(source, *a, **k)
+    )
     argv = ["--data-dir", root, "--img-size", 32]
     succeed("train_linear", *argv, cwd=tmp_path)
     succeed("train_pretrained", *argv, "--weights", tiny_npz, "--max-steps", 2, cwd=tmp_path)
@@ -2111,7 +2472,9 @@ def test_image_split_reports_shared_patients(flags, tmp_path):
 @pytest.mark.parametrize("more", [["--warmup-epochs", 0], ["--warmup-epochs", 0, "--batch-size", 100]])
 def test_diverging_run(more, flags, tiny_npz, tmp_path):
     """In the middle of an epoch, or after its only step."""
-    done = cli("train_pretrained", *flags, "--weights", tiny_npz, "--lr", "1e38", "--no-amp", *more, cwd=tmp_path)
+    done = cli(
+        "train_pretrained", *flags, "--weights", tiny_npz, "--lr", "1e38", "--no-amp", *more, cwd=tmp_path
+    )
     refused(done, "epoch 1", "--lr")
     assert not (tmp_path / "outputs" / "pretrained" / "checkpoint.pth").exists()
 
@@ -2125,16 +2488,24 @@ LONG = ["--epochs", 4, "--batch-size", 4, "--patience", 9, "--no-amp", "--device
 def uninterrupted(tmp_path_factory, flags, tiny_npz):
     """The same runs as those interrupted below, left alone: {script: (arguments, run folder)}."""
     cwd, out = tmp_path_factory.mktemp("uninterrupted"), {}
-    for script, more in (("train_scratch", []), ("train_pretrained", ["--weights", tiny_npz, "--drop-path", 0.2])):
+    for script, more in (
+        ("train_scratch", []),
+        ("train_pretrained", ["--weights", tiny_npz, "--drop-path", 0.2]),
+    ):
         argv = [*flags, *LONG, *more, "--out", "run"]
         succeed(script, *argv[:-1], cwd / script, cwd=cwd)
         out[script] = argv, cwd / script
     return out
 
 
-@pytest.mark.parametrize("script, signum, code", [
-    ("train_scratch", signal.SIGINT, 130), ("train_pretrained", signal.SIGTERM, 143),
-    ("train_pretrained", signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "script, signum, code",
+    [
+        ("train_scratch", signal.SIGINT, 130),
+        ("train_pretrained", signal.SIGTERM, 143),
+        ("train_pretrained", signal.SIGKILL, -9),
+    ],
+)
 def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, script, signum, code):
     argv, reference = uninterrupted[script]
     process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
@@ -2163,10 +2534,12 @@ def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, script
 
 def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     """kill -9 in the middle of decoding leaves no cache that could be trusted; the next run builds it."""
-    slow = ("import sys, time; sys.path.insert(0, sys.argv.pop(1)); import common, data, train_linear\n"
-            "real = data.decode\n"
-            "data.decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
-            "common.start(train_linear.main)")
+    slow = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import common, data, train_linear\n"
+        "real = data.decode\n"
+        "data.decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
+        "common.start(train_linear.main)"
+    )
     argv = ["--data-dir", synthetic, "--img-size", 32]
     process = popen("-c", slow, REPO, *argv, cwd=tmp_path)
     cache, deadline = tmp_path / "Data" / "cache", time.time() + 60
@@ -2205,7 +2578,9 @@ def test_calibration_recomputed_from_scores(runs, synthetic, name):
     assert {f"{s}_{k}" for s in ("val", "test") for k in ("files", "labels", "p1")} <= scores.keys()
     result = read_json(runs.out, name, "calibration.json")
     assert result["min_recall"] == 0.9
-    thr, recall, precision = brute_force_threshold(scores["val_labels"].tolist(), scores["val_p1"].tolist(), 0.9)
+    thr, recall, precision = brute_force_threshold(
+        scores["val_labels"].tolist(), scores["val_p1"].tolist(), 0.9
+    )
     assert result["threshold"] == thr and result["val"]["at_rec"]["recall"] == pytest.approx(recall)
     assert result["val"]["at_rec"]["precision"] == pytest.approx(precision)
     for split, count in (("val", 20), ("test", 40)):
@@ -2230,7 +2605,9 @@ def test_scores_are_those_of_the_images(runs, synthetic):
     with np.load(runs.out / "scratch" / "scores.npz") as scores:
         for split in ("val", "test"):
             for i in (0, 7, 19):
-                x = torch.from_numpy(full_decode(synthetic / str(scores[f"{split}_files"][i]), 32))[None, None].float()
+                x = torch.from_numpy(full_decode(synthetic / str(scores[f"{split}_files"][i]), 32))[
+                    None, None
+                ].float()
                 with torch.no_grad():
                     logits = model((x / 255 - 0.5).expand(1, 3, 32, 32) / 0.5)
                 # A reduced JPEG decode may differ by a grey level from PIL's full one.
@@ -2299,8 +2676,9 @@ def test_uncalibrated_run_is_left_out_with_a_note(own_runs):
     assert "pretrained" in done.err and "pretrained" not in done.out and "ViT scratch" in done.out
 
 
-@pytest.mark.parametrize("damage", ["calibration cut", "scores cut", "calibration of a newer format",
-                                    "calibration without test"])
+@pytest.mark.parametrize(
+    "damage", ["calibration cut", "scores cut", "calibration of a newer format", "calibration without test"]
+)
 def test_compare_of_damaged_files(own_runs, damage):
     out = own_runs / "outputs" / "scratch"
     path = out / ("scores.npz" if damage == "scores cut" else "calibration.json")
@@ -2337,7 +2715,10 @@ def test_compare_table(runs):
     [[head, *shift]] = [t for t in tables(runs.compared.out) if {"Recall val", "Recall test"} <= set(t[0])]
     assert len(rows) == 6
     for name, word in NAMES.items():
-        results, result = read_json(runs.out, name, "results.json"), read_json(runs.out, name, "calibration.json")
+        results, result = (
+            read_json(runs.out, name, "results.json"),
+            read_json(runs.out, name, "calibration.json"),
+        )
         for point, mark in (("at_rec", "@Rec"), ("at_0.5", "@0.5")):
             [row] = [r for r in rows if r[0].endswith(mark) and word in r[0]]
             assert "[SYNTHETIC]" in row[0]
@@ -2359,7 +2740,9 @@ def test_compare_prints_markdown_only(runs):
     assert out.startswith("# ") and "SYNTHETIC" in out
     assert "40 images (15 NORMAL, 25 PNEUMONIA)" in out and "recall >= 0.9" in out
     for line in filter(None, out.splitlines()):
-        assert line[0] in "#|" or re.fullmatch(LINK, line) or (line[-1] in ".:" and len(line.split()) > 5), line
+        assert line[0] in "#|" or re.fullmatch(LINK, line) or (line[-1] in ".:" and len(line.split()) > 5), (
+            line
+        )
 
 
 def test_compare_plots(runs):
@@ -2380,6 +2763,7 @@ def test_compare_plots(runs):
 
 def test_compare_csv(runs):
     import csv
+
     with open(runs.cwd / "table.csv", newline="") as f:
         header, *rows = csv.reader(f)
     [table] = [t for t in tables(runs.compared.out) if t[0] == HEADER]
@@ -2389,18 +2773,30 @@ def test_compare_csv(runs):
 def test_compare_separates_test_sets(own_runs, tmp_path):
     """Runs on other test images get a table of their own, and plots of their own."""
     data.make_synthetic(tmp_path / "other", train=48, test=16, seed=3)
-    succeed("train_linear", "--data-dir", tmp_path / "other", "--img-size", 32, "--out", "outputs/second", cwd=own_runs)
+    succeed(
+        "train_linear",
+        "--data-dir",
+        tmp_path / "other",
+        "--img-size",
+        32,
+        "--out",
+        "outputs/second",
+        cwd=own_runs,
+    )
     succeed("calibrate", "--run", "outputs/second", cwd=own_runs)
     done = succeed("compare", cwd=own_runs)
     assert sorted(len(t) - 1 for t in tables(done.out) if t[0] == HEADER) == [2, 6]
     links = re.findall(LINK, done.out)
     one = succeed("compare", "--run", "outputs/linear", cwd=own_runs)
-    assert len(set(links)) == len(links) == 2 * len(re.findall(LINK, one.out)) + 1  # no curves of a linear model
+    assert (
+        len(set(links)) == len(links) == 2 * len(re.findall(LINK, one.out)) + 1
+    )  # no curves of a linear model
     assert all((own_runs / link).exists() for link in links)
 
 
 def test_linear_is_scikit_learns_logistic_regression(runs, synthetic):
     """Pooling, standardising and fitting again by hand gives the decision function that the run's logits have."""
+
     def pixels(files):  # 64 px, means of 2 x 2 cells
         images = np.stack([data.decode(synthetic / str(f), 64) for f in files]) / 255
         return images.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
@@ -2422,10 +2818,13 @@ def test_min_recall_from_the_command_line_is_met_on_validation(own_runs):
     for target in (0.5, 0.95, 1.0):
         succeed("calibrate", "--min-recall", target, cwd=own_runs)
         for name in ("scratch", "pretrained", "linear"):
-            assert read_json(own_runs, "outputs", name, "calibration.json")["val"]["at_rec"]["recall"] >= target
+            assert (
+                read_json(own_runs, "outputs", name, "calibration.json")["val"]["at_rec"]["recall"] >= target
+            )
 
 
 # ================================================================ common
+
 
 def test_atomic_path(tmp_path):
     """The old content stays until the new is complete; a failure leaves nothing behind."""
@@ -2447,12 +2846,20 @@ def test_json_has_no_nan(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error, code", [
-    (InputError("bad"), 2), (FileNotFoundError(2, "No such file", "x.txt"), 2), (PermissionError(13, "Denied", "x"), 2),
-    (KeyboardInterrupt(), 130), (common.Interrupted("stopped", signal.SIGTERM), 143)])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (InputError("bad"), 2),
+        (FileNotFoundError(2, "No such file", "x.txt"), 2),
+        (PermissionError(13, "Denied", "x"), 2),
+        (KeyboardInterrupt(), 130),
+        (common.Interrupted("stopped", signal.SIGTERM), 143),
+    ],
+)
 def test_exit_codes(error, code, capsys):
     def main():
         raise error
+
     with pytest.raises(SystemExit) as stop:
         common.start(main)
     assert stop.value.code == code and len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -2461,11 +2868,13 @@ def test_exit_codes(error, code, capsys):
 def test_bugs_are_not_hidden_as_bad_input():
     def main():
         raise KeyError("a bug")
+
     with pytest.raises(KeyError):
         common.start(main)
 
 
 # ================================================================ metrics: guarantee, intervals, probabilities
+
 
 def _random_scores(rng, n, grid=None):
     """Labels of both classes and overlapping scores in [0, 1], on a coarse grid when ties are wanted."""
@@ -2475,7 +2884,9 @@ def _random_scores(rng, n, grid=None):
     return y, (p if grid is None else np.round(p * grid) / grid)
 
 
-@pytest.mark.parametrize("n, target, confidence", [(59, 0.95, 0.95), (200, 0.95, 0.95), (333, 0.9, 0.99), (775, 0.95, 0.9)])
+@pytest.mark.parametrize(
+    "n, target, confidence", [(59, 0.95, 0.95), (200, 0.95, 0.95), (333, 0.9, 0.99), (775, 0.95, 0.9)]
+)
 def test_guarantee_is_the_umbrella_order_statistic(n, target, confidence):
     """k by summing the binomial by hand: the largest k with P(Bin(n, 1 - target) <= k - 1) <= 1 - confidence."""
     rng = np.random.default_rng(n)
@@ -2515,18 +2926,23 @@ def test_guarantee_with_constant_scores_calls_everything_positive():
 def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
     """True recall is known: positives score Phi(N(1, 1)). In clusters the images of a patient correlate 0.8."""
     from scipy.stats import norm
+
     rng, draws, patients = np.random.default_rng(5), 400, 250
     violations = np.zeros(3)
     for _ in range(draws):
         sizes = rng.integers(1, 8, patients) if clustered else np.ones(patients, int)
         group = np.repeat(np.arange(patients), sizes)
-        noise = math.sqrt(0.8) * rng.normal(size=patients)[group] + math.sqrt(0.2) * rng.normal(size=len(group))
+        noise = math.sqrt(0.8) * rng.normal(size=patients)[group] + math.sqrt(0.2) * rng.normal(
+            size=len(group)
+        )
         y = np.r_[np.ones(len(group), int), np.zeros(50, int)]
         p = np.r_[norm.cdf(1 + noise), 0.5 * rng.random(50)]
         groups = np.r_[group, patients + np.arange(50)]
-        thresholds = (metrics.choose_threshold_by_min_recall(y, p, 0.95)[0],
-                      metrics.choose_threshold_with_guarantee(y, p)[0],
-                      metrics.choose_threshold_with_guarantee(y, p, groups=groups)[0])
+        thresholds = (
+            metrics.choose_threshold_by_min_recall(y, p, 0.95)[0],
+            metrics.choose_threshold_with_guarantee(y, p)[0],
+            metrics.choose_threshold_with_guarantee(y, p, groups=groups)[0],
+        )
         violations += [norm.sf(norm.ppf(t) - 1) < 0.95 for t in thresholds]
     naive, by_image, by_patient = violations / draws
     assert 0.35 < naive < 0.65
@@ -2536,11 +2952,16 @@ def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
 
 def test_wilson_and_clopper_pearson_equal_scipy():
     from scipy.stats import binomtest
+
     for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
         for level in (0.9, 0.95):
             result = binomtest(k, n)
-            assert metrics.wilson_interval(k, n, level) == pytest.approx(tuple(result.proportion_ci(level, "wilson")), abs=1e-12)
-            assert metrics.clopper_pearson_interval(k, n, level) == pytest.approx(tuple(result.proportion_ci(level, "exact")), abs=1e-9)
+            assert metrics.wilson_interval(k, n, level) == pytest.approx(
+                tuple(result.proportion_ci(level, "wilson")), abs=1e-12
+            )
+            assert metrics.clopper_pearson_interval(k, n, level) == pytest.approx(
+                tuple(result.proportion_ci(level, "exact")), abs=1e-9
+            )
     for bad in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
             metrics.wilson_interval(*bad)
@@ -2549,6 +2970,7 @@ def test_wilson_and_clopper_pearson_equal_scipy():
 def test_wilson_covers():
     """Coverage summed exactly over the binomial: near 95% on average, never far below."""
     from scipy.stats import binom
+
     cover = []
     for p in np.linspace(0.05, 0.95, 19):
         k = np.arange(101)
@@ -2567,6 +2989,7 @@ def _delong_brute(y, scores):
 @pytest.mark.parametrize("grid", [None, 10])
 def test_delong_equals_its_definition(grid):
     from scipy.stats import norm
+
     rng = np.random.default_rng(3)
     y, a = _random_scores(rng, 80, grid)
     b = np.clip(a + rng.normal(0, 0.15, 80), 0, 1)
@@ -2583,6 +3006,7 @@ def test_delong_equals_its_definition(grid):
 
 def test_delong_agrees_with_the_bootstrap_and_covers():
     from scipy.stats import norm
+
     rng = np.random.default_rng(4)
     y, p = _random_scores(rng, 600)
     _, lo, hi = metrics.delong_interval(y, p)
@@ -2603,7 +3027,9 @@ def test_vectorised_bootstrap_equals_resampling(grid):
     y, p = _random_scores(rng, 120, grid)
     groups = rng.integers(0, 40, 120)
     weights = metrics.bootstrap_weights(groups, 30, seed=2)
-    assert (weights == weights[:, [np.flatnonzero(groups == g)[0] for g in groups]]).all()  # patients stay whole
+    assert (
+        weights == weights[:, [np.flatnonzero(groups == g)[0] for g in groups]]
+    ).all()  # patients stay whole
     for thr in (0.5, 0.0, 1.0, 0.375):
         draws = metrics.bootstrap_summary(y, p, thr, weights)
         for b, w in enumerate(weights):
@@ -2648,7 +3074,10 @@ def test_paired_comparison_signs_and_equality():
         assert got[name]["lo"] <= a - b <= got[name]["hi"]
     assert got["auroc"]["lo"] > 0 and got["delong"] < 0.01
     same = metrics.compare_at_thresholds(y, good, 0.5, good, 0.5, np.arange(300), n=50)
-    assert same["auroc"] == {"difference": 0.0, "lo": 0.0, "hi": 0.0} and same["delong"] == same["mcnemar_recall"] == 1.0
+    assert (
+        same["auroc"] == {"difference": 0.0, "lo": 0.0, "hi": 0.0}
+        and same["delong"] == same["mcnemar_recall"] == 1.0
+    )
 
 
 def test_temperature_is_recovered_and_minimal():
@@ -2662,10 +3091,15 @@ def test_temperature_is_recovered_and_minimal():
 
     def loss(t):
         return torch.nn.functional.cross_entropy(torch.tensor(3 * z / t), torch.tensor(y)).item()
+
     assert loss(t) <= min(loss(g) for g in np.linspace(1, 6, 51)) + 1e-9
     separable = metrics.fit_temperature(np.array([[1.0, 0], [0, 1.0]]), np.array([0, 1]))
     assert 0.01 <= separable < 0.03  # the loss is 0 to the last bit from there on
-    for logits, y in ((np.zeros((2, 2)), [0, 2]), (np.full((2, 2), np.nan), [0, 1]), (np.zeros((3, 2)), [0, 1])):
+    for logits, y in (
+        (np.zeros((2, 2)), [0, 2]),
+        (np.full((2, 2), np.nan), [0, 1]),
+        (np.zeros((3, 2)), [0, 1]),
+    ):
         with pytest.raises(ValueError):
             metrics.fit_temperature(logits, np.array(y))
 
@@ -2689,9 +3123,12 @@ def test_calibration_error_brier_nll_by_hand():
     y, p = np.array([0, 1, 1, 1]), np.array([0.1, 0.2, 0.7, 0.9])
     ece, bins = metrics.calibration_error(y, p, bins=2)
     assert ece == pytest.approx(0.5 * 0.35 + 0.5 * 0.2)
-    assert bins == [{"n": 2, "score": pytest.approx(0.15), "positives": 0.5},
-                    {"n": 2, "score": pytest.approx(0.8), "positives": 1.0}]
+    assert bins == [
+        {"n": 2, "score": pytest.approx(0.15), "positives": 0.5},
+        {"n": 2, "score": pytest.approx(0.8), "positives": 1.0},
+    ]
     from sklearn.metrics import brier_score_loss, log_loss
+
     assert metrics.brier(y, p) == pytest.approx(brier_score_loss(y, p))
     assert metrics.nll(y, p) == pytest.approx(log_loss(y, p))
 
@@ -2706,6 +3143,7 @@ def test_predictive_values_and_net_benefit_by_hand():
 
 
 # ================================================================ test-time augmentation, predict.py, the report
+
 
 def test_tta_views_shift_zoom_and_mirror():
     x = torch.rand(2, 1, 100, 100)
@@ -2734,7 +3172,9 @@ def bench(tmp_path_factory):
 def test_seeds_train_one_run_each(bench):
     runs = [common.read_results(bench / f"outputs/scratch-seed{s}") for s in (0, 1)]
     assert [r["seed"] for r in runs] == [0, 1] and runs[0]["split"] == runs[1]["split"]
-    a, b = (common.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1))
+    a, b = (
+        common.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1)
+    )
     assert not torch.equal(a, b)
 
 
@@ -2743,14 +3183,22 @@ def test_calibration_json_holds_guarantee_temperature_intervals(bench):
     with np.load(bench / "outputs/linear/scores.npz") as file:
         s = dict(file)
     groups = [data.patient_id(f) for f in s["val_files"]]
-    thr, recall, precision = metrics.choose_threshold_with_guarantee(s["val_labels"], s["val_p1"], 0.9, 0.9, groups)
+    thr, recall, precision = metrics.choose_threshold_with_guarantee(
+        s["val_labels"], s["val_p1"], 0.9, 0.9, groups
+    )
     assert got["guarantee"]["threshold"] == thr and got["guarantee"]["confidence"] == 0.9
     val = got["guarantee"]["val"]["at_guaranteed"]
-    assert (val["recall"], val["precision"]) == pytest.approx((recall, precision)) and got["val"]["at_guaranteed"] == val
+    assert (val["recall"], val["precision"]) == pytest.approx((recall, precision)) and got["val"][
+        "at_guaranteed"
+    ] == val
     assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
     row = got["test"]["at_rec"]
-    assert row["interval"]["recall"]["wilson"] == pytest.approx(metrics.wilson_interval(row["tp"], row["tp"] + row["fn"]))
-    assert row["interval"]["auroc"]["delong"] == pytest.approx(metrics.delong_interval(s["test_labels"], s["test_p1"])[1:])
+    assert row["interval"]["recall"]["wilson"] == pytest.approx(
+        metrics.wilson_interval(row["tp"], row["tp"] + row["fn"])
+    )
+    assert row["interval"]["auroc"]["delong"] == pytest.approx(
+        metrics.delong_interval(s["test_labels"], s["test_p1"])[1:]
+    )
     for name in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc"):
         lo, hi = row["interval"][name]["bootstrap"]
         assert lo <= row[name] <= hi
@@ -2763,7 +3211,9 @@ def test_temperature_flag_keeps_decisions(bench):
     assert warm["temperature_applied"] and warm["threshold"] != plain["threshold"]
     for side in ("val", "test"):
         for point in ("at_0.5", "at_rec", "at_guaranteed"):
-            assert all(warm[side][point][k] == plain[side][point][k] for k in ("tp", "fp", "tn", "fn", "auroc"))
+            assert all(
+                warm[side][point][k] == plain[side][point][k] for k in ("tp", "fp", "tn", "fn", "auroc")
+            )
     predictions = predict_rows(bench, "xray/test", "--run", "outputs/linear")
     with np.load(bench / "outputs/linear/scores.npz") as file:
         assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
@@ -2794,7 +3244,9 @@ def test_predict_reproduces_calibrate_exactly(bench, tta):
     backwards = [f"xray/{f}" for f in file_list(bench, run)[::-1][:7]]  # other batches, same scores
     again = predict_rows(bench, *backwards, "--run", run, "--batch-size", 3, *flags)
     by_path = {r["path"]: r["p_pneumonia"] for r in predictions}
-    assert [float(r["p_pneumonia"]) for r in again] == pytest.approx([float(by_path[b]) for b in backwards], abs=2e-3)
+    assert [float(r["p_pneumonia"]) for r in again] == pytest.approx(
+        [float(by_path[b]) for b in backwards], abs=2e-3
+    )
 
 
 def file_list(folder, run):
@@ -2829,8 +3281,11 @@ def test_predict_reports_bad_and_odd_files_and_goes_on(bench):
 
 def test_predict_notes_what_is_unlike_the_training_images():
     from predict import unlike
-    results = {"input_range": {"mean": [0.3, 0.6], "std": [0.1, 0.3]},
-               "split": {"original_size": {"width": [400, 2000], "height": [500, 500]}}}
+
+    results = {
+        "input_range": {"mean": [0.3, 0.6], "std": [0.1, 0.3]},
+        "split": {"original_size": {"width": [400, 2000], "height": [500, 500]}},
+    }
     image = np.r_[np.full((8, 16), 60), np.full((8, 16), 160)].astype(np.uint8)  # mean 0.43, std 0.2
     assert unlike(image, (400, 7), 0.0, results) == ""  # one single training height tells nothing
     assert "width 2001 px outside the training range 400 to 2000" in unlike(image, (2001, 500), 0.0, results)
@@ -2864,12 +3319,25 @@ def test_a_seed_trained_twice_counts_once(bench, tmp_path):
     assert done.code == 0 and "mean ± sd of 2 seeds" in done.out and "of 3 seeds" not in done.out
 
 
-@pytest.mark.parametrize("file, change", [
-    ("results.json", {"mean": None}), ("results.json", {"mean": [0.5, 0.5]}), ("results.json", {"split": {}}),
-    ("results.json", {"recipe": {}}), ("results.json", {"history": []}), ("results.json", {"best_epoch": 99}),
-    ("results.json", {"params": "many"}), ("results.json", {"format": None}), ("calibration.json", {"threshold": None}),
-    ("calibration.json", {"temperature": 0}), ("calibration.json", {"test": {}}), ("calibration.json", {"format": "a"}),
-    ("calibration.json", {"guarantee": ...}), ("scores.npz", "test_p1")])
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("results.json", {"mean": None}),
+        ("results.json", {"mean": [0.5, 0.5]}),
+        ("results.json", {"split": {}}),
+        ("results.json", {"recipe": {}}),
+        ("results.json", {"history": []}),
+        ("results.json", {"best_epoch": 99}),
+        ("results.json", {"params": "many"}),
+        ("results.json", {"format": None}),
+        ("calibration.json", {"threshold": None}),
+        ("calibration.json", {"temperature": 0}),
+        ("calibration.json", {"test": {}}),
+        ("calibration.json", {"format": "a"}),
+        ("calibration.json", {"guarantee": ...}),
+        ("scores.npz", "test_p1"),
+    ],
+)
 def test_damaged_run_files_are_named(bench, tmp_path, file, change):
     """Every reader of the file says which file is damaged, in one line."""
     run = tmp_path / "run"
@@ -2881,16 +3349,25 @@ def test_damaged_run_files_are_named(bench, tmp_path, file, change):
     else:
         value = {**common.read_json(run / file), **change}
         (run / file).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
-    readers = {"results.json": ("calibrate", "compare", "predict"), "calibration.json": ("compare", "predict"),
-               "scores.npz": ("compare",)}[file]
+    readers = {
+        "results.json": ("calibrate", "compare", "predict"),
+        "calibration.json": ("compare", "predict"),
+        "scores.npz": ("compare",),
+    }[file]
     for script in readers:
         done = cli(script, *(["xray/test"] if script == "predict" else []), "--run", run, cwd=bench)
         assert done.code == 2 and str(run) in done.err and "Traceback" not in done.err, (script, done.err)
 
 
 def test_flags_that_would_be_ignored_or_overflow(tmp_path):
-    for argv in (["--demo", "--data-dir", "elsewhere"], ["--seed", 1, "--seeds", 0, 1], ["--seed", 2**70],
-                 ["--demo", "--img-size", 100_000], ["--demo", "--cache-dir", __file__], ["--out", __file__]):
+    for argv in (
+        ["--demo", "--data-dir", "elsewhere"],
+        ["--seed", 1, "--seeds", 0, 1],
+        ["--seed", 2**70],
+        ["--demo", "--img-size", 100_000],
+        ["--demo", "--cache-dir", __file__],
+        ["--out", __file__],
+    ):
         done = cli("train_scratch", *argv, cwd=tmp_path)
         assert done.code == 2 and done.err.startswith("error: "), (argv, done.err)
 
@@ -2899,6 +3376,7 @@ def test_predict_reads_dicom(bench):
     """MONOCHROME1 stored inverted, and 12 bits with a window, both give the PNG's score."""
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
+
     grey = np.asarray(Image.open(sorted((bench / "xray/test/PNEUMONIA").iterdir())[0]).convert("L"))
     full = ((grey.astype(float) - grey.min()) / (grey.max() - grey.min()) * 255).round().astype(np.uint8)
     folder = bench / "dicom"
@@ -2908,7 +3386,10 @@ def test_predict_reads_dicom(bench):
     def save(name, pixels, bits, photometric, **extra):
         meta = FileMetaDataset()
         meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(), pydicom.uid.generate_uid()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+            pydicom.uid.generate_uid(),
+            pydicom.uid.generate_uid(),
+        )
         file = FileDataset(str(folder / name), {}, file_meta=meta, preamble=b"\0" * 128)
         file.Rows, file.Columns = pixels.shape
         file.SamplesPerPixel, file.PixelRepresentation, file.PhotometricInterpretation = 1, 0, photometric
@@ -2920,8 +3401,16 @@ def test_predict_reads_dicom(bench):
         file.save_as(folder / name, enforce_file_format=True)
 
     save("b.dcm", 255 - full, 8, "MONOCHROME1")
-    save("c.dcm", full.astype(np.uint16) * 10 + 7, 12, "MONOCHROME2", RescaleSlope="2", RescaleIntercept="-14",
-         WindowCenter="2550", WindowWidth="5101")
+    save(
+        "c.dcm",
+        full.astype(np.uint16) * 10 + 7,
+        12,
+        "MONOCHROME2",
+        RescaleSlope="2",
+        RescaleIntercept="-14",
+        WindowCenter="2550",
+        WindowWidth="5101",
+    )
     rows = predict_rows(bench, "dicom", "--run", "outputs/linear")
     scores = [float(r["p_pneumonia"]) for r in rows]
     assert scores[1] == pytest.approx(scores[0], abs=1e-9) and scores[2] == pytest.approx(scores[0], abs=0.02)
@@ -2930,6 +3419,7 @@ def test_predict_reads_dicom(bench):
 def test_predict_streams(bench):
     """Files are taken from the iterator batch by batch: never more than two batches are in the air."""
     import predict
+
     scorer = predict.Scorer(bench / "outputs/linear", torch.device("cpu"), tta=False)
     path, taken = str(bench / "xray" / file_list(bench, "outputs/linear")[0]), 0
 
@@ -2952,10 +3442,18 @@ def test_export_matches_pytorch(bench):
     meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
     assert float(meta["threshold@Rec"]) == common.read_json(bench / run / "calibration.json")["threshold"]
     pixels = np.stack([data.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
-    got = runtime.InferenceSession(str(bench / "m.onnx")).run(None, {"image": pixels[:, None].astype(np.float32) / 255})[0]
+    got = runtime.InferenceSession(str(bench / "m.onnx")).run(
+        None, {"image": pixels[:, None].astype(np.float32) / 255}
+    )[0]
     model, results = engine.load_run(bench / run)
     with torch.inference_mode():
-        logits = engine.forward(model, torch.from_numpy(pixels)[:, None] / 255, mean=results["mean"], std=results["std"], amp=False)
+        logits = engine.forward(
+            model,
+            torch.from_numpy(pixels)[:, None] / 255,
+            mean=results["mean"],
+            std=results["std"],
+            amp=False,
+        )
     assert got == pytest.approx(metrics.tempered(logits.numpy(), 1.0), abs=1e-4)
 
 
@@ -2963,17 +3461,34 @@ def test_report_has_every_section_and_html_stands_alone(bench):
     done = cli("compare", "--html", "report.html", "--csv", "t.csv", cwd=bench)
     assert done.code == 0, done.err
     text = done.out
-    for heading in ("What the threshold promises", "95% intervals", "Which model is better", "Are the probabilities right",
-                    "Subgroups", "How this was evaluated", "mean ± sd of 2 seeds", "ensemble of 2 seeds", "@Guar", "SYNTHETIC"):
+    for heading in (
+        "What the threshold promises",
+        "95% intervals",
+        "Which model is better",
+        "Are the probabilities right",
+        "Subgroups",
+        "How this was evaluated",
+        "mean ± sd of 2 seeds",
+        "ensemble of 2 seeds",
+        "@Guar",
+        "SYNTHETIC",
+    ):
         assert heading in text, heading
-    with np.load(bench / "outputs/scratch-seed0/scores.npz") as a, np.load(bench / "outputs/scratch-seed1/scores.npz") as b:
+    with (
+        np.load(bench / "outputs/scratch-seed0/scores.npz") as a,
+        np.load(bench / "outputs/scratch-seed1/scores.npz") as b,
+    ):
         y, aurocs = a["test_labels"], [metrics.roc_auc_score(s["test_labels"], s["test_p1"]) for s in (a, b)]
         both = metrics.roc_auc_score(y, (a["test_p1"] + b["test_p1"]) / 2)
     mean_row = next(line for line in text.splitlines() if "mean ± sd of 2 seeds @Rec" in line)
     assert f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f}" in mean_row
     assert f"| {both:.3f} |" in next(line for line in text.splitlines() if "ensemble of 2 seeds @Rec" in line)
     page = (bench / "report.html").read_text()
-    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 6 and "SYNTHETIC" in page
+    assert (
+        "http" not in page.replace("http-equiv", "")
+        and page.count("data:image/png;base64,") == 6
+        and "SYNTHETIC" in page
+    )
     assert (bench / "t.csv").read_text().splitlines()[0].startswith("Data,Model,Params (M)")
 
 
@@ -2990,43 +3505,63 @@ def test_newer_format_and_too_few_patients_are_refused(bench, tmp_path):
 
 # ================================================================ recipes: augmentation, exposure, selection signals
 
+
 def test_gaussian_blur_equals_scipy():
     x = torch.rand(3, 1, 40, 40)
     sigma = torch.tensor([0.7, 1.5, 3.0])
     got = data.gaussian_blur(x, sigma)
     for i in range(3):
         radius = math.ceil(9.0)  # the widest kernel serves all
-        want = scipy.ndimage.gaussian_filter(x[i, 0].double().numpy(), float(sigma[i]), mode="nearest",
-                                             truncate=radius / float(sigma[i]))
+        want = scipy.ndimage.gaussian_filter(
+            x[i, 0].double().numpy(), float(sigma[i]), mode="nearest", truncate=radius / float(sigma[i])
+        )
         assert got[i, 0].numpy() == pytest.approx(want, abs=1e-5)
 
 
 def test_match_levels_is_quantile_mapping():
     """Against rank statistics: in its middle every image gets the quantiles of the other one, and keeps its own order."""
     rng = np.random.default_rng(0)
-    x = torch.from_numpy(np.stack([rng.beta(4, 2, (64, 64)), rng.beta(2, 5, (64, 64)), np.full((64, 64), 0.4)])).float()[:, None]
-    like = torch.from_numpy(np.stack([rng.normal(0.6, 0.1, (64, 64)).clip(0, 1), rng.random((64, 64)), rng.random((64, 64))])).float()[:, None]
+    x = torch.from_numpy(
+        np.stack([rng.beta(4, 2, (64, 64)), rng.beta(2, 5, (64, 64)), np.full((64, 64), 0.4)])
+    ).float()[:, None]
+    like = torch.from_numpy(
+        np.stack([rng.normal(0.6, 0.1, (64, 64)).clip(0, 1), rng.random((64, 64)), rng.random((64, 64))])
+    ).float()[:, None]
     got, middle, q = data.match_levels(x, like), slice(8, 56), np.linspace(0.02, 0.98, 49)
     for i in range(2):
         have, want = (t[i, 0, middle, middle].double().numpy() for t in (got, like))
         assert np.quantile(have, q) == pytest.approx(np.quantile(want, q), abs=0.02)
-        by_rank = np.sort(want.ravel())[scipy.stats.rankdata(x[i, 0, middle, middle].numpy().ravel(), "ordinal") - 1]
+        by_rank = np.sort(want.ravel())[
+            scipy.stats.rankdata(x[i, 0, middle, middle].numpy().ravel(), "ordinal") - 1
+        ]
         assert have.ravel() == pytest.approx(by_rank, abs=0.03)
         order = x[i].flatten().argsort()
         assert (got[i].flatten()[order].diff() >= -0.006).all()  # one step of 1/255
-    assert got[2].unique().numel() == 1 and float(got[2].mean()) == pytest.approx(float(like[2, 0, middle, middle].median()), abs=0.02)
+    assert got[2].unique().numel() == 1 and float(got[2].mean()) == pytest.approx(
+        float(like[2, 0, middle, middle].median()), abs=0.02
+    )
     assert (data.match_levels(x, x) - x)[..., middle, middle].abs().max() <= 1 / 255
     assert data.match_levels(x.bfloat16(), like.bfloat16()).dtype == torch.bfloat16
 
 
 def test_borrow_frame_takes_the_border_and_leaves_the_middle():
-    x, other, width = torch.full((4, 1, 100, 100), 0.2), torch.full((4, 1, 100, 100), 0.8), torch.tensor([0.0, 0.1, 0.2, 0.0])
+    x, other, width = (
+        torch.full((4, 1, 100, 100), 0.2),
+        torch.full((4, 1, 100, 100), 0.8),
+        torch.tensor([0.0, 0.1, 0.2, 0.0]),
+    )
     got = data.borrow_frame(x, other, width)
     assert torch.equal(got[[0, 3]], x[[0, 3]])
     for i, w in ((1, 10), (2, 20)):
         own = got[i, 0] == 0.2
-        assert own[w + 2:98 - w, w + 2:98 - w].all() and (got[i, 0, : w - 2] == 0.8).all() and (got[i, 0, :, 102 - w:] == 0.8).all()
-        assert 1 - (got[i] - 0.2).mean() / 0.6 == pytest.approx((1 - 2 * w / 100) ** 2, abs=0.01)  # the area that stays
+        assert (
+            own[w + 2 : 98 - w, w + 2 : 98 - w].all()
+            and (got[i, 0, : w - 2] == 0.8).all()
+            and (got[i, 0, :, 102 - w :] == 0.8).all()
+        )
+        assert 1 - (got[i] - 0.2).mean() / 0.6 == pytest.approx(
+            (1 - 2 * w / 100) ** 2, abs=0.01
+        )  # the area that stays
 
 
 def test_frame_and_tone_come_from_the_batch_at_their_probability():
@@ -3037,7 +3572,9 @@ def test_frame_and_tone_come_from_the_batch_at_their_probability():
     assert (toned != x).flatten(1).any(1).float().mean() == pytest.approx(0.5, abs=0.08)
     framed = data.Augment(**{**NONE, "frame": 0.5})(x)
     assert torch.equal(framed[..., 10:30, 10:30], x[..., 10:30, 10:30])
-    assert 0.35 < (framed != x).flatten(1).any(1).float().mean() < 0.55  # the narrowest frames are no pixel wide
+    assert (
+        0.35 < (framed != x).flatten(1).any(1).float().mean() < 0.55
+    )  # the narrowest frames are no pixel wide
     state = torch.get_rng_state()
     data.Augment(**NONE)(x)
     assert torch.equal(torch.get_rng_state(), state)
@@ -3048,7 +3585,9 @@ def test_gamma_noise_and_erase_do_what_they_say():
     half = torch.full((400, 1, 16, 16), 0.5)
     exponents = torch.log(data.Augment(**{**NONE, "gamma": 0.5})(half)[:, 0, 0, 0]) / math.log(0.5)
     assert exponents.min() >= math.exp(-0.5) - 1e-4 and exponents.max() <= math.exp(0.5) + 1e-4
-    assert exponents.log().mean() == pytest.approx(0, abs=0.05) and exponents.log().std() == pytest.approx(0.5 / 3 ** 0.5, abs=0.03)
+    assert exponents.log().mean() == pytest.approx(0, abs=0.05) and exponents.log().std() == pytest.approx(
+        0.5 / 3**0.5, abs=0.03
+    )
     spread = data.Augment(**{**NONE, "noise": 0.05})(half).std(dim=(1, 2, 3))
     assert spread.max() < 0.06 and spread.mean() == pytest.approx(0.025, abs=0.004)
     erased = data.Augment(**{**NONE, "erase": 0.5})(torch.full((400, 1, 64, 64), 0.123)) != 0.123
@@ -3063,10 +3602,12 @@ def test_gamma_noise_and_erase_do_what_they_say():
 def test_aspect_widens_and_flattens():
     """A centred disc of radius 10 becomes an ellipse whose axes multiply to the same area."""
     y, x = torch.meshgrid(torch.arange(65.0) - 32, torch.arange(65.0) - 32, indexing="ij")
-    disc = ((x ** 2 + y ** 2) <= 100).float().view(1, 1, 65, 65)
+    disc = ((x**2 + y**2) <= 100).float().view(1, 1, 65, 65)
     full = torch.ones(1)
     wide = data.affine(disc, 0 * full, full, full, 0 * full, 0 * full, aspect=1.3 * full) > 0.5
-    assert wide.any(2).sum() == pytest.approx(2 * 13, abs=2) and wide.any(3).sum() == pytest.approx(2 * 10 / 1.3, abs=2)
+    assert wide.any(2).sum() == pytest.approx(2 * 13, abs=2) and wide.any(3).sum() == pytest.approx(
+        2 * 10 / 1.3, abs=2
+    )
 
 
 def test_normalise_modes():
@@ -3080,22 +3621,33 @@ def test_normalise_modes():
     for image, got in zip(x.numpy(), flat[:, 0].numpy()):  # mid-ranks, by scipy
         want = (scipy.stats.rankdata(image, method="average").reshape(image.shape) - 0.5) / image.size
         assert got == pytest.approx(want, abs=1e-5)
-    darker = torch.from_numpy((x.numpy().astype(float) ** 1.2 / 3).round().astype(np.uint8))  # monotone, merges few levels
+    darker = torch.from_numpy(
+        (x.numpy().astype(float) ** 1.2 / 3).round().astype(np.uint8)
+    )  # monotone, merges few levels
     assert torch.allclose(data.normalise(darker, "equalise"), flat, atol=0.05)
 
 
 def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):
     shutil.copytree(bench / "xray", tmp_path / "xray")
-    assert cli("train_linear", "--data-dir", "xray", "--img-size", 32, "--normalise", "equalise", cwd=tmp_path).code == 0
+    assert (
+        cli(
+            "train_linear", "--data-dir", "xray", "--img-size", 32, "--normalise", "equalise", cwd=tmp_path
+        ).code
+        == 0
+    )
     assert cli("calibrate", *FLOOR, cwd=tmp_path).code == 0
     rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/linear")
-    with np.load(tmp_path / "outputs/linear/scores.npz") as file, np.load(bench / "outputs/linear/scores.npz") as plain:
+    with (
+        np.load(tmp_path / "outputs/linear/scores.npz") as file,
+        np.load(bench / "outputs/linear/scores.npz") as plain,
+    ):
         assert [float(r["p_pneumonia"]) for r in rows] == file["test_p1"].tolist()
         assert np.abs(file["test_p1"] - plain["test_p1"]).max() > 1e-3
 
 
 def test_corruptions_keep_shape_and_change_the_image():
     import experiments
+
     image = data._draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
     for name, change in experiments.corruptions().items():
         out = change(image)
@@ -3116,17 +3668,30 @@ def test_reported_interval_never_claims_certainty():
 
 def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
     import experiments
+
     (tmp_path / "images").mkdir()
-    listed = {"a.png": "No Finding", "b.png": "Infiltration|Mass", "c.png": "Hernia", "d.png": "Pneumonia", "gone.png": "Pneumonia"}
+    listed = {
+        "a.png": "No Finding",
+        "b.png": "Infiltration|Mass",
+        "c.png": "Hernia",
+        "d.png": "Pneumonia",
+        "gone.png": "Pneumonia",
+    }
     for i, name in enumerate(list(listed)[:4]):
         Image.fromarray(np.full((40, 40), 50 * i, np.uint8)).save(tmp_path / "images" / name)
     csv_path = tmp_path / "sample_labels.csv"
-    csv_path.write_text("Image Index,Finding Labels,Patient Age\n" + "".join(f"{k},{v},1\n" for k, v in listed.items()))
+    csv_path.write_text(
+        "Image Index,Finding Labels,Patient Age\n" + "".join(f"{k},{v},1\n" for k, v in listed.items())
+    )
     config = data.DataConfig(str(tmp_path), 32, cache_dir=str(tmp_path / "cache"))
     nih = experiments.load_nih(tmp_path, config)
     assert nih.files == ["images/a.png", "images/b.png", "images/d.png"] and nih.labels.tolist() == [0, 1, 1]
     assert nih.images[nih.rows][:, 0, 0].tolist() == [0, 50, 150]
-    for text, message in (("Image Index\na.png\n", "Finding Labels"), ("Image Index,Finding Labels\na.png,No Finding\n", "1 images"), (None, "No such file")):
+    for text, message in (
+        ("Image Index\na.png\n", "Finding Labels"),
+        ("Image Index,Finding Labels\na.png,No Finding\n", "1 images"),
+        (None, "No such file"),
+    ):
         csv_path.write_text(text) if text else csv_path.unlink()
         with pytest.raises(common.InputError, match=message):
             experiments.load_nih(tmp_path, config)
@@ -3135,6 +3700,7 @@ def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
 def test_border_alone_sees_the_border_and_nothing_else(tiny_npz):
     """Noise images whose class is told by the grey of a corner, or of the middle: separated, or at chance (sd 0.05)."""
     import experiments
+
     rng = np.random.default_rng(0)
     labels = np.arange(160) % 2
     for place, low, high in (((slice(0, 4),) * 2, 0.98, 1), ((slice(4, 28),) * 2, 0.3, 0.7)):
@@ -3149,6 +3715,7 @@ def test_border_alone_sees_the_border_and_nothing_else(tiny_npz):
 def test_borrowed_borders_come_from_the_class_asked_for():
     """Flat images, NORMAL dark and PNEUMONIA bright: the border shows whose it is, the middle stays."""
     import experiments
+
     labels = np.array([0, 0, 1, 1, 1])
     images = np.where(labels, 200, 50).astype(np.uint8)[:, None, None] + np.zeros((5, 64, 64), np.uint8)
     for other in (True, False):
@@ -3159,12 +3726,13 @@ def test_borrowed_borders_come_from_the_class_asked_for():
 
 def test_stamped_finds_the_template_whatever_its_contrast():
     import experiments
+
     rng = np.random.default_rng(0)
     images = rng.integers(0, 60, (40, 224, 224)).astype(np.uint8)
     template = rng.integers(0, 2, (8, 13)) * 200.0
     for i in range(0, 40, 3):  # brighter or darker, anywhere in the lower right corner
         y, x = rng.integers(197, 216), rng.integers(182, 211)
-        images[i, y:y + 8, x:x + 13] = 20 + template * rng.uniform(0.4, 1.1)
+        images[i, y : y + 8, x : x + 13] = 20 + template * rng.uniform(0.4, 1.1)
     images[1, 20:28, 20:33] = template  # another corner
     subset = data.Subset([""] * 40, np.zeros(40, np.int64), images, np.arange(40))
     hit = experiments.stamped(subset, torch.from_numpy(template.astype(np.float32)))
@@ -3187,14 +3755,23 @@ def test_experiments_prints_signals_and_keeps_them(bench, tmp_path):
     values = dict(zip(header.split(" | "), row.split(" | ")))
     kept = read_json(tmp_path / "b/outputs/linear/signals.json")["signals"]
     with np.load(bench / "outputs/linear/scores.npz") as file:
-        assert kept["val AUROC"] == pytest.approx(sklearn.metrics.roc_auc_score(file["val_labels"], file["val_p1"]))
+        assert kept["val AUROC"] == pytest.approx(
+            sklearn.metrics.roc_auc_score(file["val_labels"], file["val_p1"])
+        )
     assert float(values["corrupted spec"]) == pytest.approx(kept["corrupted spec"], abs=6e-4)
-    assert kept["choice"] == pytest.approx((kept["borrowed AUROC"] + (kept["corrupted spec"] + kept["corrupted recall"]) / 2) / 2)
-    assert kept["corrupted spec"] == pytest.approx(np.mean([v[1] for v in kept["corruptions"].values()]), abs=1e-4)
-    refused(cli("experiments", "--run", "outputs/linear", "--against-test", cwd=tmp_path / "b"), "needs 4 runs")
+    assert kept["choice"] == pytest.approx(
+        (kept["borrowed AUROC"] + (kept["corrupted spec"] + kept["corrupted recall"]) / 2) / 2
+    )
+    assert kept["corrupted spec"] == pytest.approx(
+        np.mean([v[1] for v in kept["corruptions"].values()]), abs=1e-4
+    )
+    refused(
+        cli("experiments", "--run", "outputs/linear", "--against-test", cwd=tmp_path / "b"), "needs 4 runs"
+    )
 
 
 # ================================================================ recipes
+
 
 def test_patch_drop_is_a_forward_on_the_kept_patches():
     """Leaving patches out equals running the blocks by hand on the tokens that stay; eval mode drops none."""
@@ -3223,8 +3800,20 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
     slow = randomise(small_vit(in_chans=1)).eval()
     slow.load_state_dict(model.state_dict())
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    engine.fit_head(model, train, epochs=3, batch_size=8, lr=1e-2, weight_decay=0.05, loss_fn=loss_fn, mean=[0.5],
-                    std=[0.5], device=CPU, amp=False, seed=3)
+    engine.fit_head(
+        model,
+        train,
+        epochs=3,
+        batch_size=8,
+        lr=1e-2,
+        weight_decay=0.05,
+        loss_fn=loss_fn,
+        mean=[0.5],
+        std=[0.5],
+        device=CPU,
+        amp=False,
+        seed=3,
+    )
     optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
     for epoch in range(3):
         for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
@@ -3234,7 +3823,9 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
             optimizer.step()
     for name, value in model.state_dict().items():
         if name.startswith("head"):
-            assert torch.allclose(value, slow.state_dict()[name], atol=1e-5) and not torch.equal(value, before[name])
+            assert torch.allclose(value, slow.state_dict()[name], atol=1e-5) and not torch.equal(
+                value, before[name]
+            )
         else:
             assert torch.equal(value, before[name]), name
 
@@ -3242,14 +3833,16 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
 def test_masked_autoencoder_loss_by_brute_force():
     torch.manual_seed(0)
     encoder = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
-    model = randomise(vit.MaskedAutoencoder(encoder, 0.75, decoder_dim=8, decoder_depth=1, decoder_heads=2)).eval()
+    model = randomise(
+        vit.MaskedAutoencoder(encoder, 0.75, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    ).eval()
     x = torch.rand(2, 1, 16, 16).expand(-1, 3, -1, -1)
     errors = model(x)
     assert torch.equal(errors, model(x)) and errors.shape == (2, 1)  # eval hides the same patches again
     order = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)).argsort(1)
     for i in range(2):
         keep, hide = order[i, 12:], order[i, :12]
-        seen = model.embed(model.encoder.forward_features(x[i:i + 1], keep=keep[None]))[0]
+        seen = model.embed(model.encoder.forward_features(x[i : i + 1], keep=keep[None]))[0]
         tokens = model.mask_token[0].repeat(16, 1)
         tokens[keep] = seen[1:]
         t = (torch.cat([seen[:1], tokens]) + model.pos_embed[0])[None]
@@ -3257,20 +3850,49 @@ def test_masked_autoencoder_loss_by_brute_force():
         total = 0.0
         for patch in hide.tolist():
             r, c = 4 * (patch // 4), 4 * (patch % 4)
-            want = x[i, 0, r:r + 4, c:c + 4].reshape(-1)
+            want = x[i, 0, r : r + 4, c : c + 4].reshape(-1)
             want = (want - want.mean()) / (want.var() + 1e-6).sqrt()
             total += ((guess[patch] - want) ** 2).mean().item()
         assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
 
 
 def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
-    done = succeed("benchmark", "--data-dir", synthetic, "--quick", "--img-size", 32, "--images", 8, "--workers", 0, cwd=tmp_path)
+    done = succeed(
+        "benchmark",
+        "--data-dir",
+        synthetic,
+        "--quick",
+        "--img-size",
+        32,
+        "--images",
+        8,
+        "--workers",
+        0,
+        cwd=tmp_path,
+    )
     result = json.loads(done.out.splitlines()[-1])
     assert [row["name"] for row in result["rows"]] == [
-        "decode_small", "decode_original", "train_step_scratch", "train_step_ti16", "train_step_b16", "evaluate_scratch",
-        "epoch_scratch", "epoch_scratch_originals", "frozen_stage"]
+        "decode_small",
+        "decode_original",
+        "train_step_scratch",
+        "train_step_ti16",
+        "train_step_b16",
+        "evaluate_scratch",
+        "epoch_scratch",
+        "epoch_scratch_originals",
+        "frozen_stage",
+    ]
     for row in result["rows"]:
-        assert row.keys() == {"name", "unit", "ours", "baseline", "ratio", "ratio_min", "ratio_max", "peak_mib"}
+        assert row.keys() == {
+            "name",
+            "unit",
+            "ours",
+            "baseline",
+            "ratio",
+            "ratio_min",
+            "ratio_max",
+            "peak_mib",
+        }
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["unit"] == "images/s"
         assert row["ratio"] == pytest.approx(row["ours"] / row["baseline"])  # one turn
     assert set(result["fraction_of_peak"]) == {"train_step_scratch", "train_step_ti16", "train_step_b16"}
@@ -3283,17 +3905,32 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
 def test_freed_memory_is_kept_for_the_next_tensors():
     """Page faults, counted by the kernel, of 20 tensors of 64 MiB (16,384 pages), one after the other. Without the switch
     each costs all of its pages; with it the first one does, and one more wherever a small block took the hole's end."""
-    code = ("import resource, torch, engine; engine.keep_freed_memory({keep}); faults = lambda: resource.getrusage("
-            "resource.RUSAGE_SELF).ru_minflt; before = faults()\n"
-            "for _ in range(20): torch.ones(2**24)\n"
-            "print(faults() - before)")
-    kept, returned = (int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=REPO, capture_output=True, text=True,
-                                         check=True).stdout) for keep in (True, False))
-    assert kept < 10 * 2**14 and (returned > 18 * 2**14 or returned < kept)  # fewer where the system gives huge pages
+    code = (
+        "import resource, torch, engine; engine.keep_freed_memory({keep}); faults = lambda: resource.getrusage("
+        "resource.RUSAGE_SELF).ru_minflt; before = faults()\n"
+        "for _ in range(20): torch.ones(2**24)\n"
+        "print(faults() - before)"
+    )
+    kept, returned = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code.format(keep=keep)],
+                cwd=REPO,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for keep in (True, False)
+    )
+    assert kept < 10 * 2**14 and (
+        returned > 18 * 2**14 or returned < kept
+    )  # fewer where the system gives huge pages
 
 
 def test_start_script_tells_time_memory_and_failure():
     import benchmark
+
     seconds, memory = benchmark.start_script("-c", "import time; x = b'1' * 2**26; time.sleep(0.3)")
     assert 0.3 <= seconds < 20 and (memory is None or 64 < memory < 400)
     with pytest.raises(common.InputError, match="the reason"):
@@ -3304,11 +3941,17 @@ def test_step_flops_against_torch_counter():
     """The formula against torch's own count of a forward and backward pass (which skips the gradient by the image)."""
     import benchmark
     from torch.utils.flop_counter import FlopCounterMode
+
     for name, size in (("scratch", 64), ("ti16", 224)):
         model = vit.build_vit(name, img_size=size)
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
             model(torch.randn(1, 3, size, size, requires_grad=True)).sum().backward()
-        assert benchmark.step_flops(vit.CONFIGS[name], size) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        assert benchmark.step_flops(vit.CONFIGS[name], size) == pytest.approx(
+            counter.get_total_flops(), rel=1e-3
+        )
 
 
 def test_recipe_flag_chooses_the_defaults(monkeypatch):
@@ -3324,8 +3967,16 @@ def test_recipe_flag_chooses_the_defaults(monkeypatch):
 
     default, paper = parsed(), parsed("--recipe", "paper")
     assert {k: default[k] for k in train_scratch.RECIPES["default"]} == train_scratch.RECIPES["default"]
-    plain = vars(data.Augment()) | {"drop_rate": 0.1, "drop_path": 0.05, "patch_drop": 0.0, "ema": 0.0,
-                                    "epochs": 15, "batch_size": 32, "lr": 3e-4, "label_smoothing": 0.05}
+    plain = vars(data.Augment()) | {
+        "drop_rate": 0.1,
+        "drop_path": 0.05,
+        "patch_drop": 0.0,
+        "ema": 0.0,
+        "epochs": 15,
+        "batch_size": 32,
+        "lr": 3e-4,
+        "label_smoothing": 0.05,
+    }
     assert {k: paper[k] for k in plain} == plain
     assert parsed("--recipe", "paper", "--rotate", "3")["rotate"] == 3.0
     assert parsed("--patch-drop", "0.1")["patch_drop"] == 0.1
@@ -3339,7 +3990,9 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
     array.flush()
     del array
     images = np.load(tmp_path / "a.npy", mmap_mode="r")
-    batches = data.Batches(data.Subset([""] * 50_000, np.zeros(50_000, np.int64), images, np.arange(50_000)), CPU)
+    batches = data.Batches(
+        data.Subset([""] * 50_000, np.zeros(50_000, np.int64), images, np.arange(50_000)), CPU
+    )
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -3361,10 +4014,20 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
     for n in (1, 3):
         with pytest.MonkeyPatch.context() as patch:
             plain = vit.VisionTransformer
-            patch.setattr(sys.modules[__name__], "small_vit", lambda drop_rate, drop_path_rate, **kw: plain(
-                **dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3), **kw))
-            results = toy_fit(tmp_path / str(n), epochs=2, accumulate=n, augment=data.Augment(**NONE),
-                              loss_fn=engine.cross_entropy(weight, 0.05))
+            patch.setattr(
+                sys.modules[__name__],
+                "small_vit",
+                lambda drop_rate, drop_path_rate, **kw: plain(
+                    **dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3), **kw
+                ),
+            )
+            results = toy_fit(
+                tmp_path / str(n),
+                epochs=2,
+                accumulate=n,
+                augment=data.Augment(**NONE),
+                loss_fn=engine.cross_entropy(weight, 0.05),
+            )
         histories.append([(h["train_loss"], h["val_loss"]) for h in results["history"]])
         ends.append(load_pth(tmp_path, str(n), "last.pth")["model"])
     assert np.array(histories[1]) == pytest.approx(np.array(histories[0]), rel=1e-5)
@@ -3375,13 +4038,44 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
 def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
     writer; a resume with another number of processes is refused."""
-    flags = ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--epochs", 2, "--batch-size", 10, "--no-amp",
-             "--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, *itertools.chain(*((f"--{k}", 0) for k in vars(data.Augment())))]
+    flags = [
+        "--data-dir",
+        synthetic,
+        "--cache-dir",
+        cache,
+        "--img-size",
+        32,
+        "--epochs",
+        2,
+        "--batch-size",
+        10,
+        "--no-amp",
+        "--drop-rate",
+        0,
+        "--drop-path",
+        0,
+        "--patch-drop",
+        0,
+        "--lr",
+        1e-4,
+        *itertools.chain(*((f"--{k}", 0) for k in vars(data.Augment()))),
+    ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
     def torchrun(*more):
-        return popen("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPO / "train_scratch.py",
-                     *flags, "--out", "two", *more, cwd=tmp_path)
+        return popen(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            2,
+            REPO / "train_scratch.py",
+            *flags,
+            "--out",
+            "two",
+            *more,
+            cwd=tmp_path,
+        )
 
     process = torchrun()
     out, _ = process.communicate(timeout=120)
@@ -3394,14 +4088,17 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     process = torchrun("--resume")  # finished: nothing to do
     assert process.wait(timeout=120) == 0
     assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
-    refused(cli("train_scratch", *flags, "--epochs", 2, "--out", "two", "--resume", cwd=tmp_path), "2 processes")
+    refused(
+        cli("train_scratch", *flags, "--epochs", 2, "--out", "two", "--resume", cwd=tmp_path), "2 processes"
+    )
 
 
 def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit the same."""
     captured, weights = [], []
     hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
-        lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()}))
+        lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()})
+    )
     try:
         toy_fit(tmp_path / "a", epochs=2, ema=0.8, capture=captured)
     finally:
@@ -3412,7 +4109,10 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     last = load_pth(tmp_path, "a", "last.pth")
     for name, value in average.items():
         assert torch.allclose(last["average"][f"module.{name}"].double(), value, atol=1e-6), name
-    best, checkpoint = read_json(tmp_path, "a", "results.json")["best_epoch"], load_pth(tmp_path, "a", "checkpoint.pth")
+    best, checkpoint = (
+        read_json(tmp_path, "a", "results.json")["best_epoch"],
+        load_pth(tmp_path, "a", "checkpoint.pth"),
+    )
     if best == 2:
         assert all(torch.equal(checkpoint[n], last["average"][f"module.{n}"]) for n in checkpoint)
     assert not any(torch.equal(checkpoint[n], last["model"][n]) for n in average if n.endswith("weight"))
@@ -3434,12 +4134,26 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
     """pretrain_mae.py -> --init: the encoder arrives whole, head apart; the run is no candidate of calibrate or compare;
     a wrong folder, shape or split is refused."""
     common_flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32)
-    done = succeed("pretrain_mae", *common_flags, "--epochs", 2, "--batch-size", 32, "--max-steps", 4, cwd=tmp_path)
+    done = succeed(
+        "pretrain_mae", *common_flags, "--epochs", 2, "--batch-size", 32, "--max-steps", 4, cwd=tmp_path
+    )
     assert "val loss" in done.out and "AUROC" not in done.out
     results = read_json(tmp_path, "outputs/mae/results.json")
     assert [set(h) for h in results["history"]] == [{"train_loss", "val_loss", "lr", "seconds"}] * 2
     refused(cli("calibrate", cwd=tmp_path), "no finished runs")
-    flags = (*common_flags, "--init", "outputs/mae", "--epochs", 1, "--max-steps", 1, "--lr", 1e-12, "--weight-decay", 0)
+    flags = (
+        *common_flags,
+        "--init",
+        "outputs/mae",
+        "--epochs",
+        1,
+        "--max-steps",
+        1,
+        "--lr",
+        1e-12,
+        "--weight-decay",
+        0,
+    )
     succeed("train_scratch", *flags, cwd=tmp_path)
     encoder = load_pth(tmp_path, "outputs/mae/checkpoint.pth")
     for name, value in load_pth(tmp_path, "outputs/scratch/checkpoint.pth").items():
@@ -3447,7 +4161,10 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
             assert torch.allclose(value, encoder[f"encoder.{name}"], atol=1e-9), name
     run = read_json(tmp_path, "outputs/scratch/results.json")
     assert run["recipe"]["init"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
-    refused(cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path), "pretrain_mae.py")
+    refused(
+        cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path),
+        "pretrain_mae.py",
+    )
     refused(cli("train_scratch", *flags, "--overwrite", "--model", "ti16", cwd=tmp_path), "does not fit")
     refused(cli("train_scratch", *flags, "--overwrite", "--split-seed", 1, cwd=tmp_path), "--split")
     refused(cli("train_scratch", *flags, "--overwrite", "--init", "nowhere", cwd=tmp_path), "nowhere")
@@ -3455,9 +4172,12 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
 
 # ================================================================ explain.py
 
+
 def tiny_vit(seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = vit.VisionTransformer(**{**dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3), **kwargs})
+    model = vit.VisionTransformer(
+        **{**dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3), **kwargs}
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
@@ -3466,16 +4186,20 @@ def tiny_vit(seed=0, **kwargs):
 def test_rollout_by_hand():
     """(A + I) / 2 of both layers multiplied: [[.75, .25], [.05, .95]] @ [[.8, .2], [.1, .9]]."""
     import explain
+
     attention = torch.tensor([[[[0.6, 0.4], [0.2, 0.8]], [[0.5, 0.5], [0.1, 0.9]]]])
     assert torch.allclose(explain.rollout(attention), torch.tensor([[[0.625, 0.375], [0.135, 0.865]]]))
     model = tiny_vit()
     maps = explain.attention_rollout(model, torch.rand(5, 3, 32, 32))
-    assert maps.shape == (5, 4, 4) and (maps >= 0).all() and (maps.sum((1, 2)) < 1).all()  # the rest is on [CLS]
+    assert (
+        maps.shape == (5, 4, 4) and (maps >= 0).all() and (maps.sum((1, 2)) < 1).all()
+    )  # the rest is on [CLS]
 
 
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_grad_cam_against_finite_differences(layer):
     import explain
+
     model, x = tiny_vit().double(), torch.rand(1, 3, 32, 32, dtype=torch.float64)
     kept, nudge = {}, {}
 
@@ -3509,10 +4233,14 @@ def test_grad_cam_against_the_grad_cam_package():
     package = pytest.importorskip("pytorch_grad_cam")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     import explain
+
     model, x = tiny_vit(3), torch.rand(3, 3, 32, 32)
     ours = explain.grad_cam(model, x, target=0)
-    with package.GradCAM(model, [model.blocks[-1].norm1],
-                         reshape_transform=lambda t: t[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)) as cam:
+    with package.GradCAM(
+        model,
+        [model.blocks[-1].norm1],
+        reshape_transform=lambda t: t[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2),
+    ) as cam:
         theirs = cam(x, [ClassifierOutputTarget(0)] * 3)  # scaled to [0, 1] and to 32 px
 
     def scaled(maps):
@@ -3520,11 +4248,14 @@ def test_grad_cam_against_the_grad_cam_package():
         return maps / maps.amax((1, 2), True).clamp(min=1e-7)
 
     ours = torch.nn.functional.interpolate(scaled(ours)[:, None], size=(32, 32), mode="bilinear")[:, 0]
-    assert theirs.max() > 0.5 and scaled(ours).numpy() == pytest.approx(theirs, abs=2e-3)  # the package scales twice
+    assert theirs.max() > 0.5 and scaled(ours).numpy() == pytest.approx(
+        theirs, abs=2e-3
+    )  # the package scales twice
 
 
 def test_explaining_leaves_the_model_as_it_was():
     import explain
+
     model = tiny_vit(img_size=384, patch_size=16).train()
     before = {n: p.clone() for n, p in model.state_dict().items()}
     x = torch.rand(2, 3, 384, 384)
@@ -3539,6 +4270,7 @@ def test_explaining_leaves_the_model_as_it_was():
 
 class OnePatch(torch.nn.Module):
     """Scores the brightness of one patch: the truth about which patch matters is known."""
+
     grid_size = (4, 4)
 
     def forward(self, x):
@@ -3548,32 +4280,44 @@ class OnePatch(torch.nn.Module):
 
 def test_deletion_and_insertion_know_the_patch_that_matters():
     import explain
+
     x = torch.full((2, 3, 32, 32), 0.2)
     x[:, :, 8:16, 16:24] = 0.9
     first = torch.tensor([[6] + [i for i in range(16) if i != 6]] * 2)
     deletion, insertion = explain.curves(OnePatch(), x, first)
     late_deletion, late_insertion = explain.curves(OnePatch(), x, first.flip(1))
-    full, none = 1 / (1 + math.exp(-32)), engine.probabilities(OnePatch()(data.gaussian_blur(
-        x[:, :1], torch.full((2,), 3.2))))[:, 1]
-    assert deletion[:, 0] == pytest.approx(full) and deletion[:, 1:] == pytest.approx(np.repeat(none[:, None], 14, 1), abs=1e-6)
+    full, none = (
+        1 / (1 + math.exp(-32)),
+        engine.probabilities(OnePatch()(data.gaussian_blur(x[:, :1], torch.full((2,), 3.2))))[:, 1],
+    )
+    assert deletion[:, 0] == pytest.approx(full) and deletion[:, 1:] == pytest.approx(
+        np.repeat(none[:, None], 14, 1), abs=1e-6
+    )
     assert insertion[:, 0] == pytest.approx(none, abs=1e-6) and insertion[:, 1:] == pytest.approx(full)
-    assert late_deletion[:, -2] == pytest.approx(full) and late_insertion[:, -2] == pytest.approx(none, abs=1e-6)
+    assert late_deletion[:, -2] == pytest.approx(full) and late_insertion[:, -2] == pytest.approx(
+        none, abs=1e-6
+    )
 
 
 def test_regions_and_lung_mask():
     import explain
-    images = np.stack([data._draw_radiograph(np.random.default_rng(i), False, False, side=200) for i in range(4)])
+
+    images = np.stack(
+        [data._draw_radiograph(np.random.default_rng(i), False, False, side=200) for i in range(4)]
+    )
     y, x = np.mgrid[-1:1:200j, -1:1:200j]
     drawn = (((x + 0.42) / 0.3) ** 2 + (y / 0.62) ** 2 < 1) | (((x - 0.42) / 0.28) ** 2 + (y / 0.6) ** 2 < 1)
     for image in images:
         mask = explain.lung_mask(image)
         assert (mask & drawn).sum() / (mask | drawn).sum() > 0.5  # the drawn heart lies over one lung
-    assert 0.1 < explain.lung_mask(np.full((100, 100), 128, np.uint8)).mean() < 0.5  # nothing to see: the ellipses
+    assert (
+        0.1 < explain.lung_mask(np.full((100, 100), 128, np.uint8)).mean() < 0.5
+    )  # nothing to see: the ellipses
     edge = np.zeros((4, 20, 20), np.float32)
     edge[:, 0] = edge[:, -1] = 1
     got = explain.regions(edge, images)
     assert got["border_share"]["mean"] > 0.95 and got["lung_share"]["mean"] < 0.02
-    assert got["border_area"] == pytest.approx(1 - 0.8 ** 2)
+    assert got["border_area"] == pytest.approx(1 - 0.8**2)
     even = explain.regions(np.ones((4, 20, 20), np.float32), images)
     assert even["border_share"]["mean"] == pytest.approx(0.36, abs=1e-3)
     assert even["lung_share"]["mean"] == pytest.approx(even["lung_area"], abs=1e-3)
@@ -3581,6 +4325,7 @@ def test_regions_and_lung_mask():
 
 def test_randomised_weights_change_cumulatively_and_leave_the_model():
     import explain
+
     model = tiny_vit()
     before = {n: p.clone() for n, p in model.state_dict().items()}
     changed = []
@@ -3588,18 +4333,25 @@ def test_randomised_weights_change_cumulatively_and_leave_the_model():
         changed.append((name, {n for n, p in broken.state_dict().items() if not torch.equal(p, before[n])}))
     assert [c[0] for c in changed] == ["head", "block 1", "block 0", "patches"]
     assert changed[0][1] == {"head.weight", "head.bias"}
-    assert all(a[1] < b[1] for a, b in zip(changed, changed[1:])) and "patch_embed.proj.weight" in changed[-1][1]
+    assert (
+        all(a[1] < b[1] for a, b in zip(changed, changed[1:])) and "patch_embed.proj.weight" in changed[-1][1]
+    )
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
 
 
 def test_pick_takes_confident_and_borderline_of_each_outcome():
     import explain
+
     y, p = np.array([1, 1, 1, 0, 0, 1, 0, 0]), np.array([0.99, 0.6, 0.7, 0.8, 0.55, 0.1, 0.45, 0.01])
     assert explain.pick(y, p, 0.5) == [
-        ("true positive, most confident", 0), ("true positive, most borderline", 1),
-        ("false positive, most confident", 3), ("false positive, most borderline", 4),
+        ("true positive, most confident", 0),
+        ("true positive, most borderline", 1),
+        ("false positive, most confident", 3),
+        ("false positive, most borderline", 4),
         ("false negative, most confident", 5),
-        ("true negative, most confident", 7), ("true negative, most borderline", 6)]
+        ("true negative, most confident", 7),
+        ("true negative, most borderline", 6),
+    ]
 
 
 def test_explain_end_to_end(bench):
@@ -3612,22 +4364,32 @@ def test_explain_end_to_end(bench):
     assert report["images"] == 4 and report["synthetic"]
     for method in ("gradcam", "rollout"):
         r = report[method]
-        assert r["deletion_minus_random"]["mean"] == pytest.approx(r["deletion"]["mean"] - report["random"]["deletion"]["mean"])
+        assert r["deletion_minus_random"]["mean"] == pytest.approx(
+            r["deletion"]["mean"] - report["random"]["deletion"]["mean"]
+        )
         assert r["randomised"][-1]["down_to"] == "patches"
-    assert report["rollout"]["randomised"][0]["rank_correlation"] == pytest.approx(1)  # rollout does not know the head
+    assert report["rollout"]["randomised"][0]["rank_correlation"] == pytest.approx(
+        1
+    )  # rollout does not know the head
     text = cli("compare", "--run", run, cwd=bench).out
     assert "lungs or at letters" in text
     done = cli("explain", "--run", run, "--split", "test", "--tests", 0, "--target", "NORMAL", cwd=bench)
     assert done.code == 0, done.err
     with np.load(run / "scores.npz") as file:  # the pictures are chosen on calibrate's own scores
         import explain
+
         thr = common.read_calibration(run)["threshold"]
         rows = explain.pick(file["test_labels"], file["test_p1"], thr)
         assert all((run / f"explain/{Path(file['test_files'][i]).stem}.png").exists() for _, i in rows)
     image = sorted((bench / "xray/test/NORMAL").iterdir())[0]
     assert cli("explain", image, "--run", run, "--method", "rollout", cwd=bench).code == 0
     assert (run / f"explain/{image.stem}.png").exists()
-    for argv in (["--run", bench / "outputs/linear"], ["--run", run, "--layer", 99], ["--run", run, "--target", "CAT"],
-                 [__file__, "--run", run], ["--run", bench / "nowhere"]):
+    for argv in (
+        ["--run", bench / "outputs/linear"],
+        ["--run", run, "--layer", 99],
+        ["--run", run, "--target", "CAT"],
+        [__file__, "--run", run],
+        ["--run", bench / "nowhere"],
+    ):
         done = cli("explain", *argv, cwd=bench)
         assert done.code == 2 and "Traceback" not in done.err, argv

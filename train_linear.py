@@ -6,6 +6,7 @@ scikit-learn's LogisticRegression on mean-pooled, standardised pixels; the stand
 weights, so that outputs/linear holds a checkpoint.pth and results.json like any other run and calibrate.py
 scores it in the same way. Takes seconds.
 """
+
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -60,19 +61,45 @@ def main():
     def loss_and_auroc(subset):
         logits = engine.predict(model, subset, mean=MEAN, std=STD, device=torch.device("cpu"), amp=False)
         labels = torch.from_numpy(subset.labels)
-        return float(torch.nn.functional.cross_entropy(logits, labels)), engine.binary_auroc(subset.labels, logits)
+        return float(torch.nn.functional.cross_entropy(logits, labels)), engine.binary_auroc(
+            subset.labels, logits
+        )
 
     seconds = time.perf_counter() - started
     (train_loss, _), (val_loss, val_auroc) = loss_and_auroc(train), loss_and_auroc(val)
-    engine.save_run(out, model, {
-        "model": "linear", "model_config": {"kind": "linear", **model.config}, "data": asdict(config), "split": split,
-        "recipe": {"C": args.C, "amp": False}, "mean": MEAN, "std": STD, "input_range": data.input_range(train),
-        "params": fitted.coef_.size + len(fitted.intercept_),
-        "minutes": seconds / 60, "synthetic": split["synthetic"], "best_epoch": 1, "seed": 0, "device": "cpu",
-        "history": [{"train_loss": train_loss, "val_loss": val_loss, "val_auroc": val_auroc, "lr": 0.0,
-                     "seconds": seconds}]})
-    print(f"logistic regression on 32x32 pixels: val AUROC {val_auroc:.4f}; "
-          f"wrote {Path(out)}/checkpoint.pth and results.json")
+    engine.save_run(
+        out,
+        model,
+        {
+            "model": "linear",
+            "model_config": {"kind": "linear", **model.config},
+            "data": asdict(config),
+            "split": split,
+            "recipe": {"C": args.C, "amp": False},
+            "mean": MEAN,
+            "std": STD,
+            "input_range": data.input_range(train),
+            "params": fitted.coef_.size + len(fitted.intercept_),
+            "minutes": seconds / 60,
+            "synthetic": split["synthetic"],
+            "best_epoch": 1,
+            "seed": 0,
+            "device": "cpu",
+            "history": [
+                {
+                    "train_loss": train_loss,
+                    "val_loss": val_loss,
+                    "val_auroc": val_auroc,
+                    "lr": 0.0,
+                    "seconds": seconds,
+                }
+            ],
+        },
+    )
+    print(
+        f"logistic regression on 32x32 pixels: val AUROC {val_auroc:.4f}; "
+        f"wrote {Path(out)}/checkpoint.pth and results.json"
+    )
 
 
 if __name__ == "__main__":

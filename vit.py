@@ -3,6 +3,7 @@
 Conv patch embedding, [CLS], learnable 1-D position embedding, pre-LN blocks, exact GELU and
 stochastic depth (Huang et al. 2016, arXiv:1603.09382). No data and no files here.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,7 +45,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 256)
         if not self.training or dropped == 0 or x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.randint(-2**63, 2**63 - 1, ((x.numel() + 7) // 8,)).view(torch.uint8)[:x.numel()]
+        bits = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,)).view(torch.uint8)[: x.numel()]
         kept = (bits >= dropped).view(x.shape) if dropped < 256 else torch.zeros(x.shape, dtype=torch.bool)
         return x * kept.to(x.dtype).mul_(256 / max(1, 256 - dropped))
 
@@ -136,8 +137,20 @@ class VisionTransformer(nn.Module):
 
     kind = "vit"
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=2, embed_dim=768, depth=12,
-                 num_heads=12, mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.0, patch_drop_rate=0.0):
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=2,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        patch_drop_rate=0.0,
+    ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
@@ -149,9 +162,19 @@ class VisionTransformer(nn.Module):
         self.img_size, self.patch_size, self.in_chans = (height, width), patch_size, in_chans
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.grid_size = (height // patch_size, width // patch_size)
-        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio,
-                           drop_rate=drop_rate, drop_path_rate=drop_path_rate, patch_drop_rate=patch_drop_rate)
+        self.config = dict(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            patch_drop_rate=patch_drop_rate,
+        )
         self.patch_drop_rate = patch_drop_rate
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -159,7 +182,8 @@ class VisionTransformer(nn.Module):
         self.pos_drop = Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1))
-            for i in range(depth))
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self.reset_parameters()
@@ -181,8 +205,10 @@ class VisionTransformer(nn.Module):
         products, which equal the fused kernel to rounding.
         """
         if x.ndim != 4 or tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise InputError(f"expected images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
-                             f"got {tuple(x.shape)}")
+            raise InputError(
+                f"expected images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
+                f"got {tuple(x.shape)}"
+            )
         x = self.patch_embed(x) + self.pos_embed[:, 1:]
         if keep is None and self.training and self.patch_drop_rate:
             count = max(1, round(x.shape[1] * (1 - self.patch_drop_rate)))
@@ -222,8 +248,13 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, encoder, mask_ratio=0.75, decoder_dim=128, decoder_depth=1, decoder_heads=4):
         super().__init__()
-        self.config = dict(encoder=encoder, mask_ratio=mask_ratio, decoder_dim=decoder_dim, decoder_depth=decoder_depth,
-                           decoder_heads=decoder_heads)
+        self.config = dict(
+            encoder=encoder,
+            mask_ratio=mask_ratio,
+            decoder_dim=decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_heads=decoder_heads,
+        )
         self.encoder = VisionTransformer(**encoder)
         self.encoder.head.requires_grad_(False)  # there are no classes here
         self.patches = self.encoder.grid_size[0] * self.encoder.grid_size[1]
@@ -233,29 +264,42 @@ class MaskedAutoencoder(nn.Module):
         self.embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patches, decoder_dim))
-        self.blocks = nn.ModuleList(Block(decoder_dim, decoder_heads, 4.0, 0.0, 0.0) for _ in range(decoder_depth))
+        self.blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_heads, 4.0, 0.0, 0.0) for _ in range(decoder_depth)
+        )
         self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.predict = nn.Linear(decoder_dim, self.encoder.patch_size ** 2)
+        self.predict = nn.Linear(decoder_dim, self.encoder.patch_size**2)
         for p in (self.mask_token, self.pos_embed):
             nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, x):
         B, fixed = len(x), None if self.training else torch.Generator(x.device).manual_seed(0)
         order = torch.rand(B, self.patches, device=x.device, generator=fixed).argsort(1)
-        keep, hide = order[:, self.hidden:], order[:, :self.hidden]
+        keep, hide = order[:, self.hidden :], order[:, : self.hidden]
         seen = self.embed(self.encoder.forward_features(x, keep=keep))  # (B, 1 + kept, decoder_dim)
-        tokens = self.mask_token.to(seen.dtype).expand(B, self.patches, -1).scatter(
-            1, keep.unsqueeze(2).expand(-1, -1, seen.shape[2]), seen[:, 1:])
+        tokens = (
+            self.mask_token.to(seen.dtype)
+            .expand(B, self.patches, -1)
+            .scatter(1, keep.unsqueeze(2).expand(-1, -1, seen.shape[2]), seen[:, 1:])
+        )
         tokens = torch.cat([seen[:, :1], tokens], dim=1) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
         index = hide.unsqueeze(2)
-        guess = self.predict(self.norm(tokens[:, 1:].gather(1, index.expand(-1, -1, tokens.shape[2])))).float()
-        p = self.encoder.patch_size  # the channels repeat one grey image, so the first is all there is to guess
+        guess = self.predict(
+            self.norm(tokens[:, 1:].gather(1, index.expand(-1, -1, tokens.shape[2])))
+        ).float()
+        p = (
+            self.encoder.patch_size
+        )  # the channels repeat one grey image, so the first is all there is to guess
         target = F.unfold(x[:, :1].float(), p, stride=p).transpose(1, 2)
         target = target.gather(1, index.expand(-1, -1, target.shape[2]))
         var, mean = torch.var_mean(target, dim=2, keepdim=True)
-        return F.mse_loss(guess, (target - mean) / (var + 1e-6).sqrt(), reduction="none").mean((1, 2)).unsqueeze(1)
+        return (
+            F.mse_loss(guess, (target - mean) / (var + 1e-6).sqrt(), reduction="none")
+            .mean((1, 2))
+            .unsqueeze(1)
+        )
 
 
 class PixelLinear(nn.Module):
@@ -288,7 +332,9 @@ def build_vit(name, num_classes=2, img_size=224, **overrides):
     """
     if name not in CONFIGS:
         raise InputError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
-    return VisionTransformer(**{**CONFIGS[name], "num_classes": num_classes, "img_size": img_size, **overrides})
+    return VisionTransformer(
+        **{**CONFIGS[name], "num_classes": num_classes, "img_size": img_size, **overrides}
+    )
 
 
 def build_model(config):
