@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-
 # What reading a damaged .npz may raise.
 DAMAGED = (
     OSError,

@@ -22,7 +22,6 @@ rank correlation of each signal with the test results that calibrate.py has left
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np

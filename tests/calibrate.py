@@ -1,0 +1,209 @@
+"""Tests of calibrate."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import engine
+import metrics
+from tests.fixtures import FLOOR
+from tests.shared import (
+    brute_force_threshold,
+    cli,
+    copy_set,
+    full_decode,
+    load_pth,
+    predict_rows,
+    read_json,
+    refused,
+    succeed,
+)
+
+POINTS = ("at_0.5", "at_rec")
+
+
+@pytest.mark.parametrize("name", ["scratch", "pretrained", "linear"])
+def test_calibration_recomputed_from_scores(runs, synthetic, name):
+    with np.load(runs.out / name / "scores.npz", allow_pickle=False) as file:
+        scores = {k: file[k] for k in file.files}
+    assert {f"{s}_{k}" for s in ("val", "test") for k in ("files", "labels", "p1")} <= scores.keys()
+    result = read_json(runs.out, name, "calibration.json")
+    assert result["min_recall"] == 0.9
+    thr, recall, precision = brute_force_threshold(
+        scores["val_labels"].tolist(), scores["val_p1"].tolist(), 0.9
+    )
+    assert result["threshold"] == thr and result["val"]["at_rec"]["recall"] == pytest.approx(recall)
+    assert result["val"]["at_rec"]["precision"] == pytest.approx(precision)
+    for split, count in (("val", 20), ("test", 40)):
+        y, p = scores[f"{split}_labels"], scores[f"{split}_p1"]
+        assert len(y) == count and p.dtype == np.float64
+        files = scores[f"{split}_files"].tolist()
+        assert [("PNEUMONIA" in f) == bool(k) for f, k in zip(files, y)] == [True] * count
+        assert all((synthetic / f).is_file() for f in files) and len(set(files)) == count
+        for point, t in zip(POINTS, (0.5, thr)):
+            row = result[split][point]
+            assert (row["thr"], row["tp"]) == (t, ((p >= t) & (y == 1)).sum())
+            assert (row["fp"], row["fn"]) == (((p >= t) & (y == 0)).sum(), ((p < t) & (y == 1)).sum())
+            won = [(a > b) + (a == b) / 2 for a in p[y == 1] for b in p[y == 0]]
+            assert row["auroc"] == pytest.approx(np.mean(won))
+    assert f"{thr:.4f}" in runs.calibrated.out
+    assert f"{result['test']['at_rec']['specificity']:.4f}" in runs.calibrated.out
+
+
+def test_scores_are_those_of_the_images(runs, synthetic):
+    """Single images through the kept weights by hand: file -> PIL -> logits -> softmax -> the row in scores.npz."""
+    model, results = engine.load_run(runs.out / "scratch")
+    with np.load(runs.out / "scratch" / "scores.npz") as scores:
+        for split in ("val", "test"):
+            for i in (0, 7, 19):
+                x = torch.from_numpy(full_decode(synthetic / str(scores[f"{split}_files"][i]), 32))[
+                    None, None
+                ].float()
+                with torch.no_grad():
+                    logits = model((x / 255 - 0.5).expand(1, 3, 32, 32) / 0.5)
+                # A reduced JPEG decode may differ by a grey level from PIL's full one.
+                assert logits.softmax(1)[0, 1].item() == pytest.approx(scores[f"{split}_p1"][i], abs=5e-3)
+
+
+def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
+    """Another --min-recall scores nothing again; another checkpoint, or damaged scores, does."""
+    out = own_runs / "outputs" / "pretrained"
+    path, scored, real = out / "scores.npz", [], engine.predict
+    monkeypatch.setattr(engine, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
+
+    def p1():
+        with np.load(path) as file:
+            return file["test_p1"]
+
+    before = p1()
+    succeed("calibrate", "--run", out, "--min-recall", 0.5, cwd=own_runs)
+    result = read_json(out, "calibration.json")
+    assert result["min_recall"] == 0.5 and result["val"]["at_rec"]["recall"] >= 0.5
+    assert scored == [] and np.array_equal(p1(), before)
+    state = load_pth(out, "checkpoint.pth")
+    state["head.weight"] *= -1
+    state["head.bias"] *= -1
+    torch.save(state, out / "checkpoint.pth")
+    succeed("calibrate", "--run", out, "--min-recall", 0.5, cwd=own_runs)
+    assert scored == [1, 1] and np.allclose(p1(), 1 - before, atol=1e-5)  # both logits negated
+    for damaged in (path.read_bytes()[:500], b""):
+        scored.clear()
+        path.write_bytes(damaged)
+        succeed("calibrate", "--run", out, cwd=own_runs)
+        assert scored == [1, 1] and np.allclose(p1(), 1 - before, atol=1e-5)
+
+
+def test_data_elsewhere_and_other_data(own_runs, synthetic, tmp_path):
+    """The same files in another folder serve; another training set is refused."""
+    root = copy_set(synthetic, tmp_path)
+    out, argv = own_runs / "outputs" / "linear", ["--data-dir", root, "--cache-dir", tmp_path / "c"]
+    before = {**read_json(out, "calibration.json"), "command": None}
+    succeed("calibrate", "--run", out, "--min-recall", 0.9, *argv, cwd=own_runs)
+    assert {**read_json(out, "calibration.json"), "command": None} == before
+    next((root / "train" / "NORMAL").iterdir()).unlink()
+    refused(cli("calibrate", "--run", out, *argv, cwd=own_runs), "fingerprint")
+
+
+def test_nothing_to_calibrate_or_compare(runs, own_runs, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for script in ("calibrate", "compare"):
+        done = cli(script, cwd=empty)
+        refused(done, "no finished runs")
+        assert len(done.err.strip().splitlines()) == 1 and done.out.count("|") == 0
+    refused(cli("calibrate", "--run", "nowhere", cwd=empty), "nowhere")
+    for value in ("0", "1.5", "-1", "nan"):
+        refused(cli("calibrate", "--min-recall", value, cwd=own_runs), "--min-recall")
+    for path in (own_runs / "outputs").glob("*/calibration.json"):
+        path.unlink()
+    done = cli("compare", cwd=own_runs)
+    refused(done, "not calibrated", "calibrate.py")
+    assert len(done.err.strip().splitlines()) == 1 and done.out == ""
+
+
+def test_uncalibrated_run_is_left_out_with_a_note(own_runs):
+    (own_runs / "outputs" / "pretrained" / "calibration.json").unlink()
+    done = succeed("compare", cwd=own_runs)
+    assert "pretrained" in done.err and "pretrained" not in done.out and "ViT scratch" in done.out
+
+
+def test_min_recall_from_the_command_line_is_met_on_validation(own_runs):
+    for target in (0.5, 0.95, 1.0):
+        succeed("calibrate", "--min-recall", target, cwd=own_runs)
+        for name in ("scratch", "pretrained", "linear"):
+            assert (
+                read_json(own_runs, "outputs", name, "calibration.json")["val"]["at_rec"]["recall"] >= target
+            )
+
+
+def test_seeds_train_one_run_each(bench):
+    runs = [common.read_results(bench / f"outputs/scratch-seed{s}") for s in (0, 1)]
+    assert [r["seed"] for r in runs] == [0, 1] and runs[0]["split"] == runs[1]["split"]
+    a, b = (
+        common.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1)
+    )
+    assert not torch.equal(a, b)
+
+
+def test_calibration_json_holds_guarantee_temperature_intervals(bench):
+    got = common.read_json(bench / "outputs/linear/calibration.json")
+    with np.load(bench / "outputs/linear/scores.npz") as file:
+        s = dict(file)
+    groups = [data.patient_id(f) for f in s["val_files"]]
+    thr, recall, precision = metrics.choose_threshold_with_guarantee(
+        s["val_labels"], s["val_p1"], 0.9, 0.9, groups
+    )
+    assert got["guarantee"]["threshold"] == thr and got["guarantee"]["confidence"] == 0.9
+    val = got["guarantee"]["val"]["at_guaranteed"]
+    assert (val["recall"], val["precision"]) == pytest.approx((recall, precision)) and got["val"][
+        "at_guaranteed"
+    ] == val
+    assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
+    row = got["test"]["at_rec"]
+    assert row["interval"]["recall"]["wilson"] == pytest.approx(
+        metrics.wilson_interval(row["tp"], row["tp"] + row["fn"])
+    )
+    assert row["interval"]["auroc"]["delong"] == pytest.approx(
+        metrics.delong_interval(s["test_labels"], s["test_p1"])[1:]
+    )
+    for name in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc"):
+        lo, hi = row["interval"][name]["bootstrap"]
+        assert lo <= row[name] <= hi
+
+
+def test_temperature_flag_keeps_decisions(bench):
+    plain = common.read_json(bench / "outputs/linear/calibration.json")
+    assert cli("calibrate", "--run", "outputs/linear", "--temperature", *FLOOR, cwd=bench).code == 0
+    warm = common.read_json(bench / "outputs/linear/calibration.json")
+    assert warm["temperature_applied"] and warm["threshold"] != plain["threshold"]
+    for side in ("val", "test"):
+        for point in ("at_0.5", "at_rec", "at_guaranteed"):
+            assert all(
+                warm[side][point][k] == plain[side][point][k] for k in ("tp", "fp", "tn", "fn", "auroc")
+            )
+    predictions = predict_rows(bench, "xray/test", "--run", "outputs/linear")
+    with np.load(bench / "outputs/linear/scores.npz") as file:
+        assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
+    assert cli("calibrate", "--run", "outputs/linear", *FLOOR, cwd=bench).code == 0
+
+
+def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):
+    shutil.copytree(bench / "xray", tmp_path / "xray")
+    assert (
+        cli(
+            "train_linear", "--data-dir", "xray", "--img-size", 32, "--normalise", "equalise", cwd=tmp_path
+        ).code
+        == 0
+    )
+    assert cli("calibrate", *FLOOR, cwd=tmp_path).code == 0
+    rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/linear")
+    with (
+        np.load(tmp_path / "outputs/linear/scores.npz") as file,
+        np.load(bench / "outputs/linear/scores.npz") as plain,
+    ):
+        assert [float(r["p_pneumonia"]) for r in rows] == file["test_p1"].tolist()
+        assert np.abs(file["test_p1"] - plain["test_p1"]).max() > 1e-3

@@ -1,0 +1,171 @@
+"""Tests of commands."""
+
+import importlib
+import shutil
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.special
+import scipy.stats
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+import data
+from tests.shared import SCRIPTS, cli, copy_set, read_json, refused, succeed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_docstring(script, tmp_path):
+    done = cli(script, "--help", cwd=tmp_path)
+    assert done.code == 0 and done.err == ""
+    doc = importlib.import_module(script).__doc__
+    assert doc.strip() in done.out and f"python {script}.py" in doc
+    assert "default:" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "script, argv, word",
+    [
+        ("train_scratch", ["--epochs", "0"], "--epochs"),
+        ("train_scratch", ["--batch-size", "0"], "--batch-size"),
+        ("train_scratch", ["--lr", "nan"], "--lr"),
+        ("train_scratch", ["--lr", "-1"], "--lr"),
+        ("train_scratch", ["--clip", "0"], "--clip"),
+        ("train_scratch", ["--weight-decay", "-1"], "--weight-decay"),
+        ("train_scratch", ["--warmup-epochs", "-1"], "--warmup-epochs"),
+        ("train_scratch", ["--patience", "0"], "--patience"),
+        ("train_scratch", ["--label-smoothing", "1"], "--label-smoothing"),
+        ("train_scratch", ["--rotate", "999"], "--rotate"),
+        ("train_scratch", ["--scale", "1"], "--scale"),
+        ("train_scratch", ["--hflip", "-0.1"], "--hflip"),
+        ("train_scratch", ["--max-steps", "0"], "--max-steps"),
+        ("train_scratch", ["--device", "abacus"], "abacus"),
+        ("train_scratch", ["--img-size", "33"], "33"),
+        ("train_scratch", ["--img-size", "0"], "--img-size"),
+        ("train_scratch", ["--resume"], "last.pth"),
+        ("train_scratch", ["--seed", "-1"], "seed"),
+        ("train_scratch", ["--split-seed", "-1"], "-1"),
+        ("train_linear", ["--C", "0"], "--C"),
+        ("train_linear", ["--img-size", "48"], "multiple of 32"),
+        ("train_pretrained", ["--drop-path", "1"], "--drop-path"),
+        ("train_pretrained", ["--weights", "w.npz"], "curl"),
+    ],
+)
+def test_bad_flags(script, argv, word, flags, tiny_npz, tmp_path):
+    more = ["--weights", tiny_npz] if script == "train_pretrained" and "--weights" not in argv else []
+    refused(cli(script, *flags, *more, *argv, cwd=tmp_path), word)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_flag_is_a_usage_error(script, tmp_path):
+    done = cli(script, "--no-such-flag", cwd=tmp_path)
+    assert done.code == 2 and "--no-such-flag" in done.err
+
+
+@pytest.mark.parametrize("script", ["train_scratch", "train_linear"])
+def test_no_data(script, tmp_path):
+    refused(cli(script, cwd=tmp_path), "--data-dir", "--download", "--demo", "Data/chest_xray")
+    refused(cli(script, "--data-dir", "nowhere", cwd=tmp_path), "nowhere", "--demo")
+
+
+def test_bad_images_and_folders(synthetic, tmp_path):
+    root = copy_set(synthetic, tmp_path)
+    argv = ["--data-dir", root, "--img-size", 32]
+    cut = next((root / "train" / "NORMAL").iterdir())
+    cut.write_bytes(cut.read_bytes()[:2000])
+    (root / "train" / "PNEUMONIA" / "notes.jpeg").write_text("not an image")
+    refused(cli("train_linear", *argv, cwd=tmp_path), cut.name, "notes.jpeg", "--skip-bad", "2 of 97")
+    done = succeed("train_linear", *argv, "--skip-bad", cwd=tmp_path)
+    assert "left out 2 of 97" in done.err
+    split = read_json(tmp_path, "outputs/linear/results.json")["split"]
+    assert split["train"] + split["val"] == 95
+    succeed("calibrate", cwd=tmp_path)  # the run's own settings: bad images left out there too
+    for path in (root / "test" / "NORMAL").iterdir():
+        path.unlink()
+    refused(cli("train_linear", *argv, "--out", "y", cwd=tmp_path), "test/NORMAL")
+    shutil.rmtree(root / "train" / "NORMAL")
+    refused(cli("train_linear", *argv, "--out", "y", cwd=tmp_path), "train/NORMAL", "does not exist")
+
+
+def test_training_never_opens_a_test_image(synthetic, tmp_path, tiny_npz, monkeypatch):
+    """With garbage for test images every training script works, and calibrate.py names them."""
+    root = copy_set(synthetic, tmp_path)
+    for path in (root / "test").rglob("*.jpeg"):
+        path.write_bytes(b"garbage")
+    opened, real = [], Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda source, *a, **k: opened.append(str(source)) or real(source, *a, **k)
+    )
+    argv = ["--data-dir", root, "--img-size", 32]
+    succeed("train_linear", *argv, cwd=tmp_path)
+    succeed("train_pretrained", *argv, "--weights", tiny_npz, "--max-steps", 2, cwd=tmp_path)
+    done = succeed("train_scratch", *argv, "--max-steps", 2, cwd=tmp_path)
+    assert ", 40): " in done.out  # counted
+    assert len(set(opened)) == 96 and not any("/test/" in name for name in opened)
+    refused(cli("calibrate", cwd=tmp_path), "40 of 40", "test/NORMAL/IM-0001-0001.jpeg")
+    assert not list((tmp_path / "outputs").rglob("calibration.json"))
+
+
+def test_demo(tmp_path, monkeypatch):
+    """--demo draws the set, appends -demo to the run's folder and says what it is."""
+    real = data.make_synthetic
+    monkeypatch.setattr(data, "make_synthetic", lambda root: real(root, train=48, test=16))
+    done = succeed("train_linear", "--demo", "--img-size", 32, cwd=tmp_path)
+    assert "SYNTHETIC" in done.out
+    results = read_json(tmp_path, "outputs/linear-demo/results.json")
+    assert results["synthetic"] is True and results["data"]["data_dir"] == "Data/synthetic"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Data", "outputs"]
+    assert "SYNTHETIC" in succeed("calibrate", cwd=tmp_path).out
+
+
+def test_image_split_reports_shared_patients(flags, tmp_path):
+    done = succeed("train_linear", *flags, "--split", "image", cwd=tmp_path)
+    split = read_json(tmp_path, "outputs/linear/results.json")["split"]
+    assert split["shared_patients"] > 0 and f"{split['shared_patients']} validation images share" in done.out
+
+
+@pytest.mark.parametrize("more", [["--warmup-epochs", 0], ["--warmup-epochs", 0, "--batch-size", 100]])
+def test_diverging_run(more, flags, tiny_npz, tmp_path):
+    """In the middle of an epoch, or after its only step."""
+    done = cli(
+        "train_pretrained", *flags, "--weights", tiny_npz, "--lr", "1e38", "--no-amp", *more, cwd=tmp_path
+    )
+    refused(done, "epoch 1", "--lr")
+    assert not (tmp_path / "outputs" / "pretrained" / "checkpoint.pth").exists()
+
+
+def test_linear_is_scikit_learns_logistic_regression(runs, synthetic):
+    """Pooling, standardising and fitting again by hand gives the decision function that the run's logits have."""
+
+    def pixels(files):  # 64 px, means of 2 x 2 cells
+        images = np.stack([data.decode(synthetic / str(f), 64) for f in files]) / 255
+        return images.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
+
+    files, labels = data.list_images(synthetic, "train")
+    train, val = data.split_train_val(files, labels)
+    scaler = StandardScaler().fit(pixels([files[i] for i in train]))
+    fitted = LogisticRegression(C=0.01, max_iter=2000)
+    fitted.fit(scaler.transform(pixels([files[i] for i in train])), labels[train])
+    with np.load(runs.out / "linear" / "scores.npz") as scores:
+        assert scores["val_files"].tolist() == [files[i] for i in val]
+        for split in ("val", "test"):
+            decision = fitted.decision_function(scaler.transform(pixels(scores[f"{split}_files"])))
+            assert np.abs(scores[f"{split}_p1"] - scipy.special.expit(decision)).max() < 1e-3
+            assert decision.std() > 0.3
+
+
+def test_flags_that_would_be_ignored_or_overflow(tmp_path):
+    for argv in (
+        ["--demo", "--data-dir", "elsewhere"],
+        ["--seed", 1, "--seeds", 0, 1],
+        ["--seed", 2**70],
+        ["--demo", "--img-size", 100_000],
+        ["--demo", "--cache-dir", __file__],
+        ["--out", __file__],
+    ):
+        done = cli("train_scratch", *argv, cwd=tmp_path)
+        assert done.code == 2 and done.err.startswith("error: "), (argv, done.err)

@@ -1,0 +1,629 @@
+"""Tests of engine."""
+
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+
+import common
+import data
+import engine
+import vit
+from common import InputError
+from tests.shared import (
+    CPU,
+    NONE,
+    REPO,
+    cli,
+    load_pth,
+    popen,
+    randomise,
+    read_json,
+    refused,
+    same_tensors,
+    small_vit,
+    strip_time,
+    succeed,
+    toy_fit,
+    toy_subset,
+)
+
+
+def test_learning_rate_by_hand():
+    def rate(step, schedule="cosine"):
+        return engine.learning_rate(step, total=110, warmup=10, peak=2.0, schedule=schedule)
+
+    assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert rate(60) == pytest.approx(1.0)  # half-way down
+    assert rate(35) == pytest.approx(1 + math.sqrt(0.5))  # a quarter of the way: cos 45 degrees
+    assert rate(110) == pytest.approx(0, abs=1e-12) and 0 < rate(109) < 0.001
+    assert [rate(s, "constant") for s in (4, 9, 10, 109)] == pytest.approx([1, 2, 2, 2])
+    assert engine.learning_rate(0, total=10, warmup=0, peak=2.0) == 2.0
+
+
+@pytest.mark.parametrize("warmup", [0.001, 0.5, 1, 1.31, 2.5, 13.1])
+def test_learning_rate_never_exceeds_the_peak(warmup):
+    """--warmup-epochs is a float, so the warm-up need not be a whole number of steps."""
+    for schedule in ("cosine", "constant"):
+        rates = [engine.learning_rate(s, 100, warmup, 1.0, schedule) for s in range(100)]
+        assert max(rates) <= 1 + 1e-9 and min(rates) > 0
+        peak = rates.index(max(rates))
+        assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_parameter_groups():
+    model = small_vit()
+    decay, plain = engine.parameter_groups(model, 0.05)
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    with_decay, without = ([names[id(p)] for p in g["params"]] for g in (decay, plain))
+    assert sorted(with_decay + without) == sorted(names.values())  # each once
+    assert all(n.endswith("weight") and "norm" not in n for n in with_decay)
+    assert {
+        "cls_token",
+        "pos_embed",
+        "norm.weight",
+        "blocks.0.norm1.weight",
+        "head.bias",
+        "patch_embed.proj.bias",
+    } <= set(without)
+    assert {"patch_embed.proj.weight", "head.weight", "blocks.2.attn.qkv.weight"} <= set(with_decay)
+
+
+def test_class_weights():
+    labels = np.array([0] * 1 + [1] * 3)
+    assert engine.class_weights(labels, 2).tolist() == pytest.approx([2, 2 / 3])
+    labels = np.random.default_rng(0).choice(5, 200, p=[0.5, 0.2, 0.15, 0.1, 0.05])
+    expected = compute_class_weight("balanced", classes=np.arange(5), y=labels)
+    assert engine.class_weights(labels, 5).tolist() == pytest.approx(expected.tolist())
+    assert engine.class_weights(labels, 5)[labels].mean().item() == pytest.approx(1)
+    assert torch.isfinite(engine.class_weights(np.array([0, 0]), 2)).all()
+
+
+def test_cross_entropy_by_hand():
+    """Smoothing 0.1 over two classes: targets 0.95 and 0.05; weights as scikit-learn's sample weights."""
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    log = np.log(scipy.special.softmax(logits.numpy().astype(float), axis=1))
+    found = engine.cross_entropy(None, 0.1)(logits, torch.tensor([0, 1])).item()
+    expected = -np.mean([0.95 * log[0, 0] + 0.05 * log[0, 1], 0.95 * log[1, 1] + 0.05 * log[1, 0]])
+    assert found == pytest.approx(expected, rel=1e-6)
+    found = engine.cross_entropy(torch.tensor([2.0, 0.5]), 0.0)(logits, torch.tensor([0, 1])).item()
+    assert found == pytest.approx(
+        sklearn.metrics.log_loss([0, 1], np.exp(log), sample_weight=[2, 0.5]), rel=1e-6
+    )
+
+
+def test_probabilities_do_not_saturate():
+    """In float32 softmax of a gap of 20 and of 30 are both 1: a tie that is none."""
+    logits = torch.tensor([[-10.0, 10.0], [-15.0, 15.0], [3.0, 1.0]])
+    p = engine.probabilities(logits)
+    assert p.dtype == np.float64 and p[0, 1] < p[1, 1] < 1
+    assert p[2, 1] == pytest.approx(1 / (1 + math.exp(2)), rel=1e-12)
+    assert np.allclose(p.sum(1), 1, atol=1e-15)
+    assert engine.binary_auroc([0, 1, 0], logits) == 1.0 and engine.binary_auroc([1, 0, 0], logits) == 0.5
+
+
+def test_scale_input():
+    x = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+    assert engine.scale_input(x, (0.5,) * 3, (0.5,) * 3)[:, :, 0, 0].tolist() == [[-1] * 3, [0] * 3, [1] * 3]
+    found = engine.scale_input(x, (0.1, 0.2), (0.5, 0.25))
+    assert found[2, :, 0, 0].tolist() == pytest.approx([1.8, 3.2])
+
+
+def test_predict_keeps_order_and_mode():
+    model = randomise(small_vit(in_chans=1, drop_rate=0.5, drop_path_rate=0.5)).train()
+    subset = toy_subset(11, 0)
+    kwargs = dict(mean=(0.5,), std=(0.5,), device=CPU, amp=False)
+    logits = engine.predict(model, subset, batch_size=4, **kwargs)
+    assert model.training and logits.dtype == torch.float32 and not logits.requires_grad
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat(
+            [model(torch.from_numpy(i)[None, None].float() / 255 * 2 - 1) for i in subset.images]
+        )
+    assert torch.allclose(logits, expected, atol=1e-5) and logits.std() > 0.1
+    order = np.array([7, 2, 10])
+    assert torch.allclose(engine.predict(model, subset.take(order), **kwargs), expected[order], atol=1e-5)
+
+
+def test_stop_requests():
+    """The first signal is only noted, the second acts at once; the old handlers come back."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(common.Interrupted) as stop, engine.stop_requests() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    assert stop.value.signum == signal.SIGINT
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_pick_device():
+    assert engine.pick_device("cpu") == CPU
+    assert engine.pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(InputError, match="--device"):
+        engine.pick_device("abacus")
+
+
+@pytest.fixture(scope="module")
+def toy_reference(tmp_path_factory):
+    """The uninterrupted toy run: (results, checkpoint)."""
+    out = tmp_path_factory.mktemp("toy")
+    results = toy_fit(out)
+    return results, load_pth(out, "checkpoint.pth")
+
+
+def agrees(out, results, reference):
+    """Bit for bit the reference run: weights, history, best epoch; finished, with its minutes."""
+    assert same_tensors(load_pth(out, "checkpoint.pth"), reference[1])
+    assert strip_time(results["history"]) == strip_time(reference[0]["history"])
+    assert results["best_epoch"] == reference[0]["best_epoch"] and results["finished"] is True
+    assert read_json(out, "results.json") == json.loads(json.dumps(results))
+    assert results["minutes"] == pytest.approx(sum(h["seconds"] for h in results["history"]) / 60)
+    assert results["minutes"] > 0
+
+
+def test_fit_is_deterministic_and_learns(tmp_path, toy_reference):
+    results = toy_fit(tmp_path)
+    agrees(tmp_path, results, toy_reference)
+    losses = [h["train_loss"] for h in results["history"]]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert [h["lr"] for h in results["history"]] == pytest.approx(
+        [engine.learning_rate(s, 15, 5, 1e-3) for s in (4, 9, 14)]
+    )
+
+
+def test_val_loss_and_auroc_of_the_history(tmp_path):
+    """The history's figures recomputed from the kept weights."""
+    results = toy_fit(tmp_path, epochs=2)
+    model, read = engine.load_run(tmp_path)
+    assert not model.training and read == json.loads(json.dumps(results))
+    val = toy_subset(20, 1)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(val.images)[:, None].float() / 255 * 2 - 1)
+    row = results["history"][results["best_epoch"] - 1]
+    p = scipy.special.softmax(logits.double().numpy(), axis=1)[:, 1]
+    assert row["val_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(val.labels, p), abs=1e-9)
+    targets = np.where(val.labels == 1, 0.975, 0.025)  # smoothing 0.05
+    assert row["val_loss"] == pytest.approx(
+        -np.mean(targets * np.log(p) + (1 - targets) * np.log(1 - p)), rel=1e-5
+    )
+
+
+def test_one_step_is_adamw_with_clipping(tmp_path):
+    """A single step against torch's plain AdamW on the same batch, the gradient clipped to norm 1 beforehand."""
+    captured, losses = [], []
+    plain = engine.cross_entropy(None, 0.0)
+    torch.manual_seed(1)
+    expected = small_vit(in_chans=1)
+
+    def loss_fn(logits, y):
+        losses.append(plain(logits, y) * 50)  # a large gradient, so that clipping matters
+        return losses[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "small_vit", lambda **kw: expected)  # no dropout: comparable
+        start = {n: p.clone() for n, p in expected.state_dict().items()}
+        toy_fit(
+            tmp_path, epochs=1, max_steps=1, augment=data.Augment(**NONE), loss_fn=loss_fn, capture=captured
+        )
+    after = captured[0].state_dict()
+    model = vit.VisionTransformer(**expected.config)
+    model.load_state_dict(start)
+    train = toy_subset(40, 0)
+    index = np.random.default_rng([0, 0]).permutation(40)[:8]
+    x = torch.from_numpy(train.images[index])[:, None].float() / 255 * 2 - 1
+    (plain(model(x), torch.from_numpy(train.labels[index])) * 50).backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert norm > 1
+    for name, p in model.named_parameters():
+        p.grad /= norm
+        decay = 0.05 if p.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
+        torch.optim.AdamW([p], lr=1e-3, weight_decay=decay).step()
+        # After one step Adam moves by lr * sign(gradient), which rounding may turn only where it is 0.
+        assert (p - after[name]).abs().mean() < 2e-5, name
+        assert (p - start[name]).abs().mean() > 1e-4 or name.endswith("qkv.bias"), name
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
+    """A signal in each of the 15 steps and the 2 validations before the last: the end is the uninterrupted one."""
+    plain = engine.cross_entropy(None, 0.05)
+    stopped = []
+    for at in range(1, 18, 1 if signum == signal.SIGINT else 5):
+        calls = itertools.count(1)
+
+        def loss_fn(logits, y):
+            if next(calls) == at:
+                os.kill(os.getpid(), signum)
+            return plain(logits, y)
+
+        out = tmp_path / str(at)
+        with pytest.raises(common.Interrupted) as stop:
+            toy_fit(out, loss_fn=loss_fn)
+        assert stop.value.signum == signum and "--resume" in str(stop.value)
+        state = load_pth(out, "last.pth")["state"]
+        stopped.append((state["epoch"], state["step"]))
+        assert read_json(out, "results.json")["finished"] is False
+        agrees(out, toy_fit(out, resume=True), toy_reference)
+        shutil.rmtree(out)
+    if signum == signal.SIGINT:  # after its step; during a validation: after the first step of the next epoch
+        assert stopped == [(e, s) for e in range(3) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
+
+
+def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
+    """The process dies just before or just after each rename: what lies there is complete, and goes on to the end."""
+
+    class Died(BaseException):
+        pass
+
+    real, deaths = os.replace, 0
+    for at, done in itertools.product(range(1, 40), (False, True)):
+        out, calls = tmp_path / f"{at}{done}", itertools.count(1)
+
+        def replace(a, b):
+            now = next(calls)
+            if now == at and not done:
+                raise Died
+            real(a, b)
+            if now == at:
+                raise Died
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                toy_fit(out)
+                break  # fewer writes than that: every one has been tried
+            except Died:
+                deaths += 1
+        for path in out.glob("*.pth"):
+            load_pth(path)
+        agrees(out, toy_fit(out, resume=(out / "last.pth").exists()), toy_reference)
+    assert deaths >= 2 * (2 * 3 + 2)  # at least last.pth and results.json an epoch, a checkpoint, and the end
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, toy_reference):
+    first = toy_fit(tmp_path)
+    again = toy_fit(tmp_path, resume=True)
+    agrees(tmp_path, again, toy_reference)
+    assert again["minutes"] == pytest.approx(first["minutes"])
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    toy_fit(tmp_path, epochs=1)
+    with pytest.raises(InputError, match="recipe.lr"):
+        toy_fit(tmp_path, epochs=2, lr=2e-3, resume=True)
+
+
+def test_best_epoch_and_patience(tmp_path):
+    """The first of equal maxima is kept; three epochs without a better one end the run."""
+    script, states, models = [0.6, 0.8, 0.7, 0.8, 0.75, 0.99], [], []
+
+    def monitor(labels, logits):
+        states.append({n: p.clone() for n, p in models[0].state_dict().items()})
+        return script[len(states) - 1]
+
+    results = toy_fit(tmp_path, epochs=6, monitor=monitor, patience=3, capture=models)
+    assert [h["val_auroc"] for h in results["history"]] == script[:5]
+    assert results["best_epoch"] == 2 and results["finished"]
+    kept = load_pth(tmp_path, "checkpoint.pth")
+    assert same_tensors(kept, states[1]) and not same_tensors(kept, states[3])
+
+
+def test_every_image_once_an_epoch_in_a_new_order(tmp_path, monkeypatch):
+    seen, real = [], data.Batches.get
+
+    def get(self, index):
+        if len(self.subset) == 40:  # training
+            seen.extend(index.tolist())
+        return real(self, index)
+
+    monkeypatch.setattr(data.Batches, "get", get)
+    toy_fit(tmp_path)
+    epochs = [seen[i : i + 40] for i in (0, 40, 80)]
+    assert len(seen) == 120 and all(sorted(order) == list(range(40)) for order in epochs)
+    assert len({tuple(order) for order in [*epochs, range(40)]}) == 4
+
+
+def test_max_steps(tmp_path):
+    calls = []
+    plain = engine.cross_entropy(None, 0.05)
+
+    def loss_fn(logits, y):
+        calls.append(len(y))
+        return plain(logits, y)
+
+    results = toy_fit(tmp_path, loss_fn=loss_fn, max_steps=7)
+    assert calls == [8] * 5 + [20] + [8] * 2 + [20]  # an epoch of 5, validation, 2 steps, validation
+    assert len(results["history"]) == 2 and results["finished"]
+
+
+def test_non_finite_loss_names_epoch_step_and_rate(tmp_path):
+    plain, calls = engine.cross_entropy(None, 0.05), itertools.count(1)
+
+    def loss_fn(logits, y):
+        return plain(logits, y) * (
+            math.nan if next(calls) == 9 else 1
+        )  # 5 steps, a validation, then the third step
+
+    with pytest.raises(InputError) as error:
+        toy_fit(tmp_path, loss_fn=loss_fn)
+    rate = engine.learning_rate(7, 15, 5, 1e-3)
+    for word in ("epoch 2", "step 3", f"{rate:.2e}", "nan"):
+        assert word in str(error.value)
+    assert len(read_json(tmp_path, "results.json")["history"]) == 1
+    assert load_pth(tmp_path, "last.pth")["state"]["epoch"] == 1
+
+
+def test_non_finite_weights_after_the_last_step_of_an_epoch(tmp_path):
+    """The loss was finite, the step was not: validation sees it first and says so too."""
+    with pytest.raises(InputError, match="epoch 1"):
+        toy_fit(tmp_path, max_steps=1, lr=1e38)
+
+
+def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
+    """Stage 1 against the plain loop that runs the frozen backbone in every step: the same head to rounding."""
+    train, loss_fn = toy_subset(40, 0), engine.cross_entropy(None, 0.0)
+    model = randomise(small_vit(in_chans=1))
+    slow = randomise(small_vit(in_chans=1)).eval()
+    slow.load_state_dict(model.state_dict())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    engine.fit_head(
+        model,
+        train,
+        epochs=3,
+        batch_size=8,
+        lr=1e-2,
+        weight_decay=0.05,
+        loss_fn=loss_fn,
+        mean=[0.5],
+        std=[0.5],
+        device=CPU,
+        amp=False,
+        seed=3,
+    )
+    optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
+    for epoch in range(3):
+        for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
+            x, y = data.Batches(train, CPU).get(index)
+            optimizer.zero_grad()
+            loss_fn(slow((x - 0.5) / 0.5), y).backward()
+            optimizer.step()
+    for name, value in model.state_dict().items():
+        if name.startswith("head"):
+            assert torch.allclose(value, slow.state_dict()[name], atol=1e-5) and not torch.equal(
+                value, before[name]
+            )
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+def test_recipe_flag_chooses_the_defaults(monkeypatch):
+    """--recipe swaps defaults, a flag given by hand wins over both, and results.json tells what was used."""
+    import train_scratch
+
+    def parsed(*argv):
+        seen = {}
+        monkeypatch.setattr(sys, "argv", ["train_scratch.py", *argv])
+        monkeypatch.setattr(engine, "plans_from_args", lambda args: seen.update(vars(args)) or [])
+        train_scratch.main()
+        return seen
+
+    default, paper = parsed(), parsed("--recipe", "paper")
+    assert {k: default[k] for k in train_scratch.RECIPES["default"]} == train_scratch.RECIPES["default"]
+    plain = vars(data.Augment()) | {
+        "drop_rate": 0.1,
+        "drop_path": 0.05,
+        "patch_drop": 0.0,
+        "ema": 0.0,
+        "epochs": 15,
+        "batch_size": 32,
+        "lr": 3e-4,
+        "label_smoothing": 0.05,
+    }
+    assert {k: paper[k] for k in plain} == plain
+    assert parsed("--recipe", "paper", "--rotate", "3")["rotate"] == 3.0
+    assert parsed("--patch-drop", "0.1")["patch_drop"] == 0.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    """50,000 cached images (200 MB) read twice over, in random order: resident memory stays within 40 MB."""
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(50_000, 64, 64))
+    array[::100] = 7
+    array.flush()
+    del array
+    images = np.load(tmp_path / "a.npy", mmap_mode="r")
+    batches = data.Batches(
+        data.Subset([""] * 50_000, np.zeros(50_000, np.int64), images, np.arange(50_000)), CPU
+    )
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    batches.get(torch.arange(64))
+    before, most, seen = resident(), 0.0, 0
+    for _ in range(2):
+        for index in torch.from_numpy(np.random.default_rng(0).permutation(50_000)).split(64):
+            x, _ = batches.get(index)
+            seen += round(float(x[:, 0, 0, 0].sum() * 255 / 7))
+            most = max(most, resident() - before)
+    assert seen == 1000 and most < 40
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([3.0, 0.5])])
+def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
+    """Batches in 3 uneven parts: the same losses and weights as in one part, class weights or not."""
+    histories, ends = [], []
+    for n in (1, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            plain = vit.VisionTransformer
+            patch.setattr(
+                sys.modules[__name__],
+                "small_vit",
+                lambda drop_rate, drop_path_rate, **kw: plain(
+                    **dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3), **kw
+                ),
+            )
+            results = toy_fit(
+                tmp_path / str(n),
+                epochs=2,
+                accumulate=n,
+                augment=data.Augment(**NONE),
+                loss_fn=engine.cross_entropy(weight, 0.05),
+            )
+        histories.append([(h["train_loss"], h["val_loss"]) for h in results["history"]])
+        ends.append(load_pth(tmp_path, str(n), "last.pth")["model"])
+    assert np.array(histories[1]) == pytest.approx(np.array(histories[0]), rel=1e-5)
+    for name in ends[0]:
+        assert torch.allclose(ends[0][name], ends[1][name], atol=2e-4), name
+
+
+def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
+    """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
+    writer; a resume with another number of processes is refused."""
+    flags = [
+        "--data-dir",
+        synthetic,
+        "--cache-dir",
+        cache,
+        "--img-size",
+        32,
+        "--epochs",
+        2,
+        "--batch-size",
+        10,
+        "--no-amp",
+        "--drop-rate",
+        0,
+        "--drop-path",
+        0,
+        "--patch-drop",
+        0,
+        "--lr",
+        1e-4,
+        *itertools.chain(*((f"--{k}", 0) for k in vars(data.Augment()))),
+    ]
+    succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
+
+    def torchrun(*more):
+        return popen(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            2,
+            REPO / "train_scratch.py",
+            *flags,
+            "--out",
+            "two",
+            *more,
+            cwd=tmp_path,
+        )
+
+    process = torchrun()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    assert out.count("model: scratch") == 1
+    one, two = (read_json(tmp_path, name, "results.json") for name in ("one", "two"))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for key in ("train_loss", "val_loss", "val_auroc"):
+            assert b[key] == pytest.approx(a[key], rel=2e-4), key
+    process = torchrun("--resume")  # finished: nothing to do
+    assert process.wait(timeout=120) == 0
+    assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
+    refused(
+        cli("train_scratch", *flags, "--epochs", 2, "--out", "two", "--resume", cwd=tmp_path), "2 processes"
+    )
+
+
+def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
+    """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit the same."""
+    captured, weights = [], []
+    hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
+        lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()})
+    )
+    try:
+        toy_fit(tmp_path / "a", epochs=2, ema=0.8, capture=captured)
+    finally:
+        hook.remove()
+    average = weights[0]
+    for now in weights[1:]:
+        average = {n: 0.8 * average[n] + 0.2 * now[n] for n in now}
+    last = load_pth(tmp_path, "a", "last.pth")
+    for name, value in average.items():
+        assert torch.allclose(last["average"][f"module.{name}"].double(), value, atol=1e-6), name
+    best, checkpoint = (
+        read_json(tmp_path, "a", "results.json")["best_epoch"],
+        load_pth(tmp_path, "a", "checkpoint.pth"),
+    )
+    if best == 2:
+        assert all(torch.equal(checkpoint[n], last["average"][f"module.{n}"]) for n in checkpoint)
+    assert not any(torch.equal(checkpoint[n], last["model"][n]) for n in average if n.endswith("weight"))
+    calls, plain = itertools.count(1), engine.cross_entropy(None, 0.05)
+
+    def loss_fn(logits, y):
+        if next(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(logits, y)
+
+    with pytest.raises(common.Interrupted):
+        toy_fit(tmp_path / "b", epochs=2, ema=0.8, loss_fn=loss_fn)
+    toy_fit(tmp_path / "b", epochs=2, ema=0.8, resume=True)
+    assert same_tensors(load_pth(tmp_path, "b", "checkpoint.pth"), checkpoint)
+    assert same_tensors(load_pth(tmp_path, "b", "last.pth")["average"], last["average"])
+
+
+def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
+    """pretrain_mae.py -> --init: the encoder arrives whole, head apart; the run is no candidate of calibrate or compare;
+    a wrong folder, shape or split is refused."""
+    common_flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32)
+    done = succeed(
+        "pretrain_mae", *common_flags, "--epochs", 2, "--batch-size", 32, "--max-steps", 4, cwd=tmp_path
+    )
+    assert "val loss" in done.out and "AUROC" not in done.out
+    results = read_json(tmp_path, "outputs/mae/results.json")
+    assert [set(h) for h in results["history"]] == [{"train_loss", "val_loss", "lr", "seconds"}] * 2
+    refused(cli("calibrate", cwd=tmp_path), "no finished runs")
+    flags = (
+        *common_flags,
+        "--init",
+        "outputs/mae",
+        "--epochs",
+        1,
+        "--max-steps",
+        1,
+        "--lr",
+        1e-12,
+        "--weight-decay",
+        0,
+    )
+    succeed("train_scratch", *flags, cwd=tmp_path)
+    encoder = load_pth(tmp_path, "outputs/mae/checkpoint.pth")
+    for name, value in load_pth(tmp_path, "outputs/scratch/checkpoint.pth").items():
+        if not name.startswith("head"):
+            assert torch.allclose(value, encoder[f"encoder.{name}"], atol=1e-9), name
+    run = read_json(tmp_path, "outputs/scratch/results.json")
+    assert run["recipe"]["init"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
+    refused(
+        cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path),
+        "pretrain_mae.py",
+    )
+    refused(cli("train_scratch", *flags, "--overwrite", "--model", "ti16", cwd=tmp_path), "does not fit")
+    refused(cli("train_scratch", *flags, "--overwrite", "--split-seed", 1, cwd=tmp_path), "--split")
+    refused(cli("train_scratch", *flags, "--overwrite", "--init", "nowhere", cwd=tmp_path), "nowhere")

@@ -1,0 +1,163 @@
+"""Tests of predict."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import engine
+import metrics
+from tests.fixtures import FLOOR
+from tests.shared import cli, file_list, predict_rows
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_predict_reproduces_calibrate_exactly(bench, tta):
+    flags, suffix = (["--tta"], "-tta") if tta else ([], "")
+    run = "outputs/scratch-seed0"
+    if tta:
+        assert cli("calibrate", "--run", run, "--tta", *FLOOR, cwd=bench).code == 0
+    predictions = predict_rows(bench, "xray/test", "--run", run, *flags)
+    with np.load(bench / run / f"scores{suffix}.npz") as file:
+        assert [r["path"] for r in predictions] == [f"xray/{f}" for f in file["test_files"]]
+        assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
+        thr = common.read_json(bench / run / f"calibration{suffix}.json")["threshold"]
+        assert [r["decision@Rec"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= thr).tolist()
+        assert [r["decision@0.5"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= 0.5).tolist()
+    backwards = [f"xray/{f}" for f in file_list(bench, run)[::-1][:7]]  # other batches, same scores
+    again = predict_rows(bench, *backwards, "--run", run, "--batch-size", 3, *flags)
+    by_path = {r["path"]: r["p_pneumonia"] for r in predictions}
+    assert [float(r["p_pneumonia"]) for r in again] == pytest.approx(
+        [float(by_path[b]) for b in backwards], abs=2e-3
+    )
+
+
+def test_predict_reports_bad_and_odd_files_and_goes_on(bench):
+    odd = bench / "odd"
+    odd.mkdir(exist_ok=True)
+    good = sorted((bench / "xray/test/NORMAL").iterdir())[0]
+    Image.open(good).convert("L").save(odd / "a_good.png")
+    (odd / "b_empty.png").write_bytes(b"")
+    (odd / "c_text.jpg").write_text("no image")
+    (odd / "d_cut.jpeg").write_bytes(good.read_bytes()[:600])
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(odd / "e_colour.png")
+    grey = np.asarray(Image.open(good).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(odd / "f_16bit.png")
+    (odd / "g.dcm").write_text("no dicom")
+    done = cli("predict", "odd", "--run", "outputs/linear", cwd=bench)
+    assert done.code == 2 and "4 of 7" in done.err and "Traceback" not in done.err
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    by = {Path(r["path"]).name[0]: r for r in rows}
+    assert len(rows) == 7 and [k for k in by if by[k]["p_pneumonia"] == ""] == ["b", "c", "d", "g"]
+    assert all(by[k]["note"].startswith("unreadable") for k in "bcdg")
+    assert "colour photograph" in by["e"]["note"]
+    assert float(by["f"]["p_pneumonia"]) == pytest.approx(float(by["a"]["p_pneumonia"]), abs=1e-6)
+    assert cli("predict", "nowhere/*.png", "--run", "outputs/linear", cwd=bench).code == 2
+    assert cli("predict", "odd", "--run", "nowhere", cwd=bench).code == 2
+
+
+def test_predict_notes_what_is_unlike_the_training_images():
+    from predict import unlike
+
+    results = {
+        "input_range": {"mean": [0.3, 0.6], "std": [0.1, 0.3]},
+        "split": {"original_size": {"width": [400, 2000], "height": [500, 500]}},
+    }
+    image = np.r_[np.full((8, 16), 60), np.full((8, 16), 160)].astype(np.uint8)  # mean 0.43, std 0.2
+    assert unlike(image, (400, 7), 0.0, results) == ""  # one single training height tells nothing
+    assert "width 2001 px outside the training range 400 to 2000" in unlike(image, (2001, 500), 0.0, results)
+    assert "brightness 0.20" in unlike(image - 59, (400, 500), 0.0, results)
+    assert "contrast 0.00" in unlike(np.full((16, 16), 100, np.uint8), (400, 500), 0.0, results)
+    assert "colour photograph" in unlike(image, (400, 500), 0.2, results)
+
+
+def test_predict_reads_dicom(bench):
+    """MONOCHROME1 stored inverted, and 12 bits with a window, both give the PNG's score."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    grey = np.asarray(Image.open(sorted((bench / "xray/test/PNEUMONIA").iterdir())[0]).convert("L"))
+    full = ((grey.astype(float) - grey.min()) / (grey.max() - grey.min()) * 255).round().astype(np.uint8)
+    folder = bench / "dicom"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(full).save(folder / "a.png")
+
+    def save(name, pixels, bits, photometric, **extra):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+            pydicom.uid.generate_uid(),
+            pydicom.uid.generate_uid(),
+        )
+        file = FileDataset(str(folder / name), {}, file_meta=meta, preamble=b"\0" * 128)
+        file.Rows, file.Columns = pixels.shape
+        file.SamplesPerPixel, file.PixelRepresentation, file.PhotometricInterpretation = 1, 0, photometric
+        file.BitsAllocated = 8 * pixels.itemsize
+        file.BitsStored, file.HighBit = bits, bits - 1
+        file.PixelData = pixels.tobytes()
+        for key, value in extra.items():
+            setattr(file, key, value)
+        file.save_as(folder / name, enforce_file_format=True)
+
+    save("b.dcm", 255 - full, 8, "MONOCHROME1")
+    save(
+        "c.dcm",
+        full.astype(np.uint16) * 10 + 7,
+        12,
+        "MONOCHROME2",
+        RescaleSlope="2",
+        RescaleIntercept="-14",
+        WindowCenter="2550",
+        WindowWidth="5101",
+    )
+    rows = predict_rows(bench, "dicom", "--run", "outputs/linear")
+    scores = [float(r["p_pneumonia"]) for r in rows]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-9) and scores[2] == pytest.approx(scores[0], abs=0.02)
+
+
+def test_predict_streams(bench):
+    """Files are taken from the iterator batch by batch: never more than two batches are in the air."""
+    import predict
+
+    scorer = predict.Scorer(bench / "outputs/linear", torch.device("cpu"), tta=False)
+    path, taken = str(bench / "xray" / file_list(bench, "outputs/linear")[0]), 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield path
+
+    rows = scorer.rows(endless(), batch_size=4)
+    for i in range(1, 30):
+        next(rows)
+        assert taken <= 4 * (2 + i // 4 + 1)
+
+
+def test_export_matches_pytorch(bench):
+    onnx, _, runtime = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
+    run = "outputs/scratch-seed0"
+    assert cli("predict", "--export", "m.onnx", "--run", run, cwd=bench).code == 0
+    meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
+    assert float(meta["threshold@Rec"]) == common.read_json(bench / run / "calibration.json")["threshold"]
+    pixels = np.stack([data.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
+    got = runtime.InferenceSession(str(bench / "m.onnx")).run(
+        None, {"image": pixels[:, None].astype(np.float32) / 255}
+    )[0]
+    model, results = engine.load_run(bench / run)
+    with torch.inference_mode():
+        logits = engine.forward(
+            model,
+            torch.from_numpy(pixels)[:, None] / 255,
+            mean=results["mean"],
+            std=results["std"],
+            amp=False,
+        )
+    assert got == pytest.approx(metrics.tempered(logits.numpy(), 1.0), abs=1e-4)

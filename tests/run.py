@@ -1,0 +1,239 @@
+"""Tests of run."""
+
+import json
+import math
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import engine
+from tests.shared import Evil, cli, folder_bytes, load_pth, read_json, refused, same_tensors, succeed
+
+RESULT_KEYS = {
+    "model",
+    "params",
+    "minutes",
+    "synthetic",
+    "split",
+    "history",
+    "best_epoch",
+    "seed",
+    "command",
+    "versions",
+    "device",
+    "format",
+}
+
+
+@pytest.mark.parametrize(
+    "name, params, epochs",
+    [
+        # 32 px: 5 positions in the place of 197, each 256 wide
+        ("scratch", 4_987_138 - 192 * 256, 2),
+        ("linear", 32 * 32 + 1, 1),
+        # embedding, [CLS], 5 positions, 2 blocks (norms, qkv, proj, fc1, fc2), norm, head
+        (
+            "pretrained",
+            24 * 769 + 24 + 5 * 24 + 2 * (4 * 24 + 72 * 25 + 24 * 25 + 96 * 25 + 24 * 97) + 48 + 50,
+            2,
+        ),
+    ],
+)
+def test_results_json(runs, synthetic, name, params, epochs):
+    results = read_json(runs.out, name, "results.json")
+    assert RESULT_KEYS <= results.keys()
+    assert results["params"] == params and len(results["history"]) == epochs and results["synthetic"] is True
+    for row in results["history"]:
+        assert {"train_loss", "val_loss", "val_auroc", "lr", "seconds"} <= row.keys()
+        assert 0 <= row["val_auroc"] <= 1 and row["seconds"] > 0 and math.isfinite(row["val_loss"])
+    aurocs = [row["val_auroc"] for row in results["history"]]
+    assert results["best_epoch"] == 1 + aurocs.index(max(aurocs))
+    split = results["split"]
+    assert (split["train"], split["val"], split["test"]) == (76, 20, 40)
+    assert split["shared_patients"] == 0 and re.fullmatch("[0-9a-f]{64}", split["fingerprint"])
+    assert (
+        results["command"].startswith(f"python train_{name}.py --data-dir ")
+        and "torch" in results["versions"]
+    )
+    assert results["minutes"] * 60 == pytest.approx(sum(row["seconds"] for row in results["history"]))
+    assert results["finished"] is True and results["format"] == 1
+    assert results["data"]["data_dir"] == str(synthetic)
+
+
+def test_checkpoint_holds_tensors_only(runs):
+    for name in ("scratch", "pretrained", "linear"):
+        state = load_pth(runs.out, name, "checkpoint.pth")
+        assert all(isinstance(v, torch.Tensor) for v in state.values())
+        model, results = engine.load_run(runs.out / name)
+        assert same_tensors(model.state_dict(), state)
+    assert results["model"] == "linear"
+
+
+def test_pretrained_run_starts_from_the_weights(runs, tiny_npz):
+    """Fine-tuned for a dozen steps, the weights are still near those of the file; the report is in the JSON."""
+    with np.load(tiny_npz) as w:
+        kernel = w["embedding/kernel"].transpose(3, 2, 0, 1)
+    found = load_pth(runs.out, "pretrained", "checkpoint.pth")["patch_embed.proj.weight"].numpy()
+    assert 0 < np.abs(found - kernel).max() < 0.01
+    results = read_json(runs.out, "pretrained", "results.json")
+    assert results["weights"]["path"] == str(tiny_npz) and results["mean"] == [0.5] * 3
+    assert sorted(results["weights"]["reset"]) == ["head.bias", "head.weight"]
+
+
+def test_finished_run_is_not_overwritten(own_runs, flags, tiny_npz):
+    """Exit 2 before any work; with --overwrite nothing of the old run stays."""
+    before = folder_bytes(own_runs / "outputs")
+    for name, more in (("scratch", ["--epochs", 1]), ("linear", []), ("pretrained", ["--weights", tiny_npz])):
+        refused(cli(f"train_{name}", *flags, *more, cwd=own_runs), "finished run", "--overwrite", "--out")
+    assert folder_bytes(own_runs / "outputs") == before
+    succeed("train_pretrained", *flags, "--weights", tiny_npz, "--epochs", 1, "--overwrite", cwd=own_runs)
+    out = own_runs / "outputs" / "pretrained"
+    assert len(read_json(out, "results.json")["history"]) == 1
+    assert not (out / "calibration.json").exists() and not (out / "scores.npz").exists()
+
+
+def test_linear_overwrite_leaves_no_stale_calibration(own_runs, flags):
+    """Figures of the old model beside a new one would go into the table unnoticed."""
+    out = own_runs / "outputs" / "linear"
+    succeed("train_linear", *flags, "--C", 1.0, "--overwrite", cwd=own_runs)
+    assert not (out / "calibration.json").exists()
+    refused(cli("compare", "--run", out, cwd=own_runs), "not calibrated")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoint_with_code_is_refused(own_runs, zipped):
+    out = own_runs / "outputs" / "scratch"
+    evil = {"head.weight": Evil(own_runs / "executed")}
+    (out / "checkpoint.pth").unlink()
+    if zipped:
+        torch.save(evil, out / "checkpoint.pth")
+    else:
+        (out / "checkpoint.pth").write_bytes(pickle.dumps(evil))
+    refused(cli("calibrate", "--run", out, cwd=own_runs), "checkpoint.pth", "refused")
+    assert not (own_runs / "executed").exists()
+
+
+def test_last_and_weights_with_code_are_refused(own_runs, flags):
+    out = own_runs / "outputs" / "scratch"
+    torch.save({"format": 1, "model": Evil(own_runs / "executed")}, out / "last.pth")
+    done = cli(
+        "train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", "--resume", cwd=own_runs
+    )
+    refused(done, "last.pth", "refused")
+    refused(
+        cli("train_pretrained", *flags, "--weights", out / "last.pth", "--out", "x", cwd=own_runs), "refused"
+    )
+    assert not (own_runs / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("checkpoint cut", ["checkpoint.pth", "damaged"]),
+        ("checkpoint absent", ["checkpoint.pth", "does not exist"]),
+        ("checkpoint of another model", ["checkpoint.pth", "does not fit"]),
+        ("results cut", ["results.json"]),
+        ("results of a newer format", ["results.json", "update"]),
+        ("results without split", ["split"]),
+        ("results not an object", ["results.json", "list"]),
+        ("results of an unknown model", ["does not describe a model"]),
+        ("results with strange data", ["data settings"]),
+    ],
+)
+def test_damaged_run(own_runs, damage, words):
+    out = own_runs / "outputs" / "scratch"
+    results, checkpoint = out / "results.json", out / "checkpoint.pth"
+    value = read_json(results)
+    if damage == "checkpoint cut":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
+    elif damage == "checkpoint absent":
+        checkpoint.unlink()
+    elif damage == "checkpoint of another model":
+        shutil.copy(own_runs / "outputs" / "pretrained" / "checkpoint.pth", checkpoint)
+    elif damage == "results cut":
+        results.write_text(results.read_text()[:200])
+    elif damage == "results of a newer format":
+        results.write_text(json.dumps({**value, "format": 99}))
+    elif damage == "results without split":
+        results.write_text(json.dumps({k: v for k, v in value.items() if k != "split"}))
+    elif damage == "results not an object":
+        results.write_text("[1, 2]")
+    elif damage == "results of an unknown model":
+        results.write_text(json.dumps({**value, "model_config": {"kind": "vit", "wings": 2}}))
+    elif damage == "results with strange data":
+        results.write_text(json.dumps({**value, "data": {"folder": "x"}}))
+    refused(cli("calibrate", "--run", out, cwd=own_runs), *words)
+
+
+def test_a_calibration_of_other_weights_is_refused(bench, tmp_path):
+    shutil.copytree(bench / "outputs/scratch-seed1", tmp_path / "run")
+    shutil.copy(bench / "outputs/scratch-seed0/checkpoint.pth", tmp_path / "run/checkpoint.pth")
+    for script, argv in (("predict", ["xray/test", "--run"]), ("compare", ["--run"])):
+        done = cli(script, *argv, tmp_path / "run", cwd=bench)
+        assert done.code == 2 and "another checkpoint" in done.err
+
+
+def test_nan_weights_are_refused(bench, tmp_path):
+    shutil.copytree(bench / "outputs/linear", tmp_path / "run")
+    state = common.load_tensors(tmp_path / "run/checkpoint.pth")
+    state["head.weight"][0, 0] = math.nan
+    torch.save(state, tmp_path / "run/checkpoint.pth")
+    for script, argv in (("predict", ["xray/test", "--run"]), ("calibrate", ["--run"])):
+        done = cli(script, *argv, tmp_path / "run", cwd=bench)
+        assert done.code == 2 and "NaN" in done.err
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("results.json", {"mean": None}),
+        ("results.json", {"mean": [0.5, 0.5]}),
+        ("results.json", {"split": {}}),
+        ("results.json", {"recipe": {}}),
+        ("results.json", {"history": []}),
+        ("results.json", {"best_epoch": 99}),
+        ("results.json", {"params": "many"}),
+        ("results.json", {"format": None}),
+        ("calibration.json", {"threshold": None}),
+        ("calibration.json", {"temperature": 0}),
+        ("calibration.json", {"test": {}}),
+        ("calibration.json", {"format": "a"}),
+        ("calibration.json", {"guarantee": ...}),
+        ("scores.npz", "test_p1"),
+    ],
+)
+def test_damaged_run_files_are_named(bench, tmp_path, file, change):
+    """Every reader of the file says which file is damaged, in one line."""
+    run = tmp_path / "run"
+    shutil.copytree(bench / "outputs/linear", run)
+    if file == "scores.npz":
+        with np.load(run / file) as arrays:
+            kept = {k: v for k, v in arrays.items() if k != change}
+        np.savez(run / file, **kept)
+    else:
+        value = {**common.read_json(run / file), **change}
+        (run / file).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+    readers = {
+        "results.json": ("calibrate", "compare", "predict"),
+        "calibration.json": ("compare", "predict"),
+        "scores.npz": ("compare",),
+    }[file]
+    for script in readers:
+        done = cli(script, *(["xray/test"] if script == "predict" else []), "--run", run, cwd=bench)
+        assert done.code == 2 and str(run) in done.err and "Traceback" not in done.err, (script, done.err)
+
+
+def test_newer_format_and_too_few_patients_are_refused(bench, tmp_path):
+    shutil.copytree(bench / "outputs/linear", tmp_path / "newer")
+    results = common.read_json(tmp_path / "newer/results.json")
+    common.write_json(tmp_path / "newer/results.json", {**results, "format": 99})
+    for script in ("calibrate", "compare"):
+        done = cli(script, "--run", tmp_path / "newer", cwd=bench)
+        assert done.code == 2 and "format 99" in done.err
+    done = cli("calibrate", "--run", "outputs/linear", "--guarantee", 0.9999999, cwd=bench)
+    assert done.code == 2 and "are needed" in done.err

@@ -1,0 +1,346 @@
+"""Helpers that several test files share."""
+
+import csv
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+import data
+import engine
+import vit
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+SHARED = REPO.parent / "shared"
+
+
+SCRIPTS = ("train_scratch", "train_pretrained", "train_linear", "calibrate", "compare", "predict")
+
+
+CPU = torch.device("cpu")
+
+
+def cli(script, *argv, cwd):
+    """Run a script's main() in this process, as its command line would -> (code, out, err)."""
+    main = importlib.import_module(script).main
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    old = os.getcwd(), sys.argv
+    os.chdir(cwd)
+    sys.argv = [f"{script}.py", *map(str, argv)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            common.start(main)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os.chdir(old[0])
+        sys.argv = old[1]
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def succeed(script, *argv, cwd):
+    """`cli` that must exit with 0."""
+    done = cli(script, *argv, cwd=cwd)
+    assert done.code == 0, done.err
+    return done
+
+
+def refused(done, *words):
+    """Exit code 2 and one error message that contains `words`."""
+    assert done.code == 2, done.err
+    assert done.err.count("error: ") == 1 and "Traceback" not in done.err
+    for word in words:
+        assert str(word) in done.err
+
+
+def popen(*argv, cwd):
+    """A real process of this interpreter, stdout piped, stderr in cwd/stderr.txt."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    with open(Path(cwd, "stderr.txt"), "w") as err:
+        return subprocess.Popen(
+            [sys.executable, *map(str, argv)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=err, text=True
+        )
+
+
+def read_json(*parts):
+    return json.loads(Path(*parts).read_text())
+
+
+def load_pth(*parts):
+    return torch.load(Path(*parts), weights_only=True)
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def strip_time(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+def small_vit(**changes):
+    """A ViT of a few thousand parameters for 16 px images, in eval mode."""
+    torch.manual_seed(0)
+    settings = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, drop_rate=0.0, drop_path_rate=0.0
+    )
+    return vit.VisionTransformer(**{**settings, **changes}).eval()
+
+
+def randomise(model, seed=0):
+    """Give every parameter values that matter (a fresh model's biases are 0 and its attention is flat)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim < 2 else p[0].numel() ** -0.5))
+    return model
+
+
+def google_arrays(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2, hidden=None, seed=0):
+    """Random arrays in the layout of Google's checkpoints, all distinct, with outputs of order 1."""
+    rng = np.random.default_rng(seed)
+    hidden = hidden or 4 * dim
+
+    def draw(*shape, scale=1.0, centre=0.0):
+        return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale) + np.float32(centre)
+
+    w = {
+        "cls": draw(1, 1, dim),
+        "Transformer/posembed_input/pos_embedding": draw(1, 1 + grid * grid, dim),
+        "embedding/kernel": draw(patch, patch, 3, dim, scale=(3 * patch * patch) ** -0.5),
+        "embedding/bias": draw(dim),
+        "Transformer/encoder_norm/scale": draw(dim, scale=0.2, centre=1),
+        "Transformer/encoder_norm/bias": draw(dim),
+        "head/kernel": draw(dim, classes, scale=dim**-0.5),
+        "head/bias": draw(classes),
+    }
+    for i in range(depth):
+        block = f"Transformer/encoderblock_{i}/"
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            w[f"{block}{norm}/scale"] = draw(dim, scale=0.2, centre=1)
+            w[f"{block}{norm}/bias"] = draw(dim, scale=0.2)
+        attention = f"{block}MultiHeadDotProductAttention_1/"
+        for part in ("query", "key", "value"):
+            w[f"{attention}{part}/kernel"] = draw(dim, heads, dim // heads, scale=dim**-0.5)
+            w[f"{attention}{part}/bias"] = draw(heads, dim // heads, scale=0.2)
+        w[f"{attention}out/kernel"] = draw(heads, dim // heads, dim, scale=dim**-0.5)
+        w[f"{attention}out/bias"] = draw(dim, scale=0.2)
+        w[f"{block}MlpBlock_3/Dense_0/kernel"] = draw(dim, hidden, scale=dim**-0.5)
+        w[f"{block}MlpBlock_3/Dense_0/bias"] = draw(hidden, scale=0.2)
+        w[f"{block}MlpBlock_3/Dense_1/kernel"] = draw(hidden, dim, scale=hidden**-0.5)
+        w[f"{block}MlpBlock_3/Dense_1/bias"] = draw(dim, scale=0.2)
+    return w
+
+
+def vit_for(arrays_settings=None, **changes):
+    """A fresh model for `google_arrays()` of the given settings."""
+    s = {**dict(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2), **(arrays_settings or {})}
+    torch.manual_seed(5)
+    return vit.VisionTransformer(
+        **{
+            **dict(
+                img_size=s["grid"] * s["patch"],
+                patch_size=s["patch"],
+                embed_dim=s["dim"],
+                depth=s["depth"],
+                num_heads=s["heads"],
+                num_classes=s["classes"],
+            ),
+            **changes,
+        }
+    ).eval()
+
+
+class Evil:
+    """Unpickling it would create a file: whoever loads it carelessly runs somebody else's code."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def touch(root, *names):
+    for name in names:
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def smooth_picture(height, width, seed=0):
+    """A smooth random grey picture, uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.uniform(0, 255, (12, 12)).astype(np.float32))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 255).astype(np.uint8)
+
+
+def picture_batch(count=4, side=32):
+    images = np.stack([smooth_picture(side, side, seed) for seed in range(count)])
+    return torch.from_numpy(images)[:, None].float() / 255
+
+
+def toy_subset(count, seed, side=16):
+    """Noise images; those of class 1 are brighter."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    images = (rng.uniform(0, 180, (count, side, side)) + 25 * labels[:, None, None]).astype(np.uint8)
+    return data.Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
+
+
+def toy_fit(
+    out,
+    *,
+    epochs=3,
+    resume=False,
+    loss_fn=None,
+    monitor=engine.binary_auroc,
+    patience=9,
+    lr=1e-3,
+    max_steps=None,
+    augment=data.Augment(hflip=0.5),
+    capture=None,
+    **more,
+):
+    """`engine.fit` of a small ViT with dropout, DropPath and augmentation: 5 steps an epoch, a fraction of a second."""
+    torch.manual_seed(1)
+    model = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
+    if capture is not None:
+        capture.append(model)
+    meta = {
+        "model": "toy",
+        "model_config": {"kind": "vit", **model.config},
+        "recipe": {"lr": lr, "amp": False},
+        "data": {"data_dir": "toy", "cache_dir": "anywhere"},
+        "split": {
+            "synthetic": True,
+            "fingerprint": "f",
+            "train": 1,
+            "val": 1,
+            "test": 1,
+            "counts": {},
+            "set": "toy",
+        },
+        "seed": 0,
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return engine.fit(
+            model,
+            toy_subset(40, 0),
+            toy_subset(20, 1),
+            out=out,
+            meta=meta,
+            loss_fn=loss_fn or engine.cross_entropy(None, 0.05),
+            monitor=monitor,
+            mean=(0.5,),
+            std=(0.5,),
+            augment=augment,
+            device=CPU,
+            amp=False,
+            epochs=epochs,
+            batch_size=8,
+            lr=lr,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_epochs=1.0,
+            clip=1.0,
+            patience=patience,
+            seed=0,
+            max_steps=max_steps,
+            resume=resume,
+            **more,
+        )
+
+
+def copy_set(synthetic, tmp_path):
+    return Path(shutil.copytree(synthetic, tmp_path / "set"))
+
+
+def tables(markdown):
+    """The tables of a markdown text, each a list of rows of cells, the rule under the header left out."""
+    out, last = [], False
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            if not last:
+                out.append([])
+            if not re.fullmatch(r"[|\s:-]+", line):
+                out[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        last = line.startswith("|")
+    return out
+
+
+def predict_rows(folder, *argv, code=0):
+    """Rows of predict.py's CSV."""
+    done = cli("predict", *argv, cwd=folder)
+    assert done.code == code, done.err
+    assert done.out.splitlines()[0] == "path,p_pneumonia,decision@0.5,decision@Rec,note"
+    return list(csv.DictReader(io.StringIO(done.out)))
+
+
+def file_list(folder, run):
+    with np.load(folder / run / "scores.npz") as file:
+        return file["test_files"].tolist()
+
+
+def tiny_vit(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = vit.VisionTransformer(
+        **{**dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3), **kwargs}
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+NONE = dict(rotate=0, translate=0, scale=0, brightness=0, contrast=0, hflip=0)
+
+
+def folder_bytes(root):
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()
+    }
+
+
+def brute_force_threshold(y, p, min_recall):
+    """Every distinct score as threshold, in exact fractions: (precision, recall, threshold), the largest wins."""
+    candidates = []
+    for threshold in set(p):
+        called = [a >= threshold for a in p]
+        tp = sum(c and t for c, t in zip(called, y))
+        recall, precision = Fraction(tp, sum(y)), Fraction(tp, sum(called))
+        if float(recall) >= min_recall:
+            candidates.append((precision, recall, threshold))
+    precision, recall, threshold = max(candidates)
+    return threshold, float(recall), float(precision)
+
+
+def full_decode(path, size):
+    """Plain PIL at full resolution."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR)).astype(float)
+
+
+NAMES = {"scratch": "ViT scratch", "pretrained": "pretrained", "linear": "Logistic regression 32x32 px"}
+
+
+HEADER = ["Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr"]
+
+
+LINK = r"!\[.*?\]\(([^()\s]+)\)"
