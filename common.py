@@ -2,27 +2,20 @@
 
 import argparse
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import json
+import math
 import os
 import shlex
+import stat
 import sys
-import warnings
-import zipfile
-import zlib
+import time
 from pathlib import Path
 
-# What reading a damaged .npz may raise.
-DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
+JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
 
 
 class InputError(ValueError):
@@ -37,23 +30,50 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+# ---------------------------------------------------------------- files
+
+
+def check_regular(path):
+    """InputError if `path` exists and is not a regular file (symbolic links are followed).
+
+    A FIFO would block its reader for ever, a device has no end, and neither may be replaced by a file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except ValueError as error:  # a NUL byte in the name
+        raise InputError(f"{str(path)!r} is not a usable file name ({error})") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file: name a file")
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it onto `path` on success, delete it on failure.
 
     The file at `path` is therefore always either absent or complete, whenever the process dies.
+    InputError if `path` is a device, a named pipe or a folder. An OSError names `path`.
     """
     path = Path(path)
+    check_regular(path)
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        if not _alive(left.name.removesuffix(f".tmp{path.suffix}").rpartition(".")[2]):
-            left.unlink(missing_ok=True)  # of a process that was killed
+    for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):  # of a process that was killed
+        if not _alive(leftover.name.removesuffix(f".tmp{path.suffix}").rpartition(".")[2]):
+            leftover.unlink(missing_ok=True)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield tmp
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk, say: without a name it could be anything
+            error.filename = str(path)
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -66,7 +86,7 @@ def _alive(pid):
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return True
 
@@ -79,11 +99,18 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON object; InputError naming the file if it is absent, damaged or not an object."""
+    """Read a JSON object; InputError naming the file if it is absent, damaged, too large or not an object."""
+    check_regular(path)
     try:
+        if os.path.getsize(path) > JSON_LIMIT:
+            raise InputError(f"{path} is larger than {JSON_LIMIT >> 20} MiB: not a file of this project")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except RecursionError:
+        raise InputError(f"{path} is not readable JSON (nested too deeply)") from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error})") from None
     if not isinstance(value, dict):
@@ -91,66 +118,10 @@ def read_json(path):
     return value
 
 
-FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
-
-
-def read_results(run):
-    """results.json of a run folder; InputError if absent, damaged, incomplete, or of a newer format."""
-    path = Path(run, "results.json")
-    if not path.exists():
-        raise InputError(f"{path} does not exist: train a model first, or name the folder of one with --run")
-    results = read_json(path)
-    check_format(results, path)
-    number = (int, float)
-    kinds = {
-        "model": str,
-        "model_config": dict,
-        "params": int,
-        "minutes": number,
-        "synthetic": bool,
-        "split": dict,
-        "data": dict,
-        "history": list,
-        "best_epoch": int,
-        "recipe": dict,
-        "mean": list,
-        "std": list,
-        "finished": bool,
-    }
-    wrong = [k for k, kind in kinds.items() if not isinstance(results.get(k), kind)]
-    if not wrong:
-        split, epochs = results["split"], results["history"]
-        wrong += [
-            f"split.{k}" for k in ("train", "val", "test", "counts", "fingerprint", "set") if k not in split
-        ]
-        wrong += [] if "amp" in results["recipe"] else ["recipe.amp"]
-        wrong += [
-            k
-            for k in ("mean", "std")
-            if len(results[k]) not in (1, 3)
-            or len(results["mean"]) != len(results["std"])
-            or not all(isinstance(v, number) for v in results[k])
-        ]
-        wrong += (
-            []
-            if results["best_epoch"] <= len(epochs) and (epochs or not results["finished"])
-            else ["best_epoch"]
-        )
-        needed = {"train_loss", "val_loss"} | (
-            {"val_auroc"} if results["model_config"].get("kind") != "mae" else set()
-        )
-        wrong += ["history"] * any(not isinstance(h, dict) or not needed <= h.keys() for h in epochs)
-    if wrong:
-        raise InputError(
-            f"{path} is damaged or was not written by a training script: missing or wrong {', '.join(wrong)}"
-        )
-    return results
-
-
 def check_format(value, path):
     """InputError if a JSON file's "format" is absent, or newer than this version reads."""
     found = value.get("format")
-    if not isinstance(found, int):
+    if not isinstance(found, int) or isinstance(found, bool):
         raise InputError(f"{path} is damaged: it has no format number")
     if found > FORMAT:
         raise InputError(
@@ -158,98 +129,126 @@ def check_format(value, path):
         )
 
 
-def read_calibration(run, suffix=""):
-    """calibration{suffix}.json of a run; InputError if absent, newer, damaged, or made for another checkpoint."""
-    path = Path(run, f"calibration{suffix}.json")
-    if not path.exists():
-        raise InputError(
-            f"{run} is not calibrated: run python calibrate.py{' --tta' if suffix else ''} first"
-        )
-    calibration = read_json(path)
-    check_format(calibration, path)
-    rows = (
-        [calibration.get(s, {}).get(p, {}) for s in ("val", "test") for p in ("at_0.5", "at_rec")]
-        if all(isinstance(calibration.get(s), dict) for s in ("val", "test"))
-        else [{}]
-    )
-    numbers = [calibration.get(k) for k in ("threshold", "temperature", "min_recall", "bootstrap")]
-    if (
-        not all(isinstance(v, (int, float)) for v in numbers)
-        or not 0 <= numbers[0] <= 1
-        or not numbers[1] > 0
-        or not all(
-            {"interval", "at_prevalence", "thr", "recall", "specificity"} <= row.keys() for row in rows
-        )
-        or not {"guarantee", "probability", "temperature_applied", "checkpoint"} <= calibration.keys()
-    ):
-        raise InputError(f"{path} is damaged: run calibrate.py again")
-    checkpoint = Path(run, "checkpoint.pth")
-    if not checkpoint.exists() or sha256(checkpoint) != calibration["checkpoint"]:
-        raise InputError(f"{path} was made for another checkpoint than {checkpoint}: run calibrate.py again")
-    return calibration
-
-
-def find_runs(runs_dir, chosen=None):
-    """Run folders: those named in `chosen`, else every finished run directly under `runs_dir`, sorted.
-
-    Unfinished runs are passed over with a note, unless chosen. InputError if there is none.
-    """
-    if chosen:
-        return list(dict.fromkeys(Path(os.path.normpath(run)) for run in chosen))
-    runs = []
-    for path in sorted(Path(runs_dir).glob("*/results.json")):
-        results = read_results(path.parent)
-        if results["model_config"].get("kind") == "mae":
-            continue  # it has no classes, so no score
-        if results["finished"]:
-            runs.append(path.parent)
-        else:
-            say(
-                f"note: {path.parent} is not finished, passed over (name it with --run to use it all the same)"
-            )
-    if not runs:
-        raise InputError(
-            f"no finished runs under {runs_dir}: train one first, "
-            "for instance python train_scratch.py --epochs 15"
-        )
-    return runs
-
-
 def sha256(data):
     """Hex SHA-256 of a file's bytes (Path) or of a value's canonical JSON (anything else)."""
-    if isinstance(data, Path):
-        with open(data, "rb") as f:
-            return (
-                hashlib.file_digest(f, "sha256").hexdigest()
-                if sys.version_info >= (3, 11)
-                else hashlib.sha256(f.read()).hexdigest()
-            )
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    if not isinstance(data, Path):
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    check_regular(data)
+    digest = hashlib.sha256()
+    with open(data, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def load_tensors(path):
-    """torch.load restricted to tensors and plain Python values: code in a pickle is refused, not run."""
-    import pickle
+# ---------------------------------------------------------------- command line
 
-    import torch  # here, not above: scripts that only read JSON need no torch
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the very thing that is refused below
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: train the model again, or copy the file back") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
-        why = (
-            "it holds something other than tensors, perhaps code, and was refused"
-            if unsafe
-            else "it is damaged; train again, or copy the file back"
+class Parser(argparse.ArgumentParser):
+    """--help is the script's docstring and the flags with their defaults. A wrong command line is an InputError;
+    flags must be written out, because an abbreviated one could be taken for another."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise InputError(f"{message} (see python {self.prog} --help)")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Number:
+    """An argparse type: a finite int or float between `low` and `high`, the ends included unless `above`/`below`.
+
+    Number(int, 1, 100), Number(float, 0, 1, above=True): 0 < x <= 1. Also callable on values already parsed.
+    """
+
+    def __init__(self, kind, low, high, above=False, below=False):
+        self.kind, self.low, self.high, self.above, self.below = kind, low, high, above, below
+        self.__name__ = kind.__name__
+
+    def contains(self, value):
+        """Whether a value (of any type) is a number in the range."""
+        numeric = int if self.kind is int else (int, float)
+        if not isinstance(value, numeric) or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        return (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
         )
-        raise InputError(f"{path} cannot be loaded: {why}") from None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{path} holds a {type(value).__name__} that is not a state dict")
-    return value
+
+    def __str__(self):
+        return f"{'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not self.contains(value):
+            kind = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not {kind} in {self}")
+        return value
+
+
+COUNT = Number(int, 1, 2**20)  # batch sizes, epochs and the like
+SEED = Number(int, 0, 2**63 - 1)
+
+
+def flag(default, help, kind=None, metavar=None):
+    """A dataclass field that is a command-line flag too. `kind`: a Number, a tuple of choices, or None for text or,
+    where the default is a bool, a switch."""
+    about = {"help": help, "kind": kind, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def add_flags(group, cls, leave_out=(), **defaults):
+    """A flag for every `flag` field of a dataclass but those in `leave_out`; `defaults` replace the fields' own."""
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata or field.name in leave_out:
+            continue
+        name, kind = f"--{field.name.replace('_', '-')}", field.metadata["kind"]
+        about = {"default": defaults.get(field.name, field.default), "help": field.metadata["help"]}
+        if isinstance(field.default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **about)
+        elif isinstance(kind, tuple):
+            group.add_argument(name, choices=kind, **about)
+        else:
+            group.add_argument(name, type=kind or str, metavar=field.metadata["metavar"], **about)
+
+
+def check_fields(value):
+    """Names of the fields of a dataclass instance whose type, choice or range is wrong, for what a file says."""
+    wrong = []
+    for field in dataclasses.fields(value):
+        found, kind = getattr(value, field.name), field.metadata.get("kind")
+        if isinstance(kind, Number):
+            good = kind.contains(found) or found is None and field.default is None
+        elif isinstance(kind, tuple):
+            good = found in kind if isinstance(found, str) else False
+        else:
+            like = (int, float) if isinstance(field.default, float) else type(field.default)
+            good = isinstance(found, like) and "\0" not in str(found)
+        wrong += [] if good else [field.name]
+    return wrong
+
+
+class Pace:
+    """Says every half minute how far a long job is and what remains, where no progress bar can be drawn."""
+
+    def __init__(self, every=30):
+        self.every, self.begin, self.last = every, time.monotonic(), time.monotonic()
+
+    def step(self, done, total, text):
+        """`done` of `total` units are done; `text` says what of."""
+        now = time.monotonic()
+        if now - self.last > self.every and done:
+            self.last = now
+            say(f"{text}: {(total - done) * (now - self.begin) / done / 60:.1f} min left")
 
 
 def command_line():
@@ -259,49 +258,84 @@ def command_line():
     return shlex.join([*runner, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
-def parser(doc, **kwargs):
-    """An ArgumentParser whose --help is the script's docstring followed by flags with defaults."""
+# ---------------------------------------------------------------- output, start and stop
 
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            if action.default is None or "default:" in (action.help or ""):
-                return action.help
-            return super()._get_help_string(action)
-
-    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, **kwargs)
+_lost_output = []  # the error that ended standard output, if any
 
 
 def say(message):
-    """One line on stderr: progress and notes (stdout is kept for results); of torchrun's processes the first one's."""
+    """One line on stderr: progress and notes; under torchrun only the first process speaks, except of errors."""
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
+            print(message, file=sys.stderr, flush=True)
+
+
+def tell(line):
+    """Print a line about long work. If standard output is gone, the work goes on and a note says so, once."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _discard_output(error)
+        say(f"note: standard output cannot be written ({error.strerror}); the work goes on without it")
+
+
+def _discard_output(error):
+    """Point standard output at nothing, so that later prints, and Python's own last flush, cannot fail."""
+    _lost_output.append(error)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_output():
+    """Results are UTF-8 everywhere; names that are not valid Unicode are escaped. InputError if stdout is closed."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+        raise InputError("standard output is closed: redirect it to a file, or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def start(main):
-    """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback),
-    130 on Ctrl-C, 143 on SIGTERM."""
+    """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143 on
+    SIGTERM, 141 when the reader of standard output went away before the end."""
     code = 0
+    _lost_output.clear()
     try:
+        _prepare_output()
         main()
         sys.stdout.flush()
     except InputError as error:
-        say("error: " + " ".join(str(error).split("\n")) if "\n  " not in str(error) else f"error: {error}")
+        say(f"error: {_one_line(error)}")
         code = 2
-    except BrokenPipeError:  # `compare.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:  # `compare.py | head`
+        _discard_output(error)
+        code = 141
     except OSError as error:
-        if error.filename is None:  # not about a path: a bug, so let it be seen
+        if error.filename is not None:
+            say(f"error: {_one_line(error.filename)}: {error.strerror}")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG):
+            _discard_output(error)
+        else:  # not about a file: a bug, so let it be seen
             raise
-        say(f"error: {error.filename}: {error.strerror}")
         code = 2
     except KeyboardInterrupt as stop:
         say(str(stop) or "interrupted")
         code = 128 + getattr(stop, "signum", 2)
+    if _lost_output and not isinstance(_lost_output[0], BrokenPipeError):
+        say(f"error: standard output cannot be written ({_lost_output[0].strerror})")
+        code = code or 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor while the
-        # interpreter is being torn down aborts it, now and then, so under torchrun there is no tearing down.
+        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor while
+        # the interpreter is torn down aborts it, now and then, so under torchrun nothing is torn down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _one_line(error):
+    """An error as one line; lists that are indented by two spaces keep their lines."""
+    text = str(error)
+    return text if "\n  " in text else " ".join(text.split("\n"))

@@ -3,46 +3,52 @@
     python pretrain_mae.py --epochs 90
     python train_scratch.py --init outputs/mae
 
-Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step
-costs about a third of a supervised one. Uses neither labels nor other data, nor the validation or test images except
-that the validation images choose the epoch. Writes checkpoint.pth (encoder and decoder), last.pth and results.json.
-On one CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
+Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step costs
+about a third of a supervised one. Uses neither labels nor other data. Of the validation images only the reconstruction
+loss is read, which chooses the epoch. Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one
+CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
 """
 
 import common
 import data
-import engine
+import plan
+import recipe
+from objective import Reconstruction
 from vit import CONFIGS, MaskedAutoencoder
 
-RECIPES = {"default": dict(rotate=15.0, translate=0.1, scale=0.25, aspect=0.15, gamma=0.3, warmup_epochs=4.0)}
+DEFAULTS = recipe.Defaults(
+    out="outputs/mae",
+    recipes={
+        "default": dict(
+            augment="plain,rotate=15,translate=0.1,scale=0.25,aspect=0.15,gamma=0.3",
+            epochs=90,
+            lr=1e-3,
+            batch_size=64,
+            warmup_epochs=4.0,
+        )
+    },
+    unused=recipe.SUPERVISED + recipe.TWO_STAGES,
+)
 
 
 def main():
-    parser = common.parser(__doc__)
+    parser = common.Parser(__doc__)
     data.add_arguments(parser)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=CONFIGS, default="scratch", help="architecture of the encoder")
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden, in (0, 1)")
-    data.add_augment_arguments(parser)
-    engine.add_arguments(parser, out="outputs/mae", epochs=90, lr=1e-3, batch_size=64, supervised=False)
-    args = engine.parse(parser, RECIPES)
+    group.add_argument(
+        "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
+    )
+    recipe.add_arguments(parser, DEFAULTS)
+    args, plans = plan.plans_from_args(parser, DEFAULTS)
 
-    for plan in engine.plans_from_args(args):
-        encoder = {
-            **CONFIGS[args.model],
-            "img_size": plan.config.img_size,
-            "num_classes": len(plan.config.classes),
-            "drop_rate": 0.0,
-            "drop_path_rate": 0.0,
-        }
-        engine.train(
-            plan,
-            MaskedAutoencoder(encoder, args.mask_ratio),
-            name=f"{args.model}, masked",
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-            loss_fn=lambda errors, labels: errors.mean(),
+    for p in plans:
+        p.seed()
+        shape = dict(
+            img_size=p.config.img_size, num_classes=p.config.task.outputs, drop_rate=0.0, drop_path_rate=0.0
         )
+        model = MaskedAutoencoder({**CONFIGS[args.model], **shape}, p.recipe.mask_ratio)
+        scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        plan.train(p, model, name=f"{args.model}, masked", objective=Reconstruction, **scaling)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Conv patch embedding, [CLS], learnable 1-D position embedding, pre-LN blocks, ex
 stochastic depth (Huang et al. 2016, arXiv:1603.09382). No data and no files here.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -227,6 +229,15 @@ class VisionTransformer(nn.Module):
         x = self.norm(x)
         return (x, torch.stack(maps, dim=1)) if return_attention else x
 
+    def features(self, x):
+        """Images (B, C, H, W) -> what the head reads, [CLS] after the final norm: (B, D)."""
+        return self.forward_features(x)[:, 0]
+
+    def layers(self):
+        """Parts from input to head: (name, module) pairs."""
+        blocks = [(f"block {i}", block) for i, block in enumerate(self.blocks)]
+        return [("patches", self.patch_embed), *blocks, ("head", self.head)]
+
     def forward_head(self, tokens):
         """Tokens (B, N, D) -> logits (B, K), outside autocast: bf16 logits would tie scores artificially."""
         with torch.autocast(tokens.device.type, enabled=False):
@@ -241,7 +252,7 @@ class MaskedAutoencoder(nn.Module):
     the patches, a small decoder guesses the grey levels of the others, each patch scaled to mean 0 and variance 1.
 
     forward: images (B, C, H, W) -> float32 (B, 1), the mean squared error over each image's hidden patches. In eval
-    mode the same patches are hidden every time. `encoder` holds the keywords of the VisionTransformer.
+    mode the same patches of every image are hidden every time. `encoder` holds the keywords of the VisionTransformer.
     """
 
     kind = "mae"
@@ -256,6 +267,7 @@ class MaskedAutoencoder(nn.Module):
             decoder_heads=decoder_heads,
         )
         self.encoder = VisionTransformer(**encoder)
+        self.in_chans = self.encoder.in_chans
         self.encoder.head.requires_grad_(False)  # there are no classes here
         self.patches = self.encoder.grid_size[0] * self.encoder.grid_size[1]
         self.hidden = round(self.patches * mask_ratio)
@@ -273,8 +285,12 @@ class MaskedAutoencoder(nn.Module):
             nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, x):
-        B, fixed = len(x), None if self.training else torch.Generator(x.device).manual_seed(0)
-        order = torch.rand(B, self.patches, device=x.device, generator=fixed).argsort(1)
+        B = len(x)
+        if self.training:
+            order = torch.rand(B, self.patches, device=x.device).argsort(1)
+        else:  # the same patches of every image, so that no loss depends on the batch an image is in
+            fixed = torch.Generator().manual_seed(0)
+            order = torch.rand(self.patches, generator=fixed).argsort().to(x.device).expand(B, -1)
         keep, hide = order[:, self.hidden :], order[:, : self.hidden]
         seen = self.embed(self.encoder.forward_features(x, keep=keep))  # (B, 1 + kept, decoder_dim)
         tokens = (
@@ -316,13 +332,17 @@ class PixelLinear(nn.Module):
         self.side, self.in_chans = side, 1
         self.head = nn.Linear(side * side, num_classes)
 
-    def forward_features(self, x):
+    def features(self, x):
         """(B, 1, H, W) -> (B, side^2) float32."""
         return F.adaptive_avg_pool2d(x, self.side).flatten(1)
 
+    def layers(self):
+        """Parts from input to head: (name, module) pairs."""
+        return [("head", self.head)]
+
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.forward_features(x.float()))
+            return self.head(self.features(x.float()))
 
 
 def build_vit(name, num_classes=2, img_size=224, **overrides):
@@ -337,11 +357,73 @@ def build_vit(name, num_classes=2, img_size=224, **overrides):
     )
 
 
+class Ensemble(nn.Module):
+    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> log-probabilities (B, K).
+
+    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. The logarithm of
+    a mean of probabilities, so softmax gives that mean, computed without leaving logarithms.
+    """
+
+    kind = "ensemble"
+
+    def __init__(self, members, means, stds):
+        super().__init__()
+        self.config = dict(members=members, means=means, stds=stds)
+        self.in_chans = 1
+        self.members = nn.ModuleList(build_model(config) for config in members)
+        if not len(self.members) == len(means) == len(stds) >= 2:
+            raise InputError("an ensemble needs two or more members, each with its mean and std")
+
+    def scaled(self, x):
+        """Grey (B, 1, H, W) -> the inputs of every member: a list of (B, C, H, W)."""
+        scalings = zip(self.config["means"], self.config["stds"])
+        return [
+            (x - x.new_tensor(m).view(1, -1, 1, 1)) / x.new_tensor(s).view(1, -1, 1, 1) for m, s in scalings
+        ]
+
+    def forward(self, x):
+        logits = [member(part).float() for member, part in zip(self.members, self.scaled(x))]
+        return torch.stack([z.log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
+
+
+# The greatest value of every size in a model_config: room for any model in use, none for a damaged file.
+LIMITS = dict(
+    img_size=2048,
+    patch_size=2048,
+    in_chans=16,
+    num_classes=100_000,
+    embed_dim=16_384,
+    depth=256,
+    num_heads=256,
+    mlp_ratio=64,
+    side=2048,
+    decoder_dim=16_384,
+    decoder_depth=256,
+    decoder_heads=256,
+)
+
+
+def check_config(config):
+    """InputError if a size in a model_config is not a positive number within LIMITS."""
+    for name, value in config.items():
+        values = value if name == "img_size" and isinstance(value, list) else [value]
+        number = (int, float) if name == "mlp_ratio" else int
+        for v in values if name in LIMITS else []:
+            if isinstance(v, bool) or not isinstance(v, number) or not 0 < v <= LIMITS[name]:
+                raise InputError(f"{name} is {str(value)[:40]}, not a number from 1 to {LIMITS[name]}")
+        if name.endswith("_rate") and not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise InputError(f"{name} is {str(value)[:40]}, not a number in [0, 1)")
+
+
 def build_model(config):
-    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae", **its keywords}."""
-    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder)}
+    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" | "ensemble", **its
+    keywords}. InputError for an unknown kind or a size that is out of all proportion."""
+    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble)}
     config = dict(config)
     kind = config.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"unknown kind of model {kind!r}; known: {', '.join(kinds)}")
+    check_config(config)
+    if kind == "mae":
+        check_config(config["encoder"])
     return kinds[kind](**config)

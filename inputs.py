@@ -1,0 +1,83 @@
+"""The one way from grey pixels to logits: exposure, scaling, precision, views. Training, scoring, prediction and
+explanation all go through it, so that an image has one score whoever asks."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from augment import tta_views
+from device import autocast, fast_bf16
+
+MODES = ("none", "standard", "equalise")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one of
+    MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, 1, S, S] -> the same shape whose
+    logits are averaged (test-time augmentation), none for the image itself."""
+
+    mean: tuple
+    std: tuple
+    device: torch.device
+    amp: bool = False
+    normalise: str = "none"
+    views: tuple = ()
+
+    @classmethod
+    def of_run(cls, results, device, tta=None):
+        """The inputs of a run's results.json: bf16 if it was trained so and this device does it fast.
+
+        `tta`: None, or {"flip": bool} for test-time augmentation."""
+        return cls(
+            tuple(results["mean"]),
+            tuple(results["std"]),
+            device,
+            bool(results["recipe"]["amp"]) and fast_bf16(device),
+            results["data"].get("normalise", "none"),
+            tuple(tta_views(**tta)) if tta else (),
+        )
+
+    def on(self, device):
+        """The same on another device, in fp32."""
+        return replace(self, device=torch.device(device), amp=False)
+
+    def grey(self, pixels):
+        """uint8 [B, S, S], array or tensor -> float32 [B, 1, S, S] in [0, 1] on the device."""
+        return normalise(torch.as_tensor(pixels).to(self.device), self.normalise)
+
+    def scale(self, grey):
+        """Grey [B, 1, S, S] in [0, 1] -> (grey - mean) / std with len(mean) channels, by repeating grey."""
+        mean, std = (torch.tensor(v, device=grey.device, dtype=grey.dtype) for v in (self.mean, self.std))
+        return (grey - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+
+    def logits(self, model, grey):
+        """Grey [B, 1, S, S] on the device -> float32 logits [B, K], averaged over the views."""
+        with autocast(self.device, self.amp):
+            parts = [model(self.scale(view(grey))).float() for view in self.views or [lambda x: x]]
+        return torch.stack(parts).mean(0)
+
+    def features(self, model, grey):
+        """Grey [B, 1, S, S] on the device -> what the model's head reads, float32 [B, D]."""
+        with autocast(self.device, self.amp):
+            return model.features(self.scale(grey)).float()
+
+
+def normalise(x, mode):
+    """uint8 [B, S, S] -> float32 [B, 1, S, S] in [0, 1], the same for training, validation and new images.
+
+    "none": x / 255. "standard": each image to mean 0.5 and standard deviation 0.22, cut to [0, 1]. "equalise": each
+    image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of exposure is left."""
+    if mode == "equalise":
+        levels = x.flatten(1).long()  # (B, S*S)
+        ones = torch.ones_like(levels, dtype=torch.float32)
+        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, ones)
+        ranks = (counts.cumsum(1) - counts / 2) / levels.shape[
+            1
+        ]  # (B, 256): mid-rank of each grey level, in (0, 1)
+        return ranks.gather(1, levels).view(x.shape).unsqueeze(1)
+    x = x.unsqueeze(1).float().div_(255)
+    if mode == "standard":
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+        x = ((x - mean) / std.clamp(min=1e-3) * 0.22 + 0.5).clamp_(0, 1)
+    return x

@@ -1,0 +1,162 @@
+"""From a checked command line to a trained run: what a training script needs beside its model."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import data
+import demo
+import recipe as recipes
+from augment import Augment
+from common import FORMAT, InputError, command_line, say, tell
+from device import (
+    device_name,
+    fast_bf16,
+    first_process_first,
+    join_processes,
+    pick_device,
+    seed_everything,
+    versions,
+)
+from engine import Loop, fit_head
+from inputs import Inputs
+from objective import Supervised
+from run import Run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked command line: what to train on, how, and where to."""
+
+    recipe: recipes.Recipe
+    augment: Augment
+    config: data.DataConfig
+    run: Run
+    device: torch.device
+    amp: bool
+    resume: bool = False
+    deterministic: bool = False
+    unused: tuple = ()
+
+    def seed(self):
+        """Seed everything that is random, before the model is built."""
+        seed_everything(self.recipe.seed, self.deterministic)
+
+
+def run_from_args(args, suffix=""):
+    """The Run to write; refuses, before any work is done, to overwrite one silently (InputError)."""
+    folder = Path((args.out or args.default_out + ("-demo" if args.demo else "")) + suffix)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    run = Run(folder)
+    if args.resume:
+        if not (folder / "last.pth").exists() and not suffix:
+            raise InputError(
+                f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
+            )
+    elif not args.overwrite and run.begun:
+        done = run.results["finished"]
+        raise InputError(
+            f"{run} already holds {'a finished' if done else 'an interrupted'} run: "
+            + ("" if done else "continue it with --resume, ")
+            + "choose another folder with --out, or replace it with --overwrite"
+        )
+    return run
+
+
+def plans_from_args(parser, defaults):
+    """Parse the command line -> (args, [Plan, ...]), one a seed.
+
+    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if asked to.
+    With --seeds and --resume, seeds not begun are begun.
+    """
+    args, recipe, augment = recipes.parse(parser, defaults)
+    join_processes(args.device)
+    seeds = args.seeds or [recipe.seed]
+    runs = [run_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
+    device = pick_device(args.device)
+    amp = fast_bf16(device) if args.amp is None else args.amp
+    with first_process_first():  # nothing is written before every process has checked the flags and folders
+        demo.prepare(args)
+        config = data.DataConfig.from_args(args)
+    plans = []
+    for seed, run in zip(seeds, runs):
+        resume = args.resume and (run.folder / "last.pth").exists()
+        seeded = replace(recipe, seed=seed)
+        plans.append(
+            Plan(seeded, augment, config, run, device, amp, resume, args.deterministic, defaults.unused)
+        )
+    return args, plans
+
+
+def train(plan, model, *, name, mean, std, objective=None, **more):
+    """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
+
+    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel; `more` is
+    copied into results.json. Without an `objective` it is the classes of the data.
+    """
+    with first_process_first():
+        train_set, val_set, split = data.load_train_val(plan.config, tell)
+    recipe, task = plan.recipe, plan.config.task
+    inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, plan.config.normalise)
+    if objective is None:
+        weights = None
+        if recipe.class_weights:
+            weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
+        objective = Supervised(task, weights, recipe.label_smoothing)
+    meta = {
+        "model": name,
+        "model_config": {"kind": model.kind, **model.config},
+        "recipe": recipes.to_json(recipe, plan.augment, plan.amp, plan.unused),
+        "data": asdict(plan.config),
+        "split": split,
+        "seed": recipe.seed,
+        "mean": list(mean),
+        "std": list(std),
+        "input_range": data.input_range(train_set),
+        **more,
+    }
+    count = sum(p.numel() for p in model.parameters())
+    tell(
+        f"model: {name}, {count:,} parameters, {plan.config.img_size} px, on {device_name(plan.device)}, "
+        f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
+    )
+    loop = Loop(model, objective, plan, inputs, meta)
+    if plan.resume and loop.finished():
+        return plan.run.results
+    for stage in recipe.stages:
+        if stage.trains == "head" and not plan.resume:
+            fit_head(model, train_set, stage, objective=objective, recipe=recipe, inputs=inputs)
+    return loop.fit(train_set, val_set)
+
+
+def save_run(run, model, results):
+    """Write checkpoint.pth and a finished results.json for a model that `Loop` did not train."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.clear(weights=True)
+    run.save_model(model)
+    about = {"format": FORMAT, "finished": True, "versions": versions(), "command": command_line()}
+    run.save_results({**results, **about})
+
+
+def load_encoder(model, run, config):
+    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it was, for
+    results.json. InputError if the run is another kind, its shape differs, or it saw images of `config`'s validation.
+    """
+    if run.kind != "mae":
+        raise InputError(f"--init {run} is no run of pretrain_mae.py")
+    if not run.results["finished"]:
+        say(f"note: --init {run} is not finished; its best epoch so far is used")
+    auto, there, here = run.model(), run.results["data"], asdict(config)
+    names = [k for k in here if k.startswith("split") or k == "normalise"]
+    if any(there.get(k) != here[k] for k in names):
+        raise InputError(f"--init {run} was made with other --split, --split-seed or --normalise settings")
+    weights = {k: v for k, v in auto.encoder.state_dict().items() if not k.startswith("head.")}
+    try:
+        model.load_state_dict({**model.state_dict(), **weights})
+    except RuntimeError as error:
+        raise InputError(
+            f"--init {run} does not fit this model: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}

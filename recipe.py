@@ -1,0 +1,148 @@
+"""What a result depends on beside the data: the flags of training, results.json and the check of --resume all come
+from the fields of Recipe."""
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+from augment import add_augment_argument, parse_augment
+from common import COUNT, SEED, InputError, Number, add_flags, flag
+from device import add_device_argument
+
+RATE = Number(float, 0, 100, above=True)
+BELOW_ONE = Number(float, 0, 1, below=True)
+STEPS = Number(int, 0, 2**31)
+
+
+class Stage(NamedTuple):
+    """A part of training. trains: "head" or "all"; epochs; lr: peak learning rate."""
+
+    trains: str
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of training. Fields without help are part of a recipe but no flag of their own."""
+
+    epochs: int = flag(15, "passes over the training images", COUNT, "N")
+    batch_size: int = flag(32, "images a step, over all processes", COUNT, "N")
+    accumulate: int = flag(
+        1, "run each step in N parts, for less memory: the same step to rounding", COUNT, "N"
+    )
+    lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
+    weight_decay: float = flag(0.05, "not on biases, norms, [CLS], positions", Number(float, 0, 100), "X")
+    schedule: str = "cosine"
+    warmup_epochs: float = 1.0
+    clip: float = 1.0
+    patience: int = flag(5, "stop after N epochs without a better validation AUROC", COUNT, "N")
+    max_steps: int = flag(None, "stop training after this many steps", Number(int, 1, 2**31), "N")
+    ema: float = flag(
+        0.0,
+        "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1); "
+        "0: the weights themselves",
+        BELOW_ONE,
+        "X",
+    )
+    label_smoothing: float = flag(0.05, "of the cross-entropy, in [0, 1)", BELOW_ONE, "X")
+    class_weights: bool = flag(True, "weight the loss by inverse class frequency")
+    patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
+    drop_path: float = flag(0.0, "stochastic depth of the last block, in [0, 1)", BELOW_ONE, "X")
+    drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
+    freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
+    head_lr: float = flag(1e-3, "rate of that stage", RATE, "X")
+    mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
+    seed: int = flag(0, "of initial weights, order and augmentation", SEED, "N")
+
+    @property
+    def stages(self):
+        """The stages of training, in order."""
+        head = [Stage("head", self.freeze_epochs, self.head_lr)] if self.freeze_epochs else []
+        return [*head, Stage("all", self.epochs, self.lr)]
+
+
+SUPERVISED = ("patience", "label_smoothing", "class_weights", "patch_drop", "drop_path", "drop_rate")
+TWO_STAGES = ("freeze_epochs", "head_lr")
+MASKED = ("mask_ratio",)
+
+
+class Defaults(NamedTuple):
+    """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment": text}}, the
+    first of which is meant unless --recipe names another; `unused`, the fields of Recipe that it has no use for."""
+
+    out: str
+    recipes: dict
+    unused: tuple = ()
+
+
+def add_arguments(parser, defaults):
+    """The flags of training that all arms share."""
+    first = next(iter(defaults.recipes))
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe",
+        choices=tuple(defaults.recipes),
+        default=first,
+        help="which defaults: those chosen in EXPERIMENTS.md (default)"
+        + (", or the plain ones of earlier work (paper)" if "paper" in defaults.recipes else ""),
+    )
+    add_augment_argument(group, "plain")
+    group = parser.add_argument_group("optimisation")
+    add_flags(group, Recipe, leave_out=(*defaults.unused, "seed", "max_steps"))
+    group = add_run_arguments(parser, defaults.out)
+    add_flags(
+        group, Recipe, leave_out=[f.name for f in fields(Recipe) if f.name not in ("seed", "max_steps")]
+    )
+    group.add_argument(
+        "--seeds",
+        type=SEED,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="one run a seed, in OUT-seedN; compare.py reports their mean and spread",
+    )
+    group.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bf16 autocast (default: where the device does it fast)",
+    )
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    add_device_argument(group)
+
+
+def add_run_arguments(parser, out):
+    """--out and --overwrite; returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out",
+        default=None,
+        metavar="DIR",
+        help=f"run folder (default: {out}, with -demo appended for --demo)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    parser.set_defaults(default_out=out, resume=False)
+    return group
+
+
+def parse(parser, defaults, argv=None):
+    """The command line -> (args, Recipe, Augment). The named recipe gives the defaults; a flag given by hand wins.
+
+    InputError if a value is out of range, or seeds are given twice."""
+    recipe = parser.parse_args(argv).recipe
+    chosen = defaults.recipes[recipe]
+    flags = {f.name for f in fields(Recipe)} | {"augment"}
+    parser.set_defaults(**{k: v for k, v in chosen.items() if k in flags})
+    args = parser.parse_args(argv)
+    values = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    if args.seeds is not None and (len(set(args.seeds)) < len(args.seeds) or args.seed):
+        raise InputError("give each seed once, by --seeds or by --seed")
+    return args, replace(Recipe(), **values), parse_augment(args.augment)
+
+
+def to_json(recipe, augment, amp, unused=()):
+    """The "recipe" of a results.json: the fields that the script uses, those of the augmentation, and bf16."""
+    values = {k: v for k, v in asdict(recipe).items() if k not in unused}
+    return {**values, **asdict(augment), "amp": amp}

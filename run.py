@@ -1,0 +1,373 @@
+"""A run folder on disk: everything that is known of one trained model. Nothing else knows its file names.
+
+results.json       settings, data, history        checkpoint.pth    weights of the best epoch, tensors only
+last.pth           what --resume needs            scores[-tta].npz, calibration[-tta].json: left by calibrate.py
+explain/           left by explain.py
+
+What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so torch
+is imported only by the methods that need it.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from common import (
+    FORMAT,
+    InputError,
+    Number,
+    atomic_path,
+    check_format,
+    check_regular,
+    read_json,
+    say,
+    sha256,
+    write_json,
+)
+
+REAL = Number(float, -1e300, 1e300)
+POSITIVE = Number(float, 0, 1e300, above=True)
+SHARE = Number(float, 0, 1)
+NATURAL = Number(int, 0, 2**53)
+
+# What a file must hold at least: a type, a Number, [what every item is], {key: what its value is}.
+RESULTS = {
+    "model": str,
+    "model_config": {"kind": str},
+    "params": NATURAL,
+    "minutes": Number(float, 0, 1e9),
+    "synthetic": bool,
+    "split": {
+        "train": NATURAL,
+        "val": NATURAL,
+        "test": NATURAL,
+        "counts": {"train": dict, "val": dict, "test": dict},
+        "fingerprint": str,
+        "set": str,
+    },
+    "data": dict,
+    "recipe": {"amp": bool},
+    "history": [{"train_loss": REAL, "val_loss": REAL}],
+    "best_epoch": NATURAL,
+    "mean": [REAL],
+    "std": [POSITIVE],
+    "finished": bool,
+}
+FIGURES = {k: SHARE for k in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")}
+POINT = {
+    **FIGURES,
+    **{k: NATURAL for k in ("tp", "fp", "tn", "fn")},
+    "thr": SHARE,
+    "interval": {k: {"bootstrap": [REAL]} for k in FIGURES},
+    "at_prevalence": {"prevalence": SHARE},
+}
+QUALITY = {
+    "ece": REAL,
+    "brier": REAL,
+    "nll": REAL,
+    "bins": [{"n": NATURAL, "score": REAL, "positives": REAL}],
+}
+CALIBRATION = {
+    "threshold": SHARE,
+    "temperature": POSITIVE,
+    "temperature_applied": bool,
+    "min_recall": SHARE,
+    "bootstrap": NATURAL,
+    "checkpoint": str,
+    "val": {"at_0.5": POINT, "at_rec": POINT},
+    "test": {"at_0.5": POINT, "at_rec": POINT},
+    "guarantee": {"confidence": SHARE, "positive_patients": NATURAL},
+    "probability": {s: {"before": QUALITY, "after": QUALITY} for s in ("val", "test")},
+}
+
+
+def mismatches(value, spec, name=""):
+    """Where `value` is not what `spec` asks for: a list of dotted names, at most one an entry."""
+    if isinstance(spec, dict):
+        if not isinstance(value, dict):
+            return [name or "everything"]
+        prefix = f"{name}." if name else ""
+        return [
+            m
+            for k, s in spec.items()
+            for m in (mismatches(value[k], s, prefix + k) if k in value else [prefix + k])
+        ]
+    if isinstance(spec, list):
+        if not isinstance(value, list):
+            return [name]
+        return [name] if any(mismatches(v, spec[0], name) for v in value) else []
+    if isinstance(spec, Number):
+        return [] if spec.contains(value) else [name]
+    return [] if isinstance(value, spec) and not (spec is str and "\0" in value) else [name]
+
+
+class Run:
+    """One run folder. Nothing is read before it is asked for; whatever is damaged is an InputError naming the file."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if "\0" in str(folder):
+            raise InputError(f"{str(folder)!r} is not a usable folder name")
+
+    def __str__(self):
+        return str(self.folder)
+
+    # ------------------------------------------------------------ results.json
+
+    @property
+    def begun(self):
+        """Whether a run was begun here."""
+        return (self.folder / "results.json").exists()
+
+    @cached_property
+    def results(self):
+        """results.json, checked. InputError if absent, damaged, incomplete, or of a newer format."""
+        path = self.folder / "results.json"
+        if not path.exists():
+            raise InputError(
+                f"{path} does not exist: train a model first, or name the folder of one with --run"
+            )
+        results = read_json(path)
+        check_format(results, path)
+        wrong = mismatches(results, RESULTS)
+        if not wrong:
+            kind, epochs = results["model_config"]["kind"], results["history"]
+            wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3)]
+            wrong += ["std"] if len(results["mean"]) != len(results["std"]) else []
+            needs_epochs = results["finished"] and kind != "ensemble"
+            wrong += (
+                ["best_epoch"] if results["best_epoch"] > len(epochs) or needs_epochs and not epochs else []
+            )
+            if kind not in ("mae", "ensemble") and any(
+                not SHARE.contains(h.get("val_auroc")) for h in epochs
+            ):
+                wrong += ["history"]
+            wrong += [f"split.counts.{s}" for s, n in results["split"]["counts"].items() if not _counts(n)]
+            for name in ("original_size", "input_range"):
+                found = results["split" if name == "original_size" else "data"].get(name, {})
+                wrong += [] if isinstance(found, dict) and all(_range(v) for v in found.values()) else [name]
+        if wrong:
+            listed = ", ".join(dict.fromkeys(wrong))
+            raise InputError(
+                f"{path} is damaged or was not written by a training script: missing or wrong {listed[:300]}"
+            )
+        return results
+
+    @property
+    def kind(self):
+        """ "vit", "linear", "mae" or "ensemble"."""
+        return self.results["model_config"]["kind"]
+
+    @cached_property
+    def config(self):
+        """The DataConfig of the run."""
+        from data import DataConfig
+
+        return DataConfig.from_json(self.results["data"])
+
+    # ------------------------------------------------------------ the model
+
+    @property
+    def checkpoint(self):
+        return self.folder / "checkpoint.pth"
+
+    @property
+    def checkpoint_sha256(self):
+        """What a calibration belongs to. InputError if there is no checkpoint."""
+        if not self.checkpoint.exists():
+            raise InputError(
+                f"{self.checkpoint} does not exist: train the model again, or copy the file back"
+            )
+        return sha256(self.checkpoint)
+
+    def model(self):
+        """The model with the weights of the best epoch, in eval mode on the CPU.
+
+        Sizes in results.json are checked against the shapes in the checkpoint before anything is allocated."""
+        import torch
+        from tensors import check_state_dict, load_tensors
+
+        from vit import build_model
+
+        weights = load_tensors(self.checkpoint)
+        check_state_dict(weights, self.checkpoint)
+        config = self.results["model_config"]
+        try:
+            with torch.device("meta"):
+                shapes = {n: v.shape for n, v in build_model(config).state_dict().items()}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise InputError(f"{self.folder / 'results.json'} does not describe a model: {error}") from None
+        differ = [f"{n} is absent" for n in shapes.keys() - weights.keys()]
+        differ += [f"{n} is not part of it" for n in weights.keys() - shapes.keys()]
+        differ += [
+            f"{n} is {tuple(weights[n].shape)}, needs {tuple(shapes[n])}"
+            for n in shapes.keys() & weights.keys()
+            if weights[n].shape != shapes[n]
+        ]
+        if differ:
+            listed = "; ".join(sorted(differ))[:300]
+            raise InputError(f"{self.checkpoint} does not fit the model in results.json: {listed}")
+        bad = [n for n, v in weights.items() if not torch.isfinite(v).all()]
+        if bad:
+            raise InputError(
+                f"{self.checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again"
+            )
+        model = build_model(config)
+        if len(self.results["mean"]) not in (1, model.in_chans):
+            raise InputError(
+                f"{self.folder / 'results.json'} is damaged: mean does not fit the model's input"
+            )
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_results(self, results):
+        """Write results.json."""
+        write_json(self.folder / "results.json", results)
+        self.__dict__.pop("results", None)
+
+    def save_model(self, model):
+        """Write checkpoint.pth: the model's state dict, on the CPU."""
+        self._save_tensors("checkpoint.pth", {n: p.detach().cpu() for n, p in model.state_dict().items()})
+
+    def save_last(self, value):
+        """Write last.pth: tensors and plain Python values."""
+        self._save_tensors("last.pth", {"format": FORMAT, **value})
+
+    def load_last(self):
+        """The content of last.pth. InputError if absent, damaged or of another format."""
+        from tensors import load_tensors
+
+        path = self.folder / "last.pth"
+        if not path.exists():
+            raise InputError(f"--resume: there is no {path} to continue from; start without --resume")
+        last = load_tensors(path)
+        if last.get("format") != FORMAT:
+            raise InputError(f"{path} has format {last.get('format')}, this version reads {FORMAT}")
+        needed = {"meta": dict, "model": dict, "optimizer": dict, "state": dict, "rng": list}
+        if wrong := mismatches(last, needed):
+            raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)}")
+        return last
+
+    def _save_tensors(self, name, value):
+        import torch
+
+        with atomic_path(self.folder / name) as tmp:
+            try:
+                torch.save(value, tmp)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise OSError(None, str(error).splitlines()[0], str(self.folder / name)) from None
+
+    def clear(self, *, weights):
+        """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself too."""
+        names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
+        names += ["checkpoint.pth", "last.pth", "results.json"] if weights else []
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+        self.__dict__.pop("results", None)
+
+    # ------------------------------------------------------------ scores and calibration
+
+    def calibrated(self):
+        """The names of the calibrations that are there: "" and "tta"."""
+        return [n for n in ("", "tta") if (self.folder / f"calibration{_dash(n)}.json").exists()]
+
+    def calibration(self, name=""):
+        """calibration.json (or that of test-time augmentation, "tta"), checked.
+
+        InputError if absent, newer, damaged, or made for another checkpoint."""
+        path = self.folder / f"calibration{_dash(name)}.json"
+        if not path.exists():
+            flag = " --tta" if name == "tta" else ""
+            raise InputError(f"{self} is not calibrated: run python calibrate.py{flag} first")
+        calibration = read_json(path)
+        check_format(calibration, path)
+        wrong = mismatches(calibration, CALIBRATION)
+        for s in () if wrong else ("val", "test"):
+            wrong += [f"{s}.{p}" for p, row in calibration[s].items() if mismatches(row, POINT)]
+        guarantee = calibration.get("guarantee")
+        if not wrong and not SHARE.contains(guarantee.get("threshold")):
+            promised = any("at_guaranteed" in calibration[s] for s in ("val", "test"))
+            wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
+        if wrong:
+            raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
+        if calibration["checkpoint"] != self.checkpoint_sha256:
+            raise InputError(
+                f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
+            )
+        return calibration
+
+    def save_calibration(self, calibration, scores, name=""):
+        """Write calibration.json and the scores [arrays by name] it was made from."""
+        with atomic_path(self.folder / f"scores{_dash(name)}.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, **scores)
+        write_json(self.folder / f"calibration{_dash(name)}.json", calibration)
+
+    def scores(self, name=""):
+        """The arrays of scores.npz: {val,test}_{files,patients,labels,logits}, key, and what else was saved.
+
+        InputError if the file is absent or damaged."""
+        from tensors import load_arrays
+
+        path = self.folder / f"scores{_dash(name)}.npz"
+        if not path.exists():
+            raise InputError(f"{path} does not exist: run calibrate.py again")
+        arrays = load_arrays(path)
+        for s in ("val", "test"):
+            found = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
+            if any(a is None or a.ndim < 1 or len(a) != len(found[0]) for a in found):
+                raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
+            files, patients, labels, logits = found
+            kinds = (files.dtype.kind, patients.dtype.kind, labels.dtype.kind, logits.dtype.kind)
+            shapes = [a.ndim for a in found]
+            if (
+                kinds not in (("U", "U", "i", "f"),)
+                or shapes != [1, 1, 1, 2]
+                or not np.isfinite(logits).all()
+            ):
+                raise InputError(
+                    f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
+                )
+        return arrays
+
+    def explained(self):
+        """explain.json of explain.py, or None if there is none."""
+        path = self.folder / "explain" / "explain.json"
+        return read_json(path) if path.exists() else None
+
+
+def _dash(name):
+    return f"-{name}" if name else ""
+
+
+def _counts(value):
+    return isinstance(value, dict) and all(NATURAL.contains(v) for v in value.values())
+
+
+def _range(value):
+    return isinstance(value, list) and len(value) == 2 and all(REAL.contains(v) for v in value)
+
+
+def find_runs(runs_dir, chosen=None):
+    """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
+
+    Unfinished runs are passed over with a note, unless chosen. InputError if there is none.
+    """
+    if chosen:
+        return [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
+    runs = []
+    for path in sorted(Path(runs_dir).glob("*/results.json")):
+        check_regular(path)
+        run = Run(path.parent)
+        if run.kind == "mae":
+            continue  # it has no classes, so no score
+        if run.results["finished"]:
+            runs.append(run)
+        else:
+            say(f"note: {run} is not finished, passed over (name it with --run to use it all the same)")
+    if not runs:
+        raise InputError(
+            f"no finished runs under {runs_dir}: train one first, for instance python train_scratch.py --epochs 15"
+        )
+    return runs
