@@ -1,4 +1,5 @@
-"""Random changes of training images, on the device, image by image; and the fixed views of test-time augmentation."""
+"""Random changes of training images, on the device, image by image; and the fixed views of test-time
+augmentation."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -13,14 +14,15 @@ from common import InputError
 class Augment:
     """Random changes of a batch [B, 1, S, S] in [0, 1], drawn per image on its device; all zero = none.
 
-    rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; aspect: +/- fraction by which
-    width grows and height shrinks; hflip: probability (0: hearts are on the left). Geometry is one bilinear
-    resampling with black outside. brightness: +/- added; contrast: +/- fraction about the image's mean; gamma:
-    exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side (a coarser detector);
-    noise: greatest standard deviation; erase: probability that one rectangle of 3% to 25% of the area turns grey
-    (Zhong et al. 2020, arXiv:1708.04896). frame, tone: probability that the border (up to a fifth of the side), or
-    the grey levels (histogram matching), are borrowed from another image of the batch, whatever its class: what a
-    machine and its operator add to a picture then says nothing about the child.
+    rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; aspect: +/- fraction by
+    which width grows and height shrinks; hflip: probability (0: hearts are on the left). Geometry is one
+    bilinear resampling with black outside. brightness: +/- added; contrast: +/- fraction about the image's
+    mean; gamma: exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side (a
+    coarser detector); noise: greatest standard deviation; erase: probability that one rectangle of 3% to 25%
+    of the area turns grey (Zhong et al. 2020, arXiv:1708.04896). frame, tone: probability that the border (up
+    to a fifth of the side), or the grey levels (histogram matching), are borrowed from another image of the
+    batch, whatever its class: what a machine and its operator add to a picture then says nothing about the
+    child.
     """
 
     rotate: float = 7.0
@@ -150,16 +152,18 @@ def parse_augment(text):
 
 
 def _span(side, length, place, device):
-    """Booleans (B, side): True on a run of `length` (fraction) that starts at `place` of the room left for it."""
+    """Booleans (B, side): True on a run of `length` (fraction) that starts at `place` of the room left for
+    it."""
     at = (torch.arange(side, device=device) + 0.5) / side
     start = place * (1 - length.clamp(max=1))
     return (at >= start.unsqueeze(1)) & (at < (start + length).unsqueeze(1))
 
 
 def match_levels(x, like, levels=256):
-    """Images [B, 1, S, S] in [0, 1] with their grey levels moved, in order, to the distribution of `like`'s, pair by
-    pair: histogram matching (Gonzalez and Woods, Digital Image Processing, section 3.3) in `levels` steps. The distributions
-    are those of the middle (three quarters of each side), without the black beside a body."""
+    """Images [B, 1, S, S] in [0, 1] with their grey levels moved, in order, to the distribution of `like`'s,
+    pair by pair: histogram matching (Gonzalez and Woods, Digital Image Processing, section 3.3) in `levels`
+    steps. The distributions are those of the middle (three quarters of each side), without the black beside a
+    body."""
 
     def steps(z):
         return (z.flatten(1) * (levels - 1)).round().long()
@@ -183,7 +187,8 @@ def match_levels(x, like, levels=256):
 
 
 def borrow_frame(x, other, width):
-    """Images [B, 1, S, S] whose border, `width` [B] of the side wide, comes from `other`; a soft edge of 4%; 0: none."""
+    """Images [B, 1, S, S] whose border, `width` [B] of the side wide, comes from `other`; a soft edge of 4%;
+    0: none."""
     side = x.shape[-1]
     at = (torch.arange(side, device=x.device) + 0.5) / side
     depth = torch.minimum(at, 1 - at)
@@ -206,7 +211,8 @@ def gaussian_blur(x, sigma):
 
 
 def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
-    """Turn, zoom, mirror (flip = -1) and shift images [B, 1, S, S], by one bilinear resampling, black outside.
+    """Turn, zoom, mirror (flip = -1) and shift images [B, 1, S, S], by one bilinear resampling, black
+    outside.
 
     Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes; width
     grows by `aspect` and height shrinks by it.
@@ -230,7 +236,8 @@ def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
 def tta_views(flip=False):
     """Test-time augmentation: fixed views, each a function [B, 1, S, S] -> the same shape.
 
-    The image itself, shifted 3% in four directions, zoomed by 0.95 and 1.05; with `flip` all of them mirrored too.
+    The image itself, shifted 3% in four directions, zoomed by 0.95 and 1.05; with `flip` all of them mirrored
+    too.
     """
     settings = [
         (1.0, 0.0, 0.0),

@@ -2,16 +2,19 @@
 
     python calibrate.py --min-recall 0.95
 
-For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two thresholds
-there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose true recall is
->= --min-recall with probability --guarantee, for patients like the validation patients. Then scores the test
-images (the only script that opens them for that) and prints both sides with intervals. Writes scores.npz and
-calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json). Scores are kept while
-checkpoint and data are unchanged, so another --min-recall takes seconds.
+For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
+thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
+true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Then
+scores the test images (the only script that opens them for that) and prints both sides with intervals. Writes
+scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
+Scores are kept while checkpoint and data are unchanged, so another --min-recall takes seconds.
+
+    python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
+
+first makes a run of its own of several: its probability is the mean of theirs.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -19,218 +22,266 @@ import common
 import data
 import engine
 import metrics
+import plan
+from device import add_device_argument, pick_device
+from inputs import Inputs
+from run import Run, find_runs
+from vit import Ensemble
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
+PARTS = {"val": "validation", "test": "test"}
 
 
-def load_sets(config, fingerprint, loaded):
-    """(validation, test) Subsets of a run's data settings, kept in `loaded`; InputError if the split differs."""
-    if config not in loaded:
-        _, val, split = data.load_train_val(config)
-        loaded[config] = val, data.load_test(config), split["fingerprint"]
-    val, test, found = loaded[config]
-    if found != fingerprint:
-        raise common.InputError(
-            f"the images in {config.data_dir} are not those the run was trained on (the split's "
-            "fingerprint differs): point --data-dir at the same files"
-        )
-    return val, test
+# ---------------------------------------------------------------- scores
+
+
+class Sets:
+    """Validation and test Subsets by data settings, each loaded once."""
+
+    def __init__(self):
+        self.loaded = {}
+
+    def of(self, config, fingerprint):
+        """(validation, test); InputError if the split is not the one with this fingerprint."""
+        if config not in self.loaded:
+            _, val, split = data.load_train_val(config)
+            self.loaded[config] = (val, data.load_test(config)), split["fingerprint"]
+        sets, found = self.loaded[config]
+        if found != fingerprint:
+            raise common.InputError(
+                f"the images in {config.data_dir} are not those the run was trained on (the split's fingerprint "
+                "differs): point --data-dir at the same files"
+            )
+        return sets
 
 
 def score(run, sets, *, device, batch_size, tta=None):
     """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged.
 
     `tta`: None, or {"flip": bool} for test-time augmentation."""
-    model, results = engine.load_run(run)
-    amp = engine.trained_precision(results, device)
-    key = common.sha256(
-        [
-            common.sha256(Path(run, "checkpoint.pth")),
-            results["mean"],
-            results["std"],
-            amp,
-            tta,
-            results["data"].get("normalise", "none"),
-            [data.pixel_fingerprint(s) for s in sets],
-        ]
-    )
-    path = Path(run, "scores-tta.npz" if tta else "scores.npz")
-    if (kept := read_scores(path, key)) is not None:
-        return kept
-    model.to(device)
+    inputs = Inputs.of_run(run.results, device, tta)
+    about = [
+        run.checkpoint_sha256,
+        run.results["mean"],
+        run.results["std"],
+        inputs.amp,
+        tta,
+        inputs.normalise,
+    ]
+    key = common.sha256([*about, [data.pixel_fingerprint(s) for s in sets]])
+    name = "tta" if tta else ""
+    try:
+        kept = run.scores(name)
+        if "key" in kept and str(kept["key"]) == key:
+            return {k: v for k, v in kept.items() if not k.endswith("_p1")}
+    except common.InputError as error:
+        if "does not exist" not in str(error):
+            common.say(f"{error}: scoring again")
+    model = run.model().to(device)
     scores = {"key": np.array(key)}
-    for name, subset in zip(("val", "test"), sets):
-        logits = engine.predict(
-            model,
-            subset,
-            mean=results["mean"],
-            std=results["std"],
-            device=device,
-            amp=amp,
-            batch_size=batch_size,
-            views=data.tta_views(**tta) if tta else None,
-            progress=f"{run} {name}",
-        ).numpy()
+    for part, subset in zip(PARTS, sets):
+        logits = engine.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} {part}")
         scores |= {
-            f"{name}_files": np.array(subset.files),
-            f"{name}_labels": subset.labels,
-            f"{name}_logits": logits,
-            f"{name}_patients": np.array([data.patient_id(f) for f in subset.files]),
+            f"{part}_files": np.array(subset.files),
+            f"{part}_labels": subset.targets,
+            f"{part}_logits": logits.numpy(),
+            f"{part}_patients": np.array(subset.patients),
         }
     return scores
 
 
-def read_scores(path, key):
-    """The arrays of a scores file if it is intact and belongs to `key`, else None."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            scores = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        return None
-    except common.DAMAGED as error:
-        common.say(f"{path} is damaged ({error}): scoring again")
-        return None
-    needed = [f"{s}_{k}" for s in ("val", "test") for k in ("files", "labels", "patients", "logits")]
-    return (
-        scores if "key" in scores and str(scores["key"]) == key and all(k in scores for k in needed) else None
+# ---------------------------------------------------------------- an ensemble as a run
+
+
+def make_ensemble(folders, out, overwrite):
+    """Write the run `out` whose probability is the mean of those of the runs in `folders`; returns the Run.
+
+    InputError unless these are two or more finished runs on the same images in the same form."""
+    runs = find_runs(None, folders)
+    if len(runs) < 2:
+        raise common.InputError("--ensemble needs two or more different run folders")
+    run = Run(out)
+    if run.begun and not overwrite:
+        raise common.InputError(
+            f"{run} already holds a run: choose another --out, or replace it with --overwrite"
+        )
+    first = runs[0]
+    for other in runs:
+        if other.kind not in ("vit", "linear"):
+            raise common.InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
+        names = ("img_size", "resize", "normalise", "classes")
+        differ = [n for n in names if getattr(other.config, n) != getattr(first.config, n)]
+        differ += (
+            ["split"]
+            if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]
+            else []
+        )
+        if differ:
+            raise common.InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
+    results = [r.results for r in runs]
+    model = Ensemble(
+        [r["model_config"] for r in results], [r["mean"] for r in results], [r["std"] for r in results]
     )
+    for member, r in zip(model.members, runs):
+        member.load_state_dict(r.model().state_dict())
+    plan.save_run(
+        run,
+        model,
+        {
+            **{k: results[0][k] for k in ("data", "split", "input_range", "synthetic") if k in results[0]},
+            "model": "ensemble",
+            "model_config": {"kind": model.kind, **model.config},
+            "members": [
+                {"run": str(r), "checkpoint": r.checkpoint_sha256, "model": r.results["model"]} for r in runs
+            ],
+            "recipe": {"amp": all(r["recipe"]["amp"] for r in results)},
+            "mean": [0.0],
+            "std": [1.0],
+            "params": sum(r["params"] for r in results),
+            "minutes": sum(r["minutes"] for r in results),
+            "best_epoch": 0,
+            "history": [],
+        },
+    )
+    print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
+    return run
+
+
+# ---------------------------------------------------------------- what is printed
 
 
 def show(title, result):
     """Print a run's figures, validation beside test, with intervals of recall and specificity."""
-    guarantee = result["guarantee"]
-    print(
-        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= "
-        f"{result['min_recall']:g} there); "
-        + (
-            f"@Guar {guarantee['threshold']:.4f} (true recall >= {result['min_recall']:g} with confidence "
+    guarantee, floor = result["guarantee"], result["min_recall"]
+    promise = f"no @Guar: {guarantee.get('why_not')}"
+    if guarantee["threshold"] is not None:
+        promise = (
+            f"@Guar {guarantee['threshold']:.4f} (true recall >= {floor:g} with confidence "
             f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
-            if guarantee["threshold"] is not None
-            else f"no @Guar: {guarantee['why_not']}"
         )
+    print(
+        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= {floor:g} there); {promise}"
     )
     print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
-    for name, word in (("val", "validation"), ("test", "test")):
+    for part, word in PARTS.items():
         for point, mark in POINTS.items():
-            if point in result[name]:
-                row = result[name][point]
-                spans = [
-                    "{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k))
-                    for k in ("recall", "specificity")
-                ]
-                print(
-                    f"  {word:10} {mark:5}"
-                    + "".join(f"{row[c]:12.4f}" for c in COLUMNS)
-                    + "   "
-                    + "  ".join(spans)
-                )
-    calib, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
-    print(
-        f"  temperature {result['temperature']:.3f} ({'applied' if result['temperature_applied'] else 'not applied'}): "
-        + "; ".join(
-            f"{name} ECE {calib[name]['before']['ece']:.3f} -> {calib[name]['after']['ece']:.3f}, "
-            f"NLL {calib[name]['before']['nll']:.3f} -> {calib[name]['after']['nll']:.3f}"
-            for name in ("val", "test")
-        )
-    )
+            if point in result[part]:
+                row = result[part][point]
+                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k)) for k in COLUMNS[:2]]
+                figures = "".join(f"{row[c]:12.4f}" for c in COLUMNS)
+                print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
+    quality, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
+    changes = [
+        f"{part} ECE {quality[part]['before']['ece']:.3f} -> {quality[part]['after']['ece']:.3f}, "
+        f"NLL {quality[part]['before']['nll']:.3f} -> {quality[part]['after']['nll']:.3f}"
+        for part in PARTS
+    ]
+    used = "applied" if result["temperature_applied"] else "not applied"
+    print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
-            f"  if {row['prevalence']:.0%} of the children were sick, @Rec on test: PPV {row['ppv']:.3f}, "
+            f"  if {row['prevalence']:.0%} of the patients were ill, @Rec on test: PPV {row['ppv']:.3f}, "
             f"NPV {row['npv']:.3f}"
         )
 
 
+# ---------------------------------------------------------------- main
+
+
 def parse():
-    """Checked command line."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--min-recall", type=float, default=0.95, help="recall floor, in (0, 1]")
-    parser.add_argument(
+    """Checked command line -> (args, metrics.Rule)."""
+    parser = common.Parser(__doc__)
+    between = common.Number(float, 0, 1, above=True, below=True)
+    group = parser.add_argument_group("threshold")
+    group.add_argument(
+        "--min-recall",
+        type=common.Number(float, 0, 1, above=True),
+        default=0.95,
+        metavar="X",
+        help="recall floor, in (0, 1]",
+    )
+    group.add_argument(
         "--guarantee",
-        type=float,
+        type=between,
         default=None,
         metavar="CONFIDENCE",
-        help="confidence of the guaranteed threshold, in (0, 1); naming it makes too few patients an "
-        "error (default: 0.95, left out where it cannot be given)",
+        help="confidence of the guaranteed threshold, in (0, 1); if given, too few patients for it are an error "
+        "(default: 0.95, and left out where there are too few)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--temperature",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="divide logits by the temperature fitted on validation: same decisions, other probabilities",
     )
-    parser.add_argument(
-        "--tta", action="store_true", help="average over small shifts and zooms; kept as a row of its own"
+    group.add_argument(
+        "--bootstrap", type=common.Number(int, 100, 10**6), default=2000, metavar="N", help="draws"
     )
-    parser.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
-    parser.add_argument(
-        "--bootstrap", type=int, default=2000, metavar="N", help="draws of the patient bootstrap"
+    group.add_argument(
+        "--prevalence", type=between, default=0.1, metavar="X", help="for predictive values, in (0, 1)"
     )
-    parser.add_argument(
-        "--prevalence", type=float, default=0.1, help="share of sick for predictive values, in (0, 1)"
+    group = parser.add_argument_group("runs")
+    group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
+    group.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")
+    group.add_argument(
+        "--ensemble", nargs="+", metavar="DIR", help="make one run of these, in --out, and calibrate it"
     )
-    parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
-    parser.add_argument("--runs-dir", default="outputs", help="where the run folders lie")
-    parser.add_argument("--data-dir", default=None, help="the same images elsewhere (default: as trained)")
-    parser.add_argument("--cache-dir", default=None, help="decoded images (default: as trained)")
-    parser.add_argument(
+    group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
+    group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--tta", action="store_true", help="average over small shifts and zooms; a row of its own"
+    )
+    group.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
+    group.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
+    group.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
+    group.add_argument(
         "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
     )
-    parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    group.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
+    add_device_argument(group)
     args = parser.parse_args()
-    for name, high in (("min_recall", True), ("guarantee", False), ("prevalence", False)):
-        value = getattr(args, name)
-        if value is not None and not (0 < value < 1 or value == 1 and high):
-            raise common.InputError(
-                f"--{name.replace('_', '-')} must lie in (0, 1{']' if high else ')'}, got {value}"
-            )
-    for name, least in (("batch_size", 1), ("bootstrap", 100)):
-        if getattr(args, name) < least:
-            raise common.InputError(
-                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
-            )
-    return args
+    if bool(args.ensemble) != bool(args.out) or args.ensemble and args.run:
+        raise common.InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
+    rule = metrics.Rule(
+        min_recall=args.min_recall,
+        confidence=args.guarantee or 0.95,
+        strict=args.guarantee is not None,
+        temperature=args.temperature,
+        bootstrap=args.bootstrap,
+        prevalence=args.prevalence,
+    )
+    return args, rule
 
 
 def main():
-    args = parse()
-    device, loaded, promised = engine.pick_device(args.device), {}, False
+    args, rule = parse()
+    device, sets, promised = pick_device(args.device), Sets(), False
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
-    suffix = "-tta" if tta else ""
-    for run in common.find_runs(args.runs_dir, args.run):
-        results = common.read_results(run)
+    name = "tta" if tta else ""
+    if args.ensemble:
+        args.run = [make_ensemble(args.ensemble, args.out, args.overwrite).folder]
+    for run in find_runs(args.runs_dir, args.run):
         moved = {k: getattr(args, k) for k in ("data_dir", "cache_dir", "skip_bad") if getattr(args, k)}
-        config = data.config_from_json({**results["data"], **moved})
-        sets = load_sets(config, results["split"]["fingerprint"], loaded)
-        scores = score(run, sets, device=device, batch_size=args.batch_size, tta=tta)
+        config = data.DataConfig.from_json({**run.results["data"], **moved})
+        pair = sets.of(config, run.results["split"]["fingerprint"])
+        scores = score(run, pair, device=device, batch_size=args.batch_size, tta=tta)
         try:
-            result = metrics.evaluate(
-                scores,
-                min_recall=args.min_recall,
-                confidence=args.guarantee or 0.95,
-                strict=args.guarantee is not None,
-                temperature=args.temperature,
-                bootstrap=args.bootstrap,
-                prevalence=args.prevalence,
-            )
+            result, p1 = metrics.evaluate(scores, rule)
         except common.InputError as error:
             raise common.InputError(f"{run}: {error}") from None
         promised = promised or result["guarantee"]["threshold"] is not None
         result |= {
             "format": common.FORMAT,
-            "checkpoint": common.sha256(Path(run, "checkpoint.pth")),
-            "synthetic": results["synthetic"],
+            "checkpoint": run.checkpoint_sha256,
+            "synthetic": run.results["synthetic"],
             "tta": tta,
             "command": common.command_line(),
         }
-        with common.atomic_path(Path(run, f"scores{suffix}.npz")) as tmp, open(tmp, "wb") as f:
-            np.savez(f, **scores)
-        common.write_json(Path(run, f"calibration{suffix}.json"), result)
-        show(
-            str(run) + (" with TTA" if tta else "") + (" (SYNTHETIC data)" if results["synthetic"] else ""),
-            result,
-        )
+        run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
+        mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
+        show(f"{run}{' with TTA' if tta else ''}{mark}", result)
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "

@@ -145,8 +145,8 @@ def sha256(data):
 
 
 class Parser(argparse.ArgumentParser):
-    """--help is the script's docstring and the flags with their defaults. A wrong command line is an InputError;
-    flags must be written out, because an abbreviated one could be taken for another."""
+    """--help is the script's docstring and the flags with their defaults. A wrong command line is an
+    InputError; flags must be written out, because an abbreviated one could be taken for another."""
 
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
@@ -163,7 +163,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 class Number:
-    """An argparse type: a finite int or float between `low` and `high`, the ends included unless `above`/`below`.
+    """An argparse type: a finite int or float between `low` and `high`, the ends included unless
+    `above`/`below`.
 
     Number(int, 1, 100), Number(float, 0, 1, above=True): 0 < x <= 1. Also callable on values already parsed.
     """
@@ -200,14 +201,15 @@ SEED = Number(int, 0, 2**63 - 1)
 
 
 def flag(default, help, kind=None, metavar=None):
-    """A dataclass field that is a command-line flag too. `kind`: a Number, a tuple of choices, or None for text or,
-    where the default is a bool, a switch."""
+    """A dataclass field that is a command-line flag too. `kind`: a Number, a tuple of choices, or None for
+    text or, where the default is a bool, a switch."""
     about = {"help": help, "kind": kind, "metavar": metavar}
     return dataclasses.field(default=default, metadata=about)
 
 
 def add_flags(group, cls, leave_out=(), **defaults):
-    """A flag for every `flag` field of a dataclass but those in `leave_out`; `defaults` replace the fields' own."""
+    """A flag for every `flag` field of a dataclass but those in `leave_out`; `defaults` replace the fields'
+    own."""
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata or field.name in leave_out:
             continue
@@ -250,6 +252,13 @@ class Pace:
             self.last = now
             say(f"{text}: {(total - done) * (now - self.begin) / done / 60:.1f} min left")
 
+    def count(self, done, what):
+        """The same where the total is not known."""
+        now = time.monotonic()
+        if now - self.last > self.every:
+            self.last = now
+            say(f"{done} {what}, {done / (now - self.begin):.1f} a second")
+
 
 def command_line():
     """The command as typed, quoted for a shell, for results.json and resume messages."""
@@ -287,7 +296,8 @@ def _discard_output(error):
 
 
 def _prepare_output():
-    """Results are UTF-8 everywhere; names that are not valid Unicode are escaped. InputError if stdout is closed."""
+    """Results are UTF-8 everywhere; names that are not valid Unicode are escaped. InputError if stdout is
+    closed."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
         raise InputError("standard output is closed: redirect it to a file, or to /dev/null")
@@ -297,8 +307,8 @@ def _prepare_output():
 
 
 def start(main):
-    """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143 on
-    SIGTERM, 141 when the reader of standard output went away before the end."""
+    """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143
+    on SIGTERM, 141 when the reader of standard output went away before the end."""
     code = 0
     _lost_output.clear()
     try:
@@ -326,8 +336,8 @@ def start(main):
         say(f"error: standard output cannot be written ({_lost_output[0].strerror})")
         code = code or 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor while
-        # the interpreter is torn down aborts it, now and then, so under torchrun nothing is torn down.
+        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor
+        # while the interpreter is torn down aborts it, now and then, so under torchrun nothing is torn down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

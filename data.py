@@ -1,7 +1,8 @@
 """Images on disk -> train/validation split -> one grey uint8 array -> batches on the device.
 
 Layout: DIR/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg (DIR/chest_xray/... of the Kaggle zip is found too).
-Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
+Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the
+classes.
 """
 
 import mmap
@@ -78,9 +79,9 @@ def add_arguments(parser):
 class Subset:
     """Some rows of the cached images.
 
-    `files` [N] relative to the data folder; `targets` int64 [N]; `patients` [N] as `patient_id` gives them; `images`
-    uint8 [*, S, S], memory-mapped and shared between subsets; `rows` int64 [N] into it; `normalise`: see
-    inputs.normalise.
+    `files` [N] relative to the data folder; `targets` int64 [N]; `patients` [N] as `patient_id` gives them;
+    `images` uint8 [*, S, S], memory-mapped and shared between subsets; `rows` int64 [N] into it; `normalise`:
+    see inputs.normalise.
     """
 
     def __init__(self, files, targets, images, rows, normalise="none"):
@@ -129,8 +130,8 @@ def find_root(data_dir, classes=CLASSES):
 
 
 class Index(NamedTuple):
-    """Which images there are. files: [N] relative to the data folder; targets: int64 [N]; patients: [N] names;
-    unknown: how many of them are no patient's name but stand for one image each."""
+    """Which images there are. files: [N] relative to the data folder; targets: int64 [N]; patients: [N]
+    names; unknown: how many of them are no patient's name but stand for one image each."""
 
     files: list
     targets: np.ndarray
@@ -261,8 +262,9 @@ def _nearest_subset(sizes, target):
 
 
 def load_part(config, part):
-    """The Subset of a folder ("train" or "test"), the number of images whose patient is unknown, and the range of
-    the originals' sizes. Only calibrate.py, and explain.py and studies on request, may ask for "test": this opens it.
+    """The Subset of a folder ("train" or "test"), the number of images whose patient is unknown, and the
+    range of the originals' sizes. Only calibrate.py, and explain.py and studies on request, may ask for
+    "test": this opens it.
     """
     root = find_root(config.data_dir, config.classes)
     index = list_images(root, part, config.classes)
@@ -287,9 +289,10 @@ def load_test(config):
 def load_train_val(config, tell=print):
     """(train, val) Subsets and `info`, the JSON description of the split; `tell`s the split in a line.
 
-    `info`: train, val, test (image counts), counts (per class), shared_patients (validation images whose patient is
-    in train too), unknown_patients (images whose patient is not known), fingerprint (SHA-256 of both sides' file
-    names), synthetic, set, original_size. The files of the test folder are counted, never opened.
+    `info`: train, val, test (image counts), counts (per class), shared_patients (validation images whose
+    patient is in train too), unknown_patients (images whose patient is not known), fingerprint (SHA-256 of
+    both sides' file names), synthetic, set, original_size. The files of the test folder are counted, never
+    opened.
     """
     root = find_root(config.data_dir, config.classes)
     test = list_images(root, "test", config.classes).targets
@@ -353,9 +356,9 @@ def input_range(subset):
 class Batches:
     """Batches of a Subset on the device of `inputs`.
 
-    On CUDA the whole uint8 array is kept on the device if it takes less than half the free memory; otherwise rows
-    are gathered from the memory map, whose pages are let go again every 4 batches: resident memory does not grow
-    with the number of images (the system's file cache still holds them).
+    On CUDA the whole uint8 array is kept on the device if it takes less than half the free memory; otherwise
+    rows are gathered from the memory map, whose pages are let go again every 4 batches: resident memory does
+    not grow with the number of images (the system's file cache still holds them).
     """
 
     def __init__(self, subset, inputs):

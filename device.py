@@ -47,11 +47,12 @@ def pick_device(name="auto"):
 
 
 def keep_freed_memory(keep=True):
-    """Have glibc keep the memory that tensors free for the next ones (nothing happens where there is no glibc).
+    """Have glibc keep the memory that tensors free for the next ones (nothing happens where there is no
+    glibc).
 
-    Otherwise it hands large blocks back to the system, which has to clear every page anew: 250,000 page faults,
-    a fifth of the time, in each ViT-B/16 step of 16 images. The peak is the same. `keep` False: what a
-    long-running process has by itself."""
+    Otherwise it hands large blocks back to the system, which has to clear every page anew: 250,000 page
+    faults, a fifth of the time, in each ViT-B/16 step of 16 images. The peak is the same. `keep` False: what
+    a long-running process has by itself."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
@@ -127,7 +128,8 @@ def processes():
 
 
 def join_processes(device):
-    """Under torchrun: join the others, over nccl on GPUs and gloo on CPUs. Only the first one prints and writes."""
+    """Under torchrun: join the others, over nccl on GPUs and gloo on CPUs. Only the first one prints and
+    writes."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()

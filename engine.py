@@ -65,10 +65,12 @@ def predict(model, subset, inputs, *, output=None, batch_size=64, progress=None)
 
 
 def fit_head(model, train, stage, *, objective, recipe, inputs):
-    """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in place.
+    """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in
+    place.
 
-    The frozen backbone's features are computed once, without augmentation, so an epoch costs milliseconds; the
-    result is that of epochs through the frozen backbone, to rounding. Returns the last epoch's mean loss."""
+    The frozen backbone's features are computed once, without augmentation, so an epoch costs milliseconds;
+    the result is that of epochs through the frozen backbone, to rounding. Returns the last epoch's mean loss.
+    """
     started = time.perf_counter()
     model.to(inputs.device)
     features = predict(model, train, inputs, output=inputs.features, progress="features").clone()
@@ -95,14 +97,15 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
 
 
 def _order(seed, epoch, count):
-    """The order of an epoch: a function of (seed, epoch) alone, so a resumed epoch continues in the same order."""
+    """The order of an epoch: a function of (seed, epoch) alone, so a resumed epoch continues in the same
+    order."""
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
 
 
 @contextmanager
 def stop_requests():
-    """Within the block Ctrl-C and SIGTERM only leave their number in the yielded list, so that a step can end and
-    state be saved; a second one acts at once. Outside the main thread: nothing is caught."""
+    """Within the block Ctrl-C and SIGTERM only leave their number in the yielded list, so that a step can end
+    and state be saved; a second one acts at once. Outside the main thread: nothing is caught."""
     received, old = [], {}
 
     def handler(signum, frame):
@@ -155,10 +158,11 @@ def _same_proof(old, new):
 
 
 class Loop:
-    """Training of one model: keeps the epoch with the most merit on validation, and can be stopped and resumed.
+    """Training of one model: keeps the epoch with the most merit on validation, and can be stopped and
+    resumed.
 
-    After an interruption (Ctrl-C, SIGTERM, kill -9) a resumed run goes on from last.pth; on a CPU the end is bit for
-    bit that of an uninterrupted run. Under torchrun the batch is shared out among the processes
+    After an interruption (Ctrl-C, SIGTERM, kill -9) a resumed run goes on from last.pth; on a CPU the end is
+    bit for bit that of an uninterrupted run. Under torchrun the batch is shared out among the processes
     (DistributedDataParallel) and the first one writes. `meta` is copied into results.json.
     """
 
@@ -182,8 +186,8 @@ class Loop:
     def fit(self, train, val):
         """Train on Subset `train`, validate on Subset `val` -> the content of results.json.
 
-        InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on request,
-        after saving."""
+        InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
+        request, after saving."""
         self._prepare(len(train))
         results, history = self._begin(), self.state["history"]
         source = data.Batches(train, self.inputs)
@@ -205,7 +209,8 @@ class Loop:
                 self.state.update(epoch=self.state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
                 if better:
                     self.state["best_epoch"] = self.state["epoch"]
-                # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint from it.
+                # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint
+                # from it.
                 self._save_last()
                 if better:
                     self._save_model()
@@ -244,7 +249,8 @@ class Loop:
         self.total = min(recipe.epochs * self.steps, recipe.max_steps or math.inf)
 
     def _begin(self):
-        """The content of results.json, new or from where the run was stopped; an earlier run's files are removed."""
+        """The content of results.json, new or from where the run was stopped; an earlier run's files are
+        removed."""
         meta = self.meta
         if self.plan.resume:
             self._restore(self.run.load_last())
@@ -379,8 +385,8 @@ class Loop:
             )
 
     def backward(self, source, whole):
-        """Add the gradient of this process's part of the batch `whole` (positions, int64 [B]); returns its part of
-        the batch's loss, detached: the parts of all processes add up to it."""
+        """Add the gradient of this process's part of the batch `whole` (positions, int64 [B]); returns its
+        part of the batch's loss, detached: the parts of all processes add up to it."""
         mine = whole[self.rank :: self.number]
         total = self.objective.weights(source.targets[whole.to(self.device)]).sum()
         chunks = (mine if len(mine) else whole[:1]).split(

@@ -1,5 +1,5 @@
-"""The one way from grey pixels to logits: exposure, scaling, precision, views. Training, scoring, prediction and
-explanation all go through it, so that an image has one score whoever asks."""
+"""The one way from grey pixels to logits: exposure, scaling, precision, views. Training, scoring, prediction
+and explanation all go through it, so that an image has one score whoever asks."""
 
 from dataclasses import dataclass, replace
 
@@ -13,9 +13,9 @@ MODES = ("none", "standard", "equalise")
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one of
-    MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, 1, S, S] -> the same shape whose
-    logits are averaged (test-time augmentation), none for the image itself."""
+    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one
+    of MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, 1, S, S] -> the same shape
+    whose logits are averaged (test-time augmentation), none for the image itself."""
 
     mean: tuple
     std: tuple
@@ -66,8 +66,9 @@ class Inputs:
 def normalise(x, mode):
     """uint8 [B, S, S] -> float32 [B, 1, S, S] in [0, 1], the same for training, validation and new images.
 
-    "none": x / 255. "standard": each image to mean 0.5 and standard deviation 0.22, cut to [0, 1]. "equalise": each
-    image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of exposure is left."""
+    "none": x / 255. "standard": each image to mean 0.5 and standard deviation 0.22, cut to [0, 1].
+    "equalise": each image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of
+    exposure is left."""
     if mode == "equalise":
         levels = x.flatten(1).long()  # (B, S*S)
         ones = torch.ones_like(levels, dtype=torch.float32)

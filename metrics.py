@@ -107,21 +107,23 @@ def _check_both_classes(y):
 
 
 def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95, groups=None):
-    """A threshold whose true recall is >= `min_recall` with probability >= `confidence` -> (thr, recall, precision).
+    """A threshold whose true recall is >= `min_recall` with probability >= `confidence` -> (thr, recall,
+    precision).
 
     Neyman-Pearson umbrella rule (Tong, Feng and Li 2018, doi:10.1126/sciadv.aao1659, prop. 1) with missed
-    positives as the controlled error: of the n positive scores in ascending order, take the k-th with the largest k
-    such that P(Binomial(n, 1 - min_recall) <= k - 1) <= 1 - confidence. Distribution-free and exact; ties only
-    make it more careful. The probability is over the draw of the validation positives, and the promise is for new
-    positives of the same distribution: nothing is promised after a shift.
+    positives as the controlled error: of the n positive scores in ascending order, take the k-th with the
+    largest k such that P(Binomial(n, 1 - min_recall) <= k - 1) <= 1 - confidence. Distribution-free and
+    exact; ties only make it more careful. The probability is over the draw of the validation positives, and
+    the promise is for new positives of the same distribution: nothing is promised after a shift.
 
-    `groups` [N] (patients): images of one patient are not independent, so one positive image per patient is drawn
-    at random and the rule applied to these, which are; n is then the number of patients, and the recall promised is
-    that of a random image of a random new patient. Of 201 such draws the median threshold is returned: a single
-    draw meets the promise exactly, the median varies less than a single draw.
+    `groups` [N] (patients): images of one patient are not independent, so one positive image per patient is
+    drawn at random and the rule applied to these, which are; n is then the number of patients, and the recall
+    promised is that of a random image of a random new patient. Of 201 such draws the median threshold is
+    returned: a single draw meets the promise exactly, the median varies less than a single draw.
 
-    `recall` and `precision` are those of all given images at thr. InputError (ValueError): as `check_scores`, levels
-    outside (0, 1), or too few positives (patients) for any threshold to promise it; the message says how many.
+    `recall` and `precision` are those of all given images at thr. InputError (ValueError): as `check_scores`,
+    levels outside (0, 1), or too few positives (patients) for any threshold to promise it; the message says
+    how many.
     """
     y, p = check_scores(y_true, p1)
     _check_both_classes(y)
@@ -247,9 +249,9 @@ def bootstrap_weights(groups, n=2000, seed=0):
 def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, seed=0):
     """Percentile bootstrap of any `statistic(y_true, p1) -> float` -> (lo, hi).
 
-    `groups` [N] (patients) are drawn whole; without them, images. Draws in which the statistic raises ValueError
-    or is NaN (one class only, say) are left out; InputError if fewer than half remain.
-    For the figures of `summarize_at_threshold` `bootstrap_summary` gives the same, vectorised.
+    `groups` [N] (patients) are drawn whole; without them, images. Draws in which the statistic raises
+    ValueError or is NaN (one class only, say) are left out; InputError if fewer than half remain. For the
+    figures of `summarize_at_threshold` `bootstrap_summary` gives the same, vectorised.
     """
     y, p = check_scores(y_true, p1)
     _check_count(0, 1, level)
@@ -266,8 +268,8 @@ def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, s
 def bootstrap_summary(y_true, p1, thr, weights):
     """The figures of `summarize_at_threshold` for every draw of `bootstrap_weights` at once.
 
-    {acc, precision, recall, specificity, f1, auroc, auprc}: float64 [n] each, NaN where undefined (but precision
-    and f1 are 0 when nothing is called positive, as there)."""
+    {acc, precision, recall, specificity, f1, auroc, auprc}: float64 [n] each, NaN where undefined (but
+    precision and f1 are 0 when nothing is called positive, as there)."""
     y, p = check_scores(y_true, p1)
     order = np.argsort(-p, kind="stable")
     w = np.asarray(weights, dtype=np.float64)[:, order]
@@ -309,8 +311,8 @@ def _percentiles(values, level):
 def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
     """Intervals of the figures of `summarize_at_threshold` -> {figure: {method: [lo, hi]}}.
 
-    recall, specificity, precision, acc: "wilson"; auroc: "delong"; all and f1, auprc: "bootstrap", whole `groups`
-    (patients) drawn n times, the only one that knows that images of one patient are alike."""
+    recall, specificity, precision, acc: "wilson"; auroc: "delong"; all and f1, auprc: "bootstrap", whole
+    `groups` (patients) drawn n times, the only one that knows that images of one patient are alike."""
     row = summarize_at_threshold(y_true, p1, thr)
     tp, fp, tn, fn = (row[k] for k in ("tp", "fp", "tn", "fn"))
     out = {
@@ -330,8 +332,8 @@ def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
 
 
 def reported_interval(row, key):
-    """The interval of a `summarize_at_threshold` row to show: the patient bootstrap, but Wilson where every draw is alike
-    (0 or all of n), because a width of 0 would claim certainty."""
+    """The interval of a `summarize_at_threshold` row to show: the patient bootstrap, but Wilson where every
+    draw is alike (0 or all of n), because a width of 0 would claim certainty."""
     found = row["interval"][key]
     low, high = found["bootstrap"]
     return found["wilson"] if low == high and "wilson" in found else found["bootstrap"]
@@ -340,9 +342,9 @@ def reported_interval(row, key):
 def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, level=0.95, seed=0):
     """Model a minus model b on the same images, each at its own threshold.
 
-    {figure: {difference, lo, hi}} for acc, precision, recall, specificity, f1, auroc, auprc by paired bootstrap of
-    whole `groups`; "delong": p-value for AUROC; "mcnemar_recall", "mcnemar_specificity": exact p-values on the
-    positives and on the negatives."""
+    {figure: {difference, lo, hi}} for acc, precision, recall, specificity, f1, auroc, auprc by paired
+    bootstrap of whole `groups`; "delong": p-value for AUROC; "mcnemar_recall", "mcnemar_specificity": exact
+    p-values on the positives and on the negatives."""
     y, a = check_scores(y_true, p1_a)
     _, b = check_scores(y_true, p1_b)
     weights = bootstrap_weights(groups, n, seed)
@@ -396,8 +398,9 @@ def tempered(logits, temperature):
 def calibration_error(y_true, p1, bins=15):
     """Expected calibration error over bins of equal mass -> (ece, bins).
 
-    Scores are sorted and cut into `bins` parts of (nearly) equal size; ECE = sum of share * |mean score - share of
-    positives| (Naeini et al. 2015). Each bin: {n, score, positives} with the two means. ECE depends on `bins`."""
+    Scores are sorted and cut into `bins` parts of (nearly) equal size; ECE = sum of share * |mean score -
+    share of positives| (Naeini et al. 2015). Each bin: {n, score, positives} with the two means. ECE depends
+    on `bins`."""
     y, p = check_scores(y_true, p1)
     order = np.argsort(p, kind="stable")
     parts = [i for i in np.array_split(order, min(bins, len(y))) if len(i)]
@@ -448,8 +451,8 @@ def evaluate(scores, *, min_recall, confidence, strict, temperature, bootstrap, 
     """Thresholds from validation and every figure on both sides: the content of calibration.json.
 
     `scores`: {val,test}_{labels [N], logits [N, 2], patients [N]}; {val,test}_p1 are added to it.
-    `confidence`: of the guaranteed threshold; where it cannot be given, InputError if `strict`, else a note in the
-    result. `temperature`: divide the logits by the fitted temperature before anything else."""
+    `confidence`: of the guaranteed threshold; where it cannot be given, InputError if `strict`, else a note
+    in the result. `temperature`: divide the logits by the fitted temperature before anything else."""
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
     used = fitted if temperature else 1.0
     probability = {}

@@ -26,7 +26,8 @@ class Supervised:
 
 
 class Reconstruction:
-    """The loss that a model without classes computes itself, one value an image; the least on validation is best."""
+    """The loss that a model without classes computes itself, one value an image; the least on validation is
+    best."""
 
     @staticmethod
     def losses(outputs, targets):

@@ -68,8 +68,8 @@ def run_from_args(args, suffix=""):
 def plans_from_args(parser, defaults):
     """Parse the command line -> (args, [Plan, ...]), one a seed.
 
-    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if asked to.
-    With --seeds and --resume, seeds not begun are begun.
+    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
+    asked to. With --seeds and --resume, seeds not begun are begun.
     """
     args, recipe, augment = recipes.parse(parser, defaults)
     join_processes(args.device)
@@ -93,8 +93,8 @@ def plans_from_args(parser, defaults):
 def train(plan, model, *, name, mean, std, objective=None, **more):
     """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
 
-    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel; `more` is
-    copied into results.json. Without an `objective` it is the classes of the data.
+    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel;
+    `more` is copied into results.json. Without an `objective` it is the classes of the data.
     """
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
@@ -141,8 +141,9 @@ def save_run(run, model, results):
 
 
 def load_encoder(model, run, config):
-    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it was, for
-    results.json. InputError if the run is another kind, its shape differs, or it saw images of `config`'s validation.
+    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it
+    was, for results.json. InputError if the run is another kind, its shape differs, or it saw images of
+    `config`'s validation.
     """
     if run.kind != "mae":
         raise InputError(f"--init {run} is no run of pretrain_mae.py")

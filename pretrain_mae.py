@@ -3,10 +3,10 @@
     python pretrain_mae.py --epochs 90
     python train_scratch.py --init outputs/mae
 
-Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a step costs
-about a third of a supervised one. Uses neither labels nor other data. Of the validation images only the reconstruction
-loss is read, which chooses the epoch. Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one
-CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
+Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a
+step costs about a third of a supervised one. Uses neither labels nor other data. Of the validation images
+only the reconstruction loss is read, which chooses the epoch. Writes checkpoint.pth (encoder and decoder),
+last.pth and results.json. On one CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
 """
 
 import common

@@ -1,5 +1,5 @@
-"""What a result depends on beside the data: the flags of training, results.json and the check of --resume all come
-from the fields of Recipe."""
+"""What a result depends on beside the data: the flags of training, results.json and the check of --resume all
+come from the fields of Recipe."""
 
 import argparse
 from dataclasses import asdict, dataclass, fields, replace
@@ -68,8 +68,9 @@ MASKED = ("mask_ratio",)
 
 
 class Defaults(NamedTuple):
-    """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment": text}}, the
-    first of which is meant unless --recipe names another; `unused`, the fields of Recipe that it has no use for."""
+    """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment":
+    text}}, the first of which is meant unless --recipe names another; `unused`, the fields of Recipe that it
+    has no use for."""
 
     out: str
     recipes: dict
@@ -128,7 +129,8 @@ def add_run_arguments(parser, out):
 
 
 def parse(parser, defaults, argv=None):
-    """The command line -> (args, Recipe, Augment). The named recipe gives the defaults; a flag given by hand wins.
+    """The command line -> (args, Recipe, Augment). The named recipe gives the defaults; a flag given by hand
+    wins.
 
     InputError if a value is out of range, or seeds are given twice."""
     recipe = parser.parse_args(argv).recipe

@@ -1,11 +1,11 @@
 """A run folder on disk: everything that is known of one trained model. Nothing else knows its file names.
 
 results.json       settings, data, history        checkpoint.pth    weights of the best epoch, tensors only
-last.pth           what --resume needs            scores[-tta].npz, calibration[-tta].json: left by calibrate.py
-explain/           left by explain.py
+last.pth           what --resume needs            scores[-tta].npz, calibration[-tta].json: left by
+calibrate.py explain/           left by explain.py
 
-What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so torch
-is imported only by the methods that need it.
+What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
+torch is imported only by the methods that need it.
 """
 
 import os
@@ -104,7 +104,8 @@ def mismatches(value, spec, name=""):
 
 
 class Run:
-    """One run folder. Nothing is read before it is asked for; whatever is damaged is an InputError naming the file."""
+    """One run folder. Nothing is read before it is asked for; whatever is damaged is an InputError naming the
+    file."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -185,7 +186,8 @@ class Run:
     def model(self):
         """The model with the weights of the best epoch, in eval mode on the CPU.
 
-        Sizes in results.json are checked against the shapes in the checkpoint before anything is allocated."""
+        Sizes in results.json are checked against the shapes in the checkpoint before anything is
+        allocated."""
         import torch
         from tensors import check_state_dict, load_tensors
 
@@ -260,7 +262,8 @@ class Run:
                 raise OSError(None, str(error).splitlines()[0], str(self.folder / name)) from None
 
     def clear(self, *, weights):
-        """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself too."""
+        """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
+        too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
         names += ["checkpoint.pth", "last.pth", "results.json"] if weights else []
         for name in names:

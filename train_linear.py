@@ -2,9 +2,9 @@
 
     python train_linear.py
 
-scikit-learn's LogisticRegression on mean-pooled, standardised pixels; the standardisation is folded into the weights,
-so that outputs/linear holds a checkpoint.pth and results.json like any other run and calibrate.py scores it in the same
-way. Takes seconds.
+scikit-learn's LogisticRegression on mean-pooled, standardised pixels; the standardisation is folded into the
+weights, so that outputs/linear holds a checkpoint.pth and results.json like any other run and calibrate.py
+scores it in the same way. Takes seconds.
 """
 
 import time

@@ -2,9 +2,9 @@
 
     python train_pretrained.py --weights weights/ViT-B_16.npz
 
-Width, depth and heads are read from the file, so Ti/16 or L/16 weights need no other flag; the position embedding is
-resized to --img-size. Writes checkpoint.pth, last.pth and results.json to outputs/pretrained. On 2 CPU cores with
-AVX512-BF16 an epoch of 4,172 images takes about a minute and a half for Ti/16.
+Width, depth and heads are read from the file, so Ti/16 or L/16 weights need no other flag; the position
+embedding is resized to --img-size. Writes checkpoint.pth, last.pth and results.json to outputs/pretrained. On
+2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes about a minute and a half for Ti/16.
 """
 
 import common

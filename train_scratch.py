@@ -2,9 +2,10 @@
 
     python train_scratch.py --epochs 15
 
-Writes checkpoint.pth (best epoch by validation AUROC), last.pth and results.json to outputs/scratch. Prints the split,
-then one line per epoch. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes just under a minute (a minute
-and a half with --recipe paper), on older ones about four. The test images are not opened: that is calibrate.py's job.
+Writes checkpoint.pth (best epoch by validation AUROC), last.pth and results.json to outputs/scratch. Prints
+the split, then one line per epoch. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes just under
+a minute (a minute and a half with --recipe paper), on older ones about four. The test images are not opened:
+that is calibrate.py's job.
 """
 
 import common

@@ -40,8 +40,8 @@ class DropPath(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask on a CPU comes from 8 random bits an element (p to the nearest 1/256, its inverse exact):
-    torch's own Bernoulli draws there cost more than the matrix products around them."""
+    """nn.Dropout whose mask on a CPU comes from 8 random bits an element (p to the nearest 1/256, its inverse
+    exact): torch's own Bernoulli draws there cost more than the matrix products around them."""
 
     def forward(self, x):
         dropped = round(self.p * 256)
@@ -133,8 +133,9 @@ class VisionTransformer(nn.Module):
 
     `img_size` is a side or (H, W), each divisible by `patch_size`; `drop_rate` acts after the position
     embedding and in every block; `drop_path_rate` grows linearly from 0 in the first block to its
-    value in the last; in training each image loses a random share `patch_drop_rate` of its patches (Liu et al. 2022,
-    arXiv:2208.07220), which also makes a step cheaper. InputError for sizes that do not fit together.
+    value in the last; in training each image loses a random share `patch_drop_rate` of its patches (Liu et
+    al. 2022, arXiv:2208.07220), which also makes a step cheaper. InputError for sizes that do not fit
+    together.
     """
 
     kind = "vit"
@@ -200,8 +201,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x, return_attention=False, keep=None):
-        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first; with `keep`, int64 (B, M),
-        only those patches of each image (B, 1 + M, D).
+        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first; with `keep`, int64
+        (B, M), only those patches of each image (B, 1 + M, D).
 
         With `return_attention`: (tokens, attention (B, depth, heads, N, N)), computed by explicit
         products, which equal the fused kernel to rounding.
@@ -248,11 +249,13 @@ class VisionTransformer(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Self-supervised pretraining (He et al. 2022, arXiv:2111.06377): the encoder sees a random share 1 - `mask_ratio` of
-    the patches, a small decoder guesses the grey levels of the others, each patch scaled to mean 0 and variance 1.
+    """Self-supervised pretraining (He et al. 2022, arXiv:2111.06377): the encoder sees a random share 1 -
+    `mask_ratio` of the patches, a small decoder guesses the grey levels of the others, each patch scaled to
+    mean 0 and variance 1.
 
-    forward: images (B, C, H, W) -> float32 (B, 1), the mean squared error over each image's hidden patches. In eval
-    mode the same patches of every image are hidden every time. `encoder` holds the keywords of the VisionTransformer.
+    forward: images (B, C, H, W) -> float32 (B, 1), the mean squared error over each image's hidden patches.
+    In eval mode the same patches of every image are hidden every time. `encoder` holds the keywords of the
+    VisionTransformer.
     """
 
     kind = "mae"
@@ -319,7 +322,8 @@ class MaskedAutoencoder(nn.Module):
 
 
 class PixelLinear(nn.Module):
-    """Logistic regression on a coarse picture: images (B, 1, H, W) -> mean-pooled side x side pixels -> logits.
+    """Logistic regression on a coarse picture: images (B, 1, H, W) -> mean-pooled side x side pixels ->
+    logits.
 
     The yardstick that every other model is held against; H and W must be multiples of `side`.
     """
@@ -358,10 +362,11 @@ def build_vit(name, num_classes=2, img_size=224, **overrides):
 
 
 class Ensemble(nn.Module):
-    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> log-probabilities (B, K).
+    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> log-probabilities (B,
+    K).
 
-    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. The logarithm of
-    a mean of probabilities, so softmax gives that mean, computed without leaving logarithms.
+    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. The
+    logarithm of a mean of probabilities, so softmax gives that mean, computed without leaving logarithms.
     """
 
     kind = "ensemble"
@@ -416,8 +421,8 @@ def check_config(config):
 
 
 def build_model(config):
-    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" | "ensemble", **its
-    keywords}. InputError for an unknown kind or a size that is out of all proportion."""
+    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
+    "ensemble", **its keywords}. InputError for an unknown kind or a size that is out of all proportion."""
     kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble)}
     config = dict(config)
     kind = config.pop("kind", None)
