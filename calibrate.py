@@ -161,7 +161,8 @@ def show(title, result):
             f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
         )
     print(
-        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} (recall >= {floor:g} there); {promise}"
+        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} "
+        f"(recall >= {floor:g} there); {promise}"
     )
     print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
     for part, word in PARTS.items():
@@ -206,7 +207,7 @@ def parse():
         type=between,
         default=None,
         metavar="CONFIDENCE",
-        help="confidence of the guaranteed threshold, in (0, 1); if given, too few patients for it are an error "
+        help="confidence of the guaranteed threshold, in (0, 1); if given, too few patients are an error "
         "(default: 0.95, and left out where there are too few)",
     )
     group.add_argument(
@@ -284,8 +285,8 @@ def main():
         show(f"{run}{' with TTA' if tta else ''}{mark}", result)
     if promised:
         print(
-            "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare the "
-            "validation and test lines."
+            "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "
+            "the validation and test lines."
         )
 
 

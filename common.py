@@ -224,7 +224,7 @@ def add_flags(group, cls, leave_out=(), **defaults):
 
 
 def check_fields(value):
-    """Names of the fields of a dataclass instance whose type, choice or range is wrong, for what a file says."""
+    """Names of the fields of a dataclass instance whose type, choice or range is wrong."""
     wrong = []
     for field in dataclasses.fields(value):
         found, kind = getattr(value, field.name), field.metadata.get("kind")
@@ -273,7 +273,7 @@ _lost_output = []  # the error that ended standard output, if any
 
 
 def say(message):
-    """One line on stderr: progress and notes; under torchrun only the first process speaks, except of errors."""
+    """One line on stderr. Under torchrun only the first process speaks, except of errors."""
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
             print(message, file=sys.stderr, flush=True)

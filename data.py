@@ -116,7 +116,9 @@ class Batch(NamedTuple):
 
 
 def find_root(data_dir, classes=CLASSES):
-    """The folder that holds train/ and test/: `data_dir` or its chest_xray/ (to depth 2); InputError if none."""
+    """The folder that holds train/ and test/: `data_dir` or its chest_xray/ (to depth 2).
+
+    InputError if there is none."""
     for nested in ("", "chest_xray", "chest_xray/chest_xray"):
         root = Path(data_dir, nested)
         if (root / "train").is_dir():
@@ -316,8 +318,8 @@ def load_train_val(config, tell=print):
     }
     listed = "; ".join(f"{s} " + " + ".join(f"{n} {c}" for c, n in counts[s].items()) for s in counts)
     tell(
-        f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}: (train, val, test) = "
-        f"({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}"
+        f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}: "
+        f"(train, val, test) = ({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}"
     )
     if config.split == "patient":
         _say_inexact(everything.targets, config, list(counts["val"].values()))
@@ -343,7 +345,7 @@ def pixel_fingerprint(subset):
 
 
 def input_range(subset):
-    """Least and greatest mean and standard deviation of an image (grey levels 0 to 1): what a model has seen."""
+    """Least and greatest mean and standard deviation of an image (grey levels 0 to 1) that a model saw."""
     values = [
         (image.mean() / 255, image.std() / 255) for image in (subset.images[row] for row in subset.rows)
     ]

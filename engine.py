@@ -283,7 +283,7 @@ class Loop:
         """Model, optimiser, random state and progress from last.pth."""
         if len(last["rng"]) != self.number:
             raise InputError(
-                f"--resume: {self.run} was trained by {len(last['rng'])} processes, now there are {self.number}"
+                f"--resume: {self.run} was trained by {len(last['rng'])} processes, now {self.number}"
             )
         try:
             self.model.load_state_dict(last["model"])
@@ -379,8 +379,8 @@ class Loop:
         """InputError if the loss of the last steps is not finite."""
         if not math.isfinite(loss):
             raise InputError(
-                f"the loss became {loss} in epoch {self.state['epoch'] + 1}, step {self.state['step']}, at learning "
-                f"rate {self.state['lr']:.2e}. Try a smaller --lr"
+                f"the loss became {loss} in epoch {self.state['epoch'] + 1}, step {self.state['step']}, at "
+                f"learning rate {self.state['lr']:.2e}. Try a smaller --lr"
                 + (", or --no-amp" if self.inputs.amp else "")
             )
 

@@ -130,7 +130,8 @@ def export(scorer, path):
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise common.InputError(
-            f"--export needs packages that are not here ({error.name}): pip install onnx onnxscript onnxruntime"
+            f"--export needs packages that are not here ({error.name}): "
+            "pip install onnx onnxscript onnxruntime"
         ) from None
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
     model = Exported(scorer.model.cpu().float(), scorer.inputs.on("cpu"), scorer.temperature).eval()
@@ -152,8 +153,8 @@ def export(scorer, path):
             "run": str(scorer.run),
             "model": results["model"],
             "classes": json.dumps(scorer.classes),
-            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; files: {scorer.config.resize} to {size} px, "
-            f"then inputs.normalise(..., {mode!r})",
+            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
+            f"files: {scorer.config.resize} to {size} px, then inputs.normalise(..., {mode!r})",
             "mean": json.dumps(results["mean"]),
             "std": json.dumps(results["std"]),
             "scaling": "inside the graph",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 from augment import add_augment_argument, parse_augment
-from common import COUNT, SEED, InputError, Number, add_flags, flag
+from common import COUNT, SEED, InputError, Number, Parser, add_flags, flag
 from device import add_device_argument
 
 RATE = Number(float, 0, 100, above=True)
@@ -133,8 +133,10 @@ def parse(parser, defaults, argv=None):
     wins.
 
     InputError if a value is out of range, or seeds are given twice."""
-    recipe = parser.parse_args(argv).recipe
-    chosen = defaults.recipes[recipe]
+    early = Parser(None, add_help=False)  # so that --help shows the defaults of the recipe that is named
+    early.add_argument("--recipe", default=None)
+    name = early.parse_known_args(argv)[0].recipe
+    chosen = defaults.recipes.get(name) or next(iter(defaults.recipes.values()))
     flags = {f.name for f in fields(Recipe)} | {"augment"}
     parser.set_defaults(**{k: v for k, v in chosen.items() if k in flags})
     args = parser.parse_args(argv)

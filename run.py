@@ -371,6 +371,7 @@ def find_runs(runs_dir, chosen=None):
             say(f"note: {run} is not finished, passed over (name it with --run to use it all the same)")
     if not runs:
         raise InputError(
-            f"no finished runs under {runs_dir}: train one first, for instance python train_scratch.py --epochs 15"
+            f"no finished runs under {runs_dir}: train one first, "
+            "for instance python train_scratch.py --epochs 15"
         )
     return runs

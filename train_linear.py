@@ -27,7 +27,7 @@ from vit import PixelLinear
 
 
 def fold(fitted, scaler):
-    """A LogisticRegression on standardised features -> (weight [K, D], bias [K]) on the features as they are."""
+    """A LogisticRegression on standardised features -> (weight [K, D], bias [K]) on unscaled ones."""
     weight = fitted.coef_ / scaler.scale_  # [1 or K, D]
     bias = fitted.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:  # two classes: scikit-learn keeps one row of log-odds

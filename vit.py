@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return self._out(F.scaled_dot_product_attention(q, k, v))
 
     def forward_explicit(self, x):
-        """The same result by matrix products, and the attention itself, (B, heads, N, N), rows summing to 1."""
+        """The same by matrix products, and the attention (B, heads, N, N), whose rows sum to 1."""
         out, attention = self._explicit(*self._qkv(x))
         return self._out(out), attention
 
