@@ -68,8 +68,8 @@ class Augment:
             if self.frame:
                 x = borrow_frame(x, other, uniform(0, 0.2) * chance(self.frame))
         if self.blur:
-            blurred = gaussian_blur(x, x.shape[-1] * uniform(0.004, 0.012))
-            x = torch.where(chance(self.blur).view(B, 1, 1, 1), blurred, x)
+            chosen = chance(self.blur).view(B, 1, 1, 1)
+            x = torch.where(chosen, gaussian_blur(x, x.shape[-1] * uniform(0.004, 0.012)), x)
         if self.gamma:
             x = x.clamp(min=1e-6) ** both(self.gamma).exp().view(B, 1, 1, 1)
         if self.brightness or self.contrast:

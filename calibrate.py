@@ -50,8 +50,8 @@ class Sets:
         sets, found = self.loaded[config]
         if found != fingerprint:
             raise common.InputError(
-                f"the images in {config.data_dir} are not those the run was trained on (the split's fingerprint "
-                "differs): point --data-dir at the same files"
+                f"the images in {config.data_dir} are not those the run was trained on "
+                "(the split's fingerprint differs): point --data-dir at the same files"
             )
         return sets
 

@@ -147,6 +147,6 @@ def parse(parser, defaults, argv=None):
 
 
 def to_json(recipe, augment, amp, unused=()):
-    """The "recipe" of a results.json: the fields that the script uses, those of the augmentation, and bf16."""
+    """The "recipe" of a results.json: the fields the script uses, those of the augmentation, and bf16."""
     values = {k: v for k, v in asdict(recipe).items() if k not in unused}
     return {**values, **asdict(augment), "amp": amp}
