@@ -176,7 +176,7 @@ class Number:
     def contains(self, value):
         """Whether a value (of any type) is a number in the range."""
         numeric = int if self.kind is int else (int, float)
-        if not isinstance(value, numeric) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, numeric) or isinstance(value, bool) or value != value:
             return False
         return (value > self.low if self.above else value >= self.low) and (
             value < self.high if self.below else value <= self.high

@@ -188,6 +188,8 @@ class Loop:
 
         InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
         request, after saving."""
+        if self.plan.resume and self.finished():
+            return self.run.results
         self._prepare(len(train))
         results, history = self._begin(), self.state["history"]
         source = data.Batches(train, self.inputs)

@@ -122,13 +122,10 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         f"model: {name}, {count:,} parameters, {plan.config.img_size} px, on {device_name(plan.device)}, "
         f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
     )
-    loop = Loop(model, objective, plan, inputs, meta)
-    if plan.resume and loop.finished():
-        return plan.run.results
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
             fit_head(model, train_set, stage, objective=objective, recipe=recipe, inputs=inputs)
-    return loop.fit(train_set, val_set)
+    return Loop(model, objective, plan, inputs, meta).fit(train_set, val_set)
 
 
 def save_run(run, model, results):

@@ -9,7 +9,7 @@ from augment import add_augment_argument, parse_augment
 from common import COUNT, SEED, InputError, Number, Parser, add_flags, flag
 from device import add_device_argument
 
-RATE = Number(float, 0, 100, above=True)
+RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
 STEPS = Number(int, 0, 2**31)
 

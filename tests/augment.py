@@ -207,7 +207,8 @@ def test_gaussian_blur_equals_scipy():
 
 
 def test_match_levels_is_quantile_mapping():
-    """Against rank statistics: in its middle every image gets the quantiles of the other one, and keeps its own order."""
+    """Against rank statistics: in its middle every image gets the quantiles of the other one, and keeps its
+    own order."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(
         np.stack([rng.beta(4, 2, (64, 64)), rng.beta(2, 5, (64, 64)), np.full((64, 64), 0.4)])
@@ -253,7 +254,8 @@ def test_borrow_frame_takes_the_border_and_leaves_the_middle():
 
 
 def test_frame_and_tone_come_from_the_batch_at_their_probability():
-    """Both keep the labels' images: no image is replaced, about the given share is changed, and 0 draws nothing."""
+    """Both keep the labels' images: no image is replaced, about the given share is changed, and 0 draws
+    nothing."""
     x = torch.arange(1, 401).view(-1, 1, 1, 1) / 500 * (0.5 + 0.5 * torch.rand(400, 1, 40, 40))
     torch.manual_seed(0)
     toned = data.Augment(**{**NONE, "tone": 0.5})(x)

@@ -60,8 +60,9 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
 def test_freed_memory_is_kept_for_the_next_tensors():
-    """Page faults, counted by the kernel, of 20 tensors of 64 MiB (16,384 pages), one after the other. Without the switch
-    each costs all of its pages; with it the first one does, and one more wherever a small block took the hole's end."""
+    """Page faults, counted by the kernel, of 20 tensors of 64 MiB (16,384 pages), one after the other.
+    Without the switch each costs all of its pages; with it the first one does, and one more wherever a small
+    block took the hole's end."""
     code = (
         "import resource, torch, engine; engine.keep_freed_memory({keep}); faults = lambda: resource.getrusage("
         "resource.RUSAGE_SELF).ru_minflt; before = faults()\n"
@@ -95,7 +96,8 @@ def test_start_script_tells_time_memory_and_failure():
 
 
 def test_step_flops_against_torch_counter():
-    """The formula against torch's own count of a forward and backward pass (which skips the gradient by the image)."""
+    """The formula against torch's own count of a forward and backward pass (which skips the gradient by the
+    image)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import benchmark

@@ -55,7 +55,8 @@ def test_calibration_recomputed_from_scores(runs, synthetic, name):
 
 
 def test_scores_are_those_of_the_images(runs, synthetic):
-    """Single images through the kept weights by hand: file -> PIL -> logits -> softmax -> the row in scores.npz."""
+    """Single images through the kept weights by hand: file -> PIL -> logits -> softmax -> the row in
+    scores.npz."""
     model, results = engine.load_run(runs.out / "scratch")
     with np.load(runs.out / "scratch" / "scores.npz") as scores:
         for split in ("val", "test"):

@@ -3,6 +3,7 @@
 import importlib
 import shutil
 
+import images
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -13,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import data
+import demo
 from tests.shared import SCRIPTS, cli, copy_set, read_json, refused, succeed
 
 
@@ -33,20 +35,19 @@ def test_help_is_the_docstring(script, tmp_path):
         ("train_scratch", ["--batch-size", "0"], "--batch-size"),
         ("train_scratch", ["--lr", "nan"], "--lr"),
         ("train_scratch", ["--lr", "-1"], "--lr"),
-        ("train_scratch", ["--clip", "0"], "--clip"),
         ("train_scratch", ["--weight-decay", "-1"], "--weight-decay"),
-        ("train_scratch", ["--warmup-epochs", "-1"], "--warmup-epochs"),
         ("train_scratch", ["--patience", "0"], "--patience"),
         ("train_scratch", ["--label-smoothing", "1"], "--label-smoothing"),
-        ("train_scratch", ["--rotate", "999"], "--rotate"),
-        ("train_scratch", ["--scale", "1"], "--scale"),
-        ("train_scratch", ["--hflip", "-0.1"], "--hflip"),
+        ("train_scratch", ["--augment", "plain,rotate=999"], "rotate"),
+        ("train_scratch", ["--augment", "plain,scale=1"], "scale"),
+        ("train_scratch", ["--augment", "plain,wings=1"], "wings"),
+        ("train_scratch", ["--augment", "wild"], "plain, robust, strong"),
         ("train_scratch", ["--max-steps", "0"], "--max-steps"),
         ("train_scratch", ["--device", "abacus"], "abacus"),
         ("train_scratch", ["--img-size", "33"], "33"),
         ("train_scratch", ["--img-size", "0"], "--img-size"),
         ("train_scratch", ["--resume"], "last.pth"),
-        ("train_scratch", ["--seed", "-1"], "seed"),
+        ("train_scratch", ["--seed", "-1"], "--seed"),
         ("train_scratch", ["--split-seed", "-1"], "-1"),
         ("train_linear", ["--C", "0"], "--C"),
         ("train_linear", ["--img-size", "48"], "multiple of 32"),
@@ -58,6 +59,14 @@ def test_bad_flags(script, argv, word, flags, tiny_npz, tmp_path):
     more = ["--weights", tiny_npz] if script == "train_pretrained" and "--weights" not in argv else []
     refused(cli(script, *flags, *more, *argv, cwd=tmp_path), word)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("train") and s != "train_linear"])
+def test_flags_are_written_out(script, tmp_path):
+    """An abbreviated --recipe once trained the default recipe and recorded the other one."""
+    for argv in (["--rec", "paper"], ["--recip=paper"], ["--epoch", "1"], ["--dem"]):
+        refused(cli(script, *argv, cwd=tmp_path), argv[0].split("=")[0])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -112,8 +121,8 @@ def test_training_never_opens_a_test_image(synthetic, tmp_path, tiny_npz, monkey
 
 def test_demo(tmp_path, monkeypatch):
     """--demo draws the set, appends -demo to the run's folder and says what it is."""
-    real = data.make_synthetic
-    monkeypatch.setattr(data, "make_synthetic", lambda root: real(root, train=48, test=16))
+    real = demo.make_synthetic
+    monkeypatch.setattr(demo, "make_synthetic", lambda root: real(root, train=48, test=16))
     done = succeed("train_linear", "--demo", "--img-size", 32, cwd=tmp_path)
     assert "SYNTHETIC" in done.out
     results = read_json(tmp_path, "outputs/linear-demo/results.json")
@@ -128,7 +137,7 @@ def test_image_split_reports_shared_patients(flags, tmp_path):
     assert split["shared_patients"] > 0 and f"{split['shared_patients']} validation images share" in done.out
 
 
-@pytest.mark.parametrize("more", [["--warmup-epochs", 0], ["--warmup-epochs", 0, "--batch-size", 100]])
+@pytest.mark.parametrize("more", [["--recipe", "paper"], ["--batch-size", 100]])
 def test_diverging_run(more, flags, tiny_npz, tmp_path):
     """In the middle of an epoch, or after its only step."""
     done = cli(
@@ -139,13 +148,14 @@ def test_diverging_run(more, flags, tiny_npz, tmp_path):
 
 
 def test_linear_is_scikit_learns_logistic_regression(runs, synthetic):
-    """Pooling, standardising and fitting again by hand gives the decision function that the run's logits have."""
+    """Pooling, standardising and fitting again by hand gives the decision function that the run's logits
+    have."""
 
     def pixels(files):  # 64 px, means of 2 x 2 cells
-        images = np.stack([data.decode(synthetic / str(f), 64) for f in files]) / 255
+        images = np.stack([images.decode(synthetic / str(f), 64) for f in files]) / 255
         return images.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
 
-    files, labels = data.list_images(synthetic, "train")
+    files, labels, *_ = data.list_images(synthetic, "train")
     train, val = data.split_train_val(files, labels)
     scaler = StandardScaler().fit(pixels([files[i] for i in train]))
     fitted = LogisticRegression(C=0.01, max_iter=2000)

@@ -66,7 +66,8 @@ def test_compare_prints_markdown_only(runs):
 
 
 def test_compare_plots(runs):
-    """Every linked picture is there, opens, and is not blank; the training curve is not that of the histogram."""
+    """Every linked picture is there, opens, and is not blank; the training curve is not that of the
+    histogram."""
     links = re.findall(LINK, runs.compared.out)
     assert len(links) >= 5 and len(set(links)) == len(links)
     seen = set()

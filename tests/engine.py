@@ -1,33 +1,38 @@
-"""Tests of engine."""
+"""Tests of engine: the loop, what is kept, stopping and resuming. A run here takes a fraction of a second."""
 
 import importlib
+import io
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import scipy.special
-import scipy.stats
 import sklearn.metrics
 import torch
-from sklearn.utils.class_weight import compute_class_weight
+import torch.nn.functional as F
 
 import common
 import data
 import engine
-import vit
+import recipe
+from augment import PRESETS, Augment
 from common import InputError
+from inputs import Inputs
+from objective import Supervised
+from plan import Plan
+from run import Run
+from task import Task
 from tests.shared import (
     CPU,
-    NONE,
     REPO,
     cli,
     load_pth,
@@ -39,9 +44,68 @@ from tests.shared import (
     small_vit,
     strip_time,
     succeed,
-    toy_fit,
     toy_subset,
 )
+
+INPUTS = Inputs((0.5,), (0.5,), CPU)
+
+
+class ToyObjective(Supervised):
+    """Cross-entropy; `hook` may change the losses of a batch, `watch` replaces the figure watched on
+    validation."""
+
+    def __init__(self, hook=None, watch=None, class_weights=None, label_smoothing=0.05):
+        super().__init__(Task(), class_weights, label_smoothing)
+        plain = self.losses
+        if hook:
+            self.losses = lambda outputs, targets: hook(plain(outputs, targets))
+        if watch:
+            self.watch = lambda targets, outputs: {"val_auroc": watch()}
+
+
+def toy_loop(out, *, objective=None, model=None, resume=False, augment=None, settings=None, **fields):
+    """A Loop over a small ViT with dropout, DropPath and augmentation: 5 steps an epoch."""
+    torch.manual_seed(1)
+    model = model or small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
+    fields = {"epochs": 3, "patience": 9, "lr": 1e-3, "batch_size": 8, **fields}
+    plan = Plan(
+        replace(recipe.Recipe(), **fields),
+        augment or Augment(hflip=0.5),
+        data.DataConfig(),
+        Run(out),
+        CPU,
+        False,
+        resume,
+    )
+    counts = {part: {"NORMAL": 1, "PNEUMONIA": 1} for part in ("train", "val", "test")}
+    split = {
+        "synthetic": True,
+        "fingerprint": "f",
+        "train": 1,
+        "val": 1,
+        "test": 1,
+        "counts": counts,
+        "set": "toy",
+    }
+    meta = {
+        "model": "toy",
+        "model_config": {"kind": "vit", **model.config},
+        "recipe": recipe.to_json(plan.recipe, plan.augment, False),
+        "data": {"data_dir": "toy", "cache_dir": "anywhere"},
+        "split": split,
+        "seed": 0,
+        "mean": [0.5],
+        "std": [0.5],
+        **(settings or {}),
+    }
+    return engine.Loop(model, objective or ToyObjective(), plan, INPUTS, meta)
+
+
+def toy_fit(out, **settings):
+    """Train `toy_loop` on 40 images, validate on 20 -> the content of results.json."""
+    loop = toy_loop(out, **settings)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return loop.fit(toy_subset(40, 0), toy_subset(20, 1))
 
 
 def test_learning_rate_by_hand():
@@ -85,51 +149,10 @@ def test_parameter_groups():
     assert {"patch_embed.proj.weight", "head.weight", "blocks.2.attn.qkv.weight"} <= set(with_decay)
 
 
-def test_class_weights():
-    labels = np.array([0] * 1 + [1] * 3)
-    assert engine.class_weights(labels, 2).tolist() == pytest.approx([2, 2 / 3])
-    labels = np.random.default_rng(0).choice(5, 200, p=[0.5, 0.2, 0.15, 0.1, 0.05])
-    expected = compute_class_weight("balanced", classes=np.arange(5), y=labels)
-    assert engine.class_weights(labels, 5).tolist() == pytest.approx(expected.tolist())
-    assert engine.class_weights(labels, 5)[labels].mean().item() == pytest.approx(1)
-    assert torch.isfinite(engine.class_weights(np.array([0, 0]), 2)).all()
-
-
-def test_cross_entropy_by_hand():
-    """Smoothing 0.1 over two classes: targets 0.95 and 0.05; weights as scikit-learn's sample weights."""
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    log = np.log(scipy.special.softmax(logits.numpy().astype(float), axis=1))
-    found = engine.cross_entropy(None, 0.1)(logits, torch.tensor([0, 1])).item()
-    expected = -np.mean([0.95 * log[0, 0] + 0.05 * log[0, 1], 0.95 * log[1, 1] + 0.05 * log[1, 0]])
-    assert found == pytest.approx(expected, rel=1e-6)
-    found = engine.cross_entropy(torch.tensor([2.0, 0.5]), 0.0)(logits, torch.tensor([0, 1])).item()
-    assert found == pytest.approx(
-        sklearn.metrics.log_loss([0, 1], np.exp(log), sample_weight=[2, 0.5]), rel=1e-6
-    )
-
-
-def test_probabilities_do_not_saturate():
-    """In float32 softmax of a gap of 20 and of 30 are both 1: a tie that is none."""
-    logits = torch.tensor([[-10.0, 10.0], [-15.0, 15.0], [3.0, 1.0]])
-    p = engine.probabilities(logits)
-    assert p.dtype == np.float64 and p[0, 1] < p[1, 1] < 1
-    assert p[2, 1] == pytest.approx(1 / (1 + math.exp(2)), rel=1e-12)
-    assert np.allclose(p.sum(1), 1, atol=1e-15)
-    assert engine.binary_auroc([0, 1, 0], logits) == 1.0 and engine.binary_auroc([1, 0, 0], logits) == 0.5
-
-
-def test_scale_input():
-    x = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
-    assert engine.scale_input(x, (0.5,) * 3, (0.5,) * 3)[:, :, 0, 0].tolist() == [[-1] * 3, [0] * 3, [1] * 3]
-    found = engine.scale_input(x, (0.1, 0.2), (0.5, 0.25))
-    assert found[2, :, 0, 0].tolist() == pytest.approx([1.8, 3.2])
-
-
 def test_predict_keeps_order_and_mode():
     model = randomise(small_vit(in_chans=1, drop_rate=0.5, drop_path_rate=0.5)).train()
     subset = toy_subset(11, 0)
-    kwargs = dict(mean=(0.5,), std=(0.5,), device=CPU, amp=False)
-    logits = engine.predict(model, subset, batch_size=4, **kwargs)
+    logits = engine.predict(model, subset, INPUTS, batch_size=4)
     assert model.training and logits.dtype == torch.float32 and not logits.requires_grad
     model.eval()
     with torch.no_grad():
@@ -138,7 +161,7 @@ def test_predict_keeps_order_and_mode():
         )
     assert torch.allclose(logits, expected, atol=1e-5) and logits.std() > 0.1
     order = np.array([7, 2, 10])
-    assert torch.allclose(engine.predict(model, subset.take(order), **kwargs), expected[order], atol=1e-5)
+    assert torch.allclose(engine.predict(model, subset.take(order), INPUTS), expected[order], atol=1e-5)
 
 
 def test_stop_requests():
@@ -151,13 +174,6 @@ def test_stop_requests():
         time.sleep(0.1)
     assert stop.value.signum == signal.SIGINT
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_pick_device():
-    assert engine.pick_device("cpu") == CPU
-    assert engine.pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(InputError, match="--device"):
-        engine.pick_device("abacus")
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +207,15 @@ def test_fit_is_deterministic_and_learns(tmp_path, toy_reference):
 def test_val_loss_and_auroc_of_the_history(tmp_path):
     """The history's figures recomputed from the kept weights."""
     results = toy_fit(tmp_path, epochs=2)
-    model, read = engine.load_run(tmp_path)
+    model, read = Run(tmp_path).model(), Run(tmp_path).results
     assert not model.training and read == json.loads(json.dumps(results))
     val = toy_subset(20, 1)
     with torch.no_grad():
         logits = model(torch.from_numpy(val.images)[:, None].float() / 255 * 2 - 1)
     row = results["history"][results["best_epoch"] - 1]
     p = scipy.special.softmax(logits.double().numpy(), axis=1)[:, 1]
-    assert row["val_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(val.labels, p), abs=1e-9)
-    targets = np.where(val.labels == 1, 0.975, 0.025)  # smoothing 0.05
+    assert row["val_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(val.targets, p), abs=1e-9)
+    targets = np.where(val.targets == 1, 0.975, 0.025)  # smoothing 0.05
     assert row["val_loss"] == pytest.approx(
         -np.mean(targets * np.log(p) + (1 - targets) * np.log(1 - p)), rel=1e-5
     )
@@ -207,28 +223,18 @@ def test_val_loss_and_auroc_of_the_history(tmp_path):
 
 def test_one_step_is_adamw_with_clipping(tmp_path):
     """A single step against torch's plain AdamW on the same batch, the gradient clipped to norm 1 beforehand."""
-    captured, losses = [], []
-    plain = engine.cross_entropy(None, 0.0)
     torch.manual_seed(1)
-    expected = small_vit(in_chans=1)
-
-    def loss_fn(logits, y):
-        losses.append(plain(logits, y) * 50)  # a large gradient, so that clipping matters
-        return losses[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "small_vit", lambda **kw: expected)  # no dropout: comparable
-        start = {n: p.clone() for n, p in expected.state_dict().items()}
-        toy_fit(
-            tmp_path, epochs=1, max_steps=1, augment=data.Augment(**NONE), loss_fn=loss_fn, capture=captured
-        )
-    after = captured[0].state_dict()
-    model = vit.VisionTransformer(**expected.config)
+    trained = small_vit(in_chans=1)  # no dropout: comparable
+    start = {n: p.clone() for n, p in trained.state_dict().items()}
+    large = ToyObjective(lambda losses: losses * 50, label_smoothing=0.0)  # so that clipping matters
+    toy_fit(tmp_path, epochs=1, max_steps=1, augment=PRESETS["none"], objective=large, model=trained)
+    after = trained.state_dict()
+    model = small_vit(in_chans=1)
     model.load_state_dict(start)
     train = toy_subset(40, 0)
     index = np.random.default_rng([0, 0]).permutation(40)[:8]
     x = torch.from_numpy(train.images[index])[:, None].float() / 255 * 2 - 1
-    (plain(model(x), torch.from_numpy(train.labels[index])) * 50).backward()
+    (F.cross_entropy(model(x), torch.from_numpy(train.targets[index])) * 50).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     assert norm > 1
     for name, p in model.named_parameters():
@@ -242,20 +248,20 @@ def test_one_step_is_adamw_with_clipping(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
-    """A signal in each of the 15 steps and the 2 validations before the last: the end is the uninterrupted one."""
-    plain = engine.cross_entropy(None, 0.05)
+    """A signal in each of the 15 steps and the 2 validations before the last: the end is the uninterrupted
+    one."""
     stopped = []
     for at in range(1, 18, 1 if signum == signal.SIGINT else 5):
         calls = itertools.count(1)
 
-        def loss_fn(logits, y):
+        def hook(losses, at=at, calls=calls):
             if next(calls) == at:
                 os.kill(os.getpid(), signum)
-            return plain(logits, y)
+            return losses
 
         out = tmp_path / str(at)
         with pytest.raises(common.Interrupted) as stop:
-            toy_fit(out, loss_fn=loss_fn)
+            toy_fit(out, objective=ToyObjective(hook))
         assert stop.value.signum == signum and "--resume" in str(stop.value)
         state = load_pth(out, "last.pth")["state"]
         stopped.append((state["epoch"], state["step"]))
@@ -267,7 +273,8 @@ def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
 
 
 def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
-    """The process dies just before or just after each rename: what lies there is complete, and goes on to the end."""
+    """The process dies just before or just after each rename: what lies there is complete, and goes on to the
+    end."""
 
     class Died(BaseException):
         pass
@@ -297,28 +304,58 @@ def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
     assert deaths >= 2 * (2 * 3 + 2)  # at least last.pth and results.json an epoch, a checkpoint, and the end
 
 
-def test_resume_of_a_finished_run_changes_nothing(tmp_path, toy_reference):
-    first = toy_fit(tmp_path)
-    again = toy_fit(tmp_path, resume=True)
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, toy_reference, capsys):
+    """It says so, and scores and calibration stay, as do all files to the byte."""
+    toy_fit(tmp_path)
+    (tmp_path / "scores.npz").write_bytes(b"kept")
+    (tmp_path / "calibration.json").write_text("kept")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    again = toy_loop(tmp_path, resume=True).fit(toy_subset(40, 0), toy_subset(20, 1))
     agrees(tmp_path, again, toy_reference)
-    assert again["minutes"] == pytest.approx(first["minutes"])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert "finished" in capsys.readouterr().err
 
 
-def test_resume_refuses_other_settings(tmp_path):
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        (dict(lr=2e-3), "recipe.lr"),
+        (dict(settings={"mean": [0.4]}), "mean"),
+        (dict(settings={"std": [0.4]}), "std"),
+        (dict(settings={"model": "other"}), "model"),
+        (dict(settings={"weights": {"path": "a.npz", "sha256": "1"}}), "weights"),
+        (dict(settings={"init": {"run": "outputs/mae", "checkpoint": "1"}}), "init"),
+        (dict(settings={"data": {"data_dir": "elsewhere"}}), "data.data_dir"),
+    ],
+)
+def test_resume_refuses_other_settings(tmp_path, changed, word):
+    """Whatever decides a result must be the same; a refusal changes nothing."""
     toy_fit(tmp_path, epochs=1)
-    with pytest.raises(InputError, match="recipe.lr"):
-        toy_fit(tmp_path, epochs=2, lr=2e-3, resume=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=word):
+        toy_fit(tmp_path, epochs=1, resume=True, **changed)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resume_knows_weights_by_their_content(tmp_path):
+    """The same file under another name may go on; another file under the same name may not."""
+    toy_fit(tmp_path, epochs=1, settings={"weights": {"path": "a.npz", "sha256": "1"}})
+    toy_fit(tmp_path, epochs=1, settings={"weights": {"path": "b.npz", "sha256": "1"}}, resume=True)
+    with pytest.raises(InputError, match="weights.sha256"):
+        toy_fit(tmp_path, epochs=1, settings={"weights": {"path": "a.npz", "sha256": "2"}}, resume=True)
 
 
 def test_best_epoch_and_patience(tmp_path):
     """The first of equal maxima is kept; three epochs without a better one end the run."""
-    script, states, models = [0.6, 0.8, 0.7, 0.8, 0.75, 0.99], [], []
+    script, states = [0.6, 0.8, 0.7, 0.8, 0.75, 0.99], []
 
-    def monitor(labels, logits):
-        states.append({n: p.clone() for n, p in models[0].state_dict().items()})
+    def watch():
+        states.append({n: p.clone() for n, p in model.state_dict().items()})
         return script[len(states) - 1]
 
-    results = toy_fit(tmp_path, epochs=6, monitor=monitor, patience=3, capture=models)
+    torch.manual_seed(1)
+    model = small_vit(in_chans=1, drop_rate=0.1)
+    results = toy_fit(tmp_path, epochs=6, objective=ToyObjective(watch=watch), patience=3, model=model)
     assert [h["val_auroc"] for h in results["history"]] == script[:5]
     assert results["best_epoch"] == 2 and results["finished"]
     kept = load_pth(tmp_path, "checkpoint.pth")
@@ -342,27 +379,24 @@ def test_every_image_once_an_epoch_in_a_new_order(tmp_path, monkeypatch):
 
 def test_max_steps(tmp_path):
     calls = []
-    plain = engine.cross_entropy(None, 0.05)
 
-    def loss_fn(logits, y):
-        calls.append(len(y))
-        return plain(logits, y)
+    def hook(losses):
+        calls.append(len(losses))
+        return losses
 
-    results = toy_fit(tmp_path, loss_fn=loss_fn, max_steps=7)
+    results = toy_fit(tmp_path, objective=ToyObjective(hook), max_steps=7)
     assert calls == [8] * 5 + [20] + [8] * 2 + [20]  # an epoch of 5, validation, 2 steps, validation
     assert len(results["history"]) == 2 and results["finished"]
 
 
 def test_non_finite_loss_names_epoch_step_and_rate(tmp_path):
-    plain, calls = engine.cross_entropy(None, 0.05), itertools.count(1)
+    calls = itertools.count(1)
 
-    def loss_fn(logits, y):
-        return plain(logits, y) * (
-            math.nan if next(calls) == 9 else 1
-        )  # 5 steps, a validation, then the third step
+    def hook(losses):  # 5 steps, a validation, then the third step
+        return losses * (math.nan if next(calls) == 9 else 1)
 
     with pytest.raises(InputError) as error:
-        toy_fit(tmp_path, loss_fn=loss_fn)
+        toy_fit(tmp_path, objective=ToyObjective(hook))
     rate = engine.learning_rate(7, 15, 5, 1e-3)
     for word in ("epoch 2", "step 3", f"{rate:.2e}", "nan"):
         assert word in str(error.value)
@@ -378,31 +412,19 @@ def test_non_finite_weights_after_the_last_step_of_an_epoch(tmp_path):
 
 def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
     """Stage 1 against the plain loop that runs the frozen backbone in every step: the same head to rounding."""
-    train, loss_fn = toy_subset(40, 0), engine.cross_entropy(None, 0.0)
+    train, settings = toy_subset(40, 0), replace(recipe.Recipe(), batch_size=8, seed=3)
     model = randomise(small_vit(in_chans=1))
     slow = randomise(small_vit(in_chans=1)).eval()
     slow.load_state_dict(model.state_dict())
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    engine.fit_head(
-        model,
-        train,
-        epochs=3,
-        batch_size=8,
-        lr=1e-2,
-        weight_decay=0.05,
-        loss_fn=loss_fn,
-        mean=[0.5],
-        std=[0.5],
-        device=CPU,
-        amp=False,
-        seed=3,
-    )
+    stage, objective = recipe.Stage("head", 3, 1e-2), ToyObjective(label_smoothing=0.0)
+    engine.fit_head(model, train, stage, objective=objective, recipe=settings, inputs=INPUTS)
     optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
     for epoch in range(3):
         for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
-            x, y = data.Batches(train, CPU).get(index)
+            x, y = data.Batches(train, INPUTS).get(index)
             optimizer.zero_grad()
-            loss_fn(slow((x - 0.5) / 0.5), y).backward()
+            F.cross_entropy(slow((x - 0.5) / 0.5), y).backward()
             optimizer.step()
     for name, value in model.state_dict().items():
         if name.startswith("head"):
@@ -413,34 +435,6 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
             assert torch.equal(value, before[name]), name
 
 
-def test_recipe_flag_chooses_the_defaults(monkeypatch):
-    """--recipe swaps defaults, a flag given by hand wins over both, and results.json tells what was used."""
-    import train_scratch
-
-    def parsed(*argv):
-        seen = {}
-        monkeypatch.setattr(sys, "argv", ["train_scratch.py", *argv])
-        monkeypatch.setattr(engine, "plans_from_args", lambda args: seen.update(vars(args)) or [])
-        train_scratch.main()
-        return seen
-
-    default, paper = parsed(), parsed("--recipe", "paper")
-    assert {k: default[k] for k in train_scratch.RECIPES["default"]} == train_scratch.RECIPES["default"]
-    plain = vars(data.Augment()) | {
-        "drop_rate": 0.1,
-        "drop_path": 0.05,
-        "patch_drop": 0.0,
-        "ema": 0.0,
-        "epochs": 15,
-        "batch_size": 32,
-        "lr": 3e-4,
-        "label_smoothing": 0.05,
-    }
-    assert {k: paper[k] for k in plain} == plain
-    assert parsed("--recipe", "paper", "--rotate", "3")["rotate"] == 3.0
-    assert parsed("--patch-drop", "0.1")["patch_drop"] == 0.1
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """50,000 cached images (200 MB) read twice over, in random order: resident memory stays within 40 MB."""
@@ -449,9 +443,8 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
     array.flush()
     del array
     images = np.load(tmp_path / "a.npy", mmap_mode="r")
-    batches = data.Batches(
-        data.Subset([""] * 50_000, np.zeros(50_000, np.int64), images, np.arange(50_000)), CPU
-    )
+    subset = data.Subset([""] * 50_000, np.zeros(50_000, np.int64), images, np.arange(50_000))
+    batches = data.Batches(subset, INPUTS)
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -471,22 +464,15 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
     """Batches in 3 uneven parts: the same losses and weights as in one part, class weights or not."""
     histories, ends = [], []
     for n in (1, 3):
-        with pytest.MonkeyPatch.context() as patch:
-            plain = vit.VisionTransformer
-            patch.setattr(
-                sys.modules[__name__],
-                "small_vit",
-                lambda drop_rate, drop_path_rate, **kw: plain(
-                    **dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3), **kw
-                ),
-            )
-            results = toy_fit(
-                tmp_path / str(n),
-                epochs=2,
-                accumulate=n,
-                augment=data.Augment(**NONE),
-                loss_fn=engine.cross_entropy(weight, 0.05),
-            )
+        torch.manual_seed(1)
+        results = toy_fit(
+            tmp_path / str(n),
+            epochs=2,
+            accumulate=n,
+            augment=PRESETS["none"],
+            model=small_vit(in_chans=1),
+            objective=ToyObjective(class_weights=weight),
+        )
         histories.append([(h["train_loss"], h["val_loss"]) for h in results["history"]])
         ends.append(load_pth(tmp_path, str(n), "last.pth")["model"])
     assert np.array(histories[1]) == pytest.approx(np.array(histories[0]), rel=1e-5)
@@ -495,8 +481,8 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
 
 
 def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
-    """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to rounding; one
-    writer; a resume with another number of processes is refused."""
+    """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to
+    rounding; one writer; a resume with another number of processes is refused."""
     flags = [
         "--data-dir",
         synthetic,
@@ -509,15 +495,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
         "--batch-size",
         10,
         "--no-amp",
-        "--drop-rate",
-        0,
-        "--drop-path",
-        0,
-        "--patch-drop",
-        0,
-        "--lr",
-        1e-4,
-        *itertools.chain(*((f"--{k}", 0) for k in vars(data.Augment()))),
+        *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, "--augment", "none"),
     ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
@@ -544,22 +522,48 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     for a, b in zip(one["history"], two["history"], strict=True):
         for key in ("train_loss", "val_loss", "val_auroc"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
-    process = torchrun("--resume")  # finished: nothing to do
+    process = torchrun("--resume")  # finished: nothing is left to do
     assert process.wait(timeout=120) == 0
     assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
-    refused(
-        cli("train_scratch", *flags, "--epochs", 2, "--out", "two", "--resume", cwd=tmp_path), "2 processes"
-    )
+
+
+def test_resume_with_another_number_of_processes_is_refused(tmp_path):
+    """The random state of every process is in last.pth: made by two, it cannot go on in one."""
+    stop = ToyObjective(lambda losses: os.kill(os.getpid(), signal.SIGINT) or losses)
+    with pytest.raises(common.Interrupted):
+        toy_fit(tmp_path, objective=stop)
+    last = load_pth(tmp_path, "last.pth")
+    torch.save({**last, "rng": last["rng"] * 2}, tmp_path / "last.pth")
+    with pytest.raises(InputError, match="2 processes"):
+        toy_fit(tmp_path, resume=True)
+
+
+def test_damaged_last_is_refused(tmp_path):
+    """Truncated anywhere, or with a part missing: one message, nothing changed."""
+    toy_fit(tmp_path, epochs=1)
+    results = read_json(tmp_path, "results.json")
+    (tmp_path / "results.json").write_text(json.dumps({**results, "finished": False}))
+    raw, last = (tmp_path / "last.pth").read_bytes(), load_pth(tmp_path, "last.pth")
+    for size in (0, 10, len(raw) // 2, len(raw) - 10):
+        (tmp_path / "last.pth").write_bytes(raw[:size])
+        with pytest.raises(InputError, match="last.pth"):
+            toy_fit(tmp_path, epochs=1, resume=True)
+    for key in ("rng", "state", "model", "optimizer"):
+        torch.save({k: v for k, v in last.items() if k != key}, tmp_path / "last.pth")
+        with pytest.raises(InputError, match="last.pth"):
+            toy_fit(tmp_path, epochs=1, resume=True)
 
 
 def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
-    """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit the same."""
-    captured, weights = [], []
+    """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit
+    the same."""
+    torch.manual_seed(1)
+    model, weights = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1), []
     hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
-        lambda *_: weights.append({n: p.detach().double().clone() for n, p in captured[0].named_parameters()})
+        lambda *_: weights.append({n: p.detach().double().clone() for n, p in model.named_parameters()})
     )
     try:
-        toy_fit(tmp_path / "a", epochs=2, ema=0.8, capture=captured)
+        toy_fit(tmp_path / "a", epochs=2, ema=0.8, model=model)
     finally:
         hook.remove()
     average = weights[0]
@@ -575,23 +579,24 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     if best == 2:
         assert all(torch.equal(checkpoint[n], last["average"][f"module.{n}"]) for n in checkpoint)
     assert not any(torch.equal(checkpoint[n], last["model"][n]) for n in average if n.endswith("weight"))
-    calls, plain = itertools.count(1), engine.cross_entropy(None, 0.05)
+    calls = itertools.count(1)
 
-    def loss_fn(logits, y):
+    def stop(losses):
         if next(calls) == 8:
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(logits, y)
+        return losses
 
+    settings = dict(epochs=2, ema=0.8, model=None)
     with pytest.raises(common.Interrupted):
-        toy_fit(tmp_path / "b", epochs=2, ema=0.8, loss_fn=loss_fn)
-    toy_fit(tmp_path / "b", epochs=2, ema=0.8, resume=True)
+        toy_fit(tmp_path / "b", objective=ToyObjective(stop), **settings)
+    toy_fit(tmp_path / "b", resume=True, **settings)
     assert same_tensors(load_pth(tmp_path, "b", "checkpoint.pth"), checkpoint)
     assert same_tensors(load_pth(tmp_path, "b", "last.pth")["average"], last["average"])
 
 
 def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
-    """pretrain_mae.py -> --init: the encoder arrives whole, head apart; the run is no candidate of calibrate or compare;
-    a wrong folder, shape or split is refused."""
+    """pretrain_mae.py -> --init: the encoder arrives whole, head apart; the run is no candidate of calibrate
+    or compare; a wrong folder, shape or split is refused."""
     common_flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32)
     done = succeed(
         "pretrain_mae", *common_flags, "--epochs", 2, "--batch-size", 32, "--max-steps", 4, cwd=tmp_path
@@ -619,7 +624,7 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
         if not name.startswith("head"):
             assert torch.allclose(value, encoder[f"encoder.{name}"], atol=1e-9), name
     run = read_json(tmp_path, "outputs/scratch/results.json")
-    assert run["recipe"]["init"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
+    assert run["init"]["run"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
     refused(
         cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path),
         "pretrain_mae.py",

@@ -55,7 +55,8 @@ def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
 
 
 def test_border_alone_sees_the_border_and_nothing_else(tiny_npz):
-    """Noise images whose class is told by the grey of a corner, or of the middle: separated, or at chance (sd 0.05)."""
+    """Noise images whose class is told by the grey of a corner, or of the middle: separated, or at chance (sd
+    0.05)."""
     import experiments
 
     rng = np.random.default_rng(0)
@@ -98,7 +99,8 @@ def test_stamped_finds_the_template_whatever_its_contrast():
 
 @pytest.mark.skipif(not (SHARED / "chest_xray").is_dir(), reason="needs the real set")
 def test_one_unit_has_no_healthy_child_in_training(tmp_path):
-    """The two images of test NORMAL that show the stamp to the eye are among the hits, and train NORMAL has none."""
+    """The two images of test NORMAL that show the stamp to the eye are among the hits, and train NORMAL has
+    none."""
     done = succeed("experiments", "--stamps", SHARED / "chest_xray", cwd=tmp_path)
     rows = {r.split(" | ")[0][2:]: r for r in done.out.splitlines() if r.startswith("| ")}
     assert rows["train"].split(" | ")[1] == "0 of 1073" and rows["validation"].split(" | ")[1] == "0 of 268"

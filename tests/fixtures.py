@@ -16,6 +16,7 @@ from hypothesis import settings
 from PIL import Image
 
 import data
+import demo
 from tests.shared import cli, google_arrays, succeed
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -25,9 +26,10 @@ settings.load_profile("ci")
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory):
-    """A small synthetic data folder: train 36 + 60, test 15 + 25 images. Read only: tests that change it copy it."""
+    """A small synthetic data folder: train 36 + 60, test 15 + 25 images. Read only: tests that change it copy
+    it."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    data.make_synthetic(root, train=96, test=40)
+    demo.make_synthetic(root, train=96, test=40)
     return root
 
 
@@ -39,7 +41,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_npz(tmp_path_factory):
-    """Weights in Google's layout of a very small ViT (width 24, depth 2, heads 3, patch 16, 32 px, 1,000 classes)."""
+    """Weights in Google's layout of a very small ViT (width 24, depth 2, heads 3, patch 16, 32 px, 1,000
+    classes)."""
     path = tmp_path_factory.mktemp("weights") / "tiny.npz"
     np.savez(path, **google_arrays(dim=24, depth=2, heads=3, patch=16, grid=2, classes=1000))
     return path
@@ -53,7 +56,8 @@ def flags(synthetic, cache):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, flags, tiny_npz):
-    """One run of each kind, calibrated and compared: folder, and what calibrate and compare printed. Read only."""
+    """One run of each kind, calibrated and compared: folder, and what calibrate and compare printed. Read
+    only."""
     cwd = tmp_path_factory.mktemp("runs")
     succeed("train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", cwd=cwd)
     succeed("train_pretrained", *flags, "--weights", tiny_npz, "--epochs", 2, "--batch-size", 16, cwd=cwd)
@@ -75,9 +79,10 @@ FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 200)  # 22 pati
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A synthetic set with enough patients for a guarantee, and calibrated runs: linear, and scratch with two seeds."""
+    """A synthetic set with enough patients for a guarantee, and calibrated runs: linear, and scratch with two
+    seeds."""
     folder = tmp_path_factory.mktemp("bench")
-    data.make_synthetic(folder / "xray", train=420, test=60)
+    demo.make_synthetic(folder / "xray", train=420, test=60)
     common_flags = ("--data-dir", "xray", "--img-size", "32")
     assert cli("train_linear", *common_flags, cwd=folder).code == 0
     assert cli("train_scratch", *common_flags, "--seeds", 0, 1, "--max-steps", 3, cwd=folder).code == 0

@@ -376,7 +376,8 @@ def test_calibration_error_brier_nll_by_hand():
 
 
 def test_predictive_values_and_net_benefit_by_hand():
-    """1,000 children, 100 sick, recall 0.9, specificity 0.8: 90 true and 180 false alarms; 720 true, 10 false rests."""
+    """1,000 children, 100 sick, recall 0.9, specificity 0.8: 90 true and 180 false alarms; 720 true, 10 false
+    rests."""
     assert metrics.predictive_values(0.9, 0.8, 0.1) == pytest.approx((90 / 270, 720 / 730))
     y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.3, 0.6, 0.1])
     model, treat_all = metrics.net_benefit(y, p, [0.5, 0.2])

@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+import tensors
 import torch
 
 import common
-import engine
+from run import Run
 from tests.shared import Evil, cli, folder_bytes, load_pth, read_json, refused, same_tensors, succeed
 
 RESULT_KEYS = {
@@ -69,9 +70,9 @@ def test_checkpoint_holds_tensors_only(runs):
     for name in ("scratch", "pretrained", "linear"):
         state = load_pth(runs.out, name, "checkpoint.pth")
         assert all(isinstance(v, torch.Tensor) for v in state.values())
-        model, results = engine.load_run(runs.out / name)
-        assert same_tensors(model.state_dict(), state)
-    assert results["model"] == "linear"
+        run = Run(runs.out / name)
+        assert same_tensors(run.model().state_dict(), state) and not run.model().training
+    assert run.results["model"] == "linear" and run.kind == "linear"
 
 
 def test_pretrained_run_starts_from_the_weights(runs, tiny_npz):
@@ -180,7 +181,7 @@ def test_a_calibration_of_other_weights_is_refused(bench, tmp_path):
 
 def test_nan_weights_are_refused(bench, tmp_path):
     shutil.copytree(bench / "outputs/linear", tmp_path / "run")
-    state = common.load_tensors(tmp_path / "run/checkpoint.pth")
+    state = tensors.load_tensors(tmp_path / "run/checkpoint.pth")
     state["head.weight"][0, 0] = math.nan
     torch.save(state, tmp_path / "run/checkpoint.pth")
     for script, argv in (("predict", ["xray/test", "--run"]), ("calibrate", ["--run"])):
@@ -237,3 +238,56 @@ def test_newer_format_and_too_few_patients_are_refused(bench, tmp_path):
         assert done.code == 2 and "format 99" in done.err
     done = cli("calibrate", "--run", "outputs/linear", "--guarantee", 0.9999999, cwd=bench)
     assert done.code == 2 and "are needed" in done.err
+
+
+def test_old_runs_without_new_keys_are_read(bench, tmp_path):
+    """What earlier versions did not record is not asked for: the split's unknown patients, recipe fields,
+    classes' order."""
+    shutil.copytree(bench / "outputs/linear", tmp_path / "run")
+    results = common.read_json(tmp_path / "run/results.json")
+    del results["split"]["unknown_patients"]
+    common.write_json(tmp_path / "run/results.json", results)
+    run = Run(tmp_path / "run")
+    assert (
+        run.results["model"] == "linear" and run.calibration()["threshold"] > 0 and run.calibrated() == [""]
+    )
+    assert len(run.scores()["test_files"]) == 60
+
+
+def test_ensemble_is_a_run_of_its_own(bench, tmp_path):
+    """Its probability is the mean of its members'; calibrate, predict, compare and explain take it like any
+    other."""
+    shutil.copytree(bench / "outputs", tmp_path / "outputs")
+    (tmp_path / "xray").symlink_to(bench / "xray")
+    members = ["outputs/scratch-seed0", "outputs/scratch-seed1"]
+    flags = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 200, "--ensemble", *members)
+    done = succeed("calibrate", *flags, "--out", "outputs/both", cwd=tmp_path)
+    assert "ensemble of 2 runs" in done.out
+    scores = [Run(tmp_path / f).scores() for f in (*members, "outputs/both")]
+    for part in ("val", "test"):
+        a, b, both = (s[f"{part}_p1"] for s in scores)
+        assert np.allclose(both, (a + b) / 2, atol=1e-6) and a.std() > 1e-4
+    run = Run(tmp_path / "outputs/both")
+    assert (
+        run.kind == "ensemble" and run.results["params"] == 2 * Run(tmp_path / members[0]).results["params"]
+    )
+    rows = succeed("predict", "xray/test", "--run", "outputs/both", cwd=tmp_path).out.splitlines()[1:]
+    assert [float(r.split(",")[1]) for r in rows] == pytest.approx(scores[2]["test_p1"].tolist(), abs=1e-12)
+    assert "ensemble" in succeed("compare", cwd=tmp_path).out
+    succeed("explain", "--run", "outputs/both", "--tests", 2, cwd=tmp_path)
+    refused(cli("calibrate", *flags, "--out", "outputs/both", cwd=tmp_path), "--overwrite")
+    for wrong, word in ((members[:1], "two or more"), (["outputs/both", members[0]], "ensemble")):
+        argv = ("--ensemble", *wrong, "--out", "outputs/x")
+        refused(cli("calibrate", *argv, cwd=tmp_path), word)
+    refused(cli("calibrate", "--ensemble", *members, cwd=tmp_path), "--out")
+
+
+def test_members_on_other_images_make_no_ensemble(bench, tmp_path):
+    """Another validation split, or other settings: one line, nothing written."""
+    shutil.copytree(bench / "outputs", tmp_path / "outputs")
+    path = tmp_path / "outputs/scratch-seed1/results.json"
+    results = common.read_json(path)
+    common.write_json(path, {**results, "split": {**results["split"], "fingerprint": "0"}})
+    argv = ("--ensemble", "outputs/scratch-seed0", "outputs/scratch-seed1", "--out", "outputs/x")
+    refused(cli("calibrate", *argv, cwd=tmp_path), "differ in split")
+    assert not (tmp_path / "outputs/x").exists()

@@ -203,72 +203,6 @@ def toy_subset(count, seed, side=16):
     return data.Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
 
 
-def toy_fit(
-    out,
-    *,
-    epochs=3,
-    resume=False,
-    loss_fn=None,
-    monitor=engine.binary_auroc,
-    patience=9,
-    lr=1e-3,
-    max_steps=None,
-    augment=data.Augment(hflip=0.5),
-    capture=None,
-    **more,
-):
-    """`engine.fit` of a small ViT with dropout, DropPath and augmentation: 5 steps an epoch, a fraction of a second."""
-    torch.manual_seed(1)
-    model = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
-    if capture is not None:
-        capture.append(model)
-    meta = {
-        "model": "toy",
-        "model_config": {"kind": "vit", **model.config},
-        "recipe": {"lr": lr, "amp": False},
-        "data": {"data_dir": "toy", "cache_dir": "anywhere"},
-        "split": {
-            "synthetic": True,
-            "fingerprint": "f",
-            "train": 1,
-            "val": 1,
-            "test": 1,
-            "counts": {},
-            "set": "toy",
-        },
-        "seed": 0,
-        "mean": [0.5],
-        "std": [0.5],
-    }
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return engine.fit(
-            model,
-            toy_subset(40, 0),
-            toy_subset(20, 1),
-            out=out,
-            meta=meta,
-            loss_fn=loss_fn or engine.cross_entropy(None, 0.05),
-            monitor=monitor,
-            mean=(0.5,),
-            std=(0.5,),
-            augment=augment,
-            device=CPU,
-            amp=False,
-            epochs=epochs,
-            batch_size=8,
-            lr=lr,
-            weight_decay=0.05,
-            schedule="cosine",
-            warmup_epochs=1.0,
-            clip=1.0,
-            patience=patience,
-            seed=0,
-            max_steps=max_steps,
-            resume=resume,
-            **more,
-        )
-
-
 def copy_set(synthetic, tmp_path):
     return Path(shutil.copytree(synthetic, tmp_path / "set"))
 
@@ -319,7 +253,8 @@ def folder_bytes(root):
 
 
 def brute_force_threshold(y, p, min_recall):
-    """Every distinct score as threshold, in exact fractions: (precision, recall, threshold), the largest wins."""
+    """Every distinct score as threshold, in exact fractions: (precision, recall, threshold), the largest
+    wins."""
     candidates = []
     for threshold in set(p):
         called = [a >= threshold for a in p]

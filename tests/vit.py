@@ -172,7 +172,8 @@ def test_drop_path_acts_on_both_branches():
 
 @pytest.mark.parametrize("p, dtype", [(0.1, torch.float32), (0.5, torch.float32), (0.1, torch.bfloat16)])
 def test_dropout(p, dtype):
-    """The 8-bit mask: rate (the nearest 1/256), scale, and independence of neighbours; its gradient is the mask."""
+    """The 8-bit mask: rate (the nearest 1/256), scale, and independence of neighbours; its gradient is the
+    mask."""
     layer = vit.Dropout(p).train()
     p = round(p * 256) / 256
     torch.manual_seed(0)
