@@ -4,12 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+import tensors
 import torch
 
 import common
 import data
 import engine
 import metrics
+from run import Run
 from tests.fixtures import FLOOR
 from tests.shared import (
     brute_force_threshold,
@@ -57,7 +59,7 @@ def test_calibration_recomputed_from_scores(runs, synthetic, name):
 def test_scores_are_those_of_the_images(runs, synthetic):
     """Single images through the kept weights by hand: file -> PIL -> logits -> softmax -> the row in
     scores.npz."""
-    model, results = engine.load_run(runs.out / "scratch")
+    model = Run(runs.out / "scratch").model()
     with np.load(runs.out / "scratch" / "scores.npz") as scores:
         for split in ("val", "test"):
             for i in (0, 7, 19):
@@ -142,10 +144,10 @@ def test_min_recall_from_the_command_line_is_met_on_validation(own_runs):
 
 
 def test_seeds_train_one_run_each(bench):
-    runs = [common.read_results(bench / f"outputs/scratch-seed{s}") for s in (0, 1)]
+    runs = [Run(bench / f"outputs/scratch-seed{s}").results for s in (0, 1)]
     assert [r["seed"] for r in runs] == [0, 1] and runs[0]["split"] == runs[1]["split"]
     a, b = (
-        common.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1)
+        tensors.load_tensors(bench / f"outputs/scratch-seed{s}/checkpoint.pth")["head.weight"] for s in (0, 1)
     )
     assert not torch.equal(a, b)
 

@@ -168,7 +168,7 @@ def test_long_work_goes_on_without_its_reader():
 
 def test_results_are_utf8_whatever_the_locale():
     """And a file name that is no valid Unicode is escaped."""
-    code = "import common\ncommon.start(lambda: print('\u2192 \udcff'))"
+    code = r"import common; common.start(lambda: print('\u2192 \udcff'))"
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stdout.split() == ["\u2192".encode(), b"\\udcff"]

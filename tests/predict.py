@@ -2,17 +2,20 @@
 
 import csv
 import io
+import os
+import shutil
 from pathlib import Path
 
+import images
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
-import data
-import engine
 import metrics
+from inputs import Inputs
+from run import Run
 from tests.fixtures import FLOOR
 from tests.shared import cli, file_list, predict_rows
 
@@ -126,7 +129,7 @@ def test_predict_streams(bench):
     """Files are taken from the iterator batch by batch: never more than two batches are in the air."""
     import predict
 
-    scorer = predict.Scorer(bench / "outputs/linear", torch.device("cpu"), tta=False)
+    scorer = predict.Scorer(Run(bench / "outputs/linear"), torch.device("cpu"), tta=False)
     path, taken = str(bench / "xray" / file_list(bench, "outputs/linear")[0]), 0
 
     def endless():
@@ -147,17 +150,29 @@ def test_export_matches_pytorch(bench):
     assert cli("predict", "--export", "m.onnx", "--run", run, cwd=bench).code == 0
     meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
     assert float(meta["threshold@Rec"]) == common.read_json(bench / run / "calibration.json")["threshold"]
-    pixels = np.stack([data.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
+    pixels = np.stack([images.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
     got = runtime.InferenceSession(str(bench / "m.onnx")).run(
         None, {"image": pixels[:, None].astype(np.float32) / 255}
     )[0]
-    model, results = engine.load_run(bench / run)
+    run = Run(bench / run)
+    inputs = Inputs.of_run(run.results, torch.device("cpu")).on("cpu")
     with torch.inference_mode():
-        logits = engine.forward(
-            model,
-            torch.from_numpy(pixels)[:, None] / 255,
-            mean=results["mean"],
-            std=results["std"],
-            amp=False,
-        )
+        logits = inputs.logits(run.model(), inputs.grey(pixels))
     assert got == pytest.approx(metrics.tempered(logits.numpy(), 1.0), abs=1e-4)
+
+
+def test_predict_goes_on_after_whatever_one_file_raises(bench):
+    """A float TIFF with a NaN pixel under another name, a named pipe, a folder's name with no valid Unicode."""
+    folder = bench / "strange"
+    folder.mkdir(exist_ok=True)
+    good = sorted((bench / "xray/test/NORMAL").iterdir())[0]
+    Image.open(good).convert("L").save(folder / "a.png")
+    pixels = np.full((40, 40), 0.5, np.float32)
+    pixels[3, 3] = np.nan
+    Image.fromarray(pixels).save(folder / "b.png", format="TIFF")
+    os.mkfifo(folder / "c.dcm")
+    Image.open(good).save(os.path.join(os.fsencode(folder), b"d\xff.jpeg").decode("utf-8", "surrogateescape"))
+    done = cli("predict", "strange", "--run", "outputs/linear", cwd=bench)
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert done.code == 2 and [bool(r["p_pneumonia"]) for r in rows] == [True, False, True], done.err
+    shutil.rmtree(folder)

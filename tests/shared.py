@@ -20,7 +20,6 @@ from PIL import Image
 
 import common
 import data
-import engine
 import vit
 
 REPO = Path(__file__).resolve().parent.parent
