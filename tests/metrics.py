@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -44,9 +45,9 @@ def test_threshold_on_continuous_scores_against_brute_force():
         ([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6], 0.51, (0.7, 1.0, 2 / 3)),
         ([1, 0], [0.5, 0.5], 1.0, (0.5, 1.0, 0.5)),  # a tie cannot be cut
         ([1, 0, 0, 1], [0.0, 0.0, 1.0, 1.0], 0.5, (0.0, 1.0, 0.5)),  # precision 1/2 both times: higher recall
-        ([1] * 19 + [1, 0], [0.9] * 19 + [0.1, 0.2], 0.95, (0.9, 0.95, 1.0)),
+        ([1] * 19 + [1, 0], [0.9] * 19 + [0.1, 0.2], 0.95, (0.9, 0.95, 1.0)),  # 19/20 counts as 0.95
     ],
-)  # 19/20 counts as 0.95
+)
 def test_threshold_by_hand(y, p, target, expected):
     assert metrics.choose_threshold_by_min_recall(y, p, target) == pytest.approx(expected)
 
@@ -82,7 +83,7 @@ def test_summary_against_scikit_learn(pairs, cut):
 
 
 @pytest.mark.parametrize(
-    "y, p, target, word",
+    "y, p, target, message",
     [
         ([0, 0], [0.1, 0.2], 0.9, "no positives"),
         ([1, 1], [0.1, 0.2], 0.9, "no negatives"),
@@ -100,11 +101,11 @@ def test_summary_against_scikit_learn(pairs, cut):
         ([0, 1], [0.1, 0.2], math.nan, "min_recall"),
     ],
 )
-def test_metric_errors(y, p, target, word):
-    with pytest.raises(ValueError, match=word):
+def test_metric_errors(y, p, target, message):
+    with pytest.raises(ValueError, match=message):
         metrics.choose_threshold_by_min_recall(y, p, target)
-    if word != "min_recall":
-        with pytest.raises(ValueError, match=word):
+    if message != "min_recall":
+        with pytest.raises(ValueError, match=message):
             metrics.summarize_at_threshold(y, p, 0.5)
 
 
@@ -130,7 +131,7 @@ def _random_scores(rng, n, grid=None):
     "n, target, confidence", [(59, 0.95, 0.95), (200, 0.95, 0.95), (333, 0.9, 0.99), (775, 0.95, 0.9)]
 )
 def test_guarantee_is_the_umbrella_order_statistic(n, target, confidence):
-    """k by summing the binomial by hand: the largest k with P(Bin(n, 1 - target) <= k - 1) <= 1 - confidence."""
+    """The binomial summed by hand: the largest k with P(Bin(n, 1 - target) <= k - 1) <= 1 - confidence."""
     rng = np.random.default_rng(n)
     positives = rng.permutation(np.linspace(0.1, 0.9, n))
     y, p = np.r_[np.ones(n, int), np.zeros(30, int)], np.r_[positives, rng.random(30) * 0.5]
@@ -166,7 +167,7 @@ def test_guarantee_with_constant_scores_calls_everything_positive():
 
 @pytest.mark.parametrize("clustered", [False, True])
 def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
-    """True recall is known: positives score Phi(N(1, 1)). In clusters the images of a patient correlate 0.8."""
+    """The true recall is known: positives are Phi(N(1, 1)). In clusters a patient's images correlate 0.8."""
     from scipy.stats import norm
 
     rng, draws, patients = np.random.default_rng(5), 400, 250
@@ -262,26 +263,83 @@ def test_delong_agrees_with_the_bootstrap_and_covers():
     assert 0.92 < hits / 400 < 0.98
 
 
+def _all_draws(groups, n, seed):
+    """What `bootstrap_weights` yields, by its definition and in one piece: int64 [n, N]."""
+    _, codes = np.unique(groups, return_inverse=True)
+    draws = np.random.default_rng(seed).integers(codes.max() + 1, size=(n, codes.max() + 1))
+    return np.stack([np.bincount(draw, minlength=codes.max() + 1)[codes] for draw in draws])
+
+
+@pytest.mark.parametrize("block", [1, 1000, 2**15])
+def test_bootstrap_draws_do_not_depend_on_the_blocks(block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    groups = np.arange(90) % 71  # odd: the generator makes 32-bit numbers in pairs, one may be left over
+    blocks = list(metrics.bootstrap_weights(groups, 401, seed=7))
+    assert max(b.size for b in blocks) <= max(block, 90)
+    assert (np.concatenate(blocks) == _all_draws(groups, 401, 7)).all()
+    for groups, n in (([], 5), ([1, 2], 0)):
+        with pytest.raises(ValueError, match="bootstrap needs"):
+            next(metrics.bootstrap_weights(groups, n))
+
+
 @pytest.mark.parametrize("grid", [None, 8])
-def test_vectorised_bootstrap_equals_resampling(grid):
+def test_vectorised_bootstrap_equals_resampling(grid, monkeypatch):
     """Every draw of every figure against summarize_at_threshold on the repeated rows."""
+    monkeypatch.setattr(metrics, "BLOCK", 1000)  # 8 draws a block
     rng = np.random.default_rng(6)
     y, p = _random_scores(rng, 120, grid)
     groups = rng.integers(0, 40, 120)
-    weights = metrics.bootstrap_weights(groups, 30, seed=2)
-    assert (
-        weights == weights[:, [np.flatnonzero(groups == g)[0] for g in groups]]
-    ).all()  # patients stay whole
-    for thr in (0.5, 0.0, 1.0, 0.375):
-        draws = metrics.bootstrap_summary(y, p, thr, weights)
+    weights = _all_draws(groups, 30, 2)
+    same_patient = [np.flatnonzero(groups == g)[0] for g in groups]
+    assert (weights == weights[:, same_patient]).all()  # patients stay whole
+    thresholds = (0.5, 0.0, 1.0, 0.375)
+    summaries = metrics.bootstrap_summary(y, p, thresholds, metrics.bootstrap_weights(groups, 30, 2))
+    for thr, draws in zip(thresholds, summaries, strict=True):
         for b, w in enumerate(weights):
             index = np.repeat(np.arange(120), w)
             row = metrics.summarize_at_threshold(y[index], p[index], thr)
             for name, values in draws.items():
                 assert values[b] == pytest.approx(row[name], abs=1e-12), (name, thr)
     lo, hi = metrics.bootstrap_interval(metrics.roc_auc_score, y, p, groups, n=200, seed=9)
-    fast = metrics.bootstrap_summary(y, p, 0.5, metrics.bootstrap_weights(groups, 200, 9))["auroc"]
-    assert (lo, hi) == pytest.approx(tuple(np.percentile(fast, [2.5, 97.5])))
+    (fast,) = metrics.bootstrap_summary(y, p, [0.5], metrics.bootstrap_weights(groups, 200, 9))
+    assert (lo, hi) == pytest.approx(tuple(np.percentile(fast["auroc"], [2.5, 97.5])))
+
+
+def test_draws_of_one_class_are_undefined_at_every_threshold():
+    weights = [np.array([[1, 1, 0], [0, 0, 3], [2, 0, 1]])]  # negatives only, positives only, both
+    for draws in metrics.bootstrap_summary([0, 0, 1], [0.1, 0.6, 0.7], [0.2, 0.9], weights):
+        for name, values in draws.items():
+            assert np.isnan(values[:2]).all() and np.isfinite(values[2]), name
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        metrics.bootstrap_summary([0, 1], [0.1, 0.6], [0.5, math.nan], [np.ones((1, 2), int)])
+
+
+def test_bootstrap_memory_is_bounded_and_curves_are_computed_once():
+    """800 draws of 8,000 images are 49 MiB as one array; three thresholds share AUROC's and AUPRC's draws."""
+    rng = np.random.default_rng(8)
+    y, p = _random_scores(rng, 8000)
+    groups, peaks = rng.integers(0, 5000, 8000), []
+    for n in (100, 800):
+        tracemalloc.start()
+        draws = metrics.bootstrap_summary(y, p, [0.4, 0.5, 0.6], metrics.bootstrap_weights(groups, n))
+        peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+    assert peaks[0] < 10 and peaks[1] < peaks[0] + 1, peaks
+    for name in ("auroc", "auprc"):
+        assert draws[0][name] is draws[1][name] is draws[2][name]
+
+
+def test_intervals_at_several_thresholds_are_those_of_each():
+    rng = np.random.default_rng(9)
+    y, p = _random_scores(rng, 200, 20)
+    groups, thresholds = rng.integers(0, 90, 200), [0.3, 0.5, 1.0]
+    together = metrics.intervals_at_thresholds(y, p, thresholds, groups, n=150)
+    assert together == [metrics.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
+    row = metrics.summarize_at_threshold(y, p, 0.5)
+    assert together[1]["recall"]["wilson"] == list(metrics.wilson_interval(row["tp"], row["tp"] + row["fn"]))
+    assert together[1]["auroc"]["delong"] == list(metrics.delong_interval(y, p)[1:])
+    with pytest.raises(ValueError, match="one group per label"):
+        metrics.intervals_at_threshold(y, p, 0.5, groups[1:])
 
 
 def test_bootstrap_is_fast_and_refuses_one_class():
@@ -323,7 +381,7 @@ def test_paired_comparison_signs_and_equality():
 
 
 def test_temperature_is_recovered_and_minimal():
-    """Labels drawn from softmax(z), logits given as 3 z: T is 3 up to noise, and no grid point does better."""
+    """Labels drawn from softmax(z), logits 3 z: T is 3 up to noise, and no point of a grid does better."""
     rng = np.random.default_rng(0)
     z = rng.normal(0, 2, (40_000, 3))
     prob = np.exp(z) / np.exp(z).sum(1, keepdims=True)
@@ -335,6 +393,8 @@ def test_temperature_is_recovered_and_minimal():
         return torch.nn.functional.cross_entropy(torch.tensor(3 * z / t), torch.tensor(y)).item()
 
     assert loss(t) <= min(loss(g) for g in np.linspace(1, 6, 51)) + 1e-9
+    with pytest.raises(ValueError, match="two classes"):
+        metrics.tempered(3 * z, t)
     separable = metrics.fit_temperature(np.array([[1.0, 0], [0, 1.0]]), np.array([0, 1]))
     assert 0.01 <= separable < 0.03  # the loss is 0 to the last bit from there on
     for logits, y in (
@@ -375,9 +435,48 @@ def test_calibration_error_brier_nll_by_hand():
     assert metrics.nll(y, p) == pytest.approx(log_loss(y, p))
 
 
+@pytest.mark.parametrize("positives, n", [(3, 10), (500, 1000), (390, 624)])
+def test_constant_score_at_the_prevalence_is_calibrated(positives, n):
+    """Labels in class order, as the files are: cutting ties by order gave 0.447 for 390 of 624."""
+    y = np.r_[np.zeros(n - positives, int), np.ones(positives, int)]
+    ece, bins = metrics.calibration_error(y, np.full(n, positives / n))
+    assert ece == pytest.approx(0, abs=1e-12)
+    assert len(bins) == min(15, n)
+    assert metrics.calibration_error(y, np.full(n, 1.0))[0] == pytest.approx(1 - positives / n)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6)), min_size=1, max_size=40),
+    bins=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_calibration_error_does_not_depend_on_the_order_of_the_input(pairs, bins, seed):
+    y, p = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs]) / 6
+    order = np.random.default_rng(seed).permutation(len(y))
+    assert metrics.calibration_error(y, p, bins) == metrics.calibration_error(y[order], p[order], bins)
+    _, rows = metrics.calibration_error(y, p, bins)
+    assert sum(r["n"] * r["positives"] for r in rows) == pytest.approx(y.sum())  # no label is lost
+    sizes = [r["n"] for r in rows]
+    assert sum(sizes) == len(y) and max(sizes) - min(sizes) <= 1
+
+
+def test_calibration_error_without_ties_is_a_plain_cut():
+    rng = np.random.default_rng(3)
+    y, p = _random_scores(rng, 208)
+    p = p * 0.9 + np.arange(208) * 1e-9  # no ties
+    order, expected = np.argsort(p), 0.0
+    ece, bins = metrics.calibration_error(y, p, 10)
+    for part, row in zip(np.array_split(order, 10), bins, strict=True):
+        expected += abs(p[part].sum() - y[part].sum()) / 208
+        assert (row["n"], row["positives"]) == (len(part), y[part].mean())
+    assert ece == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="at least one bin"):
+        metrics.calibration_error(y, p, 0)
+
+
 def test_predictive_values_and_net_benefit_by_hand():
-    """1,000 children, 100 sick, recall 0.9, specificity 0.8: 90 true and 180 false alarms; 720 true, 10 false
-    rests."""
+    """Of 1,000 children 100 are sick; recall 0.9 and specificity 0.8 give 90 true and 180 false alarms, and
+    call 720 children rightly and 10 wrongly healthy."""
     assert metrics.predictive_values(0.9, 0.8, 0.1) == pytest.approx((90 / 270, 720 / 730))
     y, p = np.array([1, 1, 0, 0]), np.array([0.9, 0.3, 0.6, 0.1])
     model, treat_all = metrics.net_benefit(y, p, [0.5, 0.2])
@@ -394,3 +493,82 @@ def test_reported_interval_never_claims_certainty():
     row = metrics.summarize_at_threshold(y, p, 0.6)
     row["interval"] = metrics.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
     assert metrics.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
+
+
+def _scores_of_two_sides(seed, n=240):
+    """The input of `evaluate`: overlapping classes, two images a patient."""
+    rng, scores = np.random.default_rng(seed), {}
+    for split in ("val", "test"):
+        y = rng.permutation(np.arange(n) % 2)
+        logits = rng.normal(0, 1, (n, 2)) + np.stack([-y, y], axis=1)
+        scores |= {f"{split}_labels": y, f"{split}_logits": logits, f"{split}_patients": np.arange(n) // 2}
+    return scores
+
+
+@pytest.mark.parametrize("temperature", [False, True])
+def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
+    scores = _scores_of_two_sides(0)
+    before = {name: values.copy() for name, values in scores.items()}
+    rule = metrics.Rule(min_recall=0.9, temperature=temperature, bootstrap=60, prevalence=0.2)
+    calibration, p1 = metrics.evaluate(scores, rule)
+    assert list(scores) == list(before) and all((scores[k] == before[k]).all() for k in before)
+    fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
+    assert calibration["temperature"] == fitted and calibration["temperature_applied"] is temperature
+    for split in ("val", "test"):
+        y, patients = scores[f"{split}_labels"], scores[f"{split}_patients"]
+        logits = scores[f"{split}_logits"]
+        expected = metrics.tempered(logits, fitted if temperature else 1.0)
+        assert (p1[split] == expected).all()
+        for name in ("at_0.5", "at_rec", "at_guaranteed"):
+            row = dict(calibration[split][name])
+            interval, at_prevalence = row.pop("interval"), row.pop("at_prevalence")
+            assert row == metrics.summarize_at_threshold(y, expected, row["thr"])
+            assert interval == metrics.intervals_at_threshold(y, expected, row["thr"], patients, 60)
+            ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], 0.2)
+            assert at_prevalence == {"prevalence": 0.2, "ppv": ppv, "npv": npv}
+        assert (
+            calibration["probability"][split]["before"]["ece"]
+            == metrics.calibration_error(y, metrics.tempered(logits, 1.0))[0]
+        )
+        after = calibration["probability"][split]["after"]
+        assert after["nll"] == metrics.nll(y, metrics.tempered(logits, fitted))
+    y, p = scores["val_labels"], p1["val"]
+    assert calibration["threshold"] == metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
+    promised = metrics.choose_threshold_with_guarantee(y, p, 0.9, 0.95, scores["val_patients"])[0]
+    assert calibration["guarantee"]["threshold"] == calibration["test"]["at_guaranteed"]["thr"] == promised
+    assert json.loads(json.dumps(calibration)) == calibration
+
+
+def test_evaluate_says_why_there_is_no_guarantee_or_refuses():
+    scores = _scores_of_two_sides(1, n=60)
+    calibration, _ = metrics.evaluate(scores, metrics.Rule(bootstrap=60))
+    assert calibration["guarantee"]["threshold"] is None and "at_guaranteed" not in calibration["test"]
+    assert "at least 59 are needed" in calibration["guarantee"]["why_not"]
+    with pytest.raises(ValueError, match="at least 59 are needed"):
+        metrics.evaluate(scores, metrics.Rule(bootstrap=60, strict=True))
+
+
+@pytest.mark.parametrize("split, where", [("val", "validation"), ("test", "test")])
+@pytest.mark.parametrize("label, missing", [(0, "no positives"), (1, "no negatives")])
+def test_evaluate_names_the_side_that_lacks_a_class(split, where, label, missing):
+    scores = _scores_of_two_sides(2, n=60)
+    scores[f"{split}_labels"] = np.full(60, label)
+    with pytest.raises(metrics.InputError, match=f"{missing} among the {where} labels"):
+        metrics.evaluate(scores, metrics.Rule(bootstrap=60))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"min_recall": 0},
+        {"min_recall": math.nan},
+        {"confidence": 1},
+        {"bootstrap": 0},
+        {"bootstrap": 10**9},
+        {"prevalence": 0.0},
+        {"prevalence": math.nan},
+    ],
+)
+def test_a_rule_checks_its_numbers(setting):
+    with pytest.raises(metrics.InputError, match=next(iter(setting))):
+        metrics.Rule(**setting)
