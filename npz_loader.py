@@ -6,6 +6,7 @@ missing, left over or misshapen is an InputError (a ValueError) that lists the n
 https://github.com/google-research/vision_transformer (`vit_jax/checkpoint.py`). Nothing is downloaded.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import DAMAGED, InputError, atomic_path, load_tensors
-from vit import CONFIGS
+from common import InputError, atomic_path
+from tensors import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
+from vit import CONFIGS, VisionTransformer
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"
 DOWNLOAD = "https://storage.googleapis.com/vit_models/imagenet21k+imagenet2012/ViT-B_16-224.npz"
@@ -45,7 +47,7 @@ _BLOCK = {
     "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel",
     "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
 }
-_LAYER = r"^(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\."  # transformers 4 and 5 name the blocks differently
+_LAYER = r"^(?:vit\.)?(?:encoder\.layer|layers)\.([0-9]+)\."  # transformers 4, 5
 _HF = [  # Hugging Face -> ours, as (pattern, replacement)
     (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
     (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
@@ -78,31 +80,20 @@ def load_npz(model, path):
     InputError (a ValueError) if the file is absent, damaged, pickled, not a plain ViT, or does not fit.
     The model is untouched unless everything fits.
     """
-    arrays, dropped, source, (mean, std), heads = _read(path)
+    arrays, dropped, source, (mean, std), heads, _ = _read(path)
     target = {name: p.detach() for name, p in model.named_parameters()}
     resized, reset = [], []
-    for name in ("head.weight", "head.bias"):
-        if target["head.weight"].shape != getattr(arrays.get("head.weight"), "shape", None):
-            dropped += [name] if arrays.pop(name, None) is not None else []
-            reset.append(name)
-    pos = arrays.get("pos_embed")
-    if pos is not None and pos.ndim == 3 and pos.shape[-1] == model.embed_dim:
-        arrays["pos_embed"], changed = _resize_pos_embed(pos, model.grid_size, path)
-        resized += ["pos_embed"] if changed else []
-    missing = sorted(target.keys() - arrays.keys() - set(reset))
-    extra = sorted(arrays.keys() - target.keys())
-    wrong = sorted(
-        f"{n} is {tuple(arrays[n].shape)}, needs {tuple(target[n].shape)}"
-        for n in target.keys() & arrays.keys()
-        if arrays[n].shape != target[n].shape
-    )
+    if "head.weight" not in arrays or arrays["head.weight"].shape != target["head.weight"].shape:
+        reset = ["head.weight", "head.bias"]
+        dropped += [name for name in reset if arrays.pop(name, None) is not None]
+    if arrays["pos_embed"].shape[-1] == model.embed_dim:
+        arrays["pos_embed"], changed = _resize_pos_embed(arrays["pos_embed"], model.grid_size)
+        resized = ["pos_embed"] if changed else []
+    misfit = _differences(arrays, {n: p for n, p in target.items() if n not in reset})
     if heads not in (None, model.config["num_heads"]):  # the fused shapes would not show it
-        wrong.append(f"{heads} heads, the model has {model.config['num_heads']}")
-    if missing or extra or wrong:
-        raise InputError(
-            f"{path} does not fit the model: missing from the file [{', '.join(missing)}]; "
-            f"not in the model [{', '.join(extra)}]; wrong shape [{'; '.join(wrong)}]"
-        )
+        misfit += f"; {heads} heads, the model has {model.config['num_heads']}"
+    if misfit:
+        raise InputError(f"{path} does not fit the model: {misfit.removeprefix('; ')}")
     with torch.no_grad():
         for name, value in arrays.items():
             target[name].copy_(value)
@@ -133,49 +124,132 @@ def describe(report):
 def config_from_npz(path):
     """The architecture in a weights file -> keywords of VisionTransformer.
 
-    {patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio}. Heads are read from the shape of the
-    query kernel; a torch state dict does not hold them, so there the width decides (CONFIGS, else 64 per head).
+    {patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio}. Heads are read from the shape of the query
+    kernel; a torch state dict does not hold them, so there the width decides (CONFIGS, else 64 per head).
+    Every array that such a model needs is in the file, so a few bytes cannot ask for a large model.
+    InputError (a ValueError) as in `load_npz`.
     """
-    arrays, _, _, _, heads = _read(path)
-    try:
-        dim, chans, patch, patch_w = arrays["patch_embed.proj.weight"].shape
-        hidden = arrays["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError):
-        raise InputError(f"{path}: the patch embedding or the first block is missing or misshapen") from None
-    depth = 1 + max(int(name.split(".")[1]) for name in arrays if name.startswith("blocks."))
-    known = {c["embed_dim"]: c["num_heads"] for c in CONFIGS.values()}
-    heads = heads or known.get(dim, max(1, dim // 64))
-    if patch != patch_w:
-        raise InputError(f"{path}: patches of {patch}x{patch_w} are not square")
-    return dict(
-        patch_size=patch, in_chans=chans, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=hidden / dim
-    )
+    return _read(path).config
+
+
+def architecture_name(config):
+    """The name in vit.CONFIGS of an architecture (a dict as of `config_from_npz`), else vit-d384-l12-h6-p32.
+
+    That is width, layers, heads and patch size, followed by -m3 for an MLP that is 3 and not 4 times as wide.
+    """
+    keys = ("embed_dim", "depth", "num_heads", "patch_size")
+    ratio = config.get("mlp_ratio", 4)
+    for name, known in CONFIGS.items():
+        if ratio == known.get("mlp_ratio", 4) and all(config[k] == known[k] for k in keys):
+            return name
+    dim, depth, heads, patch = (config[k] for k in keys)
+    return f"vit-d{dim}-l{depth}-h{heads}-p{patch}" + (f"-m{ratio:g}" if ratio != 4 else "")
+
+
+def readable_architecture(name):
+    """A name of `architecture_name` for a table: vit-d384-l12-h6-p32 -> "ViT 384x12, patch 32".
+
+    Other names are returned as they are.
+    """
+    match = re.fullmatch(r"vit-d([0-9]+)-l([0-9]+)-h[0-9]+-p([0-9]+)(?:-m[0-9.e+-]+)?", name)
+    return "ViT {}x{}, patch {}".format(*match.groups()) if match else name
 
 
 def save_npz(model, path):
-    """Write a VisionTransformer in Google's layout (float32, atomically): `load_npz` gives it back exactly."""
-    state = {name: p.detach().float().cpu().numpy() for name, p in model.state_dict().items()}
-    heads, out = model.config["num_heads"], {}
-    for name, value in state.items():
-        dim = model.embed_dim
-        if ".attn.qkv." in name:
-            block, kind = name.split(".")[1], name.rsplit(".", 1)[1]
-            for part, chunk in zip(("query", "key", "value"), np.split(value, 3)):
-                key = f"Transformer/encoderblock_{block}/{_MHA}/{part}/"
-                if kind == "weight":  # (out, in) -> (in, heads, head_dim)
-                    out[key + "kernel"] = chunk.T.reshape(dim, heads, dim // heads)
-                else:
-                    out[key + "bias"] = chunk.reshape(heads, dim // heads)
-            continue
-        if name == "patch_embed.proj.weight":
-            value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
-        elif name.endswith("attn.proj.weight"):
-            value = value.T.reshape(heads, dim // heads, dim)
-        elif value.ndim == 2:
-            value = value.T
-        out[_google_name(name)] = np.ascontiguousarray(value)
+    """Write a VisionTransformer in Google's layout, float32, atomically; `load_npz` reads it back exactly."""
+    state = {name: p.detach().float().cpu() for name, p in model.state_dict().items()}
+    arrays = {name: p.numpy() for name, p in _to_google(state, model.config["num_heads"]).items()}
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
-        np.savez(f, **out)
+        np.savez(f, **arrays)
+
+
+# ---------------------------------------------------------------- what a file holds
+
+
+class _Weights(NamedTuple):
+    arrays: dict  # our name -> float32 tensor
+    dropped: list  # names in the file
+    source: str
+    scaling: tuple  # (mean, std), 3 floats each
+    heads: int | None  # None: the file does not tell
+    config: dict  # keywords of VisionTransformer, which needs exactly these arrays (and perhaps a head)
+
+
+def _read(path):
+    """Any weights file -> _Weights, complete and free of contradictions."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(
+            f"no weights at {path}. Fetch them once with:\n"
+            f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"
+            "  or copy the file there by hand, or name another with --weights PATH"
+        )
+    weights = _read_google(path) if path.suffix == ".npz" else _read_state_dict(path)
+    if bad := sorted(name for name, value in weights.arrays.items() if not torch.isfinite(value).all()):
+        raise InputError(f"{path}: NaN or infinite values in [{listed(bad)}]")
+    return weights
+
+
+def _shape(arrays, name, axes, path):
+    """The shape of an array that has `axes` axes, as a tuple; InputError if it is missing or has others."""
+    if name not in arrays:
+        raise InputError(f"{path} is not a complete plain ViT: {name} is missing")
+    shape = tuple(arrays[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise InputError(f"{path} is not a plain ViT: {name} is {listed([shape])}, needs {axes} axes")
+    return shape
+
+
+def _expected(config, pos, classes, path):
+    """Our names -> tensors without data ("meta"), in the shapes of a ViT with this configuration.
+
+    `pos` is the shape of the file's position embedding, `classes` the size of its head, None without one.
+    """
+    side = config["patch_size"] * _grid_side(pos, path)
+    try:
+        with torch.device("meta"):
+            model = VisionTransformer(img_size=side, num_classes=classes or 1, **config)
+    except (InputError, RuntimeError) as error:  # RuntimeError: more elements than 64 bits can count
+        raise InputError(f"{path} is not a plain ViT: {listed([error])}") from None
+    return {n: v for n, v in model.state_dict().items() if classes or not n.startswith("head.")}
+
+
+def _differences(found, expected):
+    """How the names and shapes of two dicts of arrays differ, for a message; "" if they do not."""
+    common = found.keys() & expected.keys()
+    lists = {
+        "missing": expected.keys() - found.keys(),
+        "not part of it": found.keys() - expected.keys(),
+        "wrong shape": {
+            f"{n} is {tuple(found[n].shape)}, needs {tuple(expected[n].shape)}"
+            for n in common
+            if found[n].shape != expected[n].shape
+        },
+    }
+    return "; ".join(f"{what} [{listed(sorted(names))}]" for what, names in lists.items() if names)
+
+
+def _grid_side(pos, path):
+    """Side of the square grid of patches that a position embedding of shape `pos` (1, 1 + n*n, D) is for."""
+    side = math.isqrt(pos[1] - 1)
+    if side < 1 or pos[0] != 1 or side * side != pos[1] - 1:
+        raise InputError(
+            f"{path}: a position embedding of {pos[1]} tokens, shape {pos}, is not [CLS] plus a square grid"
+        )
+    return side
+
+
+def _resize_pos_embed(pos, grid):
+    """(1, 1 + n*n, D) -> (1, 1 + h*w, D), and whether it changed."""
+    side = math.isqrt(pos.shape[1] - 1)
+    if (side, side) == tuple(grid):
+        return pos, False
+    cells = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, n*n, D) -> (1, D, n, n)
+    cells = F.interpolate(cells, size=tuple(grid), mode="bilinear", align_corners=True)
+    return torch.cat([pos[:, :1], cells.permute(0, 2, 3, 1).flatten(1, 2)], dim=1), True
+
+
+# ---------------------------------------------------------------- Google's .npz
 
 
 def _google_name(name):
@@ -185,194 +259,163 @@ def _google_name(name):
     return _TOP[name]
 
 
-def _resize_pos_embed(pos, grid, path):
-    """(1, 1 + n*n, D) -> (1, 1 + h*w, D), and whether it changed. The file's grid is square."""
-    side = round(max(0, pos.shape[1] - 1) ** 0.5)
-    if pos.shape[0] != 1 or side < 1 or side * side != pos.shape[1] - 1:
-        raise InputError(
-            f"{path}: a position embedding of {pos.shape[1]} tokens, shape {tuple(pos.shape)}, is not "
-            "[CLS] plus a square grid"
-        )
-    if (side, side) == tuple(grid):
-        return pos, False
-    cells = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, n*n, D) -> (1, D, n, n)
-    cells = F.interpolate(cells, size=tuple(grid), mode="bilinear", align_corners=True)
-    return torch.cat([pos[:, :1], cells.permute(0, 2, 3, 1).flatten(1, 2)], dim=1), True
+def _qkv_names(name, kind):
+    """The three arrays of Google's that make up our blocks.N.attn.qkv; kind is "kernel" or "bias"."""
+    block = name.split(".")[1]
+    return [f"Transformer/encoderblock_{block}/{_MHA}/{part}/{kind}" for part in ("query", "key", "value")]
 
 
-class _Weights(NamedTuple):
-    arrays: dict  # our name -> float32 tensor
-    dropped: list  # names in the file
-    source: str
-    scaling: tuple  # (mean, std), 3 floats each
-    heads: int | None  # None: the file does not tell
+def _to_google(state, heads):
+    """Our state dict -> Google's names and axes. For tensors without data ("meta") it gives the shapes."""
+    out = {}
+    for name, value in state.items():
+        if name.endswith("attn.qkv.weight"):  # (3D, D) -> (D, heads, head_dim) x 3
+            for key, piece in zip(_qkv_names(name, "kernel"), value.chunk(3)):
+                out[key] = piece.T.reshape(len(piece), heads, -1).contiguous()
+            continue
+        if name.endswith("attn.qkv.bias"):  # (3D,) -> (heads, head_dim) x 3
+            out |= {k: p.reshape(heads, -1) for k, p in zip(_qkv_names(name, "bias"), value.chunk(3))}
+            continue
+        if name == "patch_embed.proj.weight":
+            value = value.permute(2, 3, 1, 0)  # OIHW -> HWIO
+        elif name.endswith("attn.proj.weight"):  # (D, D) -> (heads, head_dim, D)
+            value = value.T.reshape(heads, -1, len(value))
+        elif value.ndim == 2:  # (out, in) -> (in, out)
+            value = value.T
+        out[_google_name(name)] = value.contiguous()
+    return out
 
 
-def _read(path):
-    """Any weights file -> _Weights."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"no weights at {path}. Fetch them once with:\n"
-            f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"
-            "  or copy the file there by hand, or name another with --weights PATH"
-        )
-    heads = None
-    if path.suffix == ".npz":
-        arrays, dropped, heads = _from_google(_read_npz(path), path)
-        source, scaling = "Google .npz", HALF
-    else:
-        state, wrapped = _read_torch(path)
-        if any("embeddings.cls_token" in name for name in state):
-            (arrays, dropped), source, scaling = _from_hugging_face(state, path), "Hugging Face ViT", HALF
-        else:
-            arrays, dropped = state, [n for n in state if n.startswith("pre_logits.")]
-            source, scaling = ("DeiT", IMAGENET) if wrapped else ("timm", HALF)
-            arrays = {n: v for n, v in arrays.items() if n not in dropped}
-    bad = [name for name, value in arrays.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise InputError(f"{path}: NaN or infinite values in [{', '.join(sorted(bad))}]")
-    return _Weights(arrays, dropped, source, scaling, heads)
+def _from_google(arrays, names):
+    """Google's arrays (tensors of checked shapes) -> a state dict with our `names`."""
+    out = {}
+    for name in names:
+        if name.endswith("attn.qkv.weight"):  # (D, heads, head_dim) x 3 -> (3D, D)
+            out[name] = torch.cat([arrays[key].flatten(1).T for key in _qkv_names(name, "kernel")])
+            continue
+        if name.endswith("attn.qkv.bias"):  # (heads, head_dim) x 3 -> (3D,)
+            out[name] = torch.cat([arrays[key].flatten() for key in _qkv_names(name, "bias")])
+            continue
+        value = arrays[_google_name(name)]
+        if name == "patch_embed.proj.weight":
+            value = value.permute(3, 2, 0, 1)  # HWIO -> OIHW
+        elif name.endswith("attn.proj.weight"):  # (heads, head_dim, D) -> (D, D)
+            value = value.flatten(0, 1).T
+        elif value.ndim == 2:  # (in, out) -> (out, in)
+            value = value.T
+        out[name] = value.contiguous()
+    return out
 
 
-def _read_npz(path):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (*DAMAGED, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({error}). Fetch it again"
-        ) from None
+def _read_google(path):
+    """Google's .npz -> _Weights."""
+    arrays = load_arrays(path)
     if any("opt/target/" in name for name in arrays):  # a training checkpoint: weights and optimiser state
         arrays = {n.removeprefix("opt/target/"): a for n, a in arrays.items()}
-    return arrays
-
-
-def _from_google(arrays, path):
-    """Google's arrays -> (ours, dropped names, heads)."""
-    hybrid = [n for n in arrays if n.startswith(("conv_root", "gn_root", "block1/"))]
-    if hybrid:
+    if hybrid := [n for n in arrays if n.startswith(("conv_root", "gn_root", "block1/"))]:
         raise InputError(
-            f"{path} is a ResNet hybrid (it has {hybrid[0]}); only plain ViT files fit: "
+            f"{path} is a ResNet hybrid (it has {listed(hybrid, 1)}); only plain ViT files fit: "
             "take one without an R in its name, such as ViT-B_16.npz"
         )
     if "embedding/kernel" not in arrays or "cls" not in arrays:
         raise InputError(
             f"{path} is not a ViT in Google's layout: it lacks embedding/kernel or cls "
-            f"(it has {', '.join(sorted(arrays)[:4]) or 'no arrays'})"
+            f"(it has {listed(sorted(arrays), 4) or 'no arrays'})"
         )
     dropped = [n for n in arrays if n.startswith(("pre_logits/", "opt/", "state/"))]
-    rest = {n: a for n, a in arrays.items() if n not in dropped}
-    wrong = [n for n, a in rest.items() if a.dtype.kind != "f"]
-    if wrong:
-        raise InputError(f"{path}: arrays that are not floating point: {', '.join(wrong)}")
-    depth = len({m[1] for n in rest if (m := re.match(r"Transformer/encoderblock_(\d+)/", n))})
-    out, missing, heads = {}, [], set()
-
-    def take(name):
-        if name not in rest:
-            missing.append(name)
-            return None
-        return torch.from_numpy(np.ascontiguousarray(rest.pop(name), dtype=np.float32))
-
-    shape = getattr(
-        rest.get(f"Transformer/encoderblock_0/{_MHA}/query/kernel"), "shape", ()
-    )  # (D, heads, head_dim)
-    wrong = []
-    for name, array in rest.items():  # these are flattened below, which would hide a wrong order of axes
-        part = name.split(f"{_MHA}/")[-1]
-        needed = {
-            "out/kernel": (*shape[1:], *shape[:1]),
-            "query/bias": shape[1:],
-            "key/bias": shape[1:],
-            "value/bias": shape[1:],
-            "query/kernel": shape,
-            "key/kernel": shape,
-            "value/kernel": shape,
-        }.get(part)
-        if shape and needed is not None and (array.shape != needed or len(shape) != 3):
-            wrong.append(f"{name} is {array.shape}, needs {needed}")
-    if wrong:
-        raise InputError(f"{path}: misshapen attention arrays: {'; '.join(wrong)}")
-    names = list(_TOP) + [f"blocks.{i}.{n}" for i in range(depth) for n in _BLOCK]
-    for name in names:
-        if name.startswith("head.") and _google_name(name) not in rest:
-            continue  # ImageNet-21k files may come without a head
-        value = take(_google_name(name))
-        if value is None:
-            continue
-        if name == "patch_embed.proj.weight":
-            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value  # HWIO -> OIHW
-        elif name.endswith("attn.proj.weight"):
-            value = value.flatten(0, 1).T  # (heads, head_dim, D) -> (D, D)
-        elif value.ndim == 2:
-            value = value.T  # (in, out) -> (out, in)
-        out[name] = value.contiguous()
-    for i in range(depth):
-        for kind, ours in (("kernel", "weight"), ("bias", "bias")):
-            keys = [
-                f"Transformer/encoderblock_{i}/{_MHA}/{part}/{kind}" for part in ("query", "key", "value")
-            ]
-            parts = [take(key) for key in keys]
-            if any(part is None for part in parts):
-                continue
-            if kind == "kernel":  # (D, heads, head_dim) x 3 -> (3D, D)
-                heads.add(parts[0].shape[1])
-                fused = torch.cat([p.flatten(1).T for p in parts])
-            else:  # (heads, head_dim) x 3 -> (3D,)
-                fused = torch.cat([p.flatten() for p in parts])
-            out[f"blocks.{i}.attn.qkv.{ours}"] = fused
-    if missing or rest or len(heads) != 1:
-        raise InputError(
-            f"{path} is not a complete plain ViT: missing [{', '.join(missing)}]; "
-            f"left over [{', '.join(sorted(rest))}]; {depth} blocks of {sorted(heads)} heads"
-        )
-    return out, dropped, heads.pop()
+    arrays = {n: a for n, a in arrays.items() if n not in dropped}
+    if wrong := [n for n, a in arrays.items() if a.dtype.kind != "f"]:
+        raise InputError(f"{path}: arrays that are not floating point: [{listed(wrong)}]")
+    config, pos, classes = _google_config(arrays, path)
+    expected = _expected(config, pos, classes, path)
+    if different := _differences(arrays, _to_google(expected, config["num_heads"])):
+        raise InputError(f"{path} is not a complete plain ViT: {different}")
+    values = {n: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for n, a in arrays.items()}
+    state = _from_google(values, expected)
+    return _Weights(state, dropped, "Google .npz", HALF, config["num_heads"], config)
 
 
-def _read_torch(path):
-    """A state dict from .pth/.pt/.bin or .safetensors -> ({name: float tensor}, was it inside {"model": ...})."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError:
-            raise InputError(f"{path} needs the package safetensors: pip install safetensors") from None
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not readable safetensors ({error})") from None
-    else:
-        state = load_tensors(path)
+def _google_config(arrays, path):
+    """(configuration, shape of the position embedding, classes or None), read from a few shapes."""
+    first = "Transformer/encoderblock_0/"
+    blocks = {n.split("/")[1] for n in arrays if n.startswith("Transformer/encoderblock_")}
+    patch, patch_w, chans, dim = _shape(arrays, "embedding/kernel", 4, path)
+    hidden = _shape(arrays, first + _BLOCK["mlp.fc1.weight"], 2, path)[1]
+    heads = _shape(arrays, f"{first}{_MHA}/query/kernel", 3, path)[1]
+    pos = _shape(arrays, _TOP["pos_embed"], 3, path)
+    headless = not arrays.keys() & {"head/kernel", "head/bias"}
+    classes = None if headless else _shape(arrays, "head/kernel", 2, path)[1]
+    return _config((patch, patch_w), chans, dim, len(blocks), heads, hidden, path), pos, classes
+
+
+def _config(patch, chans, dim, depth, heads, hidden, path):
+    if patch[0] != patch[1]:
+        raise InputError(f"{path}: patches of {patch[0]}x{patch[1]} are not square")
+    if depth > 1000:  # the largest published ViT has 48; building many empty blocks would take minutes
+        raise InputError(f"{path} is not a plain ViT: it has {depth} blocks, the limit is 1000")
+    return dict(
+        patch_size=patch[0],
+        in_chans=chans,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=hidden / dim,
+    )
+
+
+# ---------------------------------------------------------------- state dicts
+
+
+def _read_state_dict(path):
+    """A state dict (.pth, .pt, .bin, .safetensors) under timm's or Hugging Face's names -> _Weights."""
+    state = (load_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
     wrapped = isinstance(state.get("model"), dict)
     state = state["model"] if wrapped else state
-    wrong = [str(n) for n, v in state.items() if not isinstance(v, torch.Tensor)]
-    if wrong or not state:
-        raise InputError(
-            f"{path} is not a state dict: {', '.join(wrong[:4]) or 'nothing'} in it is no tensor"
-        )
-    return {n: v.float() for n, v in state.items()}, wrapped
+    check_state_dict(state, path)
+    state = {name: value.float() for name, value in state.items()}
+    source, scaling = ("DeiT", IMAGENET) if wrapped else ("timm", HALF)
+    if any("embeddings.cls_token" in name for name in state):
+        state, source, scaling = _from_hugging_face(state, path), "Hugging Face ViT", HALF
+    dropped = [n for n in state if n.startswith("pre_logits.")]
+    state = {n: v for n, v in state.items() if n not in dropped}
+    config, pos, classes = _state_dict_config(state, path)
+    if different := _differences(state, _expected(config, pos, classes, path)):
+        raise InputError(f"{path} is not a complete plain ViT: {different}")
+    return _Weights(state, dropped, source, scaling, None, config)
+
+
+def _state_dict_config(state, path):
+    """(configuration, shape of the position embedding, classes or None), read from a few shapes."""
+    dim, chans, *patch = _shape(state, "patch_embed.proj.weight", 4, path)
+    hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    pos = _shape(state, "pos_embed", 3, path)
+    headless = not state.keys() & {"head.weight", "head.bias"}
+    classes = None if headless else _shape(state, "head.weight", 2, path)[0]
+    known = {c["embed_dim"]: c["num_heads"] for c in CONFIGS.values()}
+    heads = known.get(dim, max(1, dim // 64))
+    return _config(patch, chans, dim, depth, heads, hidden, path), pos, classes
 
 
 def _from_hugging_face(state, path):
-    """Hugging Face names -> (ours, dropped names); query, key and value are fused."""
-    out, dropped, unknown = {}, [], []
+    """Hugging Face names -> ours; query, key and value are fused."""
+    out, unknown = {}, []
     for name, value in state.items():
-        for pattern, replacement in _HF:
-            ours, hits = re.subn(pattern, replacement, name)
-            if hits:
-                out[ours] = value
-                break
-        else:
+        ours = next((re.sub(p, r, name) for p, r in _HF if re.search(p, name)), None)
+        if ours is None or ours in out:
             unknown.append(name)
+        out[ours] = value
     if unknown:
-        raise InputError(f"{path}: names that no ViTForImageClassification has: {', '.join(unknown)}")
-    dropped = [n for n in out if n.startswith("pre_logits.")]
-    out = {n: v for n, v in out.items() if n not in dropped}
-    for i in {n.split(".")[1] for n in out if n.startswith("blocks.")}:
+        raise InputError(
+            f"{path}: names that no ViTForImageClassification has, or has only once: [{listed(unknown)}]"
+        )
+    for block in {n.split(".")[1] for n in out if n.startswith("blocks.")}:
         for kind in ("weight", "bias"):
-            keys = [f"blocks.{i}.attn.{part}.{kind}" for part in ("query", "key", "value")]
-            if not all(k in out for k in keys):
-                raise InputError(f"{path}: missing {', '.join(k for k in keys if k not in out)}")
-            out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([out.pop(k) for k in keys])
-    return out, dropped
+            keys = [f"blocks.{block}.attn.{part}.{kind}" for part in ("query", "key", "value")]
+            if missing := [k for k in keys if k not in out]:
+                raise InputError(f"{path}: missing [{listed(missing)}]")
+            parts = [out.pop(k) for k in keys]
+            if len({p.shape for p in parts}) > 1:
+                raise InputError(f"{path}: {', '.join(keys)} differ in shape")
+            out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    return out
