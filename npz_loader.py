@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, atomic_path
+from common import InputError, atomic_path, sha256
 from tensors import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
 from vit import CONFIGS, VisionTransformer
 
@@ -76,9 +76,9 @@ def load_npz(model, path):
     case, `pre_logits`, and optimiser state. A matching head (a file of `save_npz`, say) is loaded.
 
     The report is a dict of name lists `loaded, resized, reset, dropped` (our names where there is one), with
-    `source`, `path`, `mean` and `std` (3 floats each: the input scaling the weights were trained with).
-    InputError (a ValueError) if the file is absent, damaged, pickled, not a plain ViT, or does not fit.
-    The model is untouched unless everything fits.
+    `source`, `path`, `sha256`, `mean` and `std` (3 floats each: the input scaling the weights were trained
+    with). InputError (a ValueError) if the file is absent, damaged, pickled, not a plain ViT, or does not
+    fit. The model is untouched unless everything fits.
     """
     arrays, dropped, source, (mean, std), heads, _ = _read(path)
     target = {name: p.detach() for name, p in model.named_parameters()}
@@ -103,6 +103,7 @@ def load_npz(model, path):
     return dict(
         source=source,
         path=str(path),
+        sha256=sha256(Path(path)),
         mean=list(mean),
         std=list(std),
         resized=resized,
