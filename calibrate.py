@@ -21,10 +21,11 @@ import numpy as np
 import common
 import data
 import engine
-import metrics
 import plan
 from device import add_device_argument, pick_device
 from inputs import Inputs
+from intervals import reported_interval
+from operating import Rule, evaluate
 from run import Run, find_runs
 from vit import Ensemble
 
@@ -169,7 +170,7 @@ def show(title, result):
         for point, mark in POINTS.items():
             if point in result[part]:
                 row = result[part][point]
-                spans = ["{:.3f} to {:.3f}".format(*metrics.reported_interval(row, k)) for k in COLUMNS[:2]]
+                spans = ["{:.3f} to {:.3f}".format(*reported_interval(row, k)) for k in COLUMNS[:2]]
                 figures = "".join(f"{row[c]:12.4f}" for c in COLUMNS)
                 print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
     quality, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
@@ -191,7 +192,7 @@ def show(title, result):
 
 
 def parse():
-    """Checked command line -> (args, metrics.Rule)."""
+    """Checked command line -> (args, Rule)."""
     parser = common.Parser(__doc__)
     between = common.Number(float, 0, 1, above=True, below=True)
     group = parser.add_argument_group("threshold")
@@ -245,7 +246,7 @@ def parse():
     args = parser.parse_args()
     if bool(args.ensemble) != bool(args.out) or args.ensemble and args.run:
         raise common.InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
-    rule = metrics.Rule(
+    rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
         strict=args.guarantee is not None,
@@ -269,7 +270,7 @@ def main():
         pair = sets.of(config, run.results["split"]["fingerprint"])
         scores = score(run, pair, device=device, batch_size=args.batch_size, tta=tta)
         try:
-            result, p1 = metrics.evaluate(scores, rule)
+            result, p1 = evaluate(scores, rule)
         except common.InputError as error:
             raise common.InputError(f"{run}: {error}") from None
         promised = promised or result["guarantee"]["threshold"] is not None

@@ -4,13 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
-import tensors
 import torch
 
 import common
 import data
 import engine
+import intervals
 import metrics
+import tensors
 from run import Run
 from tests.fixtures import FLOOR
 from tests.shared import (
@@ -168,10 +169,10 @@ def test_calibration_json_holds_guarantee_temperature_intervals(bench):
     assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
     row = got["test"]["at_rec"]
     assert row["interval"]["recall"]["wilson"] == pytest.approx(
-        metrics.wilson_interval(row["tp"], row["tp"] + row["fn"])
+        intervals.wilson_interval(row["tp"], row["tp"] + row["fn"])
     )
     assert row["interval"]["auroc"]["delong"] == pytest.approx(
-        metrics.delong_interval(s["test_labels"], s["test_p1"])[1:]
+        intervals.delong_interval(s["test_labels"], s["test_p1"])[1:]
     )
     for name in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc"):
         lo, hi = row["interval"][name]["bootstrap"]

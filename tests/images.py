@@ -142,7 +142,7 @@ def test_cache_is_reused(small_set):
     assert pixels[:, 8, 8].tolist() == EXPECTED_VALUES and kept == list(range(24))
     stat = os.stat(cache_file(small_set))
     _, again, _ = load_train(small_set)
-    assert np.array_equal(images, again)
+    assert np.array_equal(pixels, again)
     assert (os.stat(cache_file(small_set)).st_mtime_ns, os.stat(cache_file(small_set)).st_ino) == (
         stat.st_mtime_ns,
         stat.st_ino,

@@ -12,7 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import intervals
 import metrics
+import operating
 from tests.shared import brute_force_threshold
 
 
@@ -199,15 +201,15 @@ def test_wilson_and_clopper_pearson_equal_scipy():
     for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
         for level in (0.9, 0.95):
             result = binomtest(k, n)
-            assert metrics.wilson_interval(k, n, level) == pytest.approx(
+            assert intervals.wilson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "wilson")), abs=1e-12
             )
-            assert metrics.clopper_pearson_interval(k, n, level) == pytest.approx(
+            assert intervals.clopper_pearson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "exact")), abs=1e-9
             )
     for bad in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
-            metrics.wilson_interval(*bad)
+            intervals.wilson_interval(*bad)
 
 
 def test_wilson_covers():
@@ -217,7 +219,7 @@ def test_wilson_covers():
     cover = []
     for p in np.linspace(0.05, 0.95, 19):
         k = np.arange(101)
-        inside = [lo <= p <= hi for lo, hi in (metrics.wilson_interval(int(i), 100) for i in k)]
+        inside = [lo <= p <= hi for lo, hi in (intervals.wilson_interval(int(i), 100) for i in k)]
         cover.append(binom.pmf(k, 100, p)[inside].sum())
     assert 0.94 < np.mean(cover) < 0.965 and min(cover) > 0.91
 
@@ -237,14 +239,14 @@ def test_delong_equals_its_definition(grid):
     y, a = _random_scores(rng, 80, grid)
     b = np.clip(a + rng.normal(0, 0.15, 80), 0, 1)
     (auc_a, auc_b), cov = _delong_brute(y, [a, b])
-    got, lo, hi = metrics.delong_interval(y, a)
+    got, lo, hi = intervals.delong_interval(y, a)
     half = 1.959963984540054 * math.sqrt(cov[0, 0])
     assert (got, lo, hi) == pytest.approx((auc_a, auc_a - half, min(1, auc_a + half)), abs=1e-12)
-    difference, p = metrics.delong_test(y, a, b)
+    difference, p = intervals.delong_test(y, a, b)
     z = (auc_a - auc_b) / math.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
     assert (difference, p) == pytest.approx((auc_a - auc_b, 2 * norm.sf(abs(z))), abs=1e-12)
-    assert metrics.delong_test(y, b, a) == pytest.approx((-difference, p))
-    assert metrics.delong_test(y, a, a) == (0.0, 1.0)
+    assert intervals.delong_test(y, b, a) == pytest.approx((-difference, p))
+    assert intervals.delong_test(y, a, a) == (0.0, 1.0)
 
 
 def test_delong_agrees_with_the_bootstrap_and_covers():
@@ -252,13 +254,13 @@ def test_delong_agrees_with_the_bootstrap_and_covers():
 
     rng = np.random.default_rng(4)
     y, p = _random_scores(rng, 600)
-    _, lo, hi = metrics.delong_interval(y, p)
-    boot = metrics.bootstrap_interval(metrics.roc_auc_score, y, p, n=1000)
+    _, lo, hi = intervals.delong_interval(y, p)
+    boot = intervals.bootstrap_interval(metrics.roc_auc_score, y, p, n=1000)
     assert (lo, hi) == pytest.approx(boot, abs=0.004)
     truth, hits = norm.cdf(1 / math.sqrt(2)), 0  # AUROC of N(1, 1) against N(0, 1)
     for _ in range(400):
         s = norm.cdf(np.r_[rng.normal(1, 1, 60), rng.normal(0, 1, 60)])
-        _, lo, hi = metrics.delong_interval(np.r_[np.ones(60, int), np.zeros(60, int)], s)
+        _, lo, hi = intervals.delong_interval(np.r_[np.ones(60, int), np.zeros(60, int)], s)
         hits += lo <= truth <= hi
     assert 0.92 < hits / 400 < 0.98
 
@@ -272,20 +274,20 @@ def _all_draws(groups, n, seed):
 
 @pytest.mark.parametrize("block", [1, 1000, 2**15])
 def test_bootstrap_draws_do_not_depend_on_the_blocks(block, monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(intervals, "BLOCK", block)
     groups = np.arange(90) % 71  # odd: the generator makes 32-bit numbers in pairs, one may be left over
-    blocks = list(metrics.bootstrap_weights(groups, 401, seed=7))
+    blocks = list(intervals.bootstrap_weights(groups, 401, seed=7))
     assert max(b.size for b in blocks) <= max(block, 90)
     assert (np.concatenate(blocks) == _all_draws(groups, 401, 7)).all()
     for groups, n in (([], 5), ([1, 2], 0)):
         with pytest.raises(ValueError, match="bootstrap needs"):
-            next(metrics.bootstrap_weights(groups, n))
+            next(intervals.bootstrap_weights(groups, n))
 
 
 @pytest.mark.parametrize("grid", [None, 8])
 def test_vectorised_bootstrap_equals_resampling(grid, monkeypatch):
     """Every draw of every figure against summarize_at_threshold on the repeated rows."""
-    monkeypatch.setattr(metrics, "BLOCK", 1000)  # 8 draws a block
+    monkeypatch.setattr(intervals, "BLOCK", 1000)  # 8 draws a block
     rng = np.random.default_rng(6)
     y, p = _random_scores(rng, 120, grid)
     groups = rng.integers(0, 40, 120)
@@ -293,25 +295,25 @@ def test_vectorised_bootstrap_equals_resampling(grid, monkeypatch):
     same_patient = [np.flatnonzero(groups == g)[0] for g in groups]
     assert (weights == weights[:, same_patient]).all()  # patients stay whole
     thresholds = (0.5, 0.0, 1.0, 0.375)
-    summaries = metrics.bootstrap_summary(y, p, thresholds, metrics.bootstrap_weights(groups, 30, 2))
+    summaries = intervals.bootstrap_summary(y, p, thresholds, intervals.bootstrap_weights(groups, 30, 2))
     for thr, draws in zip(thresholds, summaries, strict=True):
         for b, w in enumerate(weights):
             index = np.repeat(np.arange(120), w)
             row = metrics.summarize_at_threshold(y[index], p[index], thr)
             for name, values in draws.items():
                 assert values[b] == pytest.approx(row[name], abs=1e-12), (name, thr)
-    lo, hi = metrics.bootstrap_interval(metrics.roc_auc_score, y, p, groups, n=200, seed=9)
-    (fast,) = metrics.bootstrap_summary(y, p, [0.5], metrics.bootstrap_weights(groups, 200, 9))
+    lo, hi = intervals.bootstrap_interval(metrics.roc_auc_score, y, p, groups, n=200, seed=9)
+    (fast,) = intervals.bootstrap_summary(y, p, [0.5], intervals.bootstrap_weights(groups, 200, 9))
     assert (lo, hi) == pytest.approx(tuple(np.percentile(fast["auroc"], [2.5, 97.5])))
 
 
 def test_draws_of_one_class_are_undefined_at_every_threshold():
     weights = [np.array([[1, 1, 0], [0, 0, 3], [2, 0, 1]])]  # negatives only, positives only, both
-    for draws in metrics.bootstrap_summary([0, 0, 1], [0.1, 0.6, 0.7], [0.2, 0.9], weights):
+    for draws in intervals.bootstrap_summary([0, 0, 1], [0.1, 0.6, 0.7], [0.2, 0.9], weights):
         for name, values in draws.items():
             assert np.isnan(values[:2]).all() and np.isfinite(values[2]), name
     with pytest.raises(ValueError, match="threshold is NaN"):
-        metrics.bootstrap_summary([0, 1], [0.1, 0.6], [0.5, math.nan], [np.ones((1, 2), int)])
+        intervals.bootstrap_summary([0, 1], [0.1, 0.6], [0.5, math.nan], [np.ones((1, 2), int)])
 
 
 def test_bootstrap_memory_is_bounded_and_curves_are_computed_once():
@@ -321,7 +323,7 @@ def test_bootstrap_memory_is_bounded_and_curves_are_computed_once():
     groups, peaks = rng.integers(0, 5000, 8000), []
     for n in (100, 800):
         tracemalloc.start()
-        draws = metrics.bootstrap_summary(y, p, [0.4, 0.5, 0.6], metrics.bootstrap_weights(groups, n))
+        draws = intervals.bootstrap_summary(y, p, [0.4, 0.5, 0.6], intervals.bootstrap_weights(groups, n))
         peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
         tracemalloc.stop()
     assert peaks[0] < 10 and peaks[1] < peaks[0] + 1, peaks
@@ -333,47 +335,49 @@ def test_intervals_at_several_thresholds_are_those_of_each():
     rng = np.random.default_rng(9)
     y, p = _random_scores(rng, 200, 20)
     groups, thresholds = rng.integers(0, 90, 200), [0.3, 0.5, 1.0]
-    together = metrics.intervals_at_thresholds(y, p, thresholds, groups, n=150)
-    assert together == [metrics.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
+    together = intervals.intervals_at_thresholds(y, p, thresholds, groups, n=150)
+    assert together == [intervals.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
     row = metrics.summarize_at_threshold(y, p, 0.5)
-    assert together[1]["recall"]["wilson"] == list(metrics.wilson_interval(row["tp"], row["tp"] + row["fn"]))
-    assert together[1]["auroc"]["delong"] == list(metrics.delong_interval(y, p)[1:])
+    assert together[1]["recall"]["wilson"] == list(
+        intervals.wilson_interval(row["tp"], row["tp"] + row["fn"])
+    )
+    assert together[1]["auroc"]["delong"] == list(intervals.delong_interval(y, p)[1:])
     with pytest.raises(ValueError, match="one group per label"):
-        metrics.intervals_at_threshold(y, p, 0.5, groups[1:])
+        intervals.intervals_at_threshold(y, p, 0.5, groups[1:])
 
 
 def test_bootstrap_is_fast_and_refuses_one_class():
     rng = np.random.default_rng(8)
     y, p = _random_scores(rng, 624)
     started = time.perf_counter()
-    metrics.intervals_at_threshold(y, p, 0.5, rng.integers(0, 400, 624), n=2000)
+    intervals.intervals_at_threshold(y, p, 0.5, rng.integers(0, 400, 624), n=2000)
     assert time.perf_counter() - started < 5
     y = np.r_[1, np.zeros(30, int)]  # one patient holds the only positive: a third of the draws lack it
-    lo, hi = metrics.bootstrap_interval(metrics.roc_auc_score, y, np.linspace(1, 0, 31), n=300)
+    lo, hi = intervals.bootstrap_interval(metrics.roc_auc_score, y, np.linspace(1, 0, 31), n=300)
     assert (lo, hi) == pytest.approx((1, 1))
     with pytest.raises(ValueError, match="one class"):
-        metrics.bootstrap_interval(lambda y, p: math.nan, y, np.linspace(1, 0, 31), n=50)
+        intervals.bootstrap_interval(lambda y, p: math.nan, y, np.linspace(1, 0, 31), n=50)
 
 
 def test_mcnemar_by_hand():
     """8 and 2 discordant pairs: 2 * P(Bin(10, 1/2) <= 2) = 2 * 56 / 1024."""
     a = np.array([True] * 8 + [False] * 2 + [True] * 5 + [False] * 4)
     b = np.array([False] * 8 + [True] * 2 + [True] * 5 + [False] * 4)
-    assert metrics.mcnemar_test(a, b) == (8, 2, pytest.approx(112 / 1024))
-    assert metrics.mcnemar_test(a, a) == (0, 0, 1.0)
+    assert intervals.mcnemar_test(a, b) == (8, 2, pytest.approx(112 / 1024))
+    assert intervals.mcnemar_test(a, a) == (0, 0, 1.0)
 
 
 def test_paired_comparison_signs_and_equality():
     rng = np.random.default_rng(2)
     y, good = _random_scores(rng, 300)
     worse = np.clip(good + rng.normal(0, 0.5, 300), 0, 1)
-    got = metrics.compare_at_thresholds(y, good, 0.5, worse, 0.5, np.arange(300), n=300)
+    got = intervals.compare_at_thresholds(y, good, 0.5, worse, 0.5, np.arange(300), n=300)
     for name in ("auroc", "recall", "specificity"):
         a, b = (metrics.summarize_at_threshold(y, p, 0.5)[name] for p in (good, worse))
         assert got[name]["difference"] == pytest.approx(a - b)
         assert got[name]["lo"] <= a - b <= got[name]["hi"]
     assert got["auroc"]["lo"] > 0 and got["delong"] < 0.01
-    same = metrics.compare_at_thresholds(y, good, 0.5, good, 0.5, np.arange(300), n=50)
+    same = intervals.compare_at_thresholds(y, good, 0.5, good, 0.5, np.arange(300), n=50)
     assert (
         same["auroc"] == {"difference": 0.0, "lo": 0.0, "hi": 0.0}
         and same["delong"] == same["mcnemar_recall"] == 1.0
@@ -487,12 +491,12 @@ def test_predictive_values_and_net_benefit_by_hand():
 def test_reported_interval_never_claims_certainty():
     y, p = np.r_[np.zeros(20, int), np.ones(20, int)], np.linspace(0, 1, 40)
     row = metrics.summarize_at_threshold(y, p, 0.5)
-    row["interval"] = metrics.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
+    row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
     assert row["interval"]["recall"]["bootstrap"] == [1.0, 1.0]
-    assert metrics.reported_interval(row, "recall") == pytest.approx(metrics.wilson_interval(20, 20))
+    assert intervals.reported_interval(row, "recall") == pytest.approx(intervals.wilson_interval(20, 20))
     row = metrics.summarize_at_threshold(y, p, 0.6)
-    row["interval"] = metrics.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
-    assert metrics.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
+    row["interval"] = intervals.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
+    assert intervals.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
 
 
 def _scores_of_two_sides(seed, n=240):
@@ -509,8 +513,8 @@ def _scores_of_two_sides(seed, n=240):
 def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
     scores = _scores_of_two_sides(0)
     before = {name: values.copy() for name, values in scores.items()}
-    rule = metrics.Rule(min_recall=0.9, temperature=temperature, bootstrap=60, prevalence=0.2)
-    calibration, p1 = metrics.evaluate(scores, rule)
+    rule = operating.Rule(min_recall=0.9, temperature=temperature, bootstrap=60, prevalence=0.2)
+    calibration, p1 = operating.evaluate(scores, rule)
     assert list(scores) == list(before) and all((scores[k] == before[k]).all() for k in before)
     fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
     assert calibration["temperature"] == fitted and calibration["temperature_applied"] is temperature
@@ -523,7 +527,7 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
             row = dict(calibration[split][name])
             interval, at_prevalence = row.pop("interval"), row.pop("at_prevalence")
             assert row == metrics.summarize_at_threshold(y, expected, row["thr"])
-            assert interval == metrics.intervals_at_threshold(y, expected, row["thr"], patients, 60)
+            assert interval == intervals.intervals_at_threshold(y, expected, row["thr"], patients, 60)
             ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], 0.2)
             assert at_prevalence == {"prevalence": 0.2, "ppv": ppv, "npv": npv}
         assert (
@@ -541,11 +545,11 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
 
 def test_evaluate_says_why_there_is_no_guarantee_or_refuses():
     scores = _scores_of_two_sides(1, n=60)
-    calibration, _ = metrics.evaluate(scores, metrics.Rule(bootstrap=60))
+    calibration, _ = operating.evaluate(scores, operating.Rule(bootstrap=60))
     assert calibration["guarantee"]["threshold"] is None and "at_guaranteed" not in calibration["test"]
     assert "at least 59 are needed" in calibration["guarantee"]["why_not"]
     with pytest.raises(ValueError, match="at least 59 are needed"):
-        metrics.evaluate(scores, metrics.Rule(bootstrap=60, strict=True))
+        operating.evaluate(scores, operating.Rule(bootstrap=60, strict=True))
 
 
 @pytest.mark.parametrize("split, where", [("val", "validation"), ("test", "test")])
@@ -554,7 +558,7 @@ def test_evaluate_names_the_side_that_lacks_a_class(split, where, label, missing
     scores = _scores_of_two_sides(2, n=60)
     scores[f"{split}_labels"] = np.full(60, label)
     with pytest.raises(metrics.InputError, match=f"{missing} among the {where} labels"):
-        metrics.evaluate(scores, metrics.Rule(bootstrap=60))
+        operating.evaluate(scores, operating.Rule(bootstrap=60))
 
 
 @pytest.mark.parametrize(
@@ -571,4 +575,4 @@ def test_evaluate_names_the_side_that_lacks_a_class(split, where, label, missing
 )
 def test_a_rule_checks_its_numbers(setting):
     with pytest.raises(metrics.InputError, match=next(iter(setting))):
-        metrics.Rule(**setting)
+        operating.Rule(**setting)
