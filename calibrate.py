@@ -71,7 +71,7 @@ def score(run, sets, *, device, batch_size, tta=None):
         inputs.normalise,
     ]
     key = common.sha256([*about, [data.pixel_fingerprint(s) for s in sets]])
-    name = "tta" if tta else ""
+    name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
     try:
         kept = run.scores(name)
         if "key" in kept and str(kept["key"]) == key:
@@ -79,7 +79,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     except common.InputError as error:
         if "does not exist" not in str(error):
             common.say(f"{error}: scoring again")
-    model = run.model().to(device)
+    model.to(device)
     scores = {"key": np.array(key)}
     for part, subset in zip(PARTS, sets):
         logits = engine.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} {part}")

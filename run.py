@@ -218,7 +218,7 @@ class Run:
                 f"{self.checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again"
             )
         model = build_model(config)
-        if len(self.results["mean"]) not in (1, model.in_chans):
+        if len(self.results["mean"]) != model.in_chans:
             raise InputError(
                 f"{self.folder / 'results.json'} is damaged: mean does not fit the model's input"
             )
