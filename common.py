@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import shlex
 import stat
@@ -274,6 +273,8 @@ _lost_output = []  # the error that ended standard output, if any
 
 def say(message):
     """One line on stderr. Under torchrun only the first process speaks, except of errors."""
+    if sys.stderr is None:
+        return
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
             print(message, file=sys.stderr, flush=True)

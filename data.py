@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from images import EXTENSIONS, RESIZES, load_images
 from sklearn.model_selection import train_test_split
 
 from common import InputError, Number, add_flags, check_fields, flag, say, sha256
+from images import EXTENSIONS, RESIZES, load_images
 from inputs import MODES, normalise
 from task import CLASSES, Task
 
@@ -155,7 +155,9 @@ def list_images(root, part, classes=CLASSES):
         found = sorted(
             p.name
             for p in folder.iterdir()
-            if p.suffix.lower() in EXTENSIONS and not p.name.startswith((".", "__MACOSX"))
+            if p.suffix.lower() in EXTENSIONS
+            and not p.name.startswith((".", "__MACOSX"))
+            and (p.is_file() or not p.exists())  # no named pipes or folders; a broken link is a bad image
         )
         if not found:
             raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")

@@ -1,16 +1,18 @@
-"""From an image file to grey pixels: finding files, decoding them, and the cache of a whole data set.
+"""From an image file to grey uint8 pixels: finding files, decoding, DICOM, the cache of decoded images.
 
-Only JPEG, PNG (8 and 16 bit, grey or colour) and DICOM are opened. Whatever goes wrong in one file is an
-OSError about that file, so that the others can go on.
+JPEG and PNG (8 and 16 bit, grey or colour) are read by Pillow, DICOM by pydicom, where it is installed.
+Whatever is wrong with a file, reading it raises OSError with the reason and nothing else, so that one bad
+file never stops work on the others.
 """
 
-import functools
+import contextlib
 import glob
 import itertools
-import math
 import os
 import stat
 import sys
+import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,108 +21,91 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from common import InputError, Pace, atomic_path, check_regular, read_json, say, sha256, write_json
+from common import InputError, Pace, atomic_path, read_json, say, sha256, write_json
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
+FORMATS = ("JPEG", "PNG")  # what Pillow may open, whatever the file is called
 DICOM_EXTENSIONS = (".dcm", ".dicom")
-FORMATS = ("JPEG", "PNG")
 RESIZES = ("squash", "pad", "crop")
 CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are rebuilt
+MAX_PIXELS = 178_956_970  # Pillow's own limit, applied also where Pillow does not check
+SEARCH_NOTE = 10  # seconds between two lines about a search that goes on
 
 
-# ---------------------------------------------------------------- finding files
+# ---------------------------------------------------------------- one file
 
 
-def find_files(paths):
-    """Yield the image files of files, folders (recursive, sorted, hidden ones passed over) and globs, lazily.
+@contextlib.contextmanager
+def _oserror_only():
+    """Turn whatever the block raises into an OSError that gives the reason; also usable as a decorator.
 
-    InputError for a path that is none of these, before the first file is yielded."""
-    expanded = []
-    for path in paths:
-        found = [path] if os.path.lexists(path) else sorted(_glob(path))
-        if not found:
-            raise InputError(f"{path} is no file, no folder and no glob that matches anything")
-        expanded += found
-    return itertools.chain.from_iterable(map(_walk, expanded))
-
-
-def _glob(pattern):
-    """The matches of a glob; a search that takes long says that it goes on."""
-    pace = Pace(every=10)
-    for count, path in enumerate(glob.iglob(pattern, recursive=True), 1):
-        pace.count(count, f"paths found, still looking for {pattern}")
-        yield path
+    Pillow and pydicom raise nearly anything on damaged files, StopIteration and struct.error included.
+    """
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise OSError("not a JPEG or PNG image") from None
+    except OSError:
+        raise
+    except Exception as error:  # MemoryError too, but not KeyboardInterrupt
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
+        raise OSError(f"damaged or not supported ({reason})") from None
 
 
-def _walk(path):
-    if not os.path.isdir(path):
-        yield path
-        return
-    for folder, folders, files in os.walk(path):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            full = os.path.join(folder, name)
-            wanted = name.lower().endswith(EXTENSIONS + DICOM_EXTENSIONS) and not name.startswith(".")
-            if wanted and (
-                os.path.isfile(full) or os.path.islink(full)
-            ):  # no named pipes; broken links are named
-                yield full
+def _check_regular(path):
+    """OSError if `path` is not a regular file: opening a named pipe, say, could wait for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError("a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise OSError("a named pipe, socket or device, not a regular file")
 
 
-# ---------------------------------------------------------------- decoding
+def _open(source):
+    """A path or file object -> PIL image, its pixels not yet decoded."""
+    if isinstance(source, (str, bytes, os.PathLike)):
+        _check_regular(source)
+        if os.path.getsize(source) == 0:
+            raise OSError("the file is empty")
+    return Image.open(source, formats=FORMATS)
 
 
-def one_file(function):
-    """Decorator: whatever reading one file raises becomes an OSError that gives the reason."""
-
-    @functools.wraps(function)
-    def wrapped(source, *args, **kwargs):
-        try:
-            if isinstance(source, (str, os.PathLike)):
-                status = os.stat(source)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError("not a regular file")
-                if status.st_size == 0:
-                    raise OSError("the file is empty")
-            return function(source, *args, **kwargs)
-        except UnidentifiedImageError:
-            raise OSError("not a JPEG or PNG image") from None
-        except OSError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"{type(error).__name__}: {reason}" if reason else type(error).__name__) from None
-
-    return wrapped
-
-
-@one_file
 def decode(source, size, resize="squash"):
     """A JPEG or PNG (path or file object) -> uint8 [size, size], grey.
 
-    Large JPEGs are decoded at reduced scale (never below twice the target, so nothing visible is lost), then
-    shrunk with an anti-aliased bilinear filter. 16-bit images are scaled, not clipped, to 8 bits. OSError if
-    the file is not a readable image.
+    Large JPEGs are decoded at reduced scale (never below twice the target, so nothing visible is lost),
+    then shrunk with an anti-aliased bilinear filter. 16-bit images are scaled, not clipped, to 8 bits.
+    OSError, and nothing else, if the file cannot be read.
     """
-    with Image.open(source, formats=FORMATS) as image:
+    return _decode(source, size, resize)[0]
+
+
+@_oserror_only()
+def _decode(source, size, resize):
+    """`decode`, and the original's (width, height)."""
+    with _open(source) as image:
+        original = image.size
         image.draft("L", (2 * size, 2 * size))
-        if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float32)))
-        return to_square(image.convert("L"), size, resize)
+        return to_square(to_grey(image), size, resize), original
 
 
-def _eight_bits(pixels):
-    """Grey levels of 8, 12 or 16 bits, float32 -> uint8 of the same shape. OSError for NaN or infinite ones.
-    """
+def to_grey(image):
+    """A PIL image of any mode -> mode "L" (8-bit grey). OSError if a pixel is NaN or infinite."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image.convert("L")
+    pixels = np.asarray(image, dtype=np.float32)
     if not np.isfinite(pixels).all():
         raise OSError("some pixels are NaN or infinite")
-    white = next(w for w in (255, 4095, math.inf) if pixels.max() <= w)
-    return (pixels / min(white, 65535) * 255).round().clip(0, 255).astype(np.uint8)
+    brightest = pixels.max()
+    white = 255 if brightest <= 255 else 4095 if brightest <= 4095 else 65535  # 8, 12 or 16 bits are in use
+    return Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def to_square(image, size, resize):
-    """A grey PIL image -> uint8 [size, size]: "squash" to the square, "pad" with black, or "crop" to the
-    middle."""
+    """A grey PIL image -> uint8 [size, size]: "squash" it, "pad" it with black, or "crop" it to the middle.
+
+    OSError for an image so long and narrow that its padded square would not fit in memory.
+    """
     width, height = image.size
     box = None
     if resize == "crop":
@@ -129,6 +114,8 @@ def to_square(image, size, resize):
         box = (left, top, left + side, top + side)
     elif resize == "pad" and width != height:
         side = max(width, height)
+        if side * side > MAX_PIXELS:
+            raise OSError(f"{width} x {height} pixels are too many to be padded to a square")
         canvas = Image.new("L", (side, side))
         canvas.paste(image, ((side - width) // 2, (side - height) // 2))
         image = canvas
@@ -137,86 +124,171 @@ def to_square(image, size, resize):
     return np.asarray(image)
 
 
-@one_file
+@_oserror_only()
 def open_dicom(path):
-    """A DICOM file -> grey 8-bit PIL image, dense = bright, window and rescale applied. OSError if
-    impossible."""
+    """A DICOM file of one image -> PIL image of mode "L": dense = bright, rescale and window applied, the
+    darkest pixel 0 and the brightest 255.
+
+    OSError, and nothing else, if the file cannot be read or pydicom is not installed.
+    """
     try:
         import pydicom
+        from pydicom.errors import InvalidDicomError
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
         raise OSError("DICOM needs the package pydicom: pip install pydicom") from None
-    file = pydicom.dcmread(path)
-    stored = file.pixel_array
-    if stored.ndim == 3 and file.get("SamplesPerPixel", 1) == 3:
-        return Image.fromarray(stored.astype(np.uint8)).convert("L")
-    if stored.ndim != 2:
-        raise OSError(f"DICOM with {stored.shape[0]} frames: give single images")
+    _check_regular(path)
+    try:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            raise OSError("deflated DICOM is not supported: a small file could unpack to any size")
+        file = pydicom.dcmread(path)
+    except InvalidDicomError:
+        raise OSError("not a DICOM file") from None
+    frames = int(file.get("NumberOfFrames") or 1)
+    if frames != 1:
+        raise OSError(f"DICOM of {frames} frames: only single images can be read")
+    if file.Rows * file.Columns > MAX_PIXELS:
+        raise OSError(f"{file.Columns} x {file.Rows} pixels are more than the limit of {MAX_PIXELS}")
+    stored, photometric = file.pixel_array, file.get("PhotometricInterpretation")
+    if stored.ndim == 3 and stored.dtype == np.uint8:
+        return Image.fromarray(stored).convert("L")
+    if stored.ndim != 2 or photometric == "PALETTE COLOR":
+        raise OSError("only grey and 8-bit RGB DICOM images are supported")
     values = np.asarray(apply_voi_lut(apply_modality_lut(stored, file), file), dtype=np.float64)
     if not np.isfinite(values).all():
         raise OSError("some pixels are NaN or infinite")
     low, high = values.min(), values.max()
     if high <= low:
-        raise OSError("DICOM image is constant")
+        raise OSError("all pixels of the DICOM image are equal")
     grey = (values - low) / (high - low)
-    if file.get("PhotometricInterpretation") == "MONOCHROME1":  # low values are bright there
+    if photometric == "MONOCHROME1":  # low values are bright there
         grey = 1 - grey
     return Image.fromarray(np.round(grey * 255).astype(np.uint8))
 
 
-@one_file
+@_oserror_only()
 def read_image(path, size, resize="squash"):
-    """A JPEG, PNG or DICOM file -> (uint8 [size, size], (width, height) of the original, colourfulness in [0,
-    1]).
+    """A JPEG, PNG or DICOM file -> (uint8 [size, size], original (width, height), colourfulness in [0, 1]).
 
-    OSError if it cannot be read.
+    Colourfulness is the mean difference between the strongest and the weakest of red, green and blue: 0 for
+    grey. Files called .dcm or .dicom are read as DICOM. OSError, and nothing else, if it cannot be read.
     """
-    if str(path).lower().endswith(DICOM_EXTENSIONS):
+    if os.fspath(path).lower().endswith(DICOM_EXTENSIONS):
         image = open_dicom(path)
         return to_square(image, size, resize), image.size, 0.0
     colour = 0.0
-    with Image.open(path, formats=FORMATS) as image:
-        original = image.size
+    with _open(path) as image:
         if image.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
             image.draft("RGB", (64, 64))
             small = np.asarray(image.convert("RGB").resize((64, 64)), dtype=np.float64)
             colour = float((small.max(axis=2) - small.min(axis=2)).mean() / 255)
-    return decode(path, size, resize), original, colour
+    return *_decode(path, size, resize), colour
 
 
-# ---------------------------------------------------------------- cache
+# ---------------------------------------------------------------- finding files
 
 
-def load_images(root, files, *, size, resize="squash", cache_dir, skip_bad=False, name):
-    """Decoded images of `files` -> (uint8 [len(files), S, S] memory-mapped read-only, readable rows int64
-    [M], {"width": [least, greatest], "height": ...} of the originals, in px).
+def find_files(paths):
+    """Files, folders and globs -> iterator over the names of image files.
+
+    Folders are searched as the iterator advances, recursively and in sorted order; hidden files and folders,
+    and whatever is not a regular file, are passed over. A file that is named or matched by a glob is yielded
+    whatever its name. InputError, before the first file, for a path that does not exist and matches nothing.
+    """
+    expanded = []
+    for path in paths:
+        found = [path] if os.path.exists(path) else _expand(path)
+        if not found:
+            raise InputError(f"{path} is not a file, not a folder, and as a glob matches nothing")
+        expanded += found
+    return itertools.chain.from_iterable(map(_walk, expanded))
+
+
+def _expand(pattern):
+    """What a glob matches, sorted, less what lies in a matched folder, which is searched anyway (`**` matches
+    both)."""
+    found, done = [], threading.Event()
+
+    def report():  # in a thread, because a search may go on for long without any match
+        while not done.wait(SEARCH_NOTE):
+            say(f"still looking for {pattern}: {len(found)} found so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        for path in glob.iglob(pattern, recursive=True):
+            found.append(path)
+        folders = {Path(path) for path in found if os.path.isdir(path)}
+    finally:
+        done.set()
+        thread.join()
+    return sorted(path for path in found if folders.isdisjoint(Path(path).parents))
+
+
+def _walk(path):
+    """The image files under a folder; anything else is yielded as it is."""
+    if not os.path.isdir(path):
+        yield path
+        return
+
+    def passed_over(error):
+        say(f"note: the folder {error.filename} cannot be read ({error.strerror}), passed over")
+
+    last = time.monotonic()
+    for folder, folders, files in os.walk(path, onerror=passed_over):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        if time.monotonic() - last > SEARCH_NOTE:
+            last = time.monotonic()
+            say(f"still looking for images, now in {folder}")
+        for name in sorted(files):
+            file = os.path.join(folder, name)
+            if name.startswith(".") or not name.lower().endswith(EXTENSIONS + DICOM_EXTENSIONS):
+                continue
+            if os.path.isfile(file) or not os.path.exists(file):  # a broken link is reported when it is read
+                yield file
+                last = time.monotonic()
+
+
+# ---------------------------------------------------------------- many files, cached
+
+
+def load_images(root, files, *, size, resize, cache_dir, skip_bad, name):
+    """Decoded images of `files`, names relative to `root` -> (uint8 [len(files), size, size], memory-mapped
+    read-only; readable rows int64 [M]; {"width": [least, greatest], "height": ...} of the originals, in px).
 
     Kept on disk under `cache_dir`, keyed by names, sizes, modification times and settings, with a checksum: a
-    stale or damaged cache is rebuilt. `name` ("train") is part of its file's name. Unreadable images:
-    InputError naming them, or with `skip_bad` they are left out and counted.
+    stale or damaged cache is rebuilt. `name` ("train", say) is part of the cache file's name and of messages.
+    Unreadable images: InputError naming them, or with `skip_bad` they are left out and counted.
     """
-    stats = [os.stat(Path(root, f)) for f in files]
-    key = sha256([CACHE_VERSION, size, resize, [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]])
+    key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(Path(root, file))] for file in files]])
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
     info = _valid_cache(path, key)
     if info is None:
         info = _build_cache(path, key, root, files, size, resize)
-    bad, where = info["bad"], Path(root, name)
+    bad = info["bad"]
+    count = f"{len(bad)} of {len(files)} {name} images in {root}"
+    some = "; ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
     if not info["kept"]:
+        raise InputError(f"{count} cannot be read, so none is left: {some}")
+    if bad and not skip_bad:
         raise InputError(
-            f"{len(bad)} of {len(files)} images in {where} cannot be read, so none is left: {'; '.join(bad[:3])}"
+            f"{count} cannot be read: {some}. Mend or remove them, or leave them out with --skip-bad"
         )
     if bad:
-        listed = f"{'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
-        if not skip_bad:
-            raise InputError(
-                f"{len(bad)} of {len(files)} images in {where} cannot be read: {listed}. "
-                "Mend or remove them, or leave them out with --skip-bad"
-            )
-        say(f"--skip-bad: left out {len(bad)} of {len(files)} images in {where}: {listed}")
+        say(f"--skip-bad: left out {count}: {some}")
     sizes = {"width": info["width"], "height": info["height"]}
     return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64), sizes
+
+
+def _stamp(path):
+    """[size in bytes, modification time in ns] of a file; [None, None] if there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return [None, None]  # a broken link, say: decoding it will give the reason
+    return [about.st_size, about.st_mtime_ns]
 
 
 def _valid_cache(path, key):
@@ -224,7 +296,6 @@ def _valid_cache(path, key):
     try:
         info = read_json(path.with_suffix(".json"))
         check = info.pop("check", None)
-        check_regular(path)
         if info.get("key") == key and check == sha256(info) and info.get("crc32") == _crc32(path):
             return info
         say(f"cache {path} is stale or damaged: rebuilding it")
@@ -234,6 +305,7 @@ def _valid_cache(path, key):
 
 
 def _crc32(path):
+    _check_regular(path)
     crc = 0
     with open(path, "rb") as f:
         while chunk := f.read(1 << 22):
@@ -241,44 +313,45 @@ def _crc32(path):
     return crc
 
 
-@one_file
-def _decode_with_size(path, size, resize):
-    with Image.open(path, formats=FORMATS) as image:
-        original = image.size
-    return decode(path, size, resize), original
-
-
 def _build_cache(path, key, root, files, size, resize):
-    """Decode `files` into the array at `path`; returns the content of its side file."""
-    kept, bad, sizes, pace = [], [], [], Pace()
+    """Decode every file into the array at `path`; write its side file and return that file's content."""
+    kept, bad, sizes = [], [], []
 
-    def one(name):
+    def one(file):
         try:
-            return _decode_with_size(Path(root, name), size, resize)
+            return _decode(Path(root, file), size, resize)
         except OSError as error:
-            return f"{name} ({error})"
+            return f"{file} ({error})"
 
-    # Decoding releases the interpreter lock, so threads use every core; `map` keeps the order, and the window
-    # keeps memory constant however many images there are.
+    # Decoding releases the interpreter lock, so threads use every core; `map` keeps the order, and the
+    # window keeps memory constant however many images there are.
     with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
         array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=len(files), desc=f"decoding {path.name}", unit="img", disable=quiet) as bar:
-            for begin in range(0, len(files), 512):
-                for i, result in enumerate(pool.map(one, files[begin : begin + 512]), begin):
-                    if isinstance(result, str):
-                        bad.append(result)
-                    else:
-                        array[i], original = result
-                        sizes.append(original)
-                        kept.append(i)
-                    bar.update()
-                    if quiet:
-                        pace.step(i + 1, len(files), f"decoded {i + 1} of {len(files)} images")
+        windows = (files[begin : begin + 512] for begin in range(0, len(files), 512))
+        results = itertools.chain.from_iterable(pool.map(one, window) for window in windows)
+        for i, result in enumerate(_progress(results, len(files), f"decoding {path.name}")):
+            if isinstance(result, str):
+                bad.append(result)
+            else:
+                array[i], original = result
+                sizes.append(original)
+                kept.append(i)
         array.flush()
         del array
         info = {"key": key, "crc32": _crc32(tmp), "files": len(files), "kept": kept, "bad": bad}
-        for name, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
-            info[name] = [min(values), max(values)]
+        for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
+            info[side] = [min(values), max(values)]
     write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info
+
+
+def _progress(results, total, title):
+    """Pass `results` on; show a bar on a terminal, and elsewhere say every half minute what remains."""
+    quiet = sys.stderr is None or not sys.stderr.isatty()
+    pace = Pace()
+    with tqdm(total=total, desc=title, unit="img", disable=quiet) as bar:
+        for done, result in enumerate(results, 1):
+            yield result
+            bar.update()
+            if quiet:
+                pace.step(done, total, f"{title}: {done} of {total} images")

@@ -126,7 +126,8 @@ def config_from_npz(path):
     """The architecture in a weights file -> keywords of VisionTransformer.
 
     {patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio}. Heads are read from the shape of the query
-    kernel; a torch state dict does not hold them, so there the width decides (CONFIGS, else 64 per head).
+    kernel; a torch state dict does not hold them, so there the width decides: as in CONFIGS, else one head
+    for every 64 channels, or a few more channels a head where that does not divide the width.
     Every array that such a model needs is in the file, so a few bytes cannot ask for a large model.
     InputError (a ValueError) as in `load_npz`.
     """
@@ -197,7 +198,9 @@ def _shape(arrays, name, axes, path):
         raise InputError(f"{path} is not a complete plain ViT: {name} is missing")
     shape = tuple(arrays[name].shape)
     if len(shape) != axes or 0 in shape:
-        raise InputError(f"{path} is not a plain ViT: {name} is {listed([shape])}, needs {axes} axes")
+        raise InputError(
+            f"{path} is not a plain ViT: {name} is {listed([shape])}, needs {axes} axes, none empty"
+        )
     return shape
 
 
@@ -219,8 +222,8 @@ def _differences(found, expected):
     """How the names and shapes of two dicts of arrays differ, for a message; "" if they do not."""
     common = found.keys() & expected.keys()
     lists = {
+        "unknown": found.keys() - expected.keys(),
         "missing": expected.keys() - found.keys(),
-        "not part of it": found.keys() - expected.keys(),
         "wrong shape": {
             f"{n} is {tuple(found[n].shape)}, needs {tuple(expected[n].shape)}"
             for n in common
@@ -394,7 +397,7 @@ def _state_dict_config(state, path):
     headless = not state.keys() & {"head.weight", "head.bias"}
     classes = None if headless else _shape(state, "head.weight", 2, path)[0]
     known = {c["embed_dim"]: c["num_heads"] for c in CONFIGS.values()}
-    heads = known.get(dim, max(1, dim // 64))
+    heads = known.get(dim) or next(n for n in range(max(1, dim // 64), 0, -1) if dim % n == 0)
     return _config(patch, chans, dim, depth, heads, hidden, path), pos, classes
 
 

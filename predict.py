@@ -23,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from images import find_files, read_image
 
 import common
 from device import add_device_argument, pick_device
+from images import find_files, read_image
 from inputs import Inputs
 from run import Run
 

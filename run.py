@@ -55,7 +55,8 @@ RESULTS = {
     "std": [POSITIVE],
     "finished": bool,
 }
-FIGURES = {k: SHARE for k in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")}
+NEARLY_SHARE = Number(float, -1e-6, 1 + 1e-6)  # a sum of shares may exceed 1 by rounding
+FIGURES = {k: NEARLY_SHARE for k in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")}
 POINT = {
     **FIGURES,
     **{k: NATURAL for k in ("tp", "fp", "tn", "fn")},
@@ -189,8 +190,8 @@ class Run:
         Sizes in results.json are checked against the shapes in the checkpoint before anything is
         allocated."""
         import torch
-        from tensors import check_state_dict, load_tensors
 
+        from tensors import check_state_dict, load_tensors
         from vit import build_model
 
         weights = load_tensors(self.checkpoint)

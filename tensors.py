@@ -35,7 +35,7 @@ _PLAIN = re.compile(
 _VALUES = (str, int, float, bool, type(None))
 
 
-def listed(names, limit=12):
+def listed(names, limit=6):
     """Names from a file for a message: the first `limit`, control characters escaped, long ones cut."""
     names = list(names)
     more = [f"and {len(names) - limit} more"] if len(names) > limit else []
@@ -114,6 +114,8 @@ def _check_torch_file(path, size):
                 raise InputError(f"{path} is a compressed archive, which torch.save never writes")
             if sum(m.file_size for m in members) > size or len(set(archive.namelist())) < len(members):
                 raise InputError(f"{path} is damaged: its parts overlap")
+            if wrong := archive.testzip():  # torch.load does not compare check sums
+                raise InputError(f"{path} is damaged: the check sum of {listed([wrong])} is wrong")
             for member in members:
                 if member.filename.lower().endswith(".pkl"):
                     with archive.open(member) as pickled:
@@ -126,8 +128,8 @@ def _check_pickle(file, path):
     for opcode, name, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(name)):
             raise InputError(
-                f"{path} cannot be loaded: it holds something other than dense tensors and plain values, "
-                f"perhaps code ({listed([str(name).replace(' ', '.')])}), and was refused"
+                f"{path} was refused: it names {listed([str(name).replace(' ', '.')])}, perhaps code; "
+                "only dense tensors and plain Python values are read"
             )
 
 

@@ -557,13 +557,13 @@ def test_damaged_last_is_refused(tmp_path):
 def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit
     the same."""
-    torch.manual_seed(1)
-    model, weights = small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1), []
+    settings = dict(epochs=2, ema=0.8)
+    loop, weights = toy_loop(tmp_path / "a", **settings), []
     hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
-        lambda *_: weights.append({n: p.detach().double().clone() for n, p in model.named_parameters()})
+        lambda *_: weights.append({n: p.detach().double().clone() for n, p in loop.model.named_parameters()})
     )
     try:
-        toy_fit(tmp_path / "a", epochs=2, ema=0.8, model=model)
+        loop.fit(toy_subset(40, 0), toy_subset(20, 1))
     finally:
         hook.remove()
     average = weights[0]
@@ -586,7 +586,6 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return losses
 
-    settings = dict(epochs=2, ema=0.8, model=None)
     with pytest.raises(common.Interrupted):
         toy_fit(tmp_path / "b", objective=ToyObjective(stop), **settings)
     toy_fit(tmp_path / "b", resume=True, **settings)

@@ -1,10 +1,14 @@
 """Tests of images."""
 
+import glob
 import io
 import json
 import os
 import random
-import re
+import shutil
+import signal
+import socket
+import struct
 import time
 import zlib
 from pathlib import Path
@@ -13,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import images
-from common import InputError
-from tests.shared import REPO, SHARED, full_decode, popen, smooth_picture, succeed
+from common import InputError, sha256
+from tests.shared import REPO, SHARED, full_decode, popen, smooth_picture
+
+# ---------------------------------------------------------------- decoding
 
 
 def test_decode_rgb_jpeg_like_pil(tmp_path):
@@ -57,9 +62,7 @@ def test_resize_geometry(tmp_path):
         )
         if name == "tall":
             squash, crop, pad = squash.T, crop.T, pad.T
-        assert (
-            crop[1:-1, 1:-1] == 255
-        ).all() and crop.min() > 200  # the filter may see a pixel beyond the edge
+        assert (crop[1:-1, 1:-1] == 255).all() and crop.min() > 200  # the filter sees a pixel beyond the edge
         row = squash[20]
         assert (row[:9] == 0).all() and (row[11:29] == 255).all() and (row[31:] == 0).all()
         assert (squash == row).all()
@@ -113,20 +116,424 @@ def test_damaged_pictures_raise_oserror_only():
     assert failures > 100
 
 
-def load_train(config):
-    root = data.find_root(config.data_dir)
-    files = data.list_images(root, "train").files
-    pixels, kept, sizes = images.load_images(
-        root,
-        files,
-        size=config.img_size,
-        resize=config.resize,
-        cache_dir=config.cache_dir,
-        skip_bad=config.skip_bad,
-        name="train",
-    )
-    assert sizes["width"][0] == sizes["height"][0] == 20  # of the originals
-    return files, np.array(pixels), kept.tolist()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_pixels_are_refused(value):
+    picture = Image.fromarray(np.array([[0, 100], [200, value]], np.float32))
+    with pytest.raises(OSError, match="NaN or infinite"):
+        images.to_grey(picture)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "GIF", "DDS", "PPM", "ICO", "TGA", "float TIFF"])
+def test_other_formats_are_refused_whatever_their_name(tmp_path, kind):
+    picture = smooth_picture(32, 32)
+    if kind == "float TIFF":
+        picture = np.full((32, 32), np.nan, np.float32)
+    for name in ("x.jpg", "x.png"):
+        Image.fromarray(picture).save(tmp_path / name, kind.split()[-1])
+        for read in (images.decode, images.read_image):
+            with pytest.raises(OSError, match="^not a JPEG or PNG image$"):
+                read(tmp_path / name, 16)
+
+
+ERRORS = [
+    StopIteration(),
+    KeyError("PixelData"),
+    struct.error("unpack requires 4 bytes"),
+    NotImplementedError("BLP7"),
+    IndexError("tuple index"),
+    RuntimeError("tables"),
+    TypeError("None"),
+    SyntaxError("broken PNG file"),
+    SystemError("tile"),
+    RecursionError("depth"),
+    MemoryError(),
+    AssertionError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: repr(type(error)))
+def test_whatever_one_file_raises_is_an_oserror(tmp_path, monkeypatch, error):
+    Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "a.png")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    for read in (images.decode, images.read_image):
+        with pytest.raises(OSError, match=type(error).__name__) as found:
+            read(tmp_path / "a.png", 16)
+        assert type(found.value) is OSError and "\n" not in str(found.value)
+
+
+def test_interruption_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "a.png")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image, "open", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        images.decode(tmp_path / "a.png", 16)
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def jpeg_header(width, height):
+    """A JPEG whose header claims another size."""
+    buffer = io.BytesIO()
+    Image.fromarray(smooth_picture(32, 32)).save(buffer, "jpeg")
+    raw = bytearray(buffer.getvalue())
+    at = raw.index(b"\xff\xc0") + 5  # marker, length, bits a sample, then height and width
+    raw[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", [png_header(100_000, 10_000), jpeg_header(65_000, 16_000)], ids=["png", "jpeg"]
+)
+def test_header_of_a_billion_pixels_is_refused(tmp_path, raw):
+    (tmp_path / "a.png").write_bytes(raw)
+    for resize in images.RESIZES:
+        for read in (images.decode, images.read_image):
+            with pytest.raises(OSError, match="exceeds limit"):
+                read(tmp_path / "a.png", 16, resize)
+
+
+def test_long_narrow_picture_is_not_padded_to_a_huge_square(tmp_path):
+    """20,000 x 2 pixels are a file of a few hundred bytes; the square around them takes 400 MB."""
+    Image.new("L", (20_000, 2)).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match="too many to be padded"):
+        images.decode(tmp_path / "a.png", 16, "pad")
+    for resize in ("squash", "crop"):
+        assert images.decode(tmp_path / "a.png", 16, resize).shape == (16, 16)
+
+
+def test_read_image_gives_size_and_colourfulness(tmp_path):
+    rgb = np.zeros((30, 40, 3), np.uint8)
+    rgb[:, :20, 0] = 255  # half red, half black
+    Image.fromarray(rgb).save(tmp_path / "red.png")
+    pixels, size, colour = images.read_image(tmp_path / "red.png", 16, "crop")
+    assert size == (40, 30) and colour == pytest.approx(0.5, abs=0.02)
+    assert np.array_equal(pixels, images.decode(tmp_path / "red.png", 16, "crop"))
+    grey = smooth_picture(30, 40)
+    for mode in ("L", "RGB"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / "grey.png")
+        assert images.read_image(str(tmp_path / "grey.png"), 16)[1:] == ((40, 30), 0.0)
+
+
+# ---------------------------------------------------------------- not regular files
+
+
+@pytest.fixture
+def no_hang():
+    """Fail a test that waits for a named pipe instead of letting it wait for ever."""
+
+    def fail(*args):
+        pytest.fail("still waiting after 20 seconds")
+
+    old = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def make_odd(path, kind):
+    """Something that is not a regular file, at `path`."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(path))  # the full path may be too long for a socket
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_only_regular_files_are_opened(tmp_path, monkeypatch, no_hang, kind):
+    pytest.importorskip("pydicom")
+    monkeypatch.chdir(tmp_path)
+    readers = {"a.jpg": images.decode, "b.png": images.read_image, "c.dcm": images.read_image}
+    for name, read in readers.items():
+        make_odd(tmp_path / name, kind)
+        with pytest.raises(OSError, match="not a "):
+            read(tmp_path / name, 16)
+    with pytest.raises(OSError, match="not a "):
+        images.open_dicom(tmp_path / "c.dcm")
+    Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "good.png")
+    assert list(images.find_files(["."])) == ["./good.png"]
+    if kind != "folder":
+        named = [str(tmp_path / name) for name in readers]
+        assert list(images.find_files(named)) == named  # read_image gives the reason in each one's row
+        assert list(images.find_files(["*.jpg", "g*"])) == ["a.jpg", "good.png"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_empty_and_text_files_are_refused(tmp_path, content):
+    pytest.importorskip("pydicom")
+    for name in ("a.jpeg", "a.png", "a.dcm"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError, match="empty|^not a (JPEG or PNG image|DICOM file)$"):
+            images.read_image(tmp_path / name, 16)
+    with pytest.raises(OSError):
+        images.read_image(tmp_path / "absent.png", 16)
+    with pytest.raises(OSError, match="null byte|null character"):
+        images.read_image("a\0b.png", 16)
+
+
+# ---------------------------------------------------------------- DICOM
+
+
+def save_dicom(path, pixels, bits=8, photometric="MONOCHROME2", change=None, **tags):
+    """Write a DICOM image; `tags` replace what it says, `change` edits the data set last."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.Rows, file.Columns = pixels.shape[:2]
+    file.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
+    file.PixelRepresentation, file.PhotometricInterpretation = 0, photometric
+    file.BitsAllocated, file.BitsStored, file.HighBit = 8 * pixels.itemsize, bits, bits - 1
+    file.PixelData = pixels.tobytes()
+    for key, value in tags.items():
+        setattr(file, key, value)
+    if change:
+        change(file)
+    file.save_as(path, enforce_file_format=True)
+
+
+def full_range(height=24, width=30):
+    """A picture that uses grey levels 0 to 255."""
+    picture = smooth_picture(height, width).astype(float)
+    return ((picture - picture.min()) / np.ptp(picture) * 255).round().astype(np.uint8)
+
+
+def test_dicom_is_read(tmp_path):
+    """Inverted, 12 bits with rescale and window, and in grey colour: the same picture each time."""
+    picture = full_range()
+    save_dicom(tmp_path / "a.dcm", picture)
+    save_dicom(tmp_path / "b.dcm", 255 - picture, photometric="MONOCHROME1")
+    window = dict(RescaleSlope="2", RescaleIntercept="-14", WindowCenter="2550", WindowWidth="5101")
+    save_dicom(tmp_path / "c.dicom", picture.astype(np.uint16) * 10 + 7, 12, **window)
+    colour = dict(photometric="RGB", PlanarConfiguration=0)
+    save_dicom(tmp_path / "d.DCM", np.repeat(picture[:, :, None], 3, axis=2), **colour)
+    for name in ("a.dcm", "b.dcm", "c.dicom", "d.DCM"):
+        image = images.open_dicom(tmp_path / name)
+        assert image.mode == "L" and image.size == (30, 24)
+        assert np.abs(np.asarray(image).astype(int) - picture).max() <= 1
+        pixels, size, colour = images.read_image(tmp_path / name, 16)
+        assert np.array_equal(pixels, images.to_square(image, 16, "squash"))
+        assert size == (30, 24) and colour == 0.0
+
+
+def with_table(sequence, descriptor, values):
+    """A data set edit: a look-up table for the stored values, in its sequence (None: an element left out)."""
+
+    def change(file):
+        from pydicom.dataset import Dataset
+
+        table = Dataset()
+        if descriptor is not None:
+            table.add_new("LUTDescriptor", "US", descriptor)
+        if values is not None:
+            table.add_new("LUTData", "US", values)
+        setattr(file, sequence, [table])
+
+    return change
+
+
+def without_pixels(file):
+    del file.PixelData
+
+
+def with_float_pixels(file):
+    del file.PixelData
+    file.BitsAllocated = 32
+    file.FloatPixelData = np.full((24, 30), np.nan, np.float32).tobytes()
+
+
+def compressed(file):
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import RLELossless
+
+    file.file_meta.TransferSyntaxUID = RLELossless
+    file.PixelData = encapsulate([b"\0" * 70])
+    file["PixelData"].is_undefined_length = True
+
+
+def deflated(file):
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    file.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+
+
+DICOM_FAULTS = {
+    "empty pixel data": dict(PixelData=b""),
+    "no pixel data": dict(change=without_pixels),
+    "too little pixel data": dict(PixelData=b"\0" * 100),
+    "modality table without values": dict(change=with_table("ModalityLUTSequence", [256, 0, 16], None)),
+    "modality table without descriptor": dict(change=with_table("ModalityLUTSequence", None, [1, 2, 3, 4])),
+    "window table too short": dict(change=with_table("VOILUTSequence", [256, 0, 16], [1, 2, 3])),
+    "window table of 99 bits": dict(change=with_table("VOILUTSequence", [4, 0, 99], [1, 2, 3, 4])),
+    "descriptor of one number": dict(change=with_table("VOILUTSequence", [4], [1, 2, 3, 4])),
+    "window of width 0": dict(WindowCenter="100", WindowWidth="0"),
+    "no rows": dict(Rows=0),
+    "no photometric interpretation": dict(PhotometricInterpretation=None),
+    "unknown photometric interpretation": dict(PhotometricInterpretation="MONOCHROME7"),
+    "7 bits allocated": dict(BitsAllocated=7),
+    "two samples a pixel": dict(SamplesPerPixel=2),
+    "many frames": dict(NumberOfFrames=1_000_000),
+    "palette": dict(photometric="PALETTE COLOR"),
+    "constant": dict(PixelData=b"\7" * 720),
+    "NaN pixels": dict(change=with_float_pixels),
+    "huge": dict(Rows=65535, Columns=65535),
+    "huge and compressed": dict(Rows=65535, Columns=65535, change=compressed),
+    "broken compression": dict(change=compressed),
+    "deflated": dict(change=deflated),
+}
+DICOM_WITHOUT_WINDOW = {
+    "empty sequence": dict(VOILUTSequence=[]),
+    "table without values": dict(change=with_table("VOILUTSequence", [256, 0, 16], None)),
+    "table of no entries": dict(change=with_table("VOILUTSequence", [256, 0, 16], [])),
+    "window without width": dict(WindowCenter="100"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", DICOM_FAULTS)
+def test_faulty_dicom_raises_oserror_only(tmp_path, fault):
+    save_dicom(tmp_path / "a.dcm", full_range(), **DICOM_FAULTS[fault])
+    for read in (images.open_dicom, lambda path: images.read_image(path, 16)):
+        with pytest.raises(OSError) as found:
+            read(tmp_path / "a.dcm")
+        assert str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", DICOM_WITHOUT_WINDOW)
+def test_dicom_with_half_a_window_is_read_without_it(tmp_path, fault):
+    save_dicom(tmp_path / "a.dcm", full_range(), **DICOM_WITHOUT_WINDOW[fault])
+    assert np.array_equal(images.open_dicom(tmp_path / "a.dcm"), full_range())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_dicom_raises_oserror_only(tmp_path):
+    """Cut or changed bytes give a picture or OSError."""
+    rng, failures = random.Random(0), 0
+    table = with_table("VOILUTSequence", [256, 0, 16], list(range(256)))
+    save_dicom(tmp_path / "a.dcm", full_range(), change=table)
+    original = (tmp_path / "a.dcm").read_bytes()
+    for trial in range(150):
+        raw = bytearray(original)
+        if trial % 5 == 0:
+            del raw[rng.randrange(128, len(raw)) :]
+        else:
+            raw[rng.randrange(128, len(raw) - 700)] = rng.randrange(256)
+        (tmp_path / "b.dcm").write_bytes(raw)
+        try:
+            pixels, _, _ = images.read_image(tmp_path / "b.dcm", 16)
+            assert pixels.shape == (16, 16) and pixels.dtype == np.uint8
+        except OSError:
+            failures += 1
+    assert failures > 30
+
+
+def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("pydicom"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    (tmp_path / "a.dcm").write_bytes(b"\0" * 132)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(OSError, match="pip install pydicom"):
+        images.read_image(tmp_path / "a.dcm", 16)
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def make_tree(root):
+    """Files in a few folders; returns the images' names, sorted as a search gives them."""
+    shown = ["b.png", "c.JPG", "x.dcm", "d/a.jpeg", "d/e/a.dicom"]
+    for name in [*shown, "notes.txt", ".h.png", ".hidden/a.png", "__MACOSX/a.png", "d/._a.jpeg"]:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return shown
+
+
+def test_find_files_searches_folders_and_globs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = make_tree(tmp_path)
+    assert list(images.find_files(["."])) == [f"./{name}" for name in shown]
+    assert list(images.find_files(["x.dcm", "notes.txt", "d"])) == [
+        *("x.dcm", "notes.txt", "d/a.jpeg", "d/e/a.dicom")
+    ]
+    assert list(images.find_files(["?.png", "d/*.jpeg"])) == ["b.png", "d/a.jpeg"]
+    assert list(images.find_files(["d/**/a.*"])) == ["d/a.jpeg", "d/e/a.dicom"]
+    for recursive in ("d/**", "d/**/*"):  # each file once, though both it and its folder match
+        assert sorted(images.find_files([recursive])) == ["d/a.jpeg", "d/e/a.dicom"]
+    with pytest.raises(InputError, match=r"no\*\.png is not a file"):
+        images.find_files(["b.png", "no*.png"])  # before anything is yielded
+
+
+def test_find_files_is_lazy_and_names_folders_it_cannot_read(tmp_path, capsys):
+    make_tree(tmp_path)
+    (tmp_path / "broken.png").symlink_to("nowhere")  # yielded, so that its row says that it cannot be read
+    found = images.find_files([str(tmp_path)])
+    assert next(found).endswith("b.png") and next(found).endswith("broken.png")
+    shutil.rmtree(tmp_path / "d")
+    assert [Path(name).name for name in found] == ["c.JPG", "x.dcm"]
+    assert f"{tmp_path}/d cannot be read" in capsys.readouterr().err
+
+
+def test_long_search_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    make_tree(tmp_path)
+
+    def slow(pattern, recursive):
+        yield str(tmp_path / "b.png")
+        time.sleep(0.3)
+        yield str(tmp_path / "c.JPG")
+
+    monkeypatch.setattr(images, "SEARCH_NOTE", 0.1)
+    monkeypatch.setattr(glob, "iglob", slow)
+    assert len(list(images.find_files([f"{tmp_path}/**"]))) == 2
+    assert f"still looking for {tmp_path}/**: 1 found so far" in capsys.readouterr().err
+    monkeypatch.setattr(images, "SEARCH_NOTE", -1)
+    assert len(list(images.find_files([tmp_path]))) == 5
+    assert f"still looking for images, now in {tmp_path}/d" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def load_small(config, **changes):
+    """The training images of `small_set`: names, pixels, readable rows."""
+    root = Path(config.data_dir)
+    files = sorted(p.relative_to(root).as_posix() for p in root.glob("train/*/*"))
+    settings = dict(size=config.img_size, resize="squash", cache_dir=config.cache_dir, skip_bad=False)
+    pixels, rows, sizes = images.load_images(root, files, **{**settings, "name": "train", **changes})
+    assert rows.dtype == np.int64 and pixels.dtype == np.uint8
+    assert sizes == {"width": [20, 20], "height": [20, 20]}  # of the originals
+    return files, np.array(pixels), rows.tolist()
 
 
 EXPECTED_VALUES = [10 * i for i in range(12)] + [100 + 10 * i for i in range(12)]
@@ -138,10 +545,10 @@ def cache_file(config):
 
 
 def test_cache_is_reused(small_set):
-    files, pixels, kept = load_train(small_set)
+    _, pixels, kept = load_small(small_set)
     assert pixels[:, 8, 8].tolist() == EXPECTED_VALUES and kept == list(range(24))
     stat = os.stat(cache_file(small_set))
-    _, again, _ = load_train(small_set)
+    _, again, _ = load_small(small_set)
     assert np.array_equal(pixels, again)
     assert (os.stat(cache_file(small_set)).st_mtime_ns, os.stat(cache_file(small_set)).st_ino) == (
         stat.st_mtime_ns,
@@ -166,7 +573,7 @@ def test_cache_is_reused(small_set):
 )
 def test_cache_is_rebuilt(small_set, damage):
     """A stale or damaged cache never reaches a model."""
-    files, pixels, _ = load_train(small_set)
+    files, _, _ = load_small(small_set)
     path = cache_file(small_set)
     side = path.with_suffix(".json")
     expected = list(EXPECTED_VALUES)
@@ -195,61 +602,114 @@ def test_cache_is_rebuilt(small_set, damage):
         value = json.loads(side.read_text())
         value["kept"][4] = 3
         side.write_text(json.dumps(value))
-    _, again, kept = load_train(small_set)
+    _, again, kept = load_small(small_set)
     assert again[:, 8, 8].tolist() == expected and kept == list(range(24))
 
 
 def test_caches_of_other_settings_do_not_mix(small_set):
-    load_train(small_set)
-    from dataclasses import replace
-
-    assert load_train(replace(small_set, img_size=8))[1].shape == (24, 8, 8)
-    load_train(replace(small_set, resize="pad"))
+    load_small(small_set)
+    assert load_small(small_set, size=8)[1].shape == (24, 8, 8)
+    load_small(small_set, resize="pad")
     assert len(list(Path(small_set.cache_dir).glob("*.npy"))) == 3
     extra = Path(small_set.data_dir, "train/NORMAL/new.png")
     Image.fromarray(np.full((20, 20), 7, np.uint8)).save(extra)
-    files, pixels, _ = load_train(small_set)
+    files, pixels, _ = load_small(small_set)
     assert pixels[files.index("train/NORMAL/new.png")].max() == 7 and len(pixels) == 25
 
 
-def test_bad_files_are_named_or_skipped(small_set, capsys):
-    from dataclasses import replace
+def test_cache_of_an_earlier_version_stays_valid(small_set):
+    """The key and the file's name are those of version 3: changing either would decode every set again."""
+    files, _, _ = load_small(small_set)
+    root = Path(small_set.data_dir)
+    stats = [os.stat(root / file) for file in files]
+    key = [3, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
+    assert json.loads(cache_file(small_set).with_suffix(".json").read_text())["key"] == sha256(key)
+    place = sha256([str(root.resolve()), "train", 16, "squash"])[:8]
+    assert cache_file(small_set).name == f"set-train-16-squash-{place}.npy"
 
-    cut, text = (
-        Path(small_set.data_dir, "train/NORMAL/n03.jpeg"),
-        Path(small_set.data_dir, "train/PNEUMONIA/zz.jpeg"),
+
+def test_bad_files_are_named_or_skipped(small_set, capsys, no_hang):
+    train = Path(small_set.data_dir, "train")
+    cut, text, pipe, link = (
+        train / f for f in ("NORMAL/n03.jpeg", "PNEUMONIA/x.png", "NORMAL/p.png", "NORMAL/q.png")
     )
     Image.fromarray(smooth_picture(64, 64)).save(cut)
     cut.write_bytes(cut.read_bytes()[:300])
     text.write_text("not an image")
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    names = "(?s)4 of 28 train .*NORMAL/n03.jpeg.*NORMAL/p.png.*NORMAL/q.png.*PNEUMONIA/x.png.*--skip-bad"
     for _ in range(2):  # decoded now, then from the cache
-        with pytest.raises(InputError, match="(?s)2 of 26.*NORMAL/n03.jpeg.*PNEUMONIA/zz.jpeg.*--skip-bad"):
-            load_train(small_set)
+        with pytest.raises(InputError, match=names):
+            load_small(small_set)
     capsys.readouterr()
-    train, val, info = data.load_train_val(replace(small_set, skip_bad=True))
-    assert "left out 2 of 26" in capsys.readouterr().err
-    assert info["train"] + info["val"] == 24 == len(train) + len(val)
-    assert info["original_size"] == {"width": [20, 20], "height": [20, 20]}
-    for subset in (train, val):  # names, labels and pixels still belong together
-        for name, label, row in zip(subset.files, subset.targets, subset.rows):
-            number = int(re.search(r"[np](\d+)\.png", name)[1])
-            assert label == ("PNEUMONIA" in name) and subset.images[row].max() == 10 * number + 100 * label
+    files, pixels, rows = load_small(small_set, skip_bad=True)
+    assert "left out 4 of 28" in capsys.readouterr().err
+    assert [files[i] for i in rows] == [f for f in files if Path(f).name[1:].removesuffix(".png").isdigit()]
+    assert pixels[rows, 8, 8].tolist() == EXPECTED_VALUES  # names and pixels still belong together
     Image.fromarray(np.full((20, 20), 1, np.uint8)).save(cut)  # mended: used again
-    text.unlink()
-    assert load_train(small_set)[2] == list(range(25))
+    for path in (text, pipe, link):
+        path.unlink()
+    assert load_small(small_set)[2] == list(range(25))
+
+
+def test_no_readable_image_is_an_input_error(tmp_path):
+    (tmp_path / "a.png").write_text("not an image")
+    settings = dict(size=8, resize="pad", cache_dir=tmp_path / "cache", name="train")
+    with pytest.raises(InputError, match="1 of 1 .* none is left: a.png .not a JPEG or PNG image"):
+        images.load_images(tmp_path, ["a.png"], skip_bad=True, **settings)
+
+
+def test_names_that_are_not_unicode(small_set):
+    """Linux allows any bytes in a name; they travel as surrogates and come back from the cache unchanged."""
+    folder = os.fsencode(Path(small_set.data_dir, "train", "NORMAL"))
+    good, bad = (folder + b"/" + name for name in (b"z\xff1.png", b"z\xff2.png"))
+    try:
+        with open(bad, "wb") as f:
+            f.write(b"not an image")
+    except OSError:
+        pytest.skip("this file system allows only Unicode names")
+    with open(good, "wb") as f:
+        Image.fromarray(np.full((20, 20), 55, np.uint8)).save(f, "png")
+    for _ in range(2):
+        with pytest.raises(InputError) as found:
+            load_small(small_set)
+        assert "z\udcff2.png (not a JPEG" in str(found.value)
+    os.unlink(bad)
+    for _ in range(2):
+        files, pixels, rows = load_small(small_set)
+        assert pixels[files.index("train/NORMAL/z\udcff1.png"), 8, 8] == 55 and len(rows) == 25
+    names = [Path(name).name for name in images.find_files([os.fsdecode(folder)])]
+    assert "z\udcff1.png" in names and len(names) == 13
+    assert images.read_image(os.fsdecode(good), 8)[0].max() == 55
+
+
+def test_decoding_says_what_remains(small_set, monkeypatch, capsys):
+    """In a log, which is what the tests' standard error is: one line each half minute."""
+    clock = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    load_small(small_set)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "min left" in line]
+    assert len(lines) == 3 and all("decoding" in line and "of 24 images" in line for line in lines)
+    done = [int(line.split(" of 24")[0].split()[-1]) for line in lines]
+    assert done == [8, 16, 24]
+    assert 1 < float(lines[0].split()[-3]) < 1.3  # 16 images at 4 s each
+    load_small(small_set)
+    assert capsys.readouterr().err == ""  # nothing to decode
 
 
 def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     """kill -9 in the middle of decoding leaves no cache that could be trusted; the next run builds it."""
-    slow = (
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import common, images, train_linear\n"
-        "real = images.decode\n"
-        "images.decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
-        "common.start(train_linear.main)"
+    script = (
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import images\n"
+        "real, root = images._decode, pathlib.Path(sys.argv[2])\n"
+        "if sys.argv[3] == 'slow': images._decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
+        "files = sorted(str(p.relative_to(root)) for p in root.glob('train/*/*'))\n"
+        "images.load_images(root, files, size=32, resize='squash', cache_dir='cache', skip_bad=False,\n"
+        "                   name='train')"
     )
-    argv = ["--data-dir", synthetic, "--img-size", 32]
-    process = popen("-c", slow, REPO, *argv, cwd=tmp_path)
-    cache, deadline = tmp_path / "Data" / "cache", time.time() + 60
+    process = popen("-c", script, REPO, synthetic, "slow", cwd=tmp_path)
+    cache, deadline = tmp_path / "cache", time.time() + 60
     while not list(cache.glob(".*.npy")) and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.4)
@@ -257,125 +717,9 @@ def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == -9
     assert list(cache.glob(".*.npy")) and not list(cache.glob("[!.]*"))  # only the unfinished temporary file
-    succeed("train_linear", *argv, cwd=tmp_path)
+    process = popen("-c", script, REPO, synthetic, "fast", cwd=tmp_path)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and not list(cache.glob(".*"))
     [path] = cache.glob("[!.]*-train-*.npy")
-    files = data.list_images(synthetic, "train").files
-    assert np.array_equal(np.load(path), np.stack([images.decode(synthetic / f, 32) for f in files]))
-
-
-def save_dicom(path, **changes):
-    """A small DICOM file; `changes` replace elements, None removes one."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    values = dict(Rows=8, Columns=8, SamplesPerPixel=1, PixelRepresentation=0, BitsAllocated=8, BitsStored=8)
-    values |= dict(HighBit=7, PhotometricInterpretation="MONOCHROME2", PixelData=bytes(range(64)))
-    for key, value in {**values, **changes}.items():
-        if value is not None:
-            setattr(file, key, value)
-    file.save_as(path, enforce_file_format=True)
-
-
-def broken_table():
-    """A look-up table whose description promises more than it holds."""
-    pydicom = pytest.importorskip("pydicom")
-    table = pydicom.Dataset()
-    table.LUTDescriptor, table.LUTData = [256, 0, 12], b""
-    return pydicom.Sequence([table])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(PixelData=b""),
-        dict(PixelData=None),
-        dict(PixelData=b"ab"),
-        dict(Rows=0),
-        dict(Rows=60000, Columns=60000),
-        dict(BitsAllocated=7),
-        dict(PhotometricInterpretation="PURPLE"),
-        dict(SamplesPerPixel=9),
-        dict(WindowCenter="nan", WindowWidth="nan"),
-        dict(RescaleSlope="inf", RescaleIntercept="0"),
-        dict(ModalityLUTSequence="broken"),
-        dict(VOILUTSequence="broken"),
-    ],
-)
-def test_broken_dicom_is_an_oserror(tmp_path, changes):
-    """Whatever pydicom raises; or the file is read after all."""
-    changes = {k: broken_table() if v == "broken" else v for k, v in changes.items()}
-    save_dicom(tmp_path / "a.dcm", **changes)
-    try:
-        assert images.read_image(tmp_path / "a.dcm", 16)[0].shape == (16, 16)
-    except OSError as error:
-        assert str(error) and "\n" not in str(error)
-    save_dicom(tmp_path / "good.dcm")
-    assert images.read_image(tmp_path / "good.dcm", 16)[0].std() > 10
-
-
-@pytest.mark.parametrize("kind", ["TIFF", "DDS", "BMP", "GIF", "PPM", "ICO", "TGA"])
-def test_only_named_formats_are_opened(tmp_path, kind):
-    """Another format under the name x.jpg is refused whatever is in it."""
-    Image.fromarray(smooth_picture(32, 32)).convert("RGB").save(tmp_path / "x.jpg", format=kind)
-    for read in (images.decode, images.read_image):
-        with pytest.raises(OSError, match="JPEG or PNG"):
-            read(tmp_path / "x.jpg", 16)
-
-
-def test_nan_pixels_are_an_oserror(tmp_path):
-    pixels = np.full((20, 20), 0.5, np.float32)
-    pixels[2, 3] = np.nan
-    with pytest.raises(OSError, match="NaN"):
-        images._eight_bits(pixels)
-    Image.fromarray(pixels).save(tmp_path / "x.png", format="TIFF")
-    with pytest.raises(OSError):
-        images.decode(tmp_path / "x.png", 16)
-
-
-def test_a_png_that_claims_to_be_huge(tmp_path):
-    """100,000 x 100,000 pixels in the header of a file of 70 bytes: refused, not allocated."""
-    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "x.png")
-    raw = bytearray((tmp_path / "x.png").read_bytes())
-    raw[16:24] = (100_000).to_bytes(4, "big") * 2
-    raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
-    (tmp_path / "x.png").write_bytes(raw)
-    with pytest.raises(OSError):
-        images.read_image(tmp_path / "x.png", 16)
-
-
-def test_named_pipes_are_passed_over_and_refused(tmp_path):
-    """Walking a folder passes them over; naming one is an error about that file. Nothing hangs."""
-    for name in ("a.dcm", "b.jpg"):
-        os.mkfifo(tmp_path / name)
-        with pytest.raises(OSError, match="regular"):
-            images.read_image(tmp_path / name, 16)
-    (tmp_path / "c.png").touch()
-    (tmp_path / ".d.png").touch()
-    (tmp_path / "e.txt").touch()
-    assert list(images.find_files([str(tmp_path)])) == [str(tmp_path / "c.png")]
-    assert list(images.find_files([str(tmp_path / "*.jpg")])) == [str(tmp_path / "b.jpg")]
-    with pytest.raises(InputError, match="nowhere"):
-        images.find_files(["nowhere/*.png"])
-
-
-def test_a_long_search_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
-    for i in range(3):
-        (tmp_path / f"{i}.png").touch()
-    clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("common.time.monotonic", lambda: next(clock))
-    assert len(list(images.find_files([str(tmp_path / "**")]))) == 6  # the folder itself, then each file
-    assert "still looking" in capsys.readouterr().err
-
-
-def test_names_that_are_no_unicode_are_cached(tmp_path):
-    """A file name of any bytes goes through the cache and its JSON."""
-    name = os.path.join(os.fsencode(tmp_path), b"\xff.png").decode("utf-8", "surrogateescape")
-    Image.fromarray(smooth_picture(20, 20)).save(name)
-    settings = dict(size=16, cache_dir=tmp_path / "cache", name="train")
-    for _ in range(2):
-        pixels, rows, _ = images.load_images(tmp_path, [os.path.basename(name)], **settings)
-        assert pixels.shape == (1, 16, 16) and rows.tolist() == [0]
+    files = sorted(Path(synthetic).glob("train/*/*"))
+    assert np.array_equal(np.load(path), np.stack([images.decode(f, 32) for f in files]))

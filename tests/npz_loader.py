@@ -1,9 +1,12 @@
 """Tests of npz_loader."""
 
 import math
+import os
 import pickle
 import random
 import re
+import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +64,7 @@ def flax_forward(w, images):
     [("ti16", "vit_tiny_patch16_224", 192, 3, 2), ("b16", "vit_base_patch16_224", 768, 12, 1)],
 )
 def test_npz_logits_against_timm_and_numpy(tmp_path, ours, theirs, dim, heads, batch):
-    """A whole checkpoint: our loader = timm's loader = the Flax definition; then saved back, the same arrays."""
+    """A whole checkpoint: our loader = timm's = the Flax definition; then saved back, the same arrays."""
     w = google_arrays(dim=dim, depth=12, heads=heads, patch=16, grid=14, classes=7)
     path = tmp_path / "weights.npz"
     np.savez(path, **w)
@@ -260,15 +263,15 @@ def _bad_npz(path, change):
         ("key missing", ["encoderblock_1", "key/kernel"]),
         ("block missing", ["encoderblock_0"]),
         ("head bias missing", ["head"]),
-        ("misshapen", ["blocks.1.mlp.fc2.weight"]),
-        ("transposed", ["blocks.1.mlp.fc2.weight"]),
+        ("misshapen", ["encoderblock_1/MlpBlock_3/Dense_1/kernel is (48, 11), needs (48, 12)"]),
+        ("transposed", ["encoderblock_1/MlpBlock_3/Dense_1/kernel is (12, 48), needs (48, 12)"]),
         ("extra", ["encoderblock_1/LayerNorm_9/scale"]),
         ("integers", ["embedding/bias"]),
         ("NaN", ["blocks.1.attn.proj.bias"]),
         ("infinite", ["blocks.1.attn.qkv.bias"]),
         ("heads", ["4 heads", "has 3"]),
-        ("heads of one block", ["heads"]),
-        ("width", ["blocks.0.norm1.weight"]),
+        ("heads of one block", ["query/kernel is (12, 4, 3), needs (12, 3, 4)"]),
+        ("width", ["blocks.0.attn.qkv.weight"]),
         ("depth", ["blocks.2"]),
         ("position grid", ["7 tokens"]),
     ],
@@ -289,7 +292,7 @@ def test_bad_npz(tmp_path, change, words):
 
 @pytest.mark.parametrize("img_size", [8, 12])  # with and without a resized position embedding
 def test_npz_every_array_misshapen(tmp_path, img_size):
-    """Each array with a wrong shape in turn, also one with the right number of elements, is refused by name."""
+    """Each array with a wrong shape in turn, even with the right number of elements, is refused by name."""
     w = google_arrays(dim=12, depth=1, heads=3)
     model = vit_for(dict(depth=1), img_size=img_size)
     before = {n: v.clone() for n, v in model.state_dict().items()}
@@ -322,7 +325,7 @@ def test_npz_every_array_misshapen(tmp_path, img_size):
 
 
 def test_npz_damaged_anywhere(tmp_path):
-    """A changed byte or a cut anywhere in the file: refused, or without effect; never another error or value."""
+    """A changed byte or a cut anywhere in the file is refused or has no effect: never another error."""
     np.savez_compressed(tmp_path / "good.npz", **google_arrays(dim=6, heads=2, depth=1, patch=2, hidden=6))
     raw = (tmp_path / "good.npz").read_bytes()
     s = dict(dim=6, heads=2, depth=1, patch=2)
@@ -497,3 +500,238 @@ def test_real_weights_against_timm():
     two = vit.build_vit("ti16", img_size=384)
     report = npz_loader.load_npz(two, path)
     assert report["resized"] == ["pos_embed"] and sorted(report["dropped"]) == ["head.bias", "head.weight"]
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def _rename(state, old, new):
+    return {n.replace(old, new): v for n, v in state.items()}
+
+
+def _wide(state, name, axis, size=10**9):
+    """`state` with one tensor of `size` along an axis, by strides of 0: a few bytes in the file."""
+    shape = [1] * state[name].ndim
+    shape[axis] = size
+    return {**state, name: torch.ones([1] * len(shape)).expand(shape)}
+
+
+# Each turns the state dict of a small ViT (2 blocks, width 12) into one that must be refused.
+HOSTILE_STATES = {
+    "meta": lambda s: {**s, "norm.bias": torch.empty(12, device="meta")},
+    "sparse": lambda s: {**s, "norm.bias": s["norm.bias"].to_sparse()},
+    "quantised": lambda s: {**s, "norm.bias": torch.quantize_per_tensor(s["norm.bias"], 0.1, 0, torch.qint8)},
+    "scalar": lambda s: {**s, "norm.bias": torch.tensor(1.0)},
+    "scalar for the patch embedding": lambda s: {**s, "patch_embed.proj.weight": torch.tensor(1.0)},
+    "scalar for the positions": lambda s: {**s, "pos_embed": torch.tensor(1.0)},
+    "axis of length 0": lambda s: {**s, "norm.bias": torch.ones(0)},
+    "width 0": lambda s: {**s, "patch_embed.proj.weight": torch.ones(0, 3, 4, 4)},
+    "hidden 0": lambda s: {**s, "blocks.0.mlp.fc1.weight": torch.ones(0, 12)},
+    "positions 0": lambda s: {**s, "pos_embed": torch.ones(1, 0, 12)},
+    "integer keys": lambda s: dict(enumerate(s.values())),
+    "one integer key": lambda s: {**s, 7: torch.ones(3)},
+    "integer values": lambda s: {**s, "norm.bias": torch.ones(12, dtype=torch.int64)},
+    "complex values": lambda s: {**s, "norm.bias": torch.ones(12, dtype=torch.complex64)},
+    "list in place of a tensor": lambda s: {**s, "norm.bias": [1.0] * 12},
+    "nothing": lambda s: {},
+    "nothing in model": lambda s: {"model": {}},
+    "no blocks": lambda s: {n: v for n, v in s.items() if not n.startswith("blocks.")},
+    "block x": lambda s: _rename(s, "blocks.1.", "blocks.x."),
+    "one name in block x": lambda s: {**s, "blocks.x.norm1.bias": torch.ones(12)},
+    "block without a number": lambda s: {**s, "blocks.": torch.ones(12)},
+    "block 100000": lambda s: _rename(s, "blocks.1.", "blocks.100000."),
+    "one name in block 100000": lambda s: {**s, "blocks.100000.norm1.bias": torch.ones(12)},
+    "block of 5000 digits": lambda s: _rename(s, "blocks.1.", f"blocks.{'9' * 5000}."),
+    "block 2 without 1": lambda s: _rename(s, "blocks.1.", "blocks.2."),
+    "block 01": lambda s: _rename(s, "blocks.1.", "blocks.01."),
+    "block in Arabic digits": lambda s: _rename(s, "blocks.1.", "blocks.\u0661."),
+    "1001 blocks": lambda s: {**s, **{f"blocks.{i}.norm1.bias": torch.ones(1) for i in range(2, 1001)}},
+    "width 10^9": lambda s: _wide(s, "patch_embed.proj.weight", 0),
+    "channels 10^9": lambda s: _wide(s, "patch_embed.proj.weight", 1),
+    "hidden 10^9": lambda s: _wide(s, "blocks.0.mlp.fc1.weight", 0),
+    "positions 10^9": lambda s: _wide(s, "pos_embed", 1),
+    "classes 10^9": lambda s: _wide(s, "head.weight", 0),
+    "hidden width of the first block only": lambda s: {**s, "blocks.0.mlp.fc1.weight": torch.ones(99999, 12)},
+    "patch embedding too wide": lambda s: {
+        **s,
+        "patch_embed.proj.weight": torch.ones(9999, 3, 4, 4),
+    },
+    "patches not square": lambda s: {**s, "patch_embed.proj.weight": torch.ones(12, 3, 4, 5)},
+    "qkv flat": lambda s: {**s, "blocks.0.attn.qkv.weight": torch.ones(36 * 12)},
+    "positions flat": lambda s: {**s, "pos_embed": torch.ones(5 * 12)},
+    "one position": lambda s: {**s, "pos_embed": torch.ones(1, 1, 12)},
+    "two position embeddings": lambda s: {**s, "pos_embed": torch.ones(2, 5, 12)},
+    "head without a bias": lambda s: {n: v for n, v in s.items() if n != "head.bias"},
+    "head without a weight": lambda s: {n: v for n, v in s.items() if n != "head.weight"},
+    "head flat": lambda s: {**s, "head.weight": torch.ones(24)},
+    "one tensor under every name": lambda s: {n: s["blocks.0.mlp.fc1.weight"] for n in s},
+    "control characters": lambda s: {**s, "\x1b[31m\n" * 10**5: torch.ones(1)},
+    "Hugging Face, query flat": lambda s: {
+        **hugging_face_names(s),
+        "vit.encoder.layer.0.attention.attention.query.weight": torch.ones(144),
+    },
+    "Hugging Face, query wider": lambda s: {
+        **hugging_face_names(s),
+        "vit.encoder.layer.0.attention.attention.query.weight": torch.ones(13, 12),
+    },
+    "Hugging Face, one array under two names": lambda s: {
+        **hugging_face_names(s),
+        "embeddings.cls_token": torch.ones(1, 1, 12),
+    },
+    "Hugging Face, block 2 without 1": lambda s: _rename(hugging_face_names(s), "layer.1.", "layer.2."),
+    "Hugging Face, Arabic digits": lambda s: _rename(hugging_face_names(s), "layer.1.", "layer.\u0661."),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("what", HOSTILE_STATES)
+def test_hostile_state_dict(tmp_path, what):
+    state = {n: v.clone() for n, v in randomise(vit_for()).state_dict().items()}
+    path = tmp_path / "w.pth"
+    torch.save(HOSTILE_STATES[what](state), path)
+    _refused_in_one_line(path)
+
+
+_FIRST = "Transformer/encoderblock_0/"
+HOSTILE_ARRAYS = {
+    "scalar": lambda w: {**w, "embedding/bias": np.float32(1)},
+    "scalar for the kernel": lambda w: {**w, "embedding/kernel": np.float32(1)},
+    "axis of length 0": lambda w: {**w, "embedding/bias": np.ones(0, np.float32)},
+    "width 0": lambda w: {**w, "embedding/kernel": np.ones((4, 4, 3, 0), np.float32)},
+    "heads 0": lambda w: {
+        **w,
+        f"{_FIRST}MultiHeadDotProductAttention_1/query/kernel": np.ones((12, 0, 4), np.float32),
+    },
+    "5 heads for width 12": lambda w: {
+        **w,
+        f"{_FIRST}MultiHeadDotProductAttention_1/query/kernel": np.ones((12, 5, 2), np.float32),
+    },
+    "query flat": lambda w: {
+        **w,
+        f"{_FIRST}MultiHeadDotProductAttention_1/query/kernel": np.ones(144, np.float32),
+    },
+    "first query missing": lambda w: {
+        n: a for n, a in w.items() if n != f"{_FIRST}MultiHeadDotProductAttention_1/query/kernel"
+    },
+    "complex values": lambda w: {**w, "embedding/bias": np.ones(12, np.complex64)},
+    "text": lambda w: {**w, "embedding/bias": np.array(["a"] * 12)},
+    "block x": lambda w: _rename(w, "encoderblock_1/", "encoderblock_x/"),
+    "block 100000": lambda w: _rename(w, "encoderblock_1/", "encoderblock_100000/"),
+    "one name in block 100000": lambda w: {
+        **w,
+        "Transformer/encoderblock_100000/LayerNorm_0/bias": np.ones(12, np.float32),
+    },
+    "block 2 without 1": lambda w: _rename(w, "encoderblock_1/", "encoderblock_2/"),
+    "1001 blocks": lambda w: {
+        **w,
+        **{f"Transformer/encoderblock_{i}/x": np.ones(1, np.float32) for i in range(1001)},
+    },
+    "hidden width of the first block only": lambda w: {
+        **w,
+        f"{_FIRST}MlpBlock_3/Dense_0/kernel": np.ones((12, 9999), np.float32),
+    },
+    "patches not square": lambda w: {**w, "embedding/kernel": np.ones((4, 5, 3, 12), np.float32)},
+    "positions flat": lambda w: {
+        **w,
+        "Transformer/posembed_input/pos_embedding": np.ones(60, np.float32),
+    },
+    "head flat": lambda w: {**w, "head/kernel": np.ones(24, np.float32)},
+    "head without a kernel": lambda w: {n: a for n, a in w.items() if n != "head/kernel"},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_ARRAYS)
+def test_hostile_npz(tmp_path, what):
+    path = tmp_path / "w.npz"
+    np.savez(path, **HOSTILE_ARRAYS[what](google_arrays()))
+    _refused_in_one_line(path)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 10**9), (10**12,), (10**6, 10**6, 10**6, 10**6)])
+def test_npz_claims_more_than_it_holds(tmp_path, shape):
+    """The header of one array claims a shape that the file cannot hold."""
+    path = tmp_path / "w.npz"
+    np.savez(path, **google_arrays())
+    with zipfile.ZipFile(path, "a") as archive, archive.open("huge.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.write(bytes(64))
+    _refused_in_one_line(path)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pth", ".safetensors"])
+def test_weights_that_are_no_regular_file(tmp_path, suffix):
+    pipe, folder = tmp_path / f"pipe{suffix}", tmp_path / f"folder{suffix}"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path in (pipe, folder):
+        _refused_in_one_line(path)
+
+
+def _refused_in_one_line(path):
+    """Both readers refuse the file in one short line; the model keeps its weights; little memory is taken."""
+    model = vit_for()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (npz_loader.config_from_npz, lambda p: npz_loader.load_npz(model, p)):
+        with pytest.raises(InputError) as error:
+            read(path)
+        text = str(error.value)
+        assert path.name in text and len(text) < 3000 and text.isprintable(), text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
+    assert same_tensors(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("form", ["npz", "pth"])
+def test_configuration_is_backed_by_the_file(tmp_path, form):
+    """The model that a configuration describes has as many weights as the file, head and all."""
+    donor = vit_for(dict(dim=24, depth=3, heads=4, patch=2, grid=3, classes=5), mlp_ratio=2.5)
+    path = tmp_path / f"w.{form}"
+    npz_loader.save_npz(donor, path) if form == "npz" else torch.save(donor.state_dict(), path)
+    config = npz_loader.config_from_npz(path)
+    assert config == {**config, "embed_dim": 24, "depth": 3, "patch_size": 2, "mlp_ratio": 2.5}
+    with torch.device("meta"):
+        model = vit.VisionTransformer(img_size=6, num_classes=5, **config)
+    numbers = sum(p.numel() for p in model.parameters())
+    assert numbers == sum(p.numel() for p in donor.parameters()) <= path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14.safetensors", "tf_efficientnet_lite0.safetensors"])
+def test_other_real_weights_are_named_in_the_refusal(name):
+    """Files of other architectures are refused for what they are, not for damage."""
+    path = SHARED / "weights" / name
+    if not path.exists():
+        pytest.skip("no real weights here")
+    with pytest.raises(InputError, match="not a complete plain ViT"):
+        npz_loader.config_from_npz(path)
+
+
+# ---------------------------------------------------------------- names
+
+
+def _architecture(dim, depth, heads, patch, ratio=4.0):
+    return dict(patch_size=patch, in_chans=3, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio)
+
+
+def test_architecture_name():
+    for name, known in vit.CONFIGS.items():
+        config = _architecture(known["embed_dim"], known["depth"], known["num_heads"], known["patch_size"])
+        assert npz_loader.architecture_name(config) == name
+    s32 = _architecture(384, 12, 6, 32)
+    with torch.device("meta"):
+        model = vit.VisionTransformer(num_classes=2, **s32)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 22.5
+    assert npz_loader.architecture_name(s32) == "vit-d384-l12-h6-p32"
+    for config, name in [  # each differs in one number from b16
+        (_architecture(768, 12, 6, 16), "vit-d768-l12-h6-p16"),
+        (_architecture(768, 12, 12, 14), "vit-d768-l12-h12-p14"),
+        (_architecture(768, 11, 12, 16), "vit-d768-l11-h12-p16"),
+        (_architecture(780, 12, 12, 16), "vit-d780-l12-h12-p16"),
+        (_architecture(768, 12, 12, 16, 3.0), "vit-d768-l12-h12-p16-m3"),
+    ]:
+        assert npz_loader.architecture_name(config) == name
+
+
+def test_readable_architecture():
+    assert npz_loader.readable_architecture("vit-d384-l12-h6-p32") == "ViT 384x12, patch 32"
+    assert npz_loader.readable_architecture("vit-d768-l12-h12-p16-m2.5") == "ViT 768x12, patch 16"
+    assert npz_loader.readable_architecture("b16") == "b16"

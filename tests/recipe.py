@@ -45,12 +45,13 @@ def test_recipe_flag_chooses_the_defaults():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_recipe_that_is_named(script, capsys):
+def test_help_shows_the_recipe_that_is_named(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
     for name, values in importlib.import_module(script).DEFAULTS.recipes.items():
         with pytest.raises(SystemExit):
             parsed(script, "--recipe", name, "--help")
         shown = " ".join(capsys.readouterr().out.split())
-        assert f"(default: {values['augment']})" in shown.replace(", ", ",")
+        assert f"(default: {values['augment']})" in shown
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
