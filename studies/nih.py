@@ -1,0 +1,50 @@
+"""Images of another hospital, from a part of NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315)."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+import common
+import data
+from images import load_images
+
+PNEUMONIA_LIKE = {"Pneumonia", "Consolidation", "Infiltration"}
+
+
+def load_nih(folder, config):
+    """The images in `folder`/images, prepared as the DataConfig `config` says: a Subset of those whose only
+    finding in `folder`/sample_labels.csv is "No Finding" (target 0) and of those with one of PNEUMONIA_LIKE
+    (target 1).
+
+    Listed images that are not there are passed over. InputError if the list cannot be read, or if either
+    group is empty."""
+    path, found = Path(folder, "sample_labels.csv"), ([], [])
+    common.check_regular(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                findings, name = set((row["Finding Labels"] or "").split("|")), f"images/{row['Image Index']}"
+                sick = bool(findings & PNEUMONIA_LIKE)
+                if (sick or findings == {"No Finding"}) and Path(folder, name).is_file():
+                    found[sick].append(name)
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise common.InputError(
+            f"--nih: {path} is not a readable list of NIH findings ({type(error).__name__}: {error})"
+        ) from None
+    if not found[0] or not found[1]:
+        raise common.InputError(
+            f"--nih: of the images listed in {path}, {folder}/images holds {len(found[0])} without a finding "
+            f"and {len(found[1])} with pneumonia, consolidation or infiltration; both groups are needed"
+        )
+    files, targets = found[0] + found[1], np.repeat([0, 1], [len(found[0]), len(found[1])])
+    images, rows, _ = load_images(
+        folder,
+        files,
+        size=config.img_size,
+        resize=config.resize,
+        cache_dir=config.cache_dir,
+        skip_bad=config.skip_bad,
+        name="images",
+    )
+    return data.Subset([files[r] for r in rows], targets[rows], images, rows, config.normalise)

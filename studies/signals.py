@@ -1,0 +1,207 @@
+"""Figures that might tell recipes apart without the test set: what a run makes of changed validation images,
+and of another hospital's."""
+
+import io
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+import common
+import data
+import engine
+from augment import borrow_frame
+from inputs import Inputs
+from metrics import choose_threshold_by_min_recall
+from run import REAL, mismatches
+
+VERSION = 1  # of everything below that decides a figure: raise it with any change of the corruptions
+MIN_RECALL = 0.95
+
+
+# ---------------------------------------------------------------- changed images
+
+
+def _levels(change):
+    """A change of float grey levels in [0, 1] as one of uint8 images."""
+    return lambda x: (change(x / 255.0).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _picture(change):
+    """A change of square PIL images as one of uint8 arrays."""
+    return lambda x: np.asarray(change(Image.fromarray(x)))
+
+
+def _jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=15)
+    return Image.open(buffer)
+
+
+def _coarser(factor):
+    def shrink_and_enlarge(image):
+        size, small = image.size, (round(image.size[0] * factor),) * 2
+        return image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
+
+    return shrink_and_enlarge
+
+
+def _cut_out(*box):
+    def enlarge_part(image):
+        part = [fraction * image.size[0] for fraction in box]  # left, top, right, bottom
+        return image.resize(image.size, Image.Resampling.BILINEAR, box=part)
+
+    return enlarge_part
+
+
+def _wider(image):
+    side = image.size[0]
+    canvas, height = Image.new("L", (side, side)), round(0.85 * side)
+    canvas.paste(image.resize((side, height), Image.Resampling.BILINEAR), (0, (side - height) // 2))
+    return canvas
+
+
+def corruptions():
+    """{name: uint8 [S, S] -> uint8 [S, S]}: fixed changes of exposure, sharpness, noise, compression and
+    framing.
+
+    The noise is drawn anew for each image, from seed 0 at every call of this function."""
+    rng = np.random.default_rng(0)
+    return {
+        "darker": _levels(lambda x: x - 0.15),
+        "brighter": _levels(lambda x: x + 0.15),
+        "flatter": _levels(lambda x: (x - x.mean()) * 0.6 + x.mean()),
+        "harder": _levels(lambda x: (x - x.mean()) * 1.5 + x.mean()),
+        "gamma 0.6": _levels(lambda x: x**0.6),
+        "gamma 1.6": _levels(lambda x: x**1.6),
+        "noise": _levels(lambda x: x + rng.normal(0, 0.06, x.shape)),
+        "jpeg 15": _picture(_jpeg),
+        "blur": _picture(_coarser(0.35)),
+        "coarse": _picture(_coarser(0.2)),
+        "crop and shift": _picture(_cut_out(0.1, 0.04, 0.96, 0.9)),
+        "zoom": _picture(_cut_out(0.1, 0.1, 0.9, 0.9)),
+        "wider": _picture(_wider),
+    }
+
+
+def borrow_borders(images, targets, from_other_class):
+    """Images uint8 [N, S, S] with the border (an eighth of the side) of another image, drawn with seed 0: one
+    of the other class, or of the same class (perhaps the image itself). Targets int64 [N], 0 or 1; both must
+    occur."""
+    rng = np.random.default_rng(0)
+    donors = np.array([rng.choice(np.flatnonzero((targets != y) == from_other_class)) for y in targets])
+    own, border = (torch.from_numpy(x).unsqueeze(1) / 255 for x in (images, images[donors]))
+    framed = borrow_frame(own, border, torch.full((len(images),), 1 / 8))
+    return framed.mul_(255).round_().byte().squeeze(1).numpy()
+
+
+# ---------------------------------------------------------------- figures
+
+
+class Scorer:
+    """What a finished run of two classes makes of images. InputError for other runs."""
+
+    def __init__(self, run, device):
+        self.run, self.inputs, self.task = run, Inputs.of_run(run.results, device), run.config.task
+        if run.kind == "mae" or len(self.task.findings) != 1:
+            raise common.InputError(f"{run}: signals are defined for classifiers of two classes only")
+
+    @cached_property
+    def model(self):
+        return self.run.model().to(self.inputs.device)
+
+    def __call__(self, subset, pixels=None):
+        """Probability of the finding, float64 [N], of a Subset, or of other `pixels` uint8 [N, S, S] in its
+        place."""
+        if pixels is not None:
+            rows = np.arange(len(pixels))
+            subset = data.Subset(subset.files, subset.targets, pixels, rows, subset.normalise)
+        logits = engine.predict(self.model, subset, self.inputs, batch_size=128, progress=str(self.run))
+        return self.task.scores(logits)[:, 0]
+
+    def key(self, subset):
+        """SHA-256 of all that decides the figures: weights, model, input scaling, exposure, precision, the
+        images with their names and targets, and VERSION."""
+        results, inputs = self.run.results, self.inputs
+        how = [results["model_config"], inputs.mean, inputs.std, inputs.normalise, inputs.amp, VERSION]
+        return common.sha256([self.run.checkpoint_sha256, how, data.pixel_fingerprint(subset)])
+
+
+# What signals.json holds of a run, in the order of the table's columns.
+VALIDATION = {
+    "val AUROC": REAL,
+    "corrupted AUROC": REAL,
+    "corrupted spec": REAL,
+    "corrupted recall": REAL,
+    "worst": str,
+    "borrowed AUROC": REAL,
+    "control AUROC": REAL,
+    "choice": REAL,
+    "corruptions": dict.fromkeys(corruptions(), [REAL]),
+}
+NIH = {"NIH AUROC": REAL}
+
+
+def validation_figures(score, val):
+    """The figures of VALIDATION of a Scorer on a Subset; "corruptions" holds AUROC, specificity and recall of
+    each."""
+    y, images = val.targets, val.pixels()
+    p = score(val)
+    threshold, _, _ = choose_threshold_by_min_recall(y, p, MIN_RECALL)
+    borrowed, control = (
+        roc_auc_score(y, score(val, borrow_borders(images, y, other))) for other in (True, False)
+    )
+    # All images without the finding and every third with it: the specificity is what varies.
+    some = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
+    rows = {}
+    for name, change in corruptions().items():
+        q = score(some, np.stack([change(image) for image in some.pixels()]))
+        called, sick = q >= threshold, some.targets == 1
+        rows[name] = [roc_auc_score(some.targets, q), (~called[~sick]).mean(), called[sick].mean()]
+    auroc, specificity, recall = (float(v) for v in np.mean(list(rows.values()), axis=0))
+    return {
+        "val AUROC": float(roc_auc_score(y, p)),
+        "corrupted AUROC": auroc,
+        "corrupted spec": specificity,
+        "corrupted recall": recall,
+        "worst": min(rows, key=lambda name: sum(rows[name][1:])),
+        "borrowed AUROC": float(borrowed),
+        "control AUROC": float(control),
+        "choice": float((borrowed + (specificity + recall) / 2) / 2),
+        "corruptions": {name: [round(float(v), 4) for v in row] for name, row in rows.items()},
+    }
+
+
+def nih_figures(score, nih):
+    """The figure of NIH of a Scorer on the Subset of nih.load_nih."""
+    return {"NIH AUROC": float(roc_auc_score(nih.targets, score(nih)))}
+
+
+def kept_figures(score, part, subset, compute, spec):
+    """compute(score, subset), or what signals.json in the run folder holds of `part` if that was computed
+    from the same model and images. `spec`: what the figures must look like, as for run.mismatches. Other
+    parts are left alone."""
+    path, key = score.run.folder / "signals.json", score.key(subset)
+    try:
+        kept = common.read_json(path)
+    except common.InputError:  # absent or damaged
+        kept = {}
+    if mismatches(kept.get(part), {"key": str, "figures": spec}) or kept[part]["key"] != key:
+        kept = {
+            name: kept[name] for name in ("validation", "nih") if name in kept
+        }  # no part of older versions
+        kept[part] = {"key": key, "figures": compute(score, subset)}
+        common.write_json(path, kept)
+    return kept[part]["figures"]
+
+
+def signals(run, val, nih, device):
+    """{signal: value} of a finished run on its validation Subset and that of load_nih (or None)."""
+    score = Scorer(run, device)
+    found = dict(kept_figures(score, "validation", val, validation_figures, VALIDATION))
+    after = {name: found.pop(name) for name in ("choice", "corruptions")}
+    if nih is not None:
+        found |= kept_figures(score, "nih", nih, nih_figures, NIH)
+    return {**found, "choice": after["choice"], "minutes": run.results["minutes"], **after}

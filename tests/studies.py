@@ -1,0 +1,248 @@
+"""Tests of studies/: signals of runs, and the looks at the Kermany set."""
+
+import csv
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from PIL import Image
+
+import common
+import data
+import demo
+from studies import kermany, signals
+from studies.nih import load_nih
+from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
+
+EXPERIMENTS = "studies.experiments"
+
+
+def test_corruptions_keep_shape_and_change_the_image():
+    image = demo._draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
+    for name, change in signals.corruptions().items():
+        out = change(image)
+        assert out.shape == image.shape and out.dtype == np.uint8, name
+        assert 1 < np.abs(out.astype(int) - image).mean() < 80, name
+
+
+def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
+    (tmp_path / "images").mkdir()
+    listed = {
+        "a.png": "No Finding",
+        "b.png": "Infiltration|Mass",
+        "c.png": "Hernia",
+        "d.png": "Pneumonia",
+        "gone.png": "Pneumonia",
+    }
+    for i, name in enumerate(list(listed)[:4]):
+        Image.fromarray(np.full((40, 40), 50 * i, np.uint8)).save(tmp_path / "images" / name)
+    csv_path = tmp_path / "sample_labels.csv"
+    csv_path.write_text(
+        "Image Index,Finding Labels,Patient Age\n" + "".join(f"{k},{v},1\n" for k, v in listed.items())
+    )
+    config = data.DataConfig(str(tmp_path), 32, cache_dir=str(tmp_path / "cache"))
+    nih = load_nih(tmp_path, config)
+    assert nih.files == ["images/a.png", "images/b.png", "images/d.png"] and nih.targets.tolist() == [0, 1, 1]
+    assert nih.images[nih.rows][:, 0, 0].tolist() == [0, 50, 150]
+    for text, message in (
+        ("Image Index\na.png\n", "Finding Labels"),
+        ("Image Index,Finding Labels\na.png,No Finding\n", "holds 1 without a finding and 0 with"),
+        (None, "No such file"),
+    ):
+        csv_path.write_text(text) if text else csv_path.unlink()
+        with pytest.raises(common.InputError, match=message):
+            load_nih(tmp_path, config)
+
+
+def test_border_alone_sees_the_border_and_nothing_else(tiny_npz):
+    """Noise images whose class is told by the grey of a corner, or of the middle: separated, or at chance (sd
+    0.05)."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(160) % 2
+    for place, low, high in (((slice(0, 4),) * 2, 0.98, 1), ((slice(4, 28),) * 2, 0.3, 0.7)):
+        images = rng.integers(0, 60, (160, 32, 32), np.uint8)
+        images[(slice(None), *place)] += (labels * 150).astype(np.uint8)[:, None, None]
+        train = data.Subset([f"{i}.png" for i in range(160)], labels, images, np.arange(160))
+        before = images.copy()
+        assert low <= kermany.border_alone(train, tiny_npz, torch.device("cpu")) <= high
+        assert (images == before).all()
+
+
+def test_borrowed_borders_come_from_the_class_asked_for():
+    """Flat images, NORMAL dark and PNEUMONIA bright: the border shows whose it is, the middle stays."""
+    labels = np.array([0, 0, 1, 1, 1])
+    images = np.where(labels, 200, 50).astype(np.uint8)[:, None, None] + np.zeros((5, 64, 64), np.uint8)
+    for other in (True, False):
+        got = signals.borrow_borders(images, labels, other)
+        assert got.dtype == np.uint8 and (got[:, 16:48, 16:48] == images[:, 16:48, 16:48]).all()
+        assert got[:, 0, 0].tolist() == np.where(labels == other, 50, 200).tolist()
+
+
+def test_stamped_finds_the_template_whatever_its_contrast():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (40, 224, 224)).astype(np.uint8)
+    template = rng.integers(0, 2, (8, 13)) * 200.0
+    for i in range(0, 40, 3):  # brighter or darker, anywhere in the lower right corner
+        y, x = rng.integers(197, 216), rng.integers(182, 211)
+        images[i, y : y + 8, x : x + 13] = 20 + template * rng.uniform(0.4, 1.1)
+    images[1, 20:28, 20:33] = template  # another corner
+    subset = data.Subset([""] * 40, np.zeros(40, np.int64), images, np.arange(40))
+    hit = kermany.stamped(subset, torch.from_numpy(template.astype(np.float32)))
+    assert np.flatnonzero(hit).tolist() == list(range(0, 40, 3))
+
+
+@pytest.mark.skipif(not (SHARED / "chest_xray").is_dir(), reason="needs the real set")
+def test_one_unit_has_no_healthy_child_in_training(tmp_path):
+    """The two images of test NORMAL that show the stamp to the eye are among the hits, and train NORMAL has
+    none."""
+    done = succeed("studies.kermany", "--stamps", SHARED / "chest_xray", cwd=tmp_path)
+    rows = {r.split(" | ")[0][2:]: r for r in done.out.splitlines() if r.startswith("| ")}
+    assert rows["train"].split(" | ")[1] == "0 of 1073" and rows["validation"].split(" | ")[1] == "0 of 268"
+    assert int(rows["test"].split(" | ")[1].split()[0]) >= 2
+
+
+def folder_of_nih(root, levels):
+    """A folder of NIH ChestX-ray14 with two images of each group, of the given grey levels."""
+    (root / "images").mkdir(parents=True)
+    with open(root / "sample_labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["Image Index", "Finding Labels"])
+        for i, level in enumerate(levels):
+            rows.writerow([f"{i}.png", "Pneumonia|Mass" if i % 2 else "No Finding"])
+            Image.fromarray(np.full((40, 40), level, np.uint8)).save(root / "images" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def own_bench(bench, tmp_path):
+    """A copy of `bench` that a test may change."""
+    return shutil.copytree(bench, tmp_path / "bench")
+
+
+def table_row(out):
+    """{column: value} of a table of one run."""
+    header, _, row = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    return dict(zip(header, row))
+
+
+def test_signals_are_printed_and_kept(own_bench):
+    done = succeed(EXPERIMENTS, "--run", "outputs/linear", cwd=own_bench)
+    values, kept = table_row(done.out), read_json(own_bench, "outputs/linear/signals.json")
+    figures = kept["validation"]["figures"]
+    assert kept.keys() == {"validation"} and "NIH AUROC" not in values
+    with np.load(own_bench / "outputs/linear/scores.npz") as file:
+        y, p = file["val_labels"], file["val_p1"]
+    assert figures["val AUROC"] == pytest.approx(sklearn.metrics.roc_auc_score(y, p))
+    assert float(values["corrupted spec"]) == pytest.approx(figures["corrupted spec"], abs=6e-4)
+    mean = (figures["corrupted spec"] + figures["corrupted recall"]) / 2
+    assert figures["choice"] == pytest.approx((figures["borrowed AUROC"] + mean) / 2)
+    for i, name in enumerate(("AUROC", "spec", "recall")):
+        rows = [row[i] for row in figures["corruptions"].values()]
+        assert figures[f"corrupted {name}"] == pytest.approx(np.mean(rows), abs=1e-4)
+    refused(cli(EXPERIMENTS, "--run", "outputs/linear", "--against-test", cwd=own_bench), "needs 4 runs")
+
+
+def test_signals_of_another_nih_folder_are_its_own(own_bench, tmp_path):
+    """The same weights, the same names, other pixels or other labels: AUROC 1 in one folder, 0 in its mirror
+    image."""
+    good, bad = (folder_of_nih(tmp_path / n, v) for n, v in (("a", [0, 90, 10, 99]), ("b", [90, 0, 99, 10])))
+    found = []
+    for folder in (good, bad, good):
+        done = succeed(EXPERIMENTS, "--run", "outputs/linear", "--nih", folder, cwd=own_bench)
+        found.append(float(table_row(done.out)["NIH AUROC"]))
+    assert sorted(found[:2]) == [0, 1] and found[2] == found[0]
+    listed = good / "sample_labels.csv"
+    text = listed.read_text()
+    swapped = (
+        text.replace("No Finding", "?").replace("Pneumonia|Mass", "No Finding").replace("?", "Infiltration")
+    )
+    listed.write_text(swapped)
+    done = succeed(EXPERIMENTS, "--run", "outputs/linear", "--nih", good, cwd=own_bench)
+    assert float(table_row(done.out)["NIH AUROC"]) == 1 - found[0]
+
+
+def test_signals_are_computed_again_only_when_needed(own_bench, tmp_path, monkeypatch):
+    """Counted by calls: the same again, other pixels, other corruptions, other weights, a damaged file."""
+    calls = []
+
+    def counted(name):
+        compute = getattr(signals, name)
+        return lambda *args: calls.append(name) or compute(*args)
+
+    for name in ("validation_figures", "nih_figures"):
+        monkeypatch.setattr(signals, name, counted(name))
+    run, nih = own_bench / "outputs/linear", folder_of_nih(tmp_path / "nih", [0, 90, 10, 99])
+
+    def computed(*more):
+        calls.clear()
+        succeed(EXPERIMENTS, "--run", "outputs/linear", *more, cwd=own_bench)
+        return list(calls)
+
+    both = ["validation_figures", "nih_figures"]
+    assert computed("--nih", nih) == both and computed("--nih", nih) == computed() == []
+    Image.fromarray(np.full((40, 40), 50, np.uint8)).save(nih / "images" / "0.png")
+    assert computed("--nih", nih) == ["nih_figures"]
+    monkeypatch.setattr(signals, "VERSION", signals.VERSION + 1)
+    assert computed("--nih", nih) == both
+    weights = torch.load(run / "checkpoint.pth", weights_only=True)
+    torch.save({name: value / 2 for name, value in weights.items()}, run / "checkpoint.pth")
+    assert computed("--nih", nih) == both
+    kept = (run / "signals.json").read_text()
+    for damaged in (
+        kept[:-9],
+        "[1]",
+        kept.replace("0.", '"0.', 1).replace(",", '",', 1),
+        '{"validation": 3}',
+    ):
+        (run / "signals.json").write_text(damaged)
+        assert "validation_figures" in computed()
+        assert read_json(run, "signals.json")["validation"] == common.json.loads(kept)["validation"]
+
+
+def test_signals_of_files_of_older_versions_are_computed_again(own_bench):
+    """They name the checkpoint alone."""
+    run = own_bench / "outputs/linear"
+    old = {"checkpoint": common.sha256(run / "checkpoint.pth"), "signals": {"val AUROC": 0.123}}
+    common.write_json(run / "signals.json", old)
+    done = succeed(EXPERIMENTS, "--run", "outputs/linear", cwd=own_bench)
+    assert table_row(done.out)["val AUROC"] != "0.123"
+    assert read_json(run, "signals.json").keys() == {"validation"}
+
+
+def test_signals_against_test_by_hand(own_bench):
+    """Four runs: the rank correlation of four figures, by the formula with squared rank differences."""
+    outputs = own_bench / "outputs"
+    shutil.copytree(outputs / "linear", outputs / "linear2")
+    rng, auroc, corrupted = np.random.default_rng(0), [], []
+    for run in sorted(outputs.iterdir()):
+        weights = torch.load(run / "checkpoint.pth", weights_only=True)
+        for value in weights.values():
+            value += torch.from_numpy(rng.normal(0, 0.02, value.shape)).to(value.dtype)
+        torch.save(weights, run / "checkpoint.pth")
+        calibration = read_json(run, "calibration.json")
+        auroc.append(round(float(rng.uniform(0.5, 1)), 4))
+        calibration["test"]["at_rec"]["auroc"] = auroc[-1]
+        calibration["checkpoint"] = common.sha256(run / "checkpoint.pth")
+        common.write_json(run / "calibration.json", calibration)
+    done = succeed(EXPERIMENTS, "--against-test", cwd=own_bench)
+    for run in sorted(outputs.iterdir()):
+        corrupted.append(read_json(run, "signals.json")["validation"]["figures"]["corrupted AUROC"])
+    assert len(set(corrupted)) == len(set(auroc)) == 4
+    d = np.argsort(np.argsort(corrupted)) - np.argsort(np.argsort(auroc))
+    rho = 1 - 6 * (d**2).sum() / (4 * 15)
+    assert f"| corrupted AUROC | {rho:+.2f} |" in done.out
+
+
+def test_studies_run_as_scripts_from_anywhere(tmp_path):
+    done = subprocess.run(
+        [sys.executable, REPO / "studies" / "experiments.py", "--runs-dir", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "no finished runs under nowhere" in done.stderr
+    refused(cli("studies.kermany", cwd=tmp_path), "--stamps --border is required")
