@@ -1,0 +1,244 @@
+"""The pictures of the report. No torch.
+
+A drawing function takes Entries and returns (figure, caption). `label` makes any name safe for matplotlib.
+"""
+
+import itertools
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+import common
+from entries import POINTS
+from metrics import net_benefit
+from render import printable
+from report import with_interval
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+SIDES = {"val": "validation", "test": "test"}
+
+
+def label(text, width=80):
+    """Text for matplotlib, wrapped: `$` starts no formula, and a leading `_` does not hide it from a "
+    "legend."""
+    text = "\n".join(textwrap.wrap(printable(text), width)).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def draw_all(entries, shown, folder, stem):
+    """Write every plot of one test set to folder/stem-*.png -> [(path, caption)].
+
+    Training curves are of all `entries`, the others of the `shown` ones."""
+    trained = [e for e in entries if len(e.results["history"]) > 1 and not e.suffix]
+    mark, written = " [SYNTHETIC]" if entries[0].synthetic else "", []
+    for name, draw in DRAWINGS.items():
+        drawn = trained if name == "training" else shown
+        if not drawn:
+            continue
+        figure, caption = draw(drawn)
+        figure.suptitle(label(f"{caption} - {entries[0].set}{mark}", 60), fontsize=11)
+        path = Path(folder, f"{stem}-{name}.png")
+        with common.atomic_path(path) as tmp:
+            figure.savefig(
+                tmp, dpi=min(130, 60_000 / max(figure.get_size_inches()))
+            )  # PNG: at most 65,535 px
+        plt.close(figure)
+        written.append((path, caption + mark))
+    return written
+
+
+def panels(count, width, height, columns=2, names=()):
+    """A figure of `count` panels, `width` x `height` inches each, and room for a legend of `names` below."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    room = 0.17 * sum(len(name.splitlines()) for name in names)
+    size = (width * columns, height * rows + 0.4 + room)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    return figure, list(axes.flat)
+
+
+def line_style(i):
+    """25 different styles of lines."""
+    return {"color": COLOURS[i % 5], "linestyle": DASHES[(i + i // 5) % 5]}
+
+
+def finish(figure, axes, legend=True):
+    """Small titles, a grid, and the legend of the first panel below all of them."""
+    for ax in axes:
+        ax.title.set_fontsize(9)
+        ax.grid(alpha=0.3)
+    if legend:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+
+
+def draw_training(entries):
+    """Losses and validation AUROC per epoch; a dot marks the epoch that was kept."""
+    names = [label(e.name, 110) for e in entries]
+    keys = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
+    figure, axes = panels(3, 4, 3.6, columns=3, names=names)
+    for i, (e, name) in enumerate(zip(entries, names)):
+        history, best = e.results["history"], e.results["best_epoch"]
+        for ax, key in zip(axes, keys):
+            values = [epoch[key] for epoch in history]
+            ax.plot(range(1, len(history) + 1), values, label=name, **line_style(i))
+            if best:
+                ax.plot(best, values[best - 1], "o", color=line_style(i)["color"])
+    for ax, word in zip(axes, keys.values()):
+        unit = " (nats)" if "loss" in word else ""
+        ax.set(xlabel="epoch", ylabel=word + unit, title=f"{word[0].upper()}{word[1:]}; dot: epoch kept")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    finish(figure, axes)
+    return figure, "Training curves"
+
+
+def mark_points(ax, entry, x, y, i):
+    for point, marker in (("at_rec", "o"), ("at_0.5", "s")):
+        row, colour = entry.points["test", point], line_style(i)["color"]
+        ax.plot(x(row), y(row), marker, color=colour, markeredgecolor="black", markersize=7)
+
+
+def draw_roc(entries):
+    """Test ROC curves with both operating points."""
+    spans = [with_interval(e.points["test", "at_rec"], "auroc") for e in entries]
+    names = [label(f"{e.name}: AUROC {span}") for e, span in zip(entries, spans)]
+    figure, (ax,) = panels(1, 6.4, 5.4, names=names)
+    for i, (e, name) in enumerate(zip(entries, names)):
+        fpr, tpr, _ = roc_curve(e.test.truth, e.test.scores)
+        ax.plot(fpr, tpr, label=name, **line_style(i))
+        mark_points(ax, e, lambda r: 1 - r["specificity"], lambda r: r["recall"], i)
+    ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+    for floor in {e.min_recall for e in entries}:
+        ax.axhline(floor, color="0.4", lw=0.8, ls=":")
+    title = f"n = {len(e.test.truth)} test images; circle: @Rec, square: @0.5, dotted line: recall floor"
+    ax.set(xlabel="1 - specificity (false positive rate)", ylabel="recall (sensitivity)", title=title)
+    finish(figure, [ax])
+    return figure, "ROC on test"
+
+
+def draw_pr(entries):
+    """Test precision-recall curves with both operating points."""
+    spans = [with_interval(e.points["test", "at_rec"], "auprc") for e in entries]
+    names = [label(f"{e.name}: AUPRC {span}") for e, span in zip(entries, spans)]
+    figure, (ax,) = panels(1, 6.4, 5.4, names=names)
+    for i, (e, name) in enumerate(zip(entries, names)):
+        precision, recall, _ = precision_recall_curve(e.test.truth, e.test.scores)
+        ax.plot(recall, precision, label=name, **line_style(i))
+        mark_points(ax, e, lambda r: r["recall"], lambda r: r["precision"], i)
+    prevalence = e.test.truth.mean()
+    ax.axhline(prevalence, color="0.7", lw=0.8)
+    for floor in {e.min_recall for e in entries}:
+        ax.axvline(floor, color="0.4", lw=0.8, ls=":")
+    count = f"n = {len(e.test.truth)} test images, prevalence {prevalence:.2f} (grey line)"
+    title = f"{count}\ncircle: @Rec, square: @0.5, dotted line: recall floor"
+    low = min(0.5, prevalence - 0.05)
+    ax.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(low, 1.01), title=title)
+    finish(figure, [ax])
+    return figure, "Precision and recall on test"
+
+
+def draw_confusion(entries):
+    """Test confusion matrices, a row per entry, @Rec and @0.5; shade and text: share of the true class."""
+    figure, axes = panels(2 * len(entries), 4.2, 3.3)
+    for ax, (e, point) in zip(axes, itertools.product(entries, ("at_rec", "at_0.5"))):
+        row = e.points["test", point]
+        counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+        for i, j in itertools.product(range(2), range(2)):
+            about = dict(ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+            ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
+        classes = [label(name, 14) for name in (e.healthy, e.finding)]
+        ax.set(xticks=(0, 1), yticks=(0, 1), xticklabels=classes, yticklabels=classes)
+        title = label(f"{e.name} {POINTS[point]}", 48)
+        ax.set(
+            xlabel="decision",
+            ylabel="truth",
+            title=f"{title}\nn = {counts.sum()}, threshold {row['thr']:.4f}",
+        )
+        ax.title.set_fontsize(9)
+    return figure, "Confusion matrices on test"
+
+
+def draw_scores(entries):
+    """Histograms of the scores by class, validation beside test, with the threshold."""
+    figure, axes = panels(2 * len(entries), 5.2, 2.7)
+    bins = np.linspace(0, 1, 41)
+    filled = dict(histtype="stepfilled", color="#9ecae1", edgecolor="#3182bd")
+    outline = dict(histtype="step", color="#a63603", lw=1.6)
+    for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
+        column, row = getattr(e, side), e.points[side, "at_rec"]
+        for k, name, style in ((0, e.healthy, filled), (1, e.finding, outline)):
+            scores = column.scores[column.truth == k]
+            ax.hist(
+                scores, bins, weights=np.full(len(scores), 100 / len(scores)), label=label(name, 30), **style
+            )
+        ax.axvline(e.threshold, color="black", ls="--", lw=1, label="threshold @Rec")
+        sizes = f"{(column.truth == 0).sum()} + {column.truth.sum()}"
+        title = label(f"{e.name}, {SIDES[side]} (n = {sizes}), threshold {e.threshold:.3f}", 72)
+        title += f":\nrecall {row['recall']:.3f}, specificity {row['specificity']:.3f}"
+        ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class", title=title)
+        ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
+        ax.title.set_fontsize(8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure, "Scores on validation and test"
+
+
+def draw_reliability(entries):
+    """Share of positives against mean score in bins of equal size, before and after temperature."""
+    figure, axes = panels(2 * len(entries), 4.4, 3.6)
+    styles = {
+        "before": dict(color="#0072B2", marker="o"),
+        "after": dict(color="#D55E00", marker="^", ls="--"),
+    }
+    for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
+        ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+        for when, style in styles.items():
+            quality = e.calibration["probability"][side][when]
+            x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
+            ax.plot(x, y, ms=4, lw=1, label=f"{when} temperature: ECE {quality['ece']:.3f}", **style)
+        sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
+        title = label(f"{e.name}, {SIDES[side]}: {len(quality['bins'])} bins of {sizes} images", 60)
+        ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 40), title=title)
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        ax.legend(fontsize=7, loc="best")
+        ax.title.set_fontsize(8)
+        ax.grid(alpha=0.3)
+    return figure, "Reliability"
+
+
+def draw_decision(entries):
+    """Net benefit of acting on the calibrated probability, against treating everybody or nobody."""
+    names = [label(e.name) for e in entries] + ["treat everybody", "treat nobody"]
+    figure, (ax,) = panels(1, 6.4, 4.4, names=names)
+    chances = np.linspace(0.01, 0.95, 95)
+    for i, (e, name) in enumerate(zip(entries, names)):
+        model, everybody = net_benefit(e.test.truth, e.test.probabilities, chances)
+        ax.plot(chances, model, label=name, **line_style(i))
+    ax.plot(chances, everybody, color="0.5", lw=1, label=names[-2])
+    ax.axhline(0, color="black", lw=1, label=names[-1])
+    prevalence = e.test.truth.mean()
+    count = f"n = {len(e.test.truth)} test images, prevalence {prevalence:.2f}"
+    ax.set(ylim=(-0.1, prevalence + 0.05), title=f"{count}; probabilities after temperature")
+    ax.set(xlabel="threshold probability", ylabel="net benefit (true positives per image)")
+    finish(figure, [ax])
+    return figure, "Decision curve on test"
+
+
+DRAWINGS = {
+    "training": draw_training,
+    "roc": draw_roc,
+    "pr": draw_pr,
+    "confusion": draw_confusion,
+    "scores": draw_scores,
+    "reliability": draw_reliability,
+    "decision": draw_decision,
+}

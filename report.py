@@ -1,0 +1,320 @@
+"""The tables of the report, as blocks for render.py. No torch, no drawing."""
+
+import csv
+import itertools
+
+import numpy as np
+
+import common
+from entries import METHODS, POINTS, families, missing_ensembles
+from intervals import compare_at_thresholds, reported_interval, wilson_interval
+from metrics import predictive_values
+from render import Code, Heading, Paragraph, Table, printable
+
+FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
+HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
+
+
+def section(entries, shown):
+    """The blocks of one test set: long tables of `shown`, where an ensemble stands for its members."""
+    blocks = main_blocks(entries) + shift_blocks(entries)
+    for part in (interval_blocks, pair_blocks, probability_blocks, predictive_blocks, subgroup_blocks):
+        blocks += part(shown)
+    return blocks + map_blocks(entries) + method_blocks(entries)
+
+
+def unique(values, join="; "):
+    """Different texts in the order in which they come, joined."""
+    return join.join(dict.fromkeys(map(str, values)))
+
+
+def interval(low, high):
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def with_interval(row, key):
+    """ "0.951 [0.931, 0.968]": a figure with its 95% interval."""
+    return f"{row[key]:.3f} {interval(*reported_interval(row, key))}"
+
+
+def floors(entries):
+    """The recall floors of the entries, as text."""
+    return ", ".join(sorted({f"{e.min_recall:g}" for e in entries}))
+
+
+def main_rows(entries):
+    """Rows of the main table, lists of str in the order of HEADER: all @Rec, then all @0.5."""
+    rows = []
+    for point in ("at_rec", "at_0.5"):
+        mark = POINTS[point]
+        for e in entries:
+            row, params = e.points["test", point], e.results["params"] / 1e6
+            figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
+            digits = 4 if params < 0.1 else 2
+            rows.append([f"{e.name} {mark}", f"{params:.{digits}f}", f"{e.minutes:.1f}", *figures])
+        for family in families(entries):
+            values = [[e.points["test", point][k] for k in (*FIGURES, "thr")] for e in family]
+            pairs = zip(np.mean(values, axis=0), np.std(values, axis=0, ddof=1))
+            name = f"{family[0].base}, mean ± sd of {len(family)} seeds {mark}"
+            size, minutes = family[0].results["params"] / 1e6, np.mean([e.minutes for e in family])
+            rows.append([name, f"{size:.2f}", f"{minutes:.1f}", *(f"{m:.3f} ± {s:.3f}" for m, s in pairs)])
+    return rows
+
+
+def main_blocks(entries):
+    """The results table, and how to make the ensembles that are missing."""
+    first, truth = entries[0], entries[0].test.truth
+    warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
+    absent, present = int((truth == 0).sum()), int(truth.sum())
+    chosen_on = unique((len(e.val.truth) for e in entries), " or ")
+    text = (
+        f"Test: {len(truth)} images ({absent} {first.healthy}, {present} {first.finding}), at thresholds "
+        f"chosen on validation ({chosen_on} images). @Rec is the threshold of highest precision among those "
+        f"with a validation recall >= {floors(entries)}; @0.5 is the threshold 0.5. AUROC does not depend on "
+        "the threshold. Time is that of training, validation included."
+    )
+    blocks = [Heading(2, warning + first.set), Paragraph(text), Table(HEADER, main_rows(entries))]
+    for name, count, command in missing_ensembles(entries):
+        blocks.append(
+            Paragraph((f"To add the ensemble of the {count} seeds of {name}, run ", Code(command), "."))
+        )
+    return blocks
+
+
+def shift_blocks(entries):
+    """What the recall floor promises, and what is left of it on test."""
+    sides = ("val", "test")
+    head = ["Model", "Threshold", *(f"{k} {s}" for k in ("Recall", "Spec", "AUROC") for s in sides)]
+    rows = []
+    for e, point in itertools.product(entries, ("at_rec", "at_guaranteed")):
+        if ("val", point) in e.points and ("test", point) in e.points:
+            val, test = e.points["val", point], e.points["test", point]
+            cells = [f"{val['recall']:.3f}", with_interval(test, "recall")]
+            cells += [f"{val['specificity']:.3f}", with_interval(test, "specificity")]
+            cells += [f"{val['auroc']:.3f}", f"{test['auroc']:.3f}"]
+            rows.append([f"{e.name} {POINTS[point]}", f"{val['thr']:.4f}", *cells])
+    promised, refused = set(), set()
+    for e in entries:
+        g = e.calibration["guarantee"]
+        if g.get("threshold") is None:
+            refused.add(g["why_not"])
+        else:
+            promise = f"recall >= {e.min_recall:g} with confidence {g['confidence']:g}"
+            promised.add(f"{promise}, from {g['positive_patients']} patients with {e.finding}")
+    text = (
+        "@Rec meets the floor on the validation images. For new patients like them, its true recall is "
+        "below the floor about half the time."
+    )
+    if promised:
+        text += f" @Guar applies the Neyman-Pearson umbrella rule to patients: {'; '.join(sorted(promised))}."
+    text += (
+        " No such promise survives a shift in the data, so compare validation with test. The validation "
+        "images also chose the epoch, which flatters the validation figures a little."
+    )
+    if refused:
+        text += f" Where @Guar is missing: {'; '.join(sorted(refused))}."
+    title = "What the threshold promises, and the shift from validation to test"
+    return [Heading(3, title), Paragraph(text), Table(head, rows)]
+
+
+def interval_blocks(entries):
+    """95% intervals of the test figures."""
+    named = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "Accuracy": "acc"}
+    named |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
+    rows = []
+    for point, e in itertools.product(POINTS, entries):
+        if row := e.points.get(("test", point)):
+            delong = row["interval"]["auroc"].get("delong")
+            cells = [with_interval(row, k) for k in named.values()]
+            rows.append([f"{e.name} {POINTS[point]}", *cells, interval(*delong) if delong else "-"])
+    draws = unique((e.calibration["bootstrap"] for e in entries), " or ")
+    drawn = "whole patients" if entries[0].test.patients_known else "single images (patients unknown)"
+    text = (
+        f"Percentile bootstrap: {drawn} are drawn {draws} times; Wilson's interval where every draw gives "
+        "the same value. The intervals of DeLong and Wilson, all of which are in calibration.json, treat "
+        "images as independent."
+    )
+    table = Table(["Model", *named, "AUROC (DeLong)"], rows)
+    return [Heading(3, "How sure: 95% intervals on test"), Paragraph(text), table]
+
+
+def pair_blocks(entries):
+    """Every two models on the same test images."""
+    rows, tied = [], []
+    tests = {"auroc": "delong", "recall": "mcnemar_recall", "specificity": "mcnemar_specificity"}
+    for a, b in itertools.combinations(entries, 2):
+        sides = a.test.scores, a.threshold, b.test.scores, b.threshold
+        d = compare_at_thresholds(a.test.truth, *sides, a.test.patients, a.calibration["bootstrap"])
+        cells = [
+            "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}], p = {p:.2g}".format(**d[figure], p=d[test])
+            for figure, test in tests.items()
+        ]
+        rows.append([f"{a.name} minus {b.name}", *cells])
+        if d["auroc"]["lo"] <= 0 <= d["auroc"]["hi"] and d["delong"] > 0.05:
+            tied.append(f"{a.name} and {b.name}")
+    if not rows:
+        return []
+    drawn = "whole patients" if entries[0].test.patients_known else "images (patients unknown)"
+    text = (
+        "Differences on the same test images, recall and specificity @Rec. Intervals: 95%, paired bootstrap "
+        f"of {drawn}. p-values: DeLong for AUROC, exact McNemar for the others, not corrected for the number "
+        "of pairs. "
+    )
+    text += f"AUROC does not separate: {'; '.join(tied)}." if tied else "AUROC separates every pair."
+    head = ["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"]
+    return [Heading(3, "Which model is better"), Paragraph(text), Table(head, rows)]
+
+
+def probability_blocks(entries):
+    """Temperature and calibration error."""
+    figures = list(itertools.product(("val", "test"), ("ECE", "Brier", "NLL")))
+    rows = []
+    for e in entries:
+        quality = e.calibration["probability"]
+        values = [[quality[s][when][k.lower()] for when in ("before", "after")] for s, k in figures]
+        used = "" if e.calibration["temperature_applied"] else " (not applied)"
+        cells = ["{:.3f} → {:.3f}".format(*pair) for pair in values]
+        rows.append([e.name, f"{e.calibration['temperature']:.3f}{used}", *cells])
+    text = (
+        "Each model has one temperature, which minimises NLL on validation; figures are before → after. It "
+        "changes no ranking and no decision. ECE is over 15 bins of equal size."
+    )
+    head = ["Model", "Temperature", *(f"{k} {s}" for s, k in figures)]
+    return [Heading(3, "Are the probabilities right"), Paragraph(text), Table(head, rows)]
+
+
+def predictive_blocks(entries):
+    """Predictive values where the finding is as common as on test, and where it is rarer."""
+    first = entries[0]
+    here = float(first.test.truth.mean())
+    there = first.points["test", "at_rec"]["at_prevalence"]["prevalence"]
+    there = there if 0 < there < 1 else 0.1
+    rows = []
+    for e in entries:
+        row = e.points["test", "at_rec"]
+        values = [v for p in (here, there) for v in predictive_values(row["recall"], row["specificity"], p)]
+        rows.append([f"{e.name} @Rec", *(f"{v:.3f}" if np.isfinite(v) else "-" for v in values)])
+    text = (
+        f"Predictive values depend on how common the finding is: {here:.1%} of these test images show "
+        f"{first.finding}. The last two columns assume a prevalence of {there:.0%}, with the same recall and "
+        "specificity."
+    )
+    head = ["Model", *(f"{k} at {p}" for p in (f"{here:.1%}", f"{there:.0%}") for k in ("PPV", "NPV"))]
+    return [Paragraph(text), Table(head, rows)]
+
+
+def subgroup_blocks(entries):
+    """Recall of bacterial and viral pneumonia, where the file names tell them apart."""
+    causes, rows = {"bacteria": "bacterial", "virus": "viral"}, []
+    for e in entries:
+        called, names, cells = e.test.scores >= e.threshold, np.char.lower(e.test.files), []
+        for word in causes:
+            inside = (e.test.truth == 1) & (np.char.find(names, word) >= 0)
+            k, n = int(called[inside].sum()), int(inside.sum())
+            cells.append(f"{k / n:.3f} {interval(*wilson_interval(k, n))} (n = {n})" if n else "-")
+        rows.append([f"{e.name} @Rec", *cells])
+    if all(cell == "-" for cell in rows[0][1:]):
+        return []
+    text = "Test recall @Rec by cause, as the file names tell it; 95% Wilson intervals."
+    head = ["Model", *(f"Recall, {cause}" for cause in causes.values())]
+    return [Heading(3, "Subgroups"), Paragraph(text), Table(head, rows)]
+
+
+def map_blocks(entries):
+    """Whether the maps of explain.py can be believed."""
+    rows, made_on = [], []
+    for e, report in ((e, e.explained) for e in entries):
+        for method, name in METHODS.items():
+            if not report or method not in report:
+                continue
+            r = report[method]
+            minus = [r[f"{k}_minus_random"] for k in ("deletion", "insertion")]
+            cells = ["{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**span) for span in minus]
+            for k in ("lung", "border"):
+                span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**r[f"{k}_share"])
+                cells.append(f"{span} of {r[f'{k}_area']:.2f}")
+            cells += [f"{r['randomised'][i]['rank_correlation']:.2f}" for i in (0, -1)]
+            rows.append([f"{e.name}, {name}", *cells])
+            side = "test" if report.get("split") == "test" else "validation"
+            made_on.append(f"{side} images rightly called {report.get('target', e.finding)}")
+    if not rows:
+        return []
+    text = (
+        f"From explain.py, on {unique(made_on)}. Deletion (lower is better) and insertion (higher is "
+        "better): area under the score curve, minus that of random order; where the interval holds 0, the "
+        "map ranks patches no better than chance. On the lungs, on the border: how much of the map falls on "
+        "the lung fields (a heuristic mask) and on the outer tenth of the image, of what an even map would "
+        "put there. Head redrawn, all redrawn: rank correlation with the map after the weights of the head, "
+        "or all weights, are drawn at random; a map that stays the same does not show what was learnt."
+    )
+    head = ["Map", "Deletion", "Insertion", "On the lungs", "On the border", "Head redrawn", "All redrawn"]
+    return [Heading(3, "Does it look at lungs or at letters?"), Paragraph(text), Table(head, rows)]
+
+
+def say_shared(entry):
+    """What is known of patients on both sides of the split, as text; the rule of data.say_shared."""
+    split = entry.results["split"]
+    everything = split["train"] + split["val"]
+    unknown = split.get("unknown_patients", 0 if entry.val.patients_known else everything)
+    if unknown >= everything:
+        return "patients unknown, so images of one patient may be on both sides"
+    text = f"{split['shared_patients']} validation images share a patient with train"
+    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
+
+
+def sizes(entry):
+    """Images and patients of every side, as text."""
+    split = entry.results["split"]
+    counts = {
+        s: ", ".join(f"{n} {c}" for c, n in split["counts"][s].items()) for s in ("train", "val", "test")
+    }
+    parts = [f"{s}: {split[s]} images ({counts[s]})" for s in counts]
+    for column, word in ((entry.val, "validation"), (entry.test, "test")):
+        known = f"{len(set(column.patients.tolist()))} {word} patients by file name"
+        parts.append(known if column.patients_known else f"{word} patients unknown")
+    return "; ".join(parts)
+
+
+def method_blocks(entries):
+    """The items of STARD-AI and CLAIM that a script can answer."""
+    first = entries[0]
+    drawn = " (SYNTHETIC drawings, not patients)" if first.synthetic else ""
+    prevalence = f"validation {first.val.truth.mean():.1%}, test {first.test.truth.mean():.1%}"
+    partition, seen = [], []
+    for e in entries:
+        d = e.results["data"]
+        partition.append(f"--split {d['split']}, seed {d['split_seed']}: {say_shared(e)}")
+        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {d.get('normalise', 'none')}")
+    rule = (
+        f"@Rec: highest precision with validation recall >= {floors(entries)}, exact over all scores; @Guar: "
+        "Neyman-Pearson umbrella on patients; both chosen on validation and applied unchanged to test"
+    )
+    absent = "other hospitals, adults, other diseases, agreement between readers, clinical benefit"
+    rows = [
+        ["Data", first.set + drawn],
+        ["Reference standard", "the class folder of each image, as published"],
+        ["Sizes", unique(map(sizes, entries), " / ")],
+        [f"Prevalence of {first.finding}", prevalence],
+        ["Partition", f"{unique(partition)}; train and test are the published folders"],
+        ["Input", f"{unique(sorted(seen))}; pixels only"],
+        ["Model selection", "the epoch with the best validation AUROC; training never opens the test images"],
+        ["Threshold rule", rule],
+        ["Intervals", "95%; bootstrap over patients, Wilson, DeLong; seeds as mean ± standard deviation"],
+        ["Not answered here", absent],
+    ]
+    for e in entries:
+        torch = e.results.get("versions", {}).get("torch", "?")
+        where = f" on {e.results['device']}" if "device" in e.results else ""
+        made_by = (Code(e.results.get("command", "?")), f"{where}, torch {torch}")
+        rows.append([f"Made by: {e.name}", made_by])
+    return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]
+
+
+def write_csv(path, groups):
+    """The rows of the main tables with their data set, as CSV; `groups` are lists of Entries."""
+    with common.atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Data", *HEADER])
+        for entries in groups:
+            for row in main_rows(entries):
+                writer.writerow([printable(cell) for cell in (entries[0].set, *row)])
