@@ -47,9 +47,7 @@ class DataConfig:
 
     @classmethod
     def from_args(cls, args):
-        """Parsed flags -> DataConfig. InputError if --cache-dir is a file."""
-        if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
-            raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
+        """Parsed flags -> DataConfig."""
         return cls(**{name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)})
 
     @classmethod
@@ -299,7 +297,8 @@ def load_train_val(config, tell=print):
     opened.
     """
     root = find_root(config.data_dir, config.classes)
-    test = list_images(root, "test", config.classes).targets
+    # Both folders are listed before any image is decoded.
+    _, test = (list_images(root, part, config.classes).targets for part in ("train", "test"))
     everything, unknown, sizes = load_part(config, "train")
     index = split_train_val(
         everything.files, everything.targets, config.split, config.val_fraction, config.split_seed

@@ -19,7 +19,11 @@ KAGGLE = "paultimothymooney/chest-xray-pneumonia"
 
 
 def prepare(args):
-    """Draw or download the data that the parsed data flags ask for; fills in --data-dir and --img-size."""
+    """Draw or download the data that the parsed data flags ask for; fills in --data-dir and --img-size.
+
+    InputError, before anything is done, for flags that do not go together and a --cache-dir that is a file."""
+    if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
+        raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
     if args.demo and (args.download or args.data_dir != DEFAULT_DIR):
         raise InputError("--demo brings its own data: leave out --data-dir and --download")
     if args.img_size is None:

@@ -54,6 +54,7 @@ class Scorer:
     """A calibrated run, ready to score: model, preprocessing, temperature, thresholds."""
 
     def __init__(self, run, device, tta):
+        self.model = run.model()
         calibration = run.calibration("tta" if tta else "")
         self.run, self.results, self.config = run, run.results, run.config
         self.threshold = float(calibration["threshold"])
@@ -67,7 +68,7 @@ class Scorer:
             ) from None
         self.task, self.classes = self.config.task, self.config.classes
         self.columns = ("path", f"p_{self.task.findings[0].lower()}", "decision@0.5", "decision@Rec", "note")
-        self.model = run.model().to(device)
+        self.model.to(device)
 
     @torch.inference_mode()
     def scores(self, images):

@@ -152,8 +152,8 @@ def test_linear_is_scikit_learns_logistic_regression(runs, synthetic):
     have."""
 
     def pixels(files):  # 64 px, means of 2 x 2 cells
-        images = np.stack([images.decode(synthetic / str(f), 64) for f in files]) / 255
-        return images.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
+        decoded = np.stack([images.decode(synthetic / str(f), 64) for f in files]) / 255
+        return decoded.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
 
     files, labels, *_ = data.list_images(synthetic, "train")
     train, val = data.split_train_val(files, labels)

@@ -205,7 +205,7 @@ def test_nan_weights_are_refused(bench, tmp_path):
         ("calibration.json", {"test": {}}),
         ("calibration.json", {"format": "a"}),
         ("calibration.json", {"guarantee": ...}),
-        ("scores.npz", "test_p1"),
+        ("scores.npz", "test_logits"),
     ],
 )
 def test_damaged_run_files_are_named(bench, tmp_path, file, change):
