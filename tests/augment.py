@@ -16,7 +16,10 @@ import scipy.stats
 import torch
 import torchvision.transforms.functional as TF
 
+import augment
 import data
+import demo
+import inputs
 from common import InputError
 from tests.shared import NONE, folder_bytes, picture_batch, touch
 
@@ -27,20 +30,20 @@ def extremes(monkeypatch, x, **settings):
     for value in (1.0, 0.0):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, value))
-            out.append(data.Augment(**{**NONE, **settings})(x))
+            out.append(augment.Augment(**{**NONE, **settings})(x))
     return out
 
 
 def test_augment_all_zero_is_identity():
     x = torch.rand(4, 1, 16, 16)
-    assert torch.equal(data.Augment(**NONE)(x), x)
+    assert torch.equal(augment.Augment(**NONE)(x), x)
 
 
 def test_augment_flip():
     x = torch.rand(200, 1, 8, 8)
-    assert torch.allclose(data.Augment(**{**NONE, "hflip": 1.0})(x), x.flip(-1), atol=1e-5)
+    assert torch.allclose(augment.Augment(**{**NONE, "hflip": 1.0})(x), x.flip(-1), atol=1e-5)
     torch.manual_seed(0)
-    y = data.Augment(**{**NONE, "hflip": 0.25})(x)
+    y = augment.Augment(**{**NONE, "hflip": 0.25})(x)
     flipped = (y - x.flip(-1)).abs().amax((1, 2, 3)) < 1e-5
     kept = (y - x).abs().amax((1, 2, 3)) < 1e-5
     assert (flipped ^ kept).all() and 25 <= flipped.sum() <= 77  # 50 expected, standard deviation 6
@@ -98,20 +101,20 @@ def test_augment_rotation_keeps_lengths():
     """No shear: a disc stays a disc at any angle."""
     y, x = np.mgrid[-15.5:16, -15.5:16]
     disc = torch.from_numpy((1 / (1 + np.exp(2 * (np.hypot(x, y) - 10)))).astype(np.float32))[None, None]
-    turned = data.Augment(**{**NONE, "rotate": 180})(disc.expand(20, 1, 32, 32))
+    turned = augment.Augment(**{**NONE, "rotate": 180})(disc.expand(20, 1, 32, 32))
     assert (turned - disc).abs().max() < 0.1
 
 
 def test_augment_brightness_and_contrast():
     torch.manual_seed(0)
     grey = torch.full((4000, 1, 4, 4), 0.5)
-    added = data.Augment(**{**NONE, "brightness": 0.1})(grey)
+    added = augment.Augment(**{**NONE, "brightness": 0.1})(grey)
     assert (added.amax((1, 2, 3)) == added.amin((1, 2, 3))).all()
     change = (added - grey)[:, 0, 0, 0]
     assert change.abs().max() <= 0.1 + 1e-6 and change.max() > 0.099 and change.min() < -0.099
     assert abs(change.mean().item()) < 4 * 0.1 / math.sqrt(3 * 4000)  # uniform: variance bound^2 / 3
     steps = torch.tensor([0.4, 0.6]).repeat(4000, 1, 4, 2)
-    stretched = data.Augment(**{**NONE, "contrast": 0.2})(steps)
+    stretched = augment.Augment(**{**NONE, "contrast": 0.2})(steps)
     assert torch.allclose(stretched.mean((1, 2, 3)), torch.tensor(0.5), atol=1e-6)
     factor = (stretched[:, 0, 0, 1] - stretched[:, 0, 0, 0]) / 0.2
     assert (
@@ -120,7 +123,7 @@ def test_augment_brightness_and_contrast():
         and factor.min() < 0.803
         and factor.max() > 1.197
     )
-    bright = data.Augment(**{**NONE, "brightness": 1.0})(torch.rand(50, 1, 4, 4))
+    bright = augment.Augment(**{**NONE, "brightness": 1.0})(torch.rand(50, 1, 4, 4))
     assert bright.min() >= 0 and bright.max() <= 1
 
 
@@ -132,25 +135,25 @@ def test_augment_each_image_by_itself():
     results = []
     for batch in (x, other):
         torch.manual_seed(0)
-        results.append(data.Augment(hflip=0.5)(batch)[0])
+        results.append(augment.Augment(hflip=0.5)(batch)[0])
     assert torch.allclose(*results, atol=1e-6)
-    same = data.Augment()(x[:1].expand(6, 1, 32, 32))
+    same = augment.Augment()(x[:1].expand(6, 1, 32, 32))
     assert all((same[i] - same[j]).abs().max() > 0.01 for i, j in itertools.combinations(range(6), 2))
 
 
 def test_synthetic_set(tmp_path, synthetic):
     a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    data.make_synthetic(a, train=16, test=8)
-    data.make_synthetic(b, train=16, test=8)
-    data.make_synthetic(c, train=16, test=8, seed=1)
+    demo.make_synthetic(a, train=16, test=8)
+    demo.make_synthetic(b, train=16, test=8)
+    demo.make_synthetic(c, train=16, test=8, seed=1)
     assert folder_bytes(a) == folder_bytes(b)
     assert (
         folder_bytes(a)["train/NORMAL/IM-0001-0001.jpeg"] != folder_bytes(c)["train/NORMAL/IM-0001-0001.jpeg"]
     )
     stamp = os.stat(a / "SYNTHETIC").st_mtime_ns
-    data.make_synthetic(a, train=16, test=8)
+    demo.make_synthetic(a, train=16, test=8)
     assert os.stat(a / "SYNTHETIC").st_mtime_ns == stamp  # kept, not drawn again
-    data.make_synthetic(a, train=24, test=8)
+    demo.make_synthetic(a, train=24, test=8)
     assert len(data.list_images(a, "train")[0]) == 24  # another size: drawn again
     files, labels = data.list_images(synthetic, "train")
     assert np.bincount(labels).tolist() == [36, 60]  # three in eight are NORMAL
@@ -164,13 +167,13 @@ def test_synthetic_set(tmp_path, synthetic):
         for s in ("train", "test")
     )
     assert test.mean() < train.mean() - 5 and test.std(axis=(1, 2)).mean() < train.std(axis=(1, 2)).mean()
-    assert data.is_synthetic(synthetic) and not data.is_synthetic(tmp_path)
+    assert demo.is_synthetic(synthetic) and not demo.is_synthetic(tmp_path)
 
 
 def test_synthetic_never_replaces_a_foreign_folder(tmp_path):
     touch(tmp_path, "real/train/NORMAL/a.jpeg")
     with pytest.raises(InputError, match="was not drawn"):
-        data.make_synthetic(tmp_path / "real", train=8, test=8)
+        demo.make_synthetic(tmp_path / "real", train=8, test=8)
     assert list(folder_bytes(tmp_path)) == ["real/train/NORMAL/a.jpeg"]
 
 
@@ -178,16 +181,16 @@ def test_download_explains_the_steps_by_hand(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # as if not installed
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError) as error:
-        data.download(tmp_path / "chest")
+        demo.download(tmp_path / "chest")
     for word in ("kagglehub", "kaggle.com/datasets/paultimothymooney", str(tmp_path / "chest"), "unzip"):
         assert word in str(error.value)
     touch(tmp_path, "chest/train/NORMAL/a.jpeg")
-    assert data.download(tmp_path / "chest") is None  # already there: nothing to do
+    assert demo.download(tmp_path / "chest") is None  # already there: nothing to do
 
 
 def test_tta_views_shift_zoom_and_mirror():
     x = torch.rand(2, 1, 100, 100)
-    views = data.tta_views(flip=True)
+    views = augment.tta_views(flip=True)
     assert len(views) == 14 and views[0](x) is x
     right = views[1](x)  # the grid moves by +3 px, so the picture moves left
     assert torch.allclose(right[..., :97], x[..., 3:], atol=1e-4) and right[..., 97:].abs().max() < 1e-4
@@ -197,7 +200,7 @@ def test_tta_views_shift_zoom_and_mirror():
 def test_gaussian_blur_equals_scipy():
     x = torch.rand(3, 1, 40, 40)
     sigma = torch.tensor([0.7, 1.5, 3.0])
-    got = data.gaussian_blur(x, sigma)
+    got = augment.gaussian_blur(x, sigma)
     for i in range(3):
         radius = math.ceil(9.0)  # the widest kernel serves all
         want = scipy.ndimage.gaussian_filter(
@@ -216,7 +219,7 @@ def test_match_levels_is_quantile_mapping():
     like = torch.from_numpy(
         np.stack([rng.normal(0.6, 0.1, (64, 64)).clip(0, 1), rng.random((64, 64)), rng.random((64, 64))])
     ).float()[:, None]
-    got, middle, q = data.match_levels(x, like), slice(8, 56), np.linspace(0.02, 0.98, 49)
+    got, middle, q = augment.match_levels(x, like), slice(8, 56), np.linspace(0.02, 0.98, 49)
     for i in range(2):
         have, want = (t[i, 0, middle, middle].double().numpy() for t in (got, like))
         assert np.quantile(have, q) == pytest.approx(np.quantile(want, q), abs=0.02)
@@ -229,8 +232,8 @@ def test_match_levels_is_quantile_mapping():
     assert got[2].unique().numel() == 1 and float(got[2].mean()) == pytest.approx(
         float(like[2, 0, middle, middle].median()), abs=0.02
     )
-    assert (data.match_levels(x, x) - x)[..., middle, middle].abs().max() <= 1 / 255
-    assert data.match_levels(x.bfloat16(), like.bfloat16()).dtype == torch.bfloat16
+    assert (augment.match_levels(x, x) - x)[..., middle, middle].abs().max() <= 1 / 255
+    assert augment.match_levels(x.bfloat16(), like.bfloat16()).dtype == torch.bfloat16
 
 
 def test_borrow_frame_takes_the_border_and_leaves_the_middle():
@@ -239,7 +242,7 @@ def test_borrow_frame_takes_the_border_and_leaves_the_middle():
         torch.full((4, 1, 100, 100), 0.8),
         torch.tensor([0.0, 0.1, 0.2, 0.0]),
     )
-    got = data.borrow_frame(x, other, width)
+    got = augment.borrow_frame(x, other, width)
     assert torch.equal(got[[0, 3]], x[[0, 3]])
     for i, w in ((1, 10), (2, 20)):
         own = got[i, 0] == 0.2
@@ -258,29 +261,29 @@ def test_frame_and_tone_come_from_the_batch_at_their_probability():
     nothing."""
     x = torch.arange(1, 401).view(-1, 1, 1, 1) / 500 * (0.5 + 0.5 * torch.rand(400, 1, 40, 40))
     torch.manual_seed(0)
-    toned = data.Augment(**{**NONE, "tone": 0.5})(x)
+    toned = augment.Augment(**{**NONE, "tone": 0.5})(x)
     assert (toned != x).flatten(1).any(1).float().mean() == pytest.approx(0.5, abs=0.08)
-    framed = data.Augment(**{**NONE, "frame": 0.5})(x)
+    framed = augment.Augment(**{**NONE, "frame": 0.5})(x)
     assert torch.equal(framed[..., 10:30, 10:30], x[..., 10:30, 10:30])
     assert (
         0.35 < (framed != x).flatten(1).any(1).float().mean() < 0.55
     )  # the narrowest frames are no pixel wide
     state = torch.get_rng_state()
-    data.Augment(**NONE)(x)
+    augment.Augment(**NONE)(x)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_gamma_noise_and_erase_do_what_they_say():
     torch.manual_seed(0)
     half = torch.full((400, 1, 16, 16), 0.5)
-    exponents = torch.log(data.Augment(**{**NONE, "gamma": 0.5})(half)[:, 0, 0, 0]) / math.log(0.5)
+    exponents = torch.log(augment.Augment(**{**NONE, "gamma": 0.5})(half)[:, 0, 0, 0]) / math.log(0.5)
     assert exponents.min() >= math.exp(-0.5) - 1e-4 and exponents.max() <= math.exp(0.5) + 1e-4
     assert exponents.log().mean() == pytest.approx(0, abs=0.05) and exponents.log().std() == pytest.approx(
         0.5 / 3**0.5, abs=0.03
     )
-    spread = data.Augment(**{**NONE, "noise": 0.05})(half).std(dim=(1, 2, 3))
+    spread = augment.Augment(**{**NONE, "noise": 0.05})(half).std(dim=(1, 2, 3))
     assert spread.max() < 0.06 and spread.mean() == pytest.approx(0.025, abs=0.004)
-    erased = data.Augment(**{**NONE, "erase": 0.5})(torch.full((400, 1, 64, 64), 0.123)) != 0.123
+    erased = augment.Augment(**{**NONE, "erase": 0.5})(torch.full((400, 1, 64, 64), 0.123)) != 0.123
     share = erased.float().mean(dim=(1, 2, 3))
     assert (share > 0).float().mean() == pytest.approx(0.5, abs=0.08)
     assert 0.02 < share[share > 0].min() and share.max() < 0.27
@@ -294,7 +297,7 @@ def test_aspect_widens_and_flattens():
     y, x = torch.meshgrid(torch.arange(65.0) - 32, torch.arange(65.0) - 32, indexing="ij")
     disc = ((x**2 + y**2) <= 100).float().view(1, 1, 65, 65)
     full = torch.ones(1)
-    wide = data.affine(disc, 0 * full, full, full, 0 * full, 0 * full, aspect=1.3 * full) > 0.5
+    wide = augment.affine(disc, 0 * full, full, full, 0 * full, 0 * full, aspect=1.3 * full) > 0.5
     assert wide.any(2).sum() == pytest.approx(2 * 13, abs=2) and wide.any(3).sum() == pytest.approx(
         2 * 10 / 1.3, abs=2
     )
@@ -303,15 +306,49 @@ def test_aspect_widens_and_flattens():
 def test_normalise_modes():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.integers(40, 200, (4, 32, 32), dtype=np.uint8))
-    assert torch.equal(data.normalise(x, "none"), x.unsqueeze(1) / 255)
-    standard = data.normalise(x, "standard")
+    assert torch.equal(inputs.normalise(x, "none"), x.unsqueeze(1) / 255)
+    standard = inputs.normalise(x, "standard")
     assert standard.mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.5), abs=1e-3)
     assert standard.std(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.22), abs=1e-3)
-    flat = data.normalise(x, "equalise")
+    flat = inputs.normalise(x, "equalise")
     for image, got in zip(x.numpy(), flat[:, 0].numpy()):  # mid-ranks, by scipy
         want = (scipy.stats.rankdata(image, method="average").reshape(image.shape) - 0.5) / image.size
         assert got == pytest.approx(want, abs=1e-5)
     darker = torch.from_numpy(
         (x.numpy().astype(float) ** 1.2 / 3).round().astype(np.uint8)
     )  # monotone, merges few levels
-    assert torch.allclose(data.normalise(darker, "equalise"), flat, atol=0.05)
+    assert torch.allclose(inputs.normalise(darker, "equalise"), flat, atol=0.05)
+
+
+def test_presets_are_the_recipes_of_the_experiments():
+    """The numbers that earlier versions had, written out."""
+    plain = dict(rotate=7, translate=0.05, scale=0.1, brightness=0.1, contrast=0.15)
+    robust = {**plain, "scale": 0.2, "gamma": 0.3, "blur": 0.5, "noise": 0.05}
+    strong = dict(rotate=15, translate=0.1, scale=0.25, aspect=0.15, brightness=0.25, contrast=0.4, gamma=0.5)
+    for name, expected in (("none", {}), ("plain", plain), ("robust", robust), ("strong", strong)):
+        found = {k: v for k, v in vars(augment.PRESETS[name]).items() if v}
+        assert found == expected, name
+
+
+def test_augment_flag():
+    """NAME, then single changes."""
+    strong = augment.PRESETS["strong"]
+    assert augment.parse_augment("strong") == strong
+    changed = augment.parse_augment("strong,rotate=10,noise=0,frame=.5")
+    assert (changed.rotate, changed.noise, changed.frame, changed.scale) == (10, 0, 0.5, strong.scale)
+    wrong = [
+        "",
+        "wild",
+        "rotate=3",
+        "plain,",
+        "plain,wings=1",
+        "plain,rotate",
+        "plain,rotate=x",
+        "plain,rotate=-1",
+    ]
+    wrong += ["plain,rotate=181", "plain,scale=1", "plain,blur=nan", "plain,noise=inf", "plain,hflip=1.1"]
+    for text in wrong:
+        with pytest.raises(InputError, match="--augment") as error:
+            augment.parse_augment(text)
+        assert "\n" not in str(error.value)
+    assert set(augment.UNITS) == set(vars(strong))

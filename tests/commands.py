@@ -3,7 +3,6 @@
 import importlib
 import shutil
 
-import images
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -15,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 import data
 import demo
+import images
 from tests.shared import SCRIPTS, cli, copy_set, read_json, refused, succeed
 
 

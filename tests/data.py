@@ -1,8 +1,10 @@
 """Tests of data."""
 
 import itertools
+import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +71,7 @@ def test_listing(tmp_path):
         "__MACOSX/train/NORMAL/._a.jpg",
         "val/NORMAL/official.jpeg",
     )
-    files, labels = data.list_images(data.find_root(tmp_path), "train")
+    files, labels, *_ = data.list_images(data.find_root(tmp_path), "train")
     assert files == [
         "train/NORMAL/a.jpg",
         "train/NORMAL/b.JPEG",
@@ -130,7 +132,7 @@ def test_patient_split_has_the_counts_of_the_plain_split(seed):
 
 
 def test_image_split_is_scikit_learns(synthetic):
-    files, labels = data.list_images(synthetic, "train")
+    files, labels, *_ = data.list_images(synthetic, "train")
     train, val = data.split_train_val(files, labels, "image", 0.2, 3)
     expected = sklearn.model_selection.train_test_split(
         np.arange(96), test_size=0.2, stratify=labels, random_state=3
@@ -220,7 +222,7 @@ def test_real_split():
     root = SHARED / "chest_xray"
     if not root.is_dir():
         pytest.skip("no real data here")
-    files, labels = data.list_images(root, "train")
+    files, labels, *_ = data.list_images(root, "train")
     assert (len(files), len(data.list_images(root, "test")[0])) == (5216, 624)
     ids = [{data.patient_id(f) for f, y in zip(files, labels) if y == k} for k in (0, 1)]
     assert [len(i) for i in ids] == [1211, 1635] and not ids[0] & ids[1]
@@ -244,7 +246,7 @@ def test_load_train_val(small_set, capsys):
     }
     assert "(train, val, test) = (19, 5, 6)" in capsys.readouterr().out
     test = data.load_test(small_set)
-    assert test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test.targets.tolist() == [0, 0, 0, 1, 1, 1]
     x, y = data.Batches(test, "cpu").get(torch.tensor([5, 0, 1]))
     assert x.dtype == torch.float32 and x.shape == (3, 1, 16, 16) and y.tolist() == [1, 0, 0]
     assert x[:, 0, 3, 3].tolist() == pytest.approx([120 / 255, 0, 10 / 255])
@@ -264,9 +266,61 @@ def test_pixel_fingerprint_sees_names_labels_pixels_and_order(small_set):
         if field == "files":
             changed.files[0] = "other"
         elif field == "labels":
-            changed.labels[0] = 1
+            changed.targets[0] = 1
         else:
             changed.images = np.array(changed.images)
             changed.images[3, 0, 0] ^= 1
         others.append(changed)
     assert len({base, *map(data.pixel_fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize(
+    "names, unknown", [(["a", "b", "c"], 3), (["IM-0001-0001", "b", "person1_virus_2"], 1)]
+)
+def test_names_that_tell_no_patient_are_counted(tmp_path, names, unknown):
+    touch(tmp_path, *(f"train/{c}/{n}.png" for c in data.CLASSES for n in names))
+    index = data.list_images(tmp_path, "train")
+    assert index.unknown == 2 * unknown and len(index.files) == len(index.patients) == 2 * len(names)
+
+
+def test_unknown_patients_are_said(small_set, capsys):
+    """Images without a patient in their name make a patient split an image split: that must not read "0
+    shared"."""
+    _, _, info = data.load_train_val(small_set)
+    assert info["unknown_patients"] == 24
+    out = capsys.readouterr().out
+    assert "patients unknown" in out and "share a patient" not in out
+    some = {"train": 20, "val": 4, "shared_patients": 1, "unknown_patients": 2}
+    assert (
+        data.say_shared(some)
+        == "1 validation images share a patient with train (patients unknown for 2 images)"
+    )
+    del some["unknown_patients"]  # of an earlier version
+    assert data.say_shared(some) == "1 validation images share a patient with train"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("img_size", 5000),
+        ("img_size", -1),
+        ("img_size", True),
+        ("split_seed", 2**40),
+        ("split", "hospital"),
+        ("resize", ["squash"]),
+        ("normalise", None),
+        ("data_dir", "a\0b"),
+        ("cache_dir", 3),
+        ("classes", "NORMAL"),
+        ("classes", [1, 2]),
+        ("classes", None),
+        ("skip_bad", "no"),
+        ("wings", 2),
+    ],
+)
+def test_damaged_settings_are_one_line(key, value):
+    good = json.loads(json.dumps(asdict(data.DataConfig())))
+    assert data.DataConfig.from_json(good) == data.DataConfig()
+    with pytest.raises(InputError) as error:
+        data.DataConfig.from_json({**good, key: value})
+    assert "\n" not in str(error.value)

@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import tensors
 import torch
 
 import common
+import tensors
 from run import Run
 from tests.shared import cli, read_json, refused
 

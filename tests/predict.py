@@ -6,13 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
-import images
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
+import images
 import metrics
 from inputs import Inputs
 from run import Run

@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import tensors
 import torch
 
 import common
+import tensors
 from run import Run
 from tests.shared import Evil, cli, folder_bytes, load_pth, read_json, refused, same_tensors, succeed
 

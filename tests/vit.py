@@ -248,7 +248,7 @@ def test_pixel_linear_by_hand():
     model = vit.PixelLinear(side=2)
     x = torch.arange(32.0).view(2, 1, 4, 4)
     expected = [[2.5, 4.5, 10.5, 12.5], [18.5, 20.5, 26.5, 28.5]]  # means of 2x2 cells
-    assert model.forward_features(x).tolist() == expected
+    assert model.features(x).tolist() == expected
     logits = torch.tensor(expected) @ model.head.weight.T + model.head.bias
     with engine.autocast(CPU, True):
         assert torch.allclose(model(x), logits)  # float32 under autocast too
@@ -283,7 +283,7 @@ def test_masked_autoencoder_loss_by_brute_force():
     x = torch.rand(2, 1, 16, 16).expand(-1, 3, -1, -1)
     errors = model(x)
     assert torch.equal(errors, model(x)) and errors.shape == (2, 1)  # eval hides the same patches again
-    order = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)).argsort(1)
+    order = torch.rand(16, generator=torch.Generator().manual_seed(0)).argsort().expand(2, -1)
     for i in range(2):
         keep, hide = order[i, 12:], order[i, :12]
         seen = model.embed(model.encoder.forward_features(x[i : i + 1], keep=keep[None]))[0]
@@ -298,3 +298,85 @@ def test_masked_autoencoder_loss_by_brute_force():
             want = (want - want.mean()) / (want.var() + 1e-6).sqrt()
             total += ((guess[patch] - want) ** 2).mean().item()
         assert errors[i].item() == pytest.approx(total / 12, rel=1e-4)
+
+
+def test_masked_loss_of_an_image_does_not_depend_on_its_batch():
+    """In eval mode: alone, in a batch, at another place of it. Else the loss would differ under torchrun."""
+    torch.manual_seed(0)
+    encoder = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    model = randomise(vit.MaskedAutoencoder(encoder, 0.75, decoder_dim=8, decoder_heads=2)).eval()
+    x = torch.rand(5, 1, 16, 16).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        together, turned = model(x), model(x.flip(0)).flip(0)
+        alone = torch.cat([model(image[None]) for image in x])
+    assert together.std() > 1e-3
+    assert torch.allclose(together, alone, atol=1e-6) and torch.allclose(together, turned, atol=1e-6)
+
+
+def every_model():
+    """(model, images) of every kind that has classes."""
+    yield small_vit(), torch.rand(3, 3, 16, 16)
+    yield vit.PixelLinear(8), torch.rand(3, 1, 16, 16)
+
+
+def test_model_contract():
+    """What the loop stands on: head(features(x)) is the model, layers go from input to head."""
+    for model, x in every_model():
+        randomise(model).eval()
+        with torch.no_grad():
+            assert torch.allclose(model.head(model.features(x)), model(x), atol=1e-6)
+        names, parts = zip(*model.layers())
+        assert names[-1] == "head" and parts[-1] is model.head and len(set(names)) == len(names)
+        assert model.features(x).shape == (3, model.head.in_features)
+        assert (
+            vit.build_model(json.loads(json.dumps({"kind": model.kind, **model.config}))).config
+            == model.config
+        )
+
+
+def test_ensemble_is_the_mean_of_probabilities():
+    """Of members with other shapes and scalings, at confident scores too; and it can be rebuilt from its
+    config."""
+    torch.manual_seed(0)
+    members = [randomise(small_vit(in_chans=1), i).eval() for i in range(2)] + [
+        randomise(vit.PixelLinear(8), 3)
+    ]
+    configs = [{"kind": m.kind, **m.config} for m in members]
+    means, stds = [[0.5], [0.2], [0.0]], [[0.5], [0.1], [1.0]]
+    model = vit.Ensemble(configs, means, stds).eval()
+    for own, member in zip(model.members, members):
+        own.load_state_dict(member.state_dict())
+        own.head.weight.data *= 30  # saturates float32 probabilities
+    x = torch.rand(4, 1, 16, 16)
+    with torch.no_grad():
+        found = model(x).double()
+        parts = [m((x - a[0]) / s[0]).double().softmax(1) for m, a, s in zip(model.members, means, stds)]
+    expected = torch.stack(parts).mean(0)
+    assert torch.allclose(found.softmax(1), expected, atol=1e-6)
+    assert torch.allclose(found, expected.log(), atol=1e-4)
+    again = vit.build_model(json.loads(json.dumps({"kind": "ensemble", **model.config}))).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(InputError, match="two or more"):
+        vit.Ensemble(configs[:1], means[:1], stds[:1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"img_size": 5000},
+        {"depth": 10**9},
+        {"embed_dim": -1},
+        {"num_heads": True},
+        {"patch_size": "16"},
+        {"mlp_ratio": math.nan},
+        {"mlp_ratio": 1e9},
+        {"drop_rate": 1.0},
+        {"drop_path_rate": None},
+        {"kind": ["vit"]},
+        {"kind": None},
+    ],
+)
+def test_sizes_out_of_proportion_are_refused(changes):
+    with pytest.raises(InputError):
+        vit.build_model({"kind": "vit", **small_vit().config, **changes})
