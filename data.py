@@ -58,7 +58,9 @@ class DataConfig:
         except (KeyError, TypeError) as error:
             raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
         wrong = check_fields(config)
-        if not isinstance(value["classes"], (list, tuple)) or not all(isinstance(c, str) for c in config.classes):
+        if not isinstance(value["classes"], (list, tuple)) or not all(
+            isinstance(c, str) for c in config.classes
+        ):
             wrong.append("classes")
         if wrong:
             named = ", ".join(f"{k} is {str(value.get(k))[:60]}" for k in wrong)

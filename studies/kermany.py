@@ -113,7 +113,9 @@ def main():
         device = pick_device(args.device)
         train, _, _ = data.load_train_val(config, common.say)
         auroc = border_alone(train, args.weights, device)
-        print(f"the border alone (outer eighth of {len(train)} training images): out-of-fold AUROC {auroc:.3f}")
+        print(
+            f"the border alone (outer eighth of {len(train)} training images): out-of-fold AUROC {auroc:.3f}"
+        )
     else:
         train, val, _ = data.load_train_val(config, common.say)
         print(count_stamps(train, val, data.load_test(config)))

@@ -19,6 +19,7 @@ import torchvision.transforms.functional as TF
 import augment
 import data
 import demo
+import images
 import inputs
 from common import InputError
 from tests.shared import NONE, folder_bytes, picture_batch, touch
@@ -155,7 +156,7 @@ def test_synthetic_set(tmp_path, synthetic):
     assert os.stat(a / "SYNTHETIC").st_mtime_ns == stamp  # kept, not drawn again
     demo.make_synthetic(a, train=24, test=8)
     assert len(data.list_images(a, "train")[0]) == 24  # another size: drawn again
-    files, labels = data.list_images(synthetic, "train")
+    files, labels, *_ = data.list_images(synthetic, "train")
     assert np.bincount(labels).tolist() == [36, 60]  # three in eight are NORMAL
     assert np.bincount(data.list_images(synthetic, "test")[1]).tolist() == [15, 25]
     assert all(
@@ -163,7 +164,7 @@ def test_synthetic_set(tmp_path, synthetic):
     )
     assert len({data.patient_id(f) for f in files}) < 96  # some patients have several images
     train, test = (
-        np.stack([data.decode(synthetic / f, 32) for f in data.list_images(synthetic, s)[0]])
+        np.stack([images.decode(synthetic / f, 32) for f in data.list_images(synthetic, s)[0]])
         for s in ("train", "test")
     )
     assert test.mean() < train.mean() - 5 and test.std(axis=(1, 2)).mean() < train.std(axis=(1, 2)).mean()
