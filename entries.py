@@ -86,9 +86,10 @@ class Entry:
         if wrong:
             raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
         self.calibration = run.calibration(suffix)
-        self.task = Task(tuple(self.results["data"]["classes"]))
-        if len(self.task.findings) > 1:
-            raise InputError(f"{run} has {len(self.task.classes)} classes: the report shows runs of two")
+        classes = self.results["data"]["classes"]
+        if len(set(classes)) != 2 or len(classes) != 2:
+            raise InputError(f"{run} has the classes {', '.join(classes)}: the report shows runs of two")
+        self.task = Task(tuple(classes))
         self.healthy, self.finding = self.task.classes
         arrays = run.scores(suffix)
         try:

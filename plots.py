@@ -109,7 +109,7 @@ def mark_points(ax, entry, x, y, i):
 def draw_roc(entries):
     """Test ROC curves with both operating points."""
     spans = [with_interval(e.points["test", "at_rec"], "auroc") for e in entries]
-    names = [label(f"{e.name}: AUROC {span}") for e, span in zip(entries, spans)]
+    names = [label(f"{e.name}: AUROC {span}", 96) for e, span in zip(entries, spans)]
     figure, (ax,) = panels(1, 6.4, 5.4, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):
         fpr, tpr, _ = roc_curve(e.test.truth, e.test.scores)
@@ -127,7 +127,7 @@ def draw_roc(entries):
 def draw_pr(entries):
     """Test precision-recall curves with both operating points."""
     spans = [with_interval(e.points["test", "at_rec"], "auprc") for e in entries]
-    names = [label(f"{e.name}: AUPRC {span}") for e, span in zip(entries, spans)]
+    names = [label(f"{e.name}: AUPRC {span}", 96) for e, span in zip(entries, spans)]
     figure, (ax,) = panels(1, 6.4, 5.4, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):
         precision, recall, _ = precision_recall_curve(e.test.truth, e.test.scores)
@@ -154,7 +154,7 @@ def draw_confusion(entries):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
         for i, j in itertools.product(range(2), range(2)):
-            about = dict(ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
+            about = dict(ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black")
             ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
         classes = [label(name, 14) for name in (e.healthy, e.finding)]
         ax.set(xticks=(0, 1), yticks=(0, 1), xticklabels=classes, yticklabels=classes)
@@ -183,8 +183,8 @@ def draw_scores(entries):
             )
         ax.axvline(e.threshold, color="black", ls="--", lw=1, label="threshold @Rec")
         sizes = f"{(column.truth == 0).sum()} + {column.truth.sum()}"
-        title = label(f"{e.name}, {SIDES[side]} (n = {sizes}), threshold {e.threshold:.3f}", 72)
-        title += f":\nrecall {row['recall']:.3f}, specificity {row['specificity']:.3f}"
+        figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {e.threshold:.3f}"
+        title = f"{label(e.name, 66)}\n{SIDES[side]}, n = {sizes}: {figures}"
         ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class", title=title)
         ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
         ax.title.set_fontsize(8)
@@ -206,7 +206,7 @@ def draw_reliability(entries):
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
             ax.plot(x, y, ms=4, lw=1, label=f"{when} temperature: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
-        title = label(f"{e.name}, {SIDES[side]}: {len(quality['bins'])} bins of {sizes} images", 60)
+        title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} images"
         ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 40), title=title)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         ax.legend(fontsize=7, loc="best")

@@ -269,10 +269,11 @@ def sizes(entry):
         s: ", ".join(f"{n} {c}" for c, n in split["counts"][s].items()) for s in ("train", "val", "test")
     }
     parts = [f"{s}: {split[s]} images ({counts[s]})" for s in counts]
-    for column, word in ((entry.val, "validation"), (entry.test, "test")):
-        known = f"{len(set(column.patients.tolist()))} {word} patients by file name"
-        parts.append(known if column.patients_known else f"{word} patients unknown")
-    return "; ".join(parts)
+    patients = [
+        f"{len(set(column.patients.tolist())) if column.patients_known else 'unknown'} {side}"
+        for column, side in ((entry.val, "validation"), (entry.test, "test"))
+    ]
+    return "; ".join([*parts, f"patients by file name: {', '.join(patients)}"])
 
 
 def method_blocks(entries):
