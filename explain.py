@@ -3,417 +3,288 @@
     python explain.py --run outputs/pretrained
 
 Takes the validation images (--split test on request), picks true and false positives and negatives at the
-recall-first threshold, the most confident and the most borderline of each, and writes to RUN/explain/: sheet.png,
-one PNG an image, and explain.json with the tests of faithfulness (deletion and insertion curves against random
-order, maps after randomising the weights, share of the map on the lungs and on the border), which compare.py tabulates.
+recall-first threshold, the most confident and the most borderline of each, and writes to RUN/explain/:
+sheet.png, a PNG for each image, and explain.json with tests of the maps, which compare.py tabulates: deletion
+and insertion curves against random order, maps after the weights are drawn anew, and the share of the map on
+the lungs and on the border. The tests use images that are rightly called --target.
 
     python explain.py IMAGE... --run outputs/pretrained
 
-explains any files instead. Grad-CAM: Selvaraju et al. 2017 (arXiv:1610.02391) on the tokens of a block's first norm;
-rollout: Abnar and Zuidema 2020 (arXiv:2005.00928). A map shows what moved the score, not where the disease is.
+draws image files instead, without tests. A file that cannot be read is named and makes the exit code 2; the
+others are drawn all the same.
+
+How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
 """
 
-import copy
+import itertools
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
-from scipy.stats import spearmanr
 
 import common
 import data
 import engine
-import metrics
+import maps
+from device import add_device_argument, pick_device
+from images import read_image
+from inputs import Inputs
+from run import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
-STEPS = 15  # points of a deletion or insertion curve
+SPLITS = {"val": "validation", "test": "test"}
 
 
-# ---------------------------------------------------------------- maps
+class Explainer:
+    """A calibrated run, ready to be explained: model, inputs, threshold, and whose score (`target`, a class
+    number) is explained how (`methods`, `layer`). `target`: a class's name; None for the finding.
 
+    InputError if the run has no Vision Transformer, no such class or block, or is not calibrated."""
 
-def grad_cam(model, x, target=1, layer=-1):
-    """Grad-CAM of logit `target` at the output of blocks[layer].norm1: x [B, C, H, W] -> float32 [B, h, w], >= 0.
+    def __init__(self, run, device, *, methods, layer=-1, target=None):
+        self.run, self.config, self.methods, self.layer = run, run.config, methods, layer
+        model = run.model() if run.kind in ("vit", "ensemble") else None
+        vits = maps.transformers(model) if model else []
+        if not vits:
+            raise common.InputError(f"{run} has no Vision Transformer: there are no patches to explain")
+        depth = min(len(vit.blocks) for vit in vits)
+        if not -depth <= layer < depth:
+            raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
+        self.classes = self.config.classes
+        if target is not None and target not in self.classes:
+            raise common.InputError(f"--target {target} is not one of {', '.join(self.classes)}")
+        self.target = 1 if target is None else self.classes.index(target)
+        self.calibration = run.calibration()
+        self.threshold = self.calibration["threshold"]
+        self.model, self.inputs = model.to(device), Inputs.of_run(run.results, device)
+        self.exact = self.inputs.on(device)  # float32, for maps and curves
 
-    Channel weights are the mean gradient over the patch tokens; [CLS] is left out; ReLU. The model is used in eval
-    mode and left as it was: mode, gradients, hooks."""
-    kept, was_training = [], model.training
+    def scores(self, subset):
+        """Probability of the finding, float64 [N], as calibrate.py gives it: no image may change sides."""
+        logits = engine.predict(self.model, subset, self.inputs).numpy()
+        applied = self.calibration["temperature_applied"]
+        scores = self.config.task.scores(logits, self.calibration["temperature"] if applied else 1.0)[:, 0]
+        if not np.isfinite(scores).all():
+            raise common.InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
+        return scores
 
-    def keep(module, inputs, output):
-        kept.append(output if output.requires_grad else output.requires_grad_())
-        return kept[0]
+    def row(self, file, pixels, score, *more):
+        """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`)."""
+        x = self.exact.scale(self.exact.grey(np.array(pixels[None])))
+        found = [maps.compute(m, self.model, x, self.layer, self.target)[0] for m in self.methods]
+        called = [self.classes[int(score >= threshold)] for threshold in (0.5, self.threshold)]
+        lines = [f"P({self.classes[1]}) = {score:.3f}", f"@0.5 {called[0]}, @Rec {called[1]}"]
+        return (
+            "\n".join([*more, *textwrap.wrap(Path(file).name, 42), *lines]),
+            pixels,
+            [grid.cpu().numpy() for grid in found],
+        )
 
-    handle = model.blocks[layer].norm1.register_forward_hook(keep)
-    try:
-        model.eval()
-        with torch.enable_grad():
-            score = model(x)[
-                :, target
-            ].sum()  # images do not mix, so the sum gives every image its own gradient
-            (gradient,) = torch.autograd.grad(score, kept[0])
-    finally:
-        handle.remove()
-        model.train(was_training)
-    tokens, gradient = kept[0].detach()[:, 1:], gradient[:, 1:]  # (B, h*w, D)
-    return (tokens * gradient.mean(dim=1, keepdim=True)).sum(-1).relu().unflatten(1, model.grid_size).float()
-
-
-@torch.no_grad()
-def attention_rollout(model, x):
-    """Attention from [CLS] to every patch through all blocks: x [B, C, H, W] -> float32 [B, h, w].
-
-    Heads averaged, identity added for the residual, rows scaled to sum to 1, blocks multiplied. It knows no class."""
-    was_training = model.training
-    model.eval()
-    _, maps = model.forward_features(x, return_attention=True)  # (B, depth, heads, N, N)
-    model.train(was_training)
-    return rollout(maps.float().mean(dim=2))[:, 0, 1:].unflatten(1, model.grid_size)
-
-
-def rollout(attention):
-    """Head-averaged attention (B, depth, N, N), rows summing to 1 -> the product (B, N, N) of (A + I) / 2."""
-    eye = torch.eye(attention.shape[-1], device=attention.device)
-    result = eye.expand(attention.shape[0], -1, -1)
-    for block in attention.unbind(1):
-        result = (block + eye) / 2 @ result
-    return result
-
-
-def compute(method, model, x, layer, target=1):
-    """Maps [B, h, w] of one method, in parts that keep attention small in memory."""
-    if method == "rollout":
-        return torch.cat([attention_rollout(model, part) for part in x.split(4)])
-    return torch.cat([grad_cam(model, part, target, layer) for part in x.split(16)])
-
-
-# ---------------------------------------------------------------- are they true
-
-
-@torch.inference_mode()
-def curves(model, x, order):
-    """P(PNEUMONIA) while patches are replaced by a blurred image (deletion) or uncovered from it (insertion).
-
-    x [B, C, H, W] scaled input; order int64 [B, h*w], most important first -> two float64 [B, STEPS] arrays, at 0 to
-    100% of the patches (Petsiuk et al. 2018, arXiv:1806.07421; blur: Gaussian of a tenth of the side)."""
-    B, h, w = len(x), *model.grid_size
-    blurred = data.gaussian_blur(x[:, :1], torch.full((B,), x.shape[-1] / 10, device=x.device)).expand_as(x)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(h * w, device=x.device).expand(B, -1))
-    out = []
-    for first, second in ((blurred, x), (x, blurred)):
-        scores = []
-        for share in np.linspace(0, 1, STEPS):
-            taken = (rank < round(share * h * w)).view(B, 1, h, w).repeat_interleave(x.shape[-2] // h, 2)
-            taken = taken.repeat_interleave(x.shape[-1] // w, 3)
-            scores.append(engine.probabilities(model(torch.where(taken, first, second)).cpu())[:, 1])
-        out.append(np.stack(scores, axis=1))
-    return out
-
-
-def mean_interval(values, seed=0):
-    """Mean of [N] values with a 95% percentile bootstrap over images -> {"mean", "lo", "hi"}."""
-    values = np.asarray(values, dtype=np.float64)
-    draws = values[np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))].mean(axis=1)
-    lo, hi = np.percentile(draws, [2.5, 97.5])
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi)}
-
-
-def randomised(model):
-    """Yield (name, copy of the model with the weights from the head down to that part drawn anew), cumulatively
-    (Adebayo et al. 2018, arXiv:1810.03292)."""
-    model = copy.deepcopy(model)
-    torch.manual_seed(0)
-    parts = [("head", model.head)] + [(f"block {i}", b) for i, b in reversed(list(enumerate(model.blocks)))]
-    for name, part in parts + [("patches", model.patch_embed)]:
-        for module in part.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-                torch.nn.init.trunc_normal_(module.weight, std=0.02)
-                torch.nn.init.zeros_(module.bias)
-        yield name, model
-
-
-def lung_mask(image):
-    """Heuristic lung fields of a chest image uint8 [S, S] -> bool [S, S]: the "dark field" mask.
-
-    Darker than Otsu's threshold after smoothing, not touching the border, closed and filled; where that is less than
-    8% or more than 55% of the image (opaque lungs, odd framing), two upright ellipses instead. It is no segmentation."""
-    side = len(image)
-    smooth = ndimage.gaussian_filter(image.astype(np.float32), side / 50)
-    labels, count = ndimage.label(smooth < _otsu(smooth))
-    border = np.unique(np.r_[labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    mask = np.isin(labels, np.setdiff1d(np.arange(1, count + 1), border))
-    mask = ndimage.binary_fill_holes(ndimage.binary_closing(mask, iterations=max(1, side // 40)))
-    if not 0.08 < mask.mean() < 0.55:
-        y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j]
-        mask = np.minimum(((x - 0.31) / 0.17) ** 2, ((x - 0.69) / 0.17) ** 2) + ((y - 0.47) / 0.33) ** 2 < 1
-    return mask
-
-
-def _otsu(values):
-    """The threshold that maximises the variance between the two classes it makes (Otsu 1979)."""
-    counts, edges = np.histogram(values, 256)
-    centres, total = (edges[1:] + edges[:-1]) / 2, counts.sum()
-    weight, mass = np.cumsum(counts), np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (mass[-1] * weight / total - mass) ** 2 / (weight * (total - weight))
-    return centres[
-        np.argmax(np.nan_to_num(between[:-1], nan=-1.0))
-    ]  # a constant image has no such threshold: the lowest
-
-
-def regions(maps, images):
-    """Share of each map [N, h, w] on the lung fields and on the outer tenth of the image, with the regions' areas."""
-    side = images.shape[-1]
-    full = F.interpolate(torch.as_tensor(maps).unsqueeze(1), size=(side, side), mode="bilinear")[:, 0].numpy()
-    full = full / np.maximum(full.sum(axis=(1, 2), keepdims=True), 1e-12)
-    lungs = np.stack([lung_mask(i) for i in images])
-    edge = np.ones((side, side), bool)
-    edge[side // 10 : side - side // 10, side // 10 : side - side // 10] = False
-    return {
-        "lung_share": mean_interval((full * lungs).sum(axis=(1, 2))),
-        "lung_area": float(lungs.mean()),
-        "border_share": mean_interval((full * edge).sum(axis=(1, 2))),
-        "border_area": float(edge.mean()),
-    }
-
-
-def faithfulness(model, x, images, methods, layer):
-    """Every test of the maps on N images called PNEUMONIA -> JSON for explain.json."""
-    n, patches = len(x), model.grid_size[0] * model.grid_size[1]
-    rng = np.random.default_rng(0)
-    orders = {"random": torch.from_numpy(np.stack([rng.permutation(patches) for _ in range(n)])).to(x.device)}
-    maps = {m: compute(m, model, x, layer) for m in methods}
-    orders |= {m: maps[m].flatten(1).argsort(dim=1, descending=True) for m in methods}
-    out, areas = {"images": n}, {}
-    for name, order in orders.items():
-        parts = [curves(model, a, b) for a, b in zip(x.split(16), order.split(16))]
-        areas[name] = [np.concatenate([p[i] for p in parts]).mean(axis=1) for i in (0, 1)]
-        out[name] = {k: mean_interval(v) for k, v in zip(("deletion", "insertion"), areas[name])}
-    for m in methods:
-        out[m] |= {
-            f"{k}_minus_random": mean_interval(areas[m][i] - areas["random"][i])
-            for i, k in enumerate(("deletion", "insertion"))
-        }
-        out[m] |= regions(maps[m].cpu(), images)
-        some = x[:8]
-        out[m]["randomised"] = []
-        for name, broken in randomised(model):
-            pairs = zip(
-                maps[m][:8].flatten(1).cpu().numpy(), compute(m, broken, some, layer).flatten(1).cpu().numpy()
-            )
-            rho = [spearmanr(a, b).statistic if a.std() and b.std() else 0.0 for a, b in pairs]
-            out[m]["randomised"].append({"down_to": name, "rank_correlation": float(np.mean(rho))})
-    return out
+    def draw(self, name, rows, *more):
+        """Write a picture of `rows` under RUN/explain/ and return its path; `more` goes into its title."""
+        path, about = self.run.folder / "explain" / name, [self.run.folder.resolve().name, *more]
+        about.append(f"threshold @Rec {self.threshold:.3f}")
+        if "gradcam" in self.methods:
+            about.append(f"Grad-CAM of {self.classes[self.target]}")
+        mark = " [SYNTHETIC]" if self.run.results["synthetic"] else ""
+        draw(path, rows, [maps.METHODS[m] for m in self.methods], ", ".join(about) + mark)
+        return path
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def pick(y, p, thr):
-    """Rows of the sheet: [(title, index)]: most confident and most borderline of every outcome that occurs."""
+def pick(y, p, threshold):
+    """Images for the sheet, [(title, index)]: the most confident and borderline of each outcome there is."""
     rows = []
     for title, wanted in (
-        ("true positive", (y == 1) & (p >= thr)),
-        ("false positive", (y == 0) & (p >= thr)),
-        ("false negative", (y == 1) & (p < thr)),
-        ("true negative", (y == 0) & (p < thr)),
+        ("true positive", (y == 1) & (p >= threshold)),
+        ("false positive", (y == 0) & (p >= threshold)),
+        ("false negative", (y == 1) & (p < threshold)),
+        ("true negative", (y == 0) & (p < threshold)),
     ):
         index = np.flatnonzero(wanted)
         if len(index):
-            far = index[np.argsort(np.abs(p[index] - thr), kind="stable")]
+            far = index[np.argsort(np.abs(p[index] - threshold), kind="stable")]
             rows.append((f"{title}, most confident", far[-1]))
             if len(far) > 1:
                 rows.append((f"{title}, most borderline", far[0]))
     return rows
 
 
-def draw(rows, methods, mark, title):
-    """A sheet: rows of (text, image uint8 [S, S], {method: map [h, w]}) -> figure: image, maps, overlay, colour bar."""
-    columns = 2 + len(methods)
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(2.6 * columns + 0.8, 2.75 * len(rows) + 0.8),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, (text, image, maps) in zip(axes, rows):
-        side = len(image)
-        line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
-        line[0].set_ylabel(text, fontsize=7)
-        shown = None
-        for ax, method in zip(line[1:], methods):
-            grid = maps[method] / max(float(maps[method].max()), 1e-12)
-            ax.imshow(grid, cmap="inferno", vmin=0, vmax=1)
-            if not maps[method].any():
-                ax.text(
-                    0.5,
-                    0.5,
-                    "nothing speaks\nfor this class",
-                    color="white",
-                    ha="center",
-                    va="center",
-                    transform=ax.transAxes,
-                    fontsize=8,
-                )
-        for ax in line:
-            ax.set(xticks=[], yticks=[])
-        grid = torch.as_tensor(maps[methods[0]])[None, None]
-        smooth = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0].numpy()
-        line[-1].imshow(image, cmap="gray", vmin=0, vmax=255)
-        shown = line[-1].imshow(
-            smooth / max(float(smooth.max()), 1e-12), cmap="inferno", vmin=0, vmax=1, alpha=0.45
-        )
-    for ax, name in zip(
-        axes[0], ["image", *(METHODS[m] for m in methods), f"overlay of {METHODS[methods[0]]}"]
-    ):
-        ax.set_title(name, fontsize=9)
-    figure.colorbar(
-        shown, ax=axes[:, -1].tolist(), shrink=min(1, 2 / len(rows)), label="share of the image's own maximum"
-    )
-    figure.suptitle(title + mark, fontsize=11)
-    return figure
+def picture_names(files):
+    """A file name for the picture of each image: its stem, with -2, -3, ... where that is taken already.
+
+    Upper and lower case count as the same, as they do on some systems; sheet.png is taken."""
+    taken, names = {"sheet"}, []
+    for stem in (Path(file).stem for file in files):
+        tries = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names.append(next(name for name in tries if name.casefold() not in taken))
+        taken.add(names[-1].casefold())
+    return [f"{name}.png" for name in names]
 
 
-def save(figure, path):
-    with common.atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=110)
+def draw(path, rows, methods, title):
+    """Write `rows` (see Explainer.row) as a PNG: each image, its maps, and the first map laid over the image.
+
+    methods: names of the maps. Text is drawn as it is: a dollar sign begins no formula."""
+    lines, columns = len(rows), 2 + len(methods)
+    with plt.rc_context({"text.parse_math": False}):
+        size = (2.6 * columns + 0.8, 2.75 * lines + 0.8)
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]} over the image"]):
+            ax.set_title(name, fontsize=9)
+        for line, (text, image, found) in zip(axes, rows):
+            line[0].set_ylabel(printable(text), fontsize=7)
+            shown = draw_row(line, image, found)
+        about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
+        figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
+        figure.suptitle(textwrap.fill(printable(title), 26 * columns), fontsize=11)
+        with common.atomic_path(path) as tmp:
+            figure.savefig(tmp, dpi=110)
     plt.close(figure)
+
+
+def draw_row(axes, image, grids):
+    """Draw an image uint8 [S, S] and its maps [h, w], each relative to its maximum -> the last one drawn."""
+    scale = dict(cmap="inferno", vmin=0, vmax=1)
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+    for ax in (axes[0], axes[-1]):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+    for ax, grid in zip(axes[1:], grids):
+        ax.imshow(grid / max(grid.max(), 1e-12), **scale)
+        if not grid.any():
+            style = dict(color="white", ha="center", va="center", fontsize=8, transform=ax.transAxes)
+            ax.text(0.5, 0.5, "no patch speaks\nfor this class", **style)
+    first = torch.from_numpy(grids[0])[None, None]
+    smooth = F.interpolate(first, size=image.shape, mode="bilinear")[0, 0].numpy()
+    return axes[-1].imshow(smooth / max(smooth.max(), 1e-12), alpha=0.45, **scale)
+
+
+def printable(text):
+    """Text that matplotlib can draw: whatever is not valid Unicode in a file name is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # ---------------------------------------------------------------- main
 
 
+def explain_files(explainer, paths):
+    """Draw image files. InputError at the end if some could not be read."""
+    config, paths, read = explainer.config, list(dict.fromkeys(paths)), {}
+    for path in paths:
+        try:
+            read[path] = read_image(path, config.img_size, config.resize)[0]
+        except OSError as error:
+            common.say(f"{path} cannot be read: {error.strerror or error}")
+    if read:
+        files, images, rows = list(read), np.stack(list(read.values())), np.arange(len(read))
+        subset = data.Subset(files, np.zeros_like(rows), images, rows, config.normalise)
+        for file, name, score in zip(files, picture_names(files), explainer.scores(subset)):
+            path = explainer.draw(name, [explainer.row(file, read[file], score)])
+            print(f"{file}: wrote {path}", flush=True)
+    if len(read) < len(paths):
+        raise common.InputError(
+            f"{len(paths) - len(read)} of {len(paths)} files could not be read: see the lines above"
+        )
+
+
+def load_split(run, split):
+    """The Subset "val" or "test" of a run's images. InputError if they are not those it was trained with."""
+    _, val, found = data.load_train_val(run.config, tell=common.say)
+    if found["fingerprint"] != run.results["split"]["fingerprint"]:
+        raise common.InputError(
+            f"the images in {run.config.data_dir} are not those that {run} was trained on (the split's "
+            "fingerprint differs): put those back"
+        )
+    return val if split == "val" else data.load_test(run.config)
+
+
+def explain_split(explainer, split, tests):
+    """Draw the sheet and its images, and write explain.json from at most `tests` images, if any."""
+    run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split)
+    y, p, rows = subset.targets, explainer.scores(subset), []
+    chosen = pick(y, p, explainer.threshold)
+    for outcome, i in chosen:
+        rows.append(explainer.row(subset.files[i], subset.pixels(i), p[i], outcome, f"truth {classes[y[i]]}"))
+    for name, row in zip(picture_names(subset.files[i] for _, i in chosen), rows):
+        explainer.draw(name, [row], SPLITS[split])
+    path = explainer.draw("sheet.png", rows, SPLITS[split])
+    print(f"wrote {path} and its {len(rows)} images beside it", flush=True)
+    if not tests:
+        return
+    target = explainer.target
+    called = f"{SPLITS[split]} images rightly called {classes[target]}"
+    right = np.flatnonzero((y == target) & ((p >= explainer.threshold) == y))
+    if len(right) < 2:
+        raise common.InputError(
+            f"{run}: the maps cannot be tested on fewer than two {called}; --tests 0 leaves the tests out"
+        )
+    some = np.sort(np.random.default_rng(0).choice(right, min(tests, len(right)), replace=False))
+    model, inputs, methods, layer = explainer.model, explainer.exact, explainer.methods, explainer.layer
+    report = maps.faithfulness(model, inputs, subset.pixels(some), methods, layer, target)
+    about = {"format": common.FORMAT, "synthetic": run.results["synthetic"], "split": split}
+    about |= {"target": classes[target], "checkpoint": run.checkpoint_sha256, "layer": layer}
+    common.write_json(run.folder / "explain" / "explain.json", {**about, **report})
+    print(f"tests on {len(some)} {called}:")
+    for method in methods:
+        print(summary(maps.METHODS[method], report[method]))
+
+
+def summary(name, found):
+    """The tests of one method in a line."""
+    mean = {k: v["mean"] for k, v in found.items() if isinstance(v, dict)}
+    head, *_, everything = (step["rank_correlation"] for step in found["randomised"])
+    return (
+        f"{name}: deletion minus random {mean['deletion_minus_random']:+.3f}, insertion minus random "
+        f"{mean['insertion_minus_random']:+.3f}; on the lungs {mean['lung_share']:.2f} (their area "
+        f"{found['lung_area']:.2f}), on the border {mean['border_share']:.2f} (its area "
+        f"{found['border_area']:.2f}); rank correlation {head:.2f} after the head is drawn anew, "
+        f"{everything:.2f} after all weights are"
+    )
+
+
 def parse():
     """Checked command line."""
-    parser = common.parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files to explain instead of a data split")
+    parser = common.Parser(__doc__)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files to draw instead of a data split")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="which images to choose from")
-    parser.add_argument("--method", choices=(*METHODS, "both"), default="both", help="which maps to draw")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="val", help="which images to choose from")
     parser.add_argument(
-        "--target", default="PNEUMONIA", metavar="CLASS", help="whose logit Grad-CAM explains"
+        "--method", choices=(*maps.METHODS, "both"), default="both", help="which maps to draw"
     )
-    parser.add_argument("--layer", type=int, default=-1, help="block of Grad-CAM; -1 is the last")
     parser.add_argument(
-        "--tests", type=int, default=40, metavar="N", help="images for the faithfulness tests; 0: none"
+        "--target", metavar="CLASS", help="class that is explained and tested (default: the finding)"
     )
-    parser.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cuda, mps, cpu")
+    parser.add_argument(
+        "--layer",
+        type=common.Number(int, -256, 255),
+        default=-1,
+        metavar="N",
+        help="block of Grad-CAM; -1: last",
+    )
+    parser.add_argument(
+        "--tests", type=common.Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
+    )
+    add_device_argument(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse()
-    device, run = engine.pick_device(args.device), Path(args.run)
-    model, results = engine.load_run(run)
-    if results["model_config"]["kind"] != "vit":
-        raise common.InputError(f"{run} is no Vision Transformer: it has no tokens to explain")
-    if not -len(model.blocks) <= args.layer < len(model.blocks):
-        raise common.InputError(f"--layer {args.layer}: the model has blocks 0 to {len(model.blocks) - 1}")
-    calibration, config = common.read_calibration(run), data.config_from_json(results["data"])
-    if args.target not in config.classes:
-        raise common.InputError(f"--target {args.target} is not one of {', '.join(config.classes)}")
-    target = config.classes.index(args.target)
-    thr, t = (
-        calibration["threshold"],
-        calibration["temperature"] if calibration["temperature_applied"] else 1.0,
-    )
-    methods = list(METHODS) if args.method == "both" else [args.method]
-    mark = " [SYNTHETIC]" if results["synthetic"] else ""
-    model.to(device)
-
-    def prepare(pixels):
-        x = data.normalise(torch.from_numpy(np.ascontiguousarray(pixels)).to(device), config.normalise)
-        return engine.scale_input(x, results["mean"], results["std"])
-
-    def score(pixels):  # as calibrate.py and predict.py do, or an image on the threshold could change sides
-        parts, amp = torch.from_numpy(pixels).split(64), engine.trained_precision(results, device)
-        with torch.inference_mode():
-            logits = [
-                engine.forward(
-                    model,
-                    data.normalise(part.to(device), config.normalise),
-                    mean=results["mean"],
-                    std=results["std"],
-                    amp=amp,
-                )
-                for part in parts
-            ]
-        return metrics.tempered(torch.cat(logits).cpu().numpy(), t)
-
-    def row(head, name, pixels, p, truth):
-        decisions = [config.classes[int(p >= point)] for point in (0.5, thr)]
-        maps = {
-            m: compute(m, model, prepare(pixels[None]), args.layer, target)[0].cpu().numpy() for m in methods
-        }
-        text = f"{head}\n{Path(name).name}\np = {p:.3f}; @0.5 {decisions[0]}, @Rec {decisions[1]}" + (
-            f"\ntruth {truth}" if truth else ""
-        )
-        return text, pixels, maps
-
-    folder = run / "explain"
+    methods = list(maps.METHODS) if args.method == "both" else [args.method]
+    device, run = pick_device(args.device), Run(args.run)
+    explainer = Explainer(run, device, methods=methods, layer=args.layer, target=args.target)
     if args.images:
-        try:
-            pixels = np.stack([data.decode(path, config.img_size, config.resize) for path in args.images])
-        except OSError as error:
-            raise common.InputError(f"an image cannot be read: {error}") from None
-        rows = [row("", n, i, p, "") for n, i, p in zip(args.images, pixels, score(pixels))]
+        explain_files(explainer, args.images)
     else:
-        subset = data.load_train_val(config)[1] if args.split == "val" else data.load_test(config)
-        pixels, y = np.stack([subset.images[r] for r in subset.rows]), subset.labels
-        p = score(pixels)
-        rows = [
-            row(head, subset.files[i], pixels[i], p[i], config.classes[y[i]]) for head, i in pick(y, p, thr)
-        ]
-        save(
-            draw(
-                rows,
-                methods,
-                mark,
-                f"{run.name}, {args.split}: threshold @Rec {thr:.3f}; Grad-CAM of {args.target}",
-            ),
-            folder / "sheet.png",
-        )
-    for text, image, maps in rows:
-        save(
-            draw([(text, image, maps)], methods, mark, run.name),
-            folder / f"{Path(text.splitlines()[1]).stem}.png",
-        )
-    print(f"wrote {len(rows)} pictures{'' if args.images else ' and sheet.png'} to {folder}", flush=True)
-    if args.images or not args.tests:
-        return
-    called = np.flatnonzero((y == 1) & (p >= thr))
-    if len(called) < 2:
-        raise common.InputError(
-            f"{run}: fewer than two true positives on {args.split}: nothing to test the maps on"
-        )
-    chosen = np.sort(np.random.default_rng(0).choice(called, min(args.tests, len(called)), replace=False))
-    report = faithfulness(model, prepare(pixels[chosen]), pixels[chosen], methods, args.layer)
-    common.write_json(
-        folder / "explain.json",
-        {
-            "format": common.FORMAT,
-            "synthetic": results["synthetic"],
-            "split": args.split,
-            "checkpoint": calibration["checkpoint"],
-            "layer": args.layer,
-            **report,
-        },
-    )
-    for m in methods:
-        r = report[m]
-        print(
-            f"{METHODS[m]}: deletion minus random {r['deletion_minus_random']['mean']:+.3f}, insertion minus random "
-            f"{r['insertion_minus_random']['mean']:+.3f}; on the lungs {r['lung_share']['mean']:.2f} (area "
-            f"{r['lung_area']:.2f}), on the border {r['border_share']['mean']:.2f} (area {r['border_area']:.2f}); rank "
-            f"correlation after randomising the head {r['randomised'][0]['rank_correlation']:.2f}, everything "
-            f"{r['randomised'][-1]['rank_correlation']:.2f}"
-        )
+        explain_split(explainer, args.split, args.tests)
 
 
 if __name__ == "__main__":
