@@ -21,7 +21,7 @@ KAGGLE = "paultimothymooney/chest-xray-pneumonia"
 def prepare(args):
     """Draw or download the data that the parsed data flags ask for; fills in --data-dir and --img-size.
 
-    InputError, before anything is done, for flags that do not go together and a --cache-dir that is a file."""
+    InputError, before any work, for flags that do not go together and a --cache-dir that is a file."""
     if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
         raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
     if args.demo and (args.download or args.data_dir != DEFAULT_DIR):

@@ -1,8 +1,10 @@
 """A run folder on disk: everything that is known of one trained model. Nothing else knows its file names.
 
-results.json       settings, data, history        checkpoint.pth    weights of the best epoch, tensors only
-last.pth           what --resume needs            scores[-tta].npz, calibration[-tta].json: left by
-calibrate.py explain/           left by explain.py
+results.json                               settings, data, history
+checkpoint.pth                             weights of the best epoch, tensors only
+last.pth                                   what --resume needs
+scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+explain/                                   left by explain.py
 
 What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
 torch is imported only by the methods that need it.

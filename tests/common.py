@@ -150,7 +150,7 @@ def chatty(call, redirect):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written():
-    """Full or closed: one line and exit code 2. A reader that goes away ends a report, which is no success."""
+    """Full or closed: one line and exit code 2. A reader that goes away ends a report: no success."""
     for call in ("print", "common.tell"):
         code, err = chatty(call, "> /dev/full")
         assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err, err

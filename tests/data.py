@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import data
 from common import InputError
-from tests.shared import SHARED, touch
+from inputs import Inputs
+from tests.shared import CPU, SHARED, touch
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def made_up_listing(seed=0):
     """File names and labels like those of the Kermany set: patients of 1 to 30 images, one class each."""
     rng, files, labels = random.Random(seed), [], []
     for patient in range(120):
-        for k in range(rng.choice([1, 1, 1, 2, 3, 5, 30 if patient == 7 else 4])):
+        for _ in range(rng.choice([1, 1, 1, 2, 3, 5, 30 if patient == 7 else 4])):
             files.append(
                 f"train/PNEUMONIA/person{patient}_{rng.choice(['virus', 'bacteria'])}_{len(files)}.jpeg"
             )
     labels += [1] * len(files)
     for patient in range(80):
-        for k in range(rng.choice([1, 1, 2, 3])):
+        for _ in range(rng.choice([1, 1, 2, 3])):
             files.append(f"train/NORMAL/{rng.choice(['', 'NORMAL2-'])}IM-{patient:04d}-{k:04d}.jpeg")
             labels.append(0)
     return files, np.array(labels)
@@ -247,7 +248,7 @@ def test_load_train_val(small_set, capsys):
     assert "(train, val, test) = (19, 5, 6)" in capsys.readouterr().out
     test = data.load_test(small_set)
     assert test.targets.tolist() == [0, 0, 0, 1, 1, 1]
-    x, y = data.Batches(test, "cpu").get(torch.tensor([5, 0, 1]))
+    x, y = data.Batches(test, Inputs((0.5,), (0.5,), CPU)).get(torch.tensor([5, 0, 1]))
     assert x.dtype == torch.float32 and x.shape == (3, 1, 16, 16) and y.tolist() == [1, 0, 0]
     assert x[:, 0, 3, 3].tolist() == pytest.approx([120 / 255, 0, 10 / 255])
     again = data.load_train_val(small_set)[2]

@@ -222,7 +222,7 @@ def test_val_loss_and_auroc_of_the_history(tmp_path):
 
 
 def test_one_step_is_adamw_with_clipping(tmp_path):
-    """A single step against torch's plain AdamW on the same batch, the gradient clipped to norm 1 beforehand."""
+    """A single step against torch's plain AdamW on the same batch, the gradient clipped to norm 1."""
     torch.manual_seed(1)
     trained = small_vit(in_chans=1)  # no dropout: comparable
     start = {n: p.clone() for n, p in trained.state_dict().items()}
@@ -411,7 +411,7 @@ def test_non_finite_weights_after_the_last_step_of_an_epoch(tmp_path):
 
 
 def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
-    """Stage 1 against the plain loop that runs the frozen backbone in every step: the same head to rounding."""
+    """Stage 1 against the plain loop that runs the frozen backbone in every step."""
     train, settings = toy_subset(40, 0), replace(recipe.Recipe(), batch_size=8, seed=3)
     model = randomise(small_vit(in_chans=1))
     slow = randomise(small_vit(in_chans=1)).eval()

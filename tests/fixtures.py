@@ -92,7 +92,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def small_set(tmp_path):
-    """A data folder of its own: 12 + 12 training and 3 + 3 test PNGs of one grey value each, known by name."""
+    """A data folder of its own: 12 + 12 training and 3 + 3 test PNGs, each of one grey value."""
     for split, count in (("train", 12), ("test", 3)):
         for k, name in enumerate(data.CLASSES):
             folder = tmp_path / "set" / split / name

@@ -162,7 +162,7 @@ def test_export_matches_pytorch(bench):
 
 
 def test_predict_goes_on_after_whatever_one_file_raises(bench):
-    """A float TIFF with a NaN pixel under another name, a named pipe, a folder's name with no valid Unicode."""
+    """A float TIFF with a NaN pixel under another name, a named pipe, a name that is no Unicode."""
     folder = bench / "strange"
     folder.mkdir(exist_ok=True)
     good = sorted((bench / "xray/test/NORMAL").iterdir())[0]

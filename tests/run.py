@@ -76,7 +76,7 @@ def test_checkpoint_holds_tensors_only(runs):
 
 
 def test_pretrained_run_starts_from_the_weights(runs, tiny_npz):
-    """Fine-tuned for a dozen steps, the weights are still near those of the file; the report is in the JSON."""
+    """Fine-tuned for a dozen steps, the weights are near those of the file; the JSON says which."""
     with np.load(tiny_npz) as w:
         kernel = w["embedding/kernel"].transpose(3, 2, 0, 1)
     found = load_pth(runs.out, "pretrained", "checkpoint.pth")["patch_embed.proj.weight"].numpy()

@@ -55,7 +55,7 @@ def test_initial_values():
 
 
 def test_timm_state_dict_both_ways():
-    """Same names, same shapes, same logits, at 224 px in Ti/16 and (random initial values) in B/16's names."""
+    """Same names, same shapes, same logits, at 224 px in Ti/16 and, from random values, in B/16."""
     theirs = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=2)).eval()
     ours = vit.build_vit("ti16").eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
