@@ -110,7 +110,7 @@ def made_up_listing(seed=0):
             )
     labels += [1] * len(files)
     for patient in range(80):
-        for _ in range(rng.choice([1, 1, 2, 3])):
+        for k in range(rng.choice([1, 1, 2, 3])):
             files.append(f"train/NORMAL/{rng.choice(['', 'NORMAL2-'])}IM-{patient:04d}-{k:04d}.jpeg")
             labels.append(0)
     return files, np.array(labels)
