@@ -156,14 +156,15 @@ def draw_confusion(entries):
         for i, j in itertools.product(range(2), range(2)):
             about = dict(ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black")
             ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
-        classes = [label(name, 14) for name in (e.healthy, e.finding)]
+        classes = [label(name, 12) for name in (e.healthy, e.finding)]
         ax.set(xticks=(0, 1), yticks=(0, 1), xticklabels=classes, yticklabels=classes)
-        title = label(f"{e.name} {POINTS[point]}", 48)
+        title = label(f"{e.name} {POINTS[point]}", 42)
         ax.set(
             xlabel="decision",
             ylabel="truth",
             title=f"{title}\nn = {counts.sum()}, threshold {row['thr']:.4f}",
         )
+        ax.tick_params(labelsize=8)
         ax.title.set_fontsize(9)
     return figure, "Confusion matrices on test"
 
@@ -207,7 +208,7 @@ def draw_reliability(entries):
             ax.plot(x, y, ms=4, lw=1, label=f"{when} temperature: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
         title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} images"
-        ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 40), title=title)
+        ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 30), title=title)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         ax.legend(fontsize=7, loc="best")
         ax.title.set_fontsize(8)

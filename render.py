@@ -59,7 +59,7 @@ def markdown_text(value):
     """Text for a paragraph or table cell of markdown: no character in it is markup."""
 
     def plain(text):
-        text = re.sub(r"[\\`*|]", r"\\\g<0>", text).replace("](", "]\\(")
+        text = re.sub(r"[\\`*|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).replace("](", "]\\(")
         return text.replace("<", "&lt;")
 
     def code(text):

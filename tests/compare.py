@@ -372,6 +372,7 @@ def test_tests_of_maps(tmp_path, capsys):
 
 def test_markdown_escapes():
     assert render.markdown_text("a|b\nc*d*`e`<f>](g) \\") == "a\\|b c\\*d\\*\\`e\\`&lt;f>]\\(g) \\\\"
+    assert render.markdown_text("$x$ ~a~ &amp; _a_b_") == "\\$x\\$ \\~a\\~ \\&amp; \\_a_b\\_"
     assert render.markdown_text(("run ", render.Code("a`b|c <d>"), ".")) == "run `` a`b\\|c <d> ``."
     assert render.printable("a\udcff\x1b[0m\r\nbü→") == "a\\udcff\\x1b[0m bü→"
     block = render.Table(["Item", "Answer"], [["x|y", "z"]], prose=True)
