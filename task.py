@@ -40,10 +40,10 @@ class Task:
         """Logits [N, K] -> float64 [N, F], the probability of every finding after dividing by `temperature`.
 
         In float64, because float32 would round confident scores to 1 and tie them."""
-        z = np.asarray(logits, dtype=np.float64) / temperature
+        z = np.asarray(logits, dtype=np.float64)
         if self.outputs == 2:  # exact also where the other class's probability is below 1e-16
-            return expit(z[:, 1:] - z[:, :1])
-        return softmax(z, axis=1)[:, 1:]
+            return expit((z[:, 1:] - z[:, :1]) / temperature)  # as metrics.tempered, to the last digit
+        return softmax(z / temperature, axis=1)[:, 1:]
 
     def truth(self, targets):
         """Targets int64 [N] -> int8 [N, F]: 1 where the finding is present, else 0."""
