@@ -190,7 +190,7 @@ class Loop:
         request, after saving."""
         if self.plan.resume and self.finished():
             return self.run.results
-        self._prepare(len(train))
+        self.prepare(len(train))
         results, history = self._begin(), self.state["history"]
         source = data.Batches(train, self.inputs)
         with stop_requests() as stop:
@@ -232,7 +232,7 @@ class Loop:
         )
         return results
 
-    def _prepare(self, count):
+    def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
         recipe, model = self.recipe, self.model.to(self.device)
         ids = [self.device] if self.device.type == "cuda" else None

@@ -143,7 +143,7 @@ class Ours:
     def stepper(self, model, subset, batch):
         """A function that makes one training step on the first `batch` images of a Subset."""
         loop, source, index = self.loop(model), data.Batches(subset, self.inputs), torch.arange(batch)
-        loop._prepare(len(subset))
+        loop.prepare(len(subset))
 
         def step():
             loop.net.train()
