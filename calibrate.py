@@ -31,6 +31,7 @@ from vit import Ensemble
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
+MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
 PARTS = {"val": "validation", "test": "test"}
 
 
@@ -188,6 +189,40 @@ def show(title, result):
         )
 
 
+def show_several(title, result):
+    """Print the figures of several findings, a line each, validation -> test."""
+    floor, joint = result["min_recall"], result["jointly"]
+    print(f"\n{title}: thresholds chosen on validation, recall >= {floor:g} there (@Rec)")
+    if joint:
+        print(
+            f"  @Guar: the floors of {joint['findings']} findings hold at once with confidence "
+            f"{joint['confidence']:g}: by the union bound each alone with "
+            f"{1 - (1 - joint['confidence']) / joint['findings']:.4f}"
+        )
+    width = max(map(len, result["findings"])) + 2
+    head = ("positives", "AUROC val", "test", "@Rec", "recall val", "test", "spec. val", "test", "@Guar")
+    print(" " * width + "".join(f"{word:>11}" for word in head))
+    for name, found in result["findings"].items():
+        if "why_not" in found:
+            aurocs = (found["curves"].get(side) for side in PARTS)
+            cells = "".join(f"{a['auroc']['value']:11.3f}" if a else f"{'-':>11}" for a in aurocs)
+            print(f"{name:{width}}{'':11}{cells}   no threshold: {found['why_not']}")
+            continue
+        val, test = found["val"]["at_rec"], found["test"]["at_rec"]
+        cells = [f"{row['tp'] + row['fn']}" for row in (val, test)]
+        line = f"{' + '.join(cells):>11}{val['auroc']:11.3f}{test['auroc']:11.3f}{found['threshold']:11.4f}"
+        line += "".join(f"{row[key]:11.3f}" for key in ("recall", "specificity") for row in (val, test))
+        guaranteed = found["guarantee"]["threshold"]
+        print(f"{name:{width}}{line}{'-' if guaranteed is None else format(guaranteed, '.4f'):>11}")
+    for side, word in PARTS.items():
+        summary, parts = result["summary"][side], []
+        for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+            if key in summary:
+                parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
+        print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")
+    print(f"  temperature {result['temperature']:.3f}")
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -210,6 +245,11 @@ def parse():
         metavar="CONFIDENCE",
         help="confidence of the guaranteed threshold, in (0, 1); if given, too few patients are an error "
         "(default: 0.95, and left out where there are too few)",
+    )
+    group.add_argument(
+        "--jointly",
+        action="store_true",
+        help="several findings: the guaranteed floors are to hold all at once with that confidence",
     )
     group.add_argument(
         "--temperature",
@@ -237,10 +277,13 @@ def parse():
     )
     group.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
     group.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
+    group.add_argument("--labels", metavar="CSV", help="the same table elsewhere (default: as trained)")
+    group.add_argument("--patients", metavar="CSV", help="the same patients elsewhere (default: as trained)")
     group.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
     group.add_argument(
         "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
     )
+    group.add_argument("--verify-cache", action="store_true", help="read the whole cache to see it is intact")
     group.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(group)
     args = parser.parse_args()
@@ -250,6 +293,7 @@ def parse():
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
         strict=args.guarantee is not None,
+        jointly=args.jointly,
         temperature=args.temperature,
         bootstrap=args.bootstrap,
         prevalence=args.prevalence,
@@ -265,15 +309,16 @@ def main():
     if args.ensemble:
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite).folder]
     for run in find_runs(args.runs_dir, args.run):
-        moved = {k: getattr(args, k) for k in ("data_dir", "cache_dir", "skip_bad") if getattr(args, k)}
+        moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
         config = data.DataConfig.from_json({**run.results["data"], **moved})
         pair = sets.of(config, run.results["split"]["fingerprint"])
         scores = score(run, pair, device=device, batch_size=args.batch_size, tta=tta)
         try:
-            result, p1 = evaluate(scores, rule)
+            result, p1 = evaluate(scores, rule, run.task)
         except common.InputError as error:
             raise common.InputError(f"{run}: {error}") from None
-        promised = promised or result["guarantee"]["threshold"] is not None
+        found = run.findings(result).values()
+        promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
         result |= {
             "format": common.FORMAT,
             "checkpoint": run.checkpoint_sha256,
@@ -283,7 +328,8 @@ def main():
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
         mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
-        show(f"{run}{' with TTA' if tta else ''}{mark}", result)
+        title = f"{run}{' with TTA' if tta else ''}{mark}"
+        (show_several if "findings" in result else show)(title, result)
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import common
+import findings
 import plots
 import render
 import report
@@ -57,7 +58,7 @@ def main():
     blocks = [render.Heading(1, render.TITLE)]
     for entries in groups:
         shown = without_members(entries)
-        blocks += report.section(entries, shown)
+        blocks += (findings if entries[0].several else report).section(entries, shown)
         pictures = plots.draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
         blocks += [render.Heading(3, "Plots"), *(render.Image(*picture) for picture in pictures)]
         count += len(pictures)

@@ -1,12 +1,10 @@
-"""Images on disk -> train/validation split -> one grey uint8 array -> batches on the device.
+"""Images on disk -> train/validation/test -> one grey uint8 array -> batches on the device.
 
-Layout: DIR/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg (DIR/chest_xray/... of the Kaggle zip is found too).
-Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the
-classes.
+Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
+pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
 """
 
 import mmap
-import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,89 +14,179 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
+import index as indices
 from common import InputError, Number, add_flags, check_fields, flag, say, sha256
-from images import EXTENSIONS, RESIZES, load_images
+from images import RESIZES, load_images
 from inputs import MODES, normalise
+from split import POOLED, cut, cut_test, say_shared
 from task import CLASSES, Task
 
 DEFAULT_DIR = "Data/chest_xray"
-SPLITS = ("patient", "image")
+KAGGLE = "paultimothymooney/chest-xray-pneumonia"
+SPLITS = ("patient", "image", "published", *POOLED)
 IMG_SIZE = Number(int, 1, 2048)
+FRACTION = Number(float, 0, 1, above=True, below=True)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which images are seen and how; kept in results.json."""
+    """Everything that decides which images are seen, how, and what is asked; kept in results.json.
 
-    data_dir: str = flag(DEFAULT_DIR, "folder with train/ and test/", metavar="DIR")
+    `classes`: of class folders, the healthy one first; with `labels`, the findings asked. `fractions`: of
+    train, validation and test, () for the usual ones."""
+
+    data_dir: str = flag(
+        DEFAULT_DIR, "folder with train/ and test/, or of the images of --labels", metavar="DIR"
+    )
     img_size: int = flag(224, "side of the square input (default: 224; of the drawn set 96)", IMG_SIZE, "PX")
     resize: str = flag("squash", "non-square originals: distort, letterbox, or cut to the middle", RESIZES)
-    split: str = flag("patient", "validation split: no patient on both sides, or stratified images", SPLITS)
-    split_seed: int = flag(0, "seed of the validation split", Number(int, 0, 2**32 - 1), "N")
+    split: str = flag(
+        "patient",
+        "validation: whole patients, single images, or the published val/; pooled: train and test are put "
+        "together and cut anew, by patient or by image",
+        SPLITS,
+    )
+    split_seed: int = flag(0, "seed of the split", Number(int, 0, 2**32 - 1), "N")
     val_fraction: float = 0.2
     skip_bad: bool = flag(False, "leave out unreadable images instead of stopping")
     cache_dir: str = flag("Data/cache", "where decoded images are kept", metavar="DIR")
+    verify_cache: bool = flag(False, "read the whole cache at the start to see that it is intact")
     classes: tuple = CLASSES
     normalise: str = flag("none", "exposure: as it is, to one mean and spread, or a flat histogram", MODES)
+    labels: str = flag(
+        "", "table of findings instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
+    )
+    patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
+    fractions: tuple = ()
 
     @property
     def task(self):
-        return Task(self.classes)
+        return Task(self.classes, "sigmoid" if self.labels else "softmax")
+
+    @property
+    def shares(self):
+        """The fractions of train, validation and test that a split aims at."""
+        if self.fractions:
+            return self.fractions
+        if self.split in POOLED:
+            return 0.6, 0.2, 0.2
+        rest = 0.8
+        return (
+            (0.7, 0.1, 0.2)
+            if self.labels
+            else (rest * (1 - self.val_fraction), rest * self.val_fraction, 0.2)
+        )
+
+    @property
+    def val_share(self):
+        """Validation's fraction of all that is not test."""
+        if not self.fractions and not self.labels and self.split not in POOLED:
+            return self.val_fraction
+        return self.shares[1] / (self.shares[0] + self.shares[1])
 
     @classmethod
     def from_args(cls, args):
-        """Parsed flags -> DataConfig."""
-        return cls(**{name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)})
+        """Parsed flags -> DataConfig; the classes are those found. InputError if there are none."""
+        values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
+        values["fractions"] = check_fractions(values.get("fractions") or ())
+        if values.get("labels"):
+            values["labels"] = str(indices.find_table(values["labels"], values["data_dir"]))
+            wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]
+            values["classes"] = indices.table_findings(values["labels"], wanted)
+        else:
+            if getattr(args, "findings", None):
+                raise InputError("--findings belongs to a table of findings: give --labels too")
+            root = indices.find_root(values["data_dir"])
+            values["classes"] = indices.find_classes(root, getattr(args, "healthy", None))
+        return cls(**values)
 
     @classmethod
     def from_json(cls, value):
         """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
         try:
-            config = cls(**{**value, "classes": tuple(value["classes"])})
+            lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions")}
+            config = cls(**{**value, **lists})
         except (KeyError, TypeError) as error:
             raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
         wrong = check_fields(config)
-        if not isinstance(value["classes"], (list, tuple)) or not all(
+        if not isinstance(value.get("classes"), (list, tuple)) or not all(
             isinstance(c, str) for c in config.classes
         ):
             wrong.append("classes")
+        if config.fractions and not (
+            len(config.fractions) == 3 and all(map(FRACTION.contains, config.fractions))
+        ):
+            wrong.append("fractions")
         if wrong:
             named = ", ".join(f"{k} is {str(value.get(k))[:60]}" for k in wrong)
             raise InputError(f"the data settings of the run are damaged: {named}")
         return config
 
 
+def check_fractions(values):
+    """The fractions of train, validation and test as a tuple; InputError unless they add up to 1."""
+    if values and abs(sum(values) - 1) > 1e-6:
+        raise InputError(f"--fractions must add up to 1, got {' + '.join(f'{v:g}' for v in values)}")
+    return tuple(values)
+
+
 def add_arguments(parser):
     """The data flags that every training script shares."""
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
+    group.add_argument("--findings", metavar="A,B,...", help="ask these findings of --labels (default: all)")
+    group.add_argument(
+        "--healthy", metavar="CLASS", help="the healthy class (default: normal, healthy, no finding)"
+    )
+    group.add_argument(
+        "--fractions",
+        type=FRACTION,
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="where no split is published (default: 0.6 0.2 0.2 pooled, 0.7 0.1 0.2 of a table)",
+    )
     group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
-    group.add_argument("--download", action="store_true", help="fetch the Kaggle set into --data-dir first")
+    group.add_argument(
+        "--download",
+        nargs="?",
+        const=KAGGLE,
+        metavar="OWNER/NAME",
+        help=f"fetch a Kaggle set into --data-dir first ({KAGGLE} unless named)",
+    )
 
 
 class Subset:
     """Some rows of the cached images.
 
-    `files` [N] relative to the data folder; `targets` int64 [N]; `patients` [N] as `patient_id` gives them;
-    `images` uint8 [*, S, S], memory-mapped and shared between subsets; `rows` int64 [N] into it; `normalise`:
-    see inputs.normalise.
+    `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
+    memory-mapped and shared between subsets; `rows` int64 [N] into it; `normalise`: see inputs.normalise;
+    `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
+    each image's grey levels, 0 to 1 (default: computed from the images).
     """
 
-    def __init__(self, files, targets, images, rows, normalise="none"):
+    def __init__(self, files, targets, images, rows, normalise="none", patients=None, levels=None):
         self.files, self.targets, self.images, self.rows = files, targets, images, rows
         self.normalise = normalise
+        self.patients = [indices.patient_id(f) for f in files] if patients is None else patients
+        self._levels = levels
 
     @property
-    def patients(self):
-        return [patient_id(f) for f in self.files]
+    def levels(self):
+        if self._levels is None:
+            images = (self.images[row] for row in self.rows)
+            self._levels = np.array([(image.mean() / 255, image.std() / 255) for image in images])
+        return self._levels
 
     def __len__(self):
         return len(self.files)
 
     def take(self, index):
         """The Subset of these positions."""
-        files = [self.files[i] for i in index]
-        return Subset(files, self.targets[index], self.images, self.rows[index], self.normalise)
+        files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
+        levels = None if self._levels is None else self._levels[index]
+        return Subset(
+            files, self.targets[index], self.images, self.rows[index], self.normalise, patients, levels
+        )
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""
@@ -106,233 +194,150 @@ class Subset:
 
 
 class Batch(NamedTuple):
-    """x: grey float32 [B, 1, S, S] in [0, 1]; target: int64 [B]; both on the device."""
+    """x: grey float32 [B, 1, S, S] in [0, 1]; target: int64 [B] or int8 [B, K]; both on the device."""
 
     x: torch.Tensor
     target: torch.Tensor
 
 
-# ---------------------------------------------------------------- files
-
-
-def find_root(data_dir, classes=CLASSES):
-    """The folder that holds train/ and test/: `data_dir` or its chest_xray/ (to depth 2).
-
-    InputError if there is none."""
-    for nested in ("", "chest_xray", "chest_xray/chest_xray"):
-        root = Path(data_dir, nested)
-        if (root / "train").is_dir():
-            return root
-    raise InputError(
-        f"no data: {data_dir} has no train/ folder. Three ways to get one:\n"
-        "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
-        "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
-        "  --demo           draw a small synthetic set for a first try"
-    )
-
-
-class Index(NamedTuple):
-    """Which images there are. files: [N] relative to the data folder; targets: int64 [N]; patients: [N]
-    names; unknown: how many of them are no patient's name but stand for one image each."""
-
-    files: list
-    targets: np.ndarray
-    patients: list
-    unknown: int
-
-
-def list_images(root, part, classes=CLASSES):
-    """The Index of the image files of root/part/<class>/, sorted by name within each class.
-
-    Hidden files, `._*` and __MACOSX are passed over. Only names are read, no file is opened.
-    InputError if a class folder is missing or holds no image.
-    """
-    files, targets = [], []
-    for target, name in enumerate(classes):
-        folder = Path(root, part, name)
-        if not folder.is_dir():
-            raise InputError(f"{folder} does not exist: each class needs a folder of its own")
-        found = sorted(
-            p.name
-            for p in folder.iterdir()
-            if p.suffix.lower() in EXTENSIONS
-            and not p.name.startswith((".", "__MACOSX"))
-            and (p.is_file() or not p.exists())  # no named pipes or folders; a broken link is a bad image
-        )
-        if not found:
-            raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")
-        files += [f"{part}/{name}/{f}" for f in found]
-        targets += [target] * len(found)
-    patients = [patient_id(f) for f in files]
-    unknown = sum(patient == file for patient, file in zip(patients, files))
-    return Index(files, np.array(targets, dtype=np.int64), patients, unknown)
-
-
-def patient_id(name):
-    """The patient in a file name of the Kermany set; any other name stands for a patient of its own.
-
-    person1000_virus_1681.jpeg -> person1000; NORMAL2-IM-0587-0001-0002.jpeg -> NORMAL2-IM-0587.
-    The numbers of the test set start again from 1, so ids compare within one split only.
-    """
-    match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", Path(name).stem)
-    return match[1] or match[2] if match else name
-
-
-def say_shared(split):
-    """What the "split" of a results.json says about patients on both sides, as text."""
-    unknown = split.get("unknown_patients", 0)
-    if unknown >= split["train"] + split["val"]:
-        return "patients unknown, so images of one patient may be on both sides"
-    text = f"{split['shared_patients']} validation images share a patient with train"
-    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
-
-
-# ---------------------------------------------------------------- split
-
-
-def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0):
-    """Indices (train, val), both sorted, of the original training files.
-
-    "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
-    per class, or the nearest reachable, with whole patients on one side: patients are shuffled, and per
-    class an exact subset sum takes the earliest patients that reach the count. A patient with images of
-    several classes goes to validation while every class still has room. Depends on names, labels and
-    seed only, not on their order. InputError if a class cannot be on both sides.
-    """
-    labels = np.asarray(labels)
-    order = np.array(sorted(range(len(files)), key=files.__getitem__))
-    try:
-        train, val = train_test_split(
-            order, test_size=val_fraction, stratify=labels[order], random_state=seed
-        )
-    except ValueError as error:
-        raise InputError(f"the training images cannot be split: {error}") from None
-    if mode == "image":
-        return np.sort(train), np.sort(val)
-    kinds = np.unique(labels)
-    room = {k: int((labels[val] == k).sum()) for k in kinds}
-    patients = {}
-    for i in order:
-        patients.setdefault(patient_id(files[i]), []).append(i)
-    shuffled = [list(patients.values())[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    single = {k: [] for k in kinds}
-    chosen = []
-    for images in shuffled:
-        counts = {k: int((labels[images] == k).sum()) for k in np.unique(labels[images])}
-        if len(counts) == 1:
-            single[labels[images[0]]].append(images)
-        elif all(counts[k] <= room[k] for k in counts):
-            chosen += images
-            room = {k: room[k] - counts.get(k, 0) for k in kinds}
-    for k in kinds:
-        for g in _nearest_subset([len(images) for images in single[k]], room[k]):
-            chosen += single[k][g]
-    val = np.sort(np.array(chosen, dtype=np.int64))
-    train = np.setdiff1d(order, val)
-    for k in kinds:
-        if not (labels[val] == k).any() or not (labels[train] == k).any():
-            raise InputError(
-                f"class number {k} has too few patients to be in train and validation: use --split image"
-            )
-    return train, val
-
-
-def _nearest_subset(sizes, target):
-    """Indices of a subset of `sizes` whose sum is nearest to `target`, built from the earliest items.
-
-    Subset sum over a bitset of reachable sums; `first[s]` is the item that first made sum s reachable,
-    so following it back never uses an item twice.
-    """
-    limit = target + max(sizes, default=0)
-    reachable, first, mask = 1, {}, (1 << (limit + 1)) - 1
-    for i, size in enumerate(sizes):
-        new = (reachable << size) & ~reachable & mask
-        reachable |= new
-        while new:
-            low = new & -new
-            first[low.bit_length() - 1] = i
-            new ^= low
-        if reachable >> target & 1:
-            break
-    total = min((s for s in (0, *first)), key=lambda s: (abs(s - target), s))
-    chosen = []
-    while total:
-        chosen.append(first[total])
-        total -= sizes[first[total]]
-    return chosen
-
-
 # ---------------------------------------------------------------- the data set
 
 
-def load_part(config, part):
-    """The Subset of a folder ("train" or "test"), the number of images whose patient is unknown, and the
-    range of the originals' sizes. Only calibrate.py, and explain.py and studies on request, may ask for
-    "test": this opens it.
-    """
-    root = find_root(config.data_dir, config.classes)
-    index = list_images(root, part, config.classes)
-    images, kept, sizes = load_images(
+def open_index(config):
+    """(root, Index of all images, positions of train and validation, positions of test, where test comes
+    from). Reads names and tables, no image."""
+    if config.labels:
+        root = Path(config.data_dir)
+        index = indices.read_table(config.labels, root, config.classes)
+        if config.split not in POOLED:
+            index = indices.published_lists(index, root)
+        if config.split == "published" and not (index.part == "test").any():
+            raise InputError(f"--split published: {root} has no {' and '.join(indices.LISTS.values())}")
+    else:
+        root = indices.find_root(config.data_dir, config.classes)
+        there = [p for p in indices.PARTS if p == "train" or (root / p).is_dir()]
+        if config.split == "published" and "val" not in there:
+            raise InputError(f"--split published: {root} has no val/ folder")
+        index = indices.read_folders(
+            root, config.classes, [p for p in there if p != "val" or config.split == "published"]
+        )
+    if config.patients:
+        index = indices.read_patients(config.patients, index)
+    elif config.split in POOLED and not config.labels:  # each part numbers its patients from 1
+        named = [
+            f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)
+        ]
+        index = index._replace(patients=named)
+    return (root, index, *cut_test(index, config))
+
+
+def _load(config, root, index, part):
+    """(Subset of an Index, the sizes of the originals, which positions were readable)."""
+    usual = not config.labels and config.split in ("patient", "image") and (index.part == part).all()
+    name = part if usual else f"{part}-{sha256(index.files)[:8]}"
+    found = load_images(
         root,
         index.files,
         size=config.img_size,
         resize=config.resize,
         cache_dir=config.cache_dir,
         skip_bad=config.skip_bad,
-        name=part,
+        name=name,
+        verify=config.verify_cache,
     )
-    files = [index.files[i] for i in kept]
-    return Subset(files, index.targets[kept], images, kept, config.normalise), index.unknown, sizes
+    kept = index.take(found.rows) if len(found.rows) < len(index.files) else index
+    about = config.normalise, kept.patients, found.levels
+    return Subset(kept.files, kept.targets, found.images, found.rows, *about), kept, found.sizes
 
 
 def load_test(config):
-    """The test Subset: see `load_part` for who may call this."""
-    return load_part(config, "test")[0]
+    """The test Subset. Only calibrate.py, and explain.py and studies on request, may ask for it: this opens
+    the images."""
+    root, index, _, test, _ = open_index(config)
+    return _load(config, root, index.take(test), "test")[0]
 
 
 def load_train_val(config, tell=print):
     """(train, val) Subsets and `info`, the JSON description of the split; `tell`s the split in a line.
 
-    `info`: train, val, test (image counts), counts (per class), shared_patients (validation images whose
-    patient is in train too), unknown_patients (images whose patient is not known), fingerprint (SHA-256 of
-    both sides' file names), synthetic, set, original_size. The files of the test folder are counted, never
-    opened.
+    `info`: train, val, test (image counts), counts (images of every class, or positives of every finding),
+    shared_patients (validation images whose patient is in train too), unknown_patients (images whose patient
+    is not known), fingerprint (SHA-256 of both sides' file names, and of a table's labels), test_from,
+    synthetic, set, original_size. The images of the test part are counted, never opened.
     """
-    root = find_root(config.data_dir, config.classes)
-    # Both folders are listed before any image is decoded.
-    _, test = (list_images(root, part, config.classes).targets for part in ("train", "test"))
-    everything, unknown, sizes = load_part(config, "train")
-    index = split_train_val(
-        everything.files, everything.targets, config.split, config.val_fraction, config.split_seed
-    )
-    train, val = (everything.take(i) for i in index)
-    seen = set(train.patients)
-    targets = {"train": train.targets, "val": val.targets, "test": test}
-    counts = {s: {c: int((y == k).sum()) for k, c in enumerate(config.classes)} for s, y in targets.items()}
-    info = {
-        **{name: len(y) for name, y in targets.items()},
-        "counts": counts,
-        "shared_patients": sum(patient in seen for patient in val.patients),
-        "unknown_patients": unknown,
-        "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
-        "synthetic": Path(root, "SYNTHETIC").exists(),  # demo.py leaves it in what it draws
-        "set": root.resolve().name,
-        "original_size": sizes,
-    }
-    listed = "; ".join(f"{s} " + " + ".join(f"{n} {c}" for c, n in counts[s].items()) for s in counts)
+    root, index, others, test, test_from = open_index(config)
+    test_index = index.take(test)
+    everything, kept, sizes = _load(config, root, index.take(others), "train")
+    if config.split == "published" and (kept.part == "val").any():
+        positions = np.flatnonzero(kept.part == "train"), np.flatnonzero(kept.part == "val")
+    else:
+        by_patient = not config.split.endswith("image")
+        positions = cut(kept, config.task, by_patient, config.val_share, config.split_seed)
+    train, val = (everything.take(i) for i in positions)
+    info = describe(config, root, train, val, test_index, kept, test_from)
+    info["original_size"] = sizes
+    listed = "; ".join(f"{s} {_count_text(info['counts'][s])}" for s in info["counts"])
+    where = "" if test_from == "published" else f", test {test_from}"
     tell(
-        f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}: "
+        f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}{where}: "
         f"(train, val, test) = ({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}"
     )
-    if config.split == "patient":
-        _say_inexact(everything.targets, config, list(counts["val"].values()))
+    _say_absent(config.task, info)
+    if config.split == "patient" and config.task.kind == "softmax":
+        _say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
     return train, val, info
+
+
+def describe(config, root, train, val, test, kept, test_from):
+    """The "split" of a results.json, but for the sizes of the originals."""
+    sides, seen = {"train": train, "val": val, "test": test}, set(train.patients)
+    either = seen | set(val.patients)
+    sigmoid = config.task.kind == "sigmoid"
+    counts = {
+        s: {
+            c: int(((i.targets[:, k] == 1) if sigmoid else (i.targets == k)).sum())
+            for k, c in enumerate(config.classes)
+        }
+        for s, i in sides.items()
+    }
+    info = {
+        **{s: len(i.files) for s, i in sides.items()},
+        "counts": counts,
+        "shared_patients": sum(patient in seen for patient in val.patients),
+        "unknown_patients": kept.unknown,
+        "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
+        "test_from": test_from,
+        "synthetic": Path(root, "SYNTHETIC").exists(),  # demo.py leaves it in what it draws
+        "set": root.resolve().name,
+    }
+    if sigmoid:
+        labelled = [sorted(zip(i.files, i.targets.tolist())) for i in (train, val)]
+        info["fingerprint"] = sha256([config.classes, labelled])
+    if test_from != "published":  # the published parts of a set of folders number their patients separately
+        info["shared_patients_test"] = sum(patient in either for patient in test.patients)
+    return info
+
+
+def _count_text(counts):
+    """ "3 A + 5 B", of many findings the first few."""
+    items = [f"{n} {c}" for c, n in counts.items()]
+    return " + ".join(items[:6]) + (f" + {len(items) - 6} more" if len(items) > 6 else "")
+
+
+def _say_absent(task, info):
+    """A note on findings that no training image, or every one, has."""
+    total = info["train"]
+    never = [c for c, n in info["counts"]["train"].items() if n == 0]
+    always = [c for c, n in info["counts"]["train"].items() if n == total]
+    for names, text in ((never, "no training image has"), (always, "every training image has")):
+        if names and task.kind == "sigmoid":
+            say(f"note: {text} {', '.join(names)}, so nothing can be learnt about it")
 
 
 def _say_inexact(targets, config, have):
     """A note if whole patients do not add up to the class counts of a stratified split of images."""
     _, plain = train_test_split(
-        targets, test_size=config.val_fraction, stratify=targets, random_state=config.split_seed
+        targets, test_size=config.val_share, stratify=targets, random_state=config.split_seed
     )
     want = [int((plain == k).sum()) for k in range(len(config.classes))]
     if want != have:
@@ -349,10 +354,8 @@ def pixel_fingerprint(subset):
 
 def input_range(subset):
     """Least and greatest mean and standard deviation of an image (grey levels 0 to 1) that a model saw."""
-    values = [
-        (image.mean() / 255, image.std() / 255) for image in (subset.images[row] for row in subset.rows)
-    ]
-    return {name: [float(min(v)), float(max(v))] for name, v in zip(("mean", "std"), zip(*values))}
+    low, high = subset.levels.min(axis=0), subset.levels.max(axis=0)
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(("mean", "std"))}
 
 
 # ---------------------------------------------------------------- batches on the device

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from common import InputError, say
-from data import DEFAULT_DIR, DataConfig, find_root
+from data import DEFAULT_DIR, KAGGLE, DataConfig
+from index import find_root
 from task import CLASSES
 
 SYNTHETIC_DIR = "Data/synthetic"
 SYNTHETIC_PX = 96  # side of a model's input: small, so that the first command ends soon on any machine
-KAGGLE = "paultimothymooney/chest-xray-pneumonia"
 
 
 def prepare(args):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import data
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
 from device import autocast, device_name, gather, processes, versions
+from split import epoch_order
 
 # ---------------------------------------------------------------- pure functions of the recipe
 
@@ -78,15 +79,16 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
     targets = torch.from_numpy(train.targets).to(inputs.device)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=recipe.weight_decay)
     for epoch in range(stage.epochs):
-        total, order = 0.0, _order(recipe.seed, epoch, len(train))
-        for index in order.to(inputs.device).split(recipe.batch_size):
+        order = epoch_order(recipe.seed, epoch, train.targets, recipe.balance)
+        total = 0.0
+        for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
             y = targets[index]
             loss = objective.losses(model.head(features[index]), y).sum() / objective.weights(y).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(index)
-    mean = float(total) / len(train)
+    mean = float(total) / len(order)
     if not math.isfinite(mean):
         raise InputError(
             f"the loss of the head became {mean} at learning rate {stage.lr:g}: try a smaller --head-lr"
@@ -94,12 +96,6 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
     seconds = time.perf_counter() - started
     say(f"head alone, {stage.epochs} epochs on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
     return mean
-
-
-def _order(seed, epoch, count):
-    """The order of an epoch: a function of (seed, epoch) alone, so a resumed epoch continues in the same
-    order."""
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
 
 
 @contextmanager
@@ -128,7 +124,7 @@ def stop_requests():
 
 # What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
 CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init")
-IGNORED = {"data": ("cache_dir",), "weights": ("path",), "init": ("run", "minutes")}
+IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",), "init": ("run", "minutes")}
 
 
 def differences(old, new):
@@ -171,6 +167,7 @@ class Loop:
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
+        self.seen = []  # (positions, outputs) of the epoch's training images, on the device
 
     # ------------------------------------------------------------ start and resume
 
@@ -190,7 +187,7 @@ class Loop:
         request, after saving."""
         if self.plan.resume and self.finished():
             return self.run.results
-        self.prepare(len(train))
+        self.prepare(len(epoch_order(self.recipe.seed, 0, train.targets, self.recipe.balance)))
         results, history = self._begin(), self.state["history"]
         source = data.Batches(train, self.inputs)
         with stop_requests() as stop:
@@ -203,7 +200,7 @@ class Loop:
                     raise self._interrupted(
                         stop[0] if stop else signal.SIGTERM
                     )  # none: another process was asked
-                row = self._validate(val)
+                row = self._validate(train, val)
                 row["seconds"] = time.perf_counter() - started
                 best = self.state["best_epoch"]
                 better = not best or self.objective.merit(row) > self.objective.merit(history[best - 1])
@@ -297,6 +294,8 @@ class Loop:
             if device_state is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(device_state, self.device)
             self.state = {**self.state, **last["state"]}
+            seen = last["seen"][self.rank] if "seen" in last else []
+            self.seen = [(index, outputs.to(self.device)) for index, outputs in seen]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--resume: {self.run.folder / 'last.pth'} is damaged ({reason})") from None
@@ -331,7 +330,9 @@ class Loop:
         The processes agree on that, so that none waits for one that has left."""
         state, epoch, size = self.state, self.state["epoch"], self.recipe.batch_size
         self.net.train()
-        order = _order(self.recipe.seed, epoch, len(source.subset))
+        targets = source.subset.targets
+        order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, targets, self.recipe.balance))
+        self.seen = self.seen if state["step"] else []
         batches = order.split(size)[: self.total - epoch * self.steps]
         look = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
         running, pace, begin, seen, stopping = (
@@ -403,13 +404,18 @@ class Loop:
             with wait:
                 with autocast(self.device, self.inputs.amp):
                     outputs = self.net(x)
+                if len(mine):
+                    self.seen.append((index, outputs.detach().float()))
                 part = self.objective.losses(outputs.float(), batch.target).sum() / total * bool(len(mine))
                 (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
             result += part.detach()
         return result
 
-    def _validate(self, val):
-        """The history entry of the epoch in `state`; InputError if the validation loss is not finite."""
+    def _validate(self, train, val):
+        """The history entry of the epoch in `state`; InputError if the validation loss is not finite.
+
+        Figures of the training images are of the outputs that training saw: augmented, and weights on their
+        way."""
         mine = predict(
             self.kept,
             val.take(np.arange(self.rank, len(val), self.number)),
@@ -427,8 +433,18 @@ class Loop:
                 f"the validation loss became {loss} in epoch {self.state['epoch'] + 1}: try a smaller --lr"
             )
         watched = self.objective.watch(val.targets, outputs)
+        index, logits = (torch.cat(v) for v in zip(*(part for rank in gather(self._seen()) for part in rank)))
+        watched |= self.objective.watch(train.targets[index.numpy()], logits, "train")
         mean = self.state["loss_sum"] / self.state["step"]
         return {"train_loss": mean, "val_loss": loss, **watched, "lr": self.state["lr"]}
+
+    def _seen(self):
+        """What was seen of the epoch so far, on the CPU: [(positions, outputs)]."""
+        if not self.seen:
+            return []
+        index, outputs = (torch.cat(values) for values in zip(*self.seen))
+        self.seen = [(index, outputs)]
+        return [(index, outputs.cpu())]
 
     # ------------------------------------------------------------ files
 
@@ -443,6 +459,7 @@ class Loop:
     def _save_last(self):
         cuda = self.device.type == "cuda"
         rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None))
+        seen = gather(self._seen() if self.state["step"] else [])
         if self.rank:
             return
         self.run.save_last(
@@ -453,6 +470,7 @@ class Loop:
                 "state": self.state,
                 "average": self.average and self.average.state_dict(),
                 "rng": rng,
+                "seen": seen,
             }
         )
 

@@ -11,7 +11,6 @@ import numpy as np
 from common import InputError, Number, say, sha256
 from metrics import check_both_classes, check_scores
 from run import NATURAL, REAL, find_runs, mismatches
-from task import Task
 
 POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
@@ -50,16 +49,22 @@ METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 
 
 class Column(NamedTuple):
-    """One finding on one side (validation or test), in the order of the file names. Arrays [N].
+    """One finding on one side (validation or test), in the order of the file names. Arrays [N]; of several
+    findings the last three are [N, F].
 
-    truth: int64, 0 or 1; scores: float64 in [0, 1], what thresholds apply to; probabilities: float64, the
-    same after the fitted temperature."""
+    truth: int64, 0 or 1 (of several findings also -1, unknown); scores: float64 in [0, 1], what thresholds
+    apply to; probabilities: float64, the same after the fitted temperature."""
 
     files: np.ndarray
     patients: np.ndarray
     truth: np.ndarray
     scores: np.ndarray
     probabilities: np.ndarray
+
+    def of(self, k):
+        """The Column of finding number k, those images whose truth is known."""
+        known = self.truth[:, k] >= 0
+        return Column(self.files[known], self.patients[known], *(v[known, k] for v in self[2:]))
 
     @property
     def patients_known(self):
@@ -68,11 +73,13 @@ class Column(NamedTuple):
 
 
 class Entry:
-    """A row of the report: one calibration of a run, on the one finding of a task of two classes.
+    """A row of the report: one calibration of a run.
 
     `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
-    `group`, equal for entries on the same test images; `val` and `test`, Columns; `points`, the figures by
-    side and operating point; `members`, the checkpoints of an ensemble. InputError naming the run if damaged.
+    `group`, equal for entries on the same test images; `members`, the checkpoints of an ensemble; `several`,
+    whether the task has several findings. With one: `val` and `test`, Columns, and `points`, the figures by
+    side and operating point. With several: `columns` {side: Columns of [N, F]}, `found` {finding: what the
+    calibration says of it}, `summary` {side: figures over all}. InputError naming the run if damaged.
     """
 
     def __init__(self, run, suffix=""):
@@ -85,54 +92,73 @@ class Entry:
         ]
         if wrong:
             raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
-        self.calibration = run.calibration(suffix)
-        classes = self.results["data"]["classes"]
-        if len(set(classes)) != 2 or len(classes) != 2:
-            raise InputError(f"{run} has the classes {', '.join(classes)}: the report shows runs of two")
-        self.task = Task(tuple(classes))
-        self.healthy, self.finding = self.task.classes
+        self.calibration, self.task = run.calibration(suffix), run.task
+        self.several = len(self.task.findings) > 1
         arrays = run.scores(suffix)
         try:
-            self.val, self.test = (self._column(arrays, side) for side in ("val", "test"))
+            self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
         except InputError as error:
             raise InputError(f"the scores of {run} are damaged ({error}): run calibrate.py again") from None
+        if self.several:
+            self.found, self.summary = run.findings(self.calibration), self.calibration["summary"]
+        else:
+            self._one_finding()
+        self.min_recall = self.calibration["min_recall"]
+        self.members = [m["checkpoint"] for m in self.results.get("members", [])]
+        self.minutes = self.results["minutes"] + self.results.get("init", {"minutes": 0})["minutes"]
+        self.synthetic, self.set = self.results["synthetic"], self.results["split"]["set"]
+        self.base, self.name = names(run, suffix)
+        test = self.columns["test"]
+        truth = test.truth if self.several else test.truth[:, 0]
+        self.group = sha256([self.task.classes, test.files.tolist(), truth.tolist()])
+        self.family = self._family()
+
+    def _one_finding(self):
+        """What a task of one finding has for short."""
+        self.healthy, self.finding = self.task.classes[0], self.task.findings[0]
+        if self.task.kind == "sigmoid":
+            self.healthy = f"no {self.finding}"
+        self.val, self.test = (self.columns[side].of(0) for side in ("val", "test"))
         self.points = {
             (side, point): self.calibration[side][point]
             for side in ("val", "test")
             for point in POINTS
             if point in self.calibration[side]
         }
-        self.threshold, self.min_recall = self.calibration["threshold"], self.calibration["min_recall"]
-        self.members = [m["checkpoint"] for m in self.results.get("members", [])]
-        self.minutes = self.results["minutes"] + self.results.get("init", {"minutes": 0})["minutes"]
-        self.synthetic, self.set = self.results["synthetic"], self.results["split"]["set"]
-        self.base, self.name = names(run, suffix)
-        self.group = sha256([self.task.classes, self.test.files.tolist(), self.test.truth.tolist()])
-        self.family = self._family()
+        self.threshold = self.calibration["threshold"]
 
-    def _column(self, arrays, side):
-        """The Column of "val" or "test". InputError if scores or labels cannot be right."""
+    def _columns(self, arrays, side):
+        """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""
         files, patients, labels, logits = (
             arrays[f"{side}_{k}"] for k in ("files", "patients", "labels", "logits")
         )
-        temperature = self.calibration["temperature"]
-        if logits.shape[1] != self.task.outputs or not np.isin(labels, range(self.task.outputs)).all():
-            raise InputError(f"the {side} labels or logits are not those of {self.task.outputs} classes")
-        scores = arrays.get(f"{side}_p1")
+        sigmoid, outputs = self.task.kind == "sigmoid", self.task.outputs
+        allowed = (-1, 0, 1) if sigmoid else range(outputs)
+        shape = (len(files), outputs) if sigmoid else (len(files),)
+        if logits.shape[1] != outputs or labels.shape != shape or not np.isin(labels, allowed).all():
+            raise InputError(f"the {side} labels or logits are not those of {outputs} classes")
+        temperature, scores = self.calibration["temperature"], arrays.get(f"{side}_p1")
+        truth = self.task.truth(labels).astype(np.int64)
         if scores is None:
-            used = temperature if self.calibration["temperature_applied"] else 1.0
-            scores = self.task.scores(logits, used)[:, 0]
+            scores = self.task.scores(logits, temperature if self.calibration["temperature_applied"] else 1.0)
         elif scores.dtype.kind != "f":
             raise InputError(f"{side}_p1 holds no numbers")
-        truth, scores = check_scores(self.task.truth(labels)[:, 0], scores)
-        check_both_classes(truth, f"{side} labels")
+        scores = scores.reshape(len(files), -1)
+        if scores.shape != truth.shape:
+            raise InputError(f"{side}_p1 has {scores.shape[1]} columns, not {truth.shape[1]}")
+        for k in range(truth.shape[1]):
+            known = truth[:, k] >= 0
+            if not self.several or known.any():
+                check_scores(truth[known, k], scores[known, k])
+        if not self.several:
+            check_both_classes(truth[truth[:, 0] >= 0, 0], f"{side} labels")
         order = np.argsort(files, kind="stable")
-        columns = files, patients, truth, scores, self.task.scores(logits, temperature)[:, 0]
+        columns = files, patients, truth, scores, self.task.scores(logits, temperature)
         return Column(*(c[order] for c in columns))
 
     def _family(self):
         settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
-        data = {k: v for k, v in self.results["data"].items() if k != "cache_dir"}
+        data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, self.calibration["temperature_applied"]]
         return sha256([model, settings, data, rule])

@@ -41,12 +41,13 @@ SPLITS = {"val": "validation", "test": "test"}
 
 
 class Explainer:
-    """A calibrated run, ready to be explained: model, inputs, threshold, and whose score (`target`, a class
-    number) is explained how (`methods`, `layer`). `target`: a class's name; None for the finding.
+    """A calibrated run, ready to be explained: model, inputs, the threshold of `finding` (default: the task's
+    first), and whose score is explained how (`methods`, `layer`): the finding's, or of a task of two classes
+    that of the class `target`.
 
-    InputError if the run has no Vision Transformer, no such class or block, or is not calibrated."""
+    InputError if the run has no Vision Transformer, no such class or block, or no threshold."""
 
-    def __init__(self, run, device, *, methods, layer=-1, target=None):
+    def __init__(self, run, device, *, methods, layer=-1, target=None, finding=None):
         self.run, self.config, self.methods, self.layer = run, run.config, methods, layer
         model = run.model() if run.kind in ("vit", "ensemble") else None
         vits = maps.transformers(model) if model else []
@@ -55,12 +56,27 @@ class Explainer:
         depth = min(len(vit.blocks) for vit in vits)
         if not -depth <= layer < depth:
             raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
-        self.classes = self.config.classes
-        if target is not None and target not in self.classes:
-            raise common.InputError(f"--target {target} is not one of {', '.join(self.classes)}")
-        self.target = 1 if target is None else self.classes.index(target)
-        self.calibration = run.calibration()
-        self.threshold = self.calibration["threshold"]
+        self.calibration, task = run.calibration(), run.task
+        if finding is not None and finding not in task.findings:
+            raise common.InputError(f"--finding {finding} is not one of {', '.join(task.findings)}")
+        self.finding = finding or task.findings[0]
+        self.column = task.findings.index(self.finding)
+        self.classes = task.classes if len(task.classes) == 2 else (f"no {self.finding}", self.finding)
+        if task.kind == "sigmoid":
+            self.classes = (f"no {self.finding}", self.finding)
+        if target is not None and target not in task.classes:
+            raise common.InputError(f"--target {target} is not one of {', '.join(task.classes)}")
+        if target is not None and self.classes != task.classes:
+            raise common.InputError(
+                "--target is for two classes: name one of several findings with --finding"
+            )
+        self.explained = target or self.finding
+        self.answer = task.answer(self.explained)
+        self.target = int(self.explained == self.finding)  # its number in `classes`
+        found = run.findings(self.calibration)[self.finding]
+        if "why_not" in found:
+            raise common.InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
+        self.threshold = found["threshold"]
         self.model, self.inputs = model.to(device), Inputs.of_run(run.results, device)
         self.exact = self.inputs.on(device)  # float32, for maps and curves
 
@@ -68,7 +84,8 @@ class Explainer:
         """Probability of the finding, float64 [N], as calibrate.py gives it: no image may change sides."""
         logits = engine.predict(self.model, subset, self.inputs).numpy()
         applied = self.calibration["temperature_applied"]
-        scores = self.config.task.scores(logits, self.calibration["temperature"] if applied else 1.0)[:, 0]
+        scores = self.config.task.scores(logits, self.calibration["temperature"] if applied else 1.0)
+        scores = scores[:, self.column]
         if not np.isfinite(scores).all():
             raise common.InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
         return scores
@@ -76,7 +93,7 @@ class Explainer:
     def row(self, file, pixels, score, *more):
         """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`)."""
         x = self.exact.scale(self.exact.grey(np.array(pixels[None])))
-        found = [maps.compute(m, self.model, x, self.layer, self.target)[0] for m in self.methods]
+        found = [maps.compute(m, self.model, x, self.layer, self.answer)[0] for m in self.methods]
         called = [self.classes[int(score >= threshold)] for threshold in (0.5, self.threshold)]
         lines = [f"P({self.classes[1]}) = {score:.3f}", f"@0.5 {called[0]}, @Rec {called[1]}"]
         return (
@@ -90,7 +107,7 @@ class Explainer:
         path, about = self.run.folder / "explain" / name, [self.run.folder.resolve().name, *more]
         about.append(f"threshold @Rec {self.threshold:.3f}")
         if "gradcam" in self.methods:
-            about.append(f"Grad-CAM of {self.classes[self.target]}")
+            about.append(f"Grad-CAM of {self.explained}")
         mark = " [SYNTHETIC]" if self.run.results["synthetic"] else ""
         draw(path, rows, [maps.METHODS[m] for m in self.methods], ", ".join(about) + mark)
         return path
@@ -209,7 +226,7 @@ def load_split(run, split):
 def explain_split(explainer, split, tests):
     """Draw the sheet and its images, and write explain.json from at most `tests` images, if any."""
     run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split)
-    y, p, rows = subset.targets, explainer.scores(subset), []
+    y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
     for outcome, i in chosen:
         rows.append(explainer.row(subset.files[i], subset.pixels(i), p[i], outcome, f"truth {classes[y[i]]}"))
@@ -228,7 +245,7 @@ def explain_split(explainer, split, tests):
         )
     some = np.sort(np.random.default_rng(0).choice(right, min(tests, len(right)), replace=False))
     model, inputs, methods, layer = explainer.model, explainer.exact, explainer.methods, explainer.layer
-    report = maps.faithfulness(model, inputs, subset.pixels(some), methods, layer, target)
+    report = maps.faithfulness(model, inputs, subset.pixels(some), methods, layer, explainer.answer)
     about = {"format": common.FORMAT, "synthetic": run.results["synthetic"], "split": split}
     about |= {"target": classes[target], "checkpoint": run.checkpoint_sha256, "layer": layer}
     common.write_json(run.folder / "explain" / "explain.json", {**about, **report})
@@ -259,8 +276,11 @@ def parse():
     parser.add_argument(
         "--method", choices=(*maps.METHODS, "both"), default="both", help="which maps to draw"
     )
+    parser.add_argument("--finding", metavar="NAME", help="which of several findings (default: the first)")
     parser.add_argument(
-        "--target", metavar="CLASS", help="class that is explained and tested (default: the finding)"
+        "--target",
+        metavar="CLASS",
+        help="of two classes, the one explained and tested (default: the finding)",
     )
     parser.add_argument(
         "--layer",
@@ -280,7 +300,9 @@ def main():
     args = parse()
     methods = list(maps.METHODS) if args.method == "both" else [args.method]
     device, run = pick_device(args.device), Run(args.run)
-    explainer = Explainer(run, device, methods=methods, layer=args.layer, target=args.target)
+    explainer = Explainer(
+        run, device, methods=methods, layer=args.layer, target=args.target, finding=args.finding
+    )
     if args.images:
         explain_files(explainer, args.images)
     else:

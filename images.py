@@ -16,6 +16,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,7 +28,7 @@ EXTENSIONS = (".jpeg", ".jpg", ".png")
 FORMATS = ("JPEG", "PNG")  # what Pillow may open, whatever the file is called
 DICOM_EXTENSIONS = (".dcm", ".dicom")
 RESIZES = ("squash", "pad", "crop")
-CACHE_VERSION = 3  # raise it when decoding changes, so that old caches are rebuilt
+CACHE_VERSION = 4  # raise it when decoding changes, so that old caches are rebuilt
 MAX_PIXELS = 178_956_970  # Pillow's own limit, applied also where Pillow does not check
 SEARCH_NOTE = 10  # seconds between two lines about a search that goes on
 
@@ -253,18 +254,29 @@ def _walk(path):
 # ---------------------------------------------------------------- many files, cached
 
 
-def load_images(root, files, *, size, resize, cache_dir, skip_bad, name):
-    """Decoded images of `files`, names relative to `root` -> (uint8 [len(files), size, size], memory-mapped
-    read-only; readable rows int64 [M]; {"width": [least, greatest], "height": ...} of the originals, in px).
+class Decoded(NamedTuple):
+    """images: uint8 [N, S, S], memory-mapped read-only; rows: int64 [M], those that could be read; levels:
+    float64 [M, 2], mean and standard deviation of their grey levels, 0 to 1; sizes: {"width": [least,
+    greatest], "height": ...} of the originals, px."""
 
-    Kept on disk under `cache_dir`, keyed by names, sizes, modification times and settings, with a checksum: a
-    stale or damaged cache is rebuilt. `name` ("train", say) is part of the cache file's name and of messages.
-    Unreadable images: InputError naming them, or with `skip_bad` they are left out and counted.
+    images: np.ndarray
+    rows: np.ndarray
+    levels: np.ndarray
+    sizes: dict
+
+
+def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=False):
+    """The Decoded images of `files`, names relative to `root`.
+
+    Kept on disk under `cache_dir`, keyed by names, sizes, modification times and settings: a stale cache is
+    rebuilt, and a damaged one too, as far as a sample of its rows tells; with `verify` all of it is read.
+    `name` ("train", say) is part of the cache file's name and of messages. Unreadable images: InputError
+    naming them, or with `skip_bad` they are left out and counted.
     """
     key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(Path(root, file))] for file in files]])
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
-    info = _valid_cache(path, key)
+    info = _valid_cache(path, key, verify)
     if info is None:
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
@@ -279,7 +291,8 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name):
     if bad:
         say(f"--skip-bad: left out {count}: {some}")
     sizes = {"width": info["width"], "height": info["height"]}
-    return np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["kept"], dtype=np.int64), sizes
+    images, levels = np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["levels"])
+    return Decoded(images, np.array(info["kept"], dtype=np.int64), levels, sizes)
 
 
 def _stamp(path):
@@ -291,17 +304,32 @@ def _stamp(path):
     return [about.st_size, about.st_mtime_ns]
 
 
-def _valid_cache(path, key):
-    """The cache's side file if it belongs to `key` and the array is intact, else None."""
+def _valid_cache(path, key, verify):
+    """The cache's side file if it belongs to `key` and the array is intact, else None.
+
+    Every byte is read if `verify`, or if the file is not the one that was written here (it was copied, say);
+    else a sample of rows."""
     try:
         info = read_json(path.with_suffix(".json"))
         check = info.pop("check", None)
-        if info.get("key") == key and check == sha256(info) and info.get("crc32") == _crc32(path):
-            return info
+        if info.get("key") == key and check == sha256(info):
+            unchanged = info["stamp"] == _stamp(path) and not verify
+            if (_sample(path) == info["sample"]) if unchanged else (_crc32(path) == info["crc32"]):
+                return info
         say(f"cache {path} is stale or damaged: rebuilding it")
-    except (InputError, OSError):
+    except (InputError, OSError, KeyError):
         pass  # absent or unreadable: build it
     return None
+
+
+def _sample(path, count=64):
+    """CRC-32 of `count` rows of the array at `path`, evenly spread; None if it is no array."""
+    _check_regular(path)
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        return None
+    return zlib.crc32(np.ascontiguousarray(images[np.linspace(0, len(images) - 1, count).astype(int)]))
 
 
 def _crc32(path):
@@ -315,7 +343,7 @@ def _crc32(path):
 
 def _build_cache(path, key, root, files, size, resize):
     """Decode every file into the array at `path`; write its side file and return that file's content."""
-    kept, bad, sizes = [], [], []
+    kept, bad, sizes, levels = [], [], [], []
 
     def one(file):
         try:
@@ -328,6 +356,9 @@ def _build_cache(path, key, root, files, size, resize):
     with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
         array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
         windows = (files[begin : begin + 512] for begin in range(0, len(files), 512))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
+            with open(tmp, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(tmp))
         results = itertools.chain.from_iterable(pool.map(one, window) for window in windows)
         for i, result in enumerate(_progress(results, len(files), f"decoding {path.name}")):
             if isinstance(result, str):
@@ -335,12 +366,15 @@ def _build_cache(path, key, root, files, size, resize):
             else:
                 array[i], original = result
                 sizes.append(original)
+                levels.append([float(array[i].mean() / 255), float(array[i].std() / 255)])
                 kept.append(i)
         array.flush()
         del array
-        info = {"key": key, "crc32": _crc32(tmp), "files": len(files), "kept": kept, "bad": bad}
+        info = {"key": key, "crc32": _crc32(tmp), "sample": _sample(tmp), "files": len(files)}
+        info |= {"kept": kept, "bad": bad, "levels": levels}
         for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
             info[side] = [min(values), max(values)]
+    info["stamp"] = _stamp(path)
     write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info
 

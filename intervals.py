@@ -138,7 +138,7 @@ def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, s
                 values.append(float(statistic(y[index], p[index])))
             except ValueError:
                 values.append(math.nan)
-    return _percentiles(np.array(values), level)
+    return percentiles(np.array(values), level)
 
 
 def bootstrap_summary(y_true, p1, thresholds, weights):
@@ -195,7 +195,7 @@ def _bootstrap_block(y, ends, above, weights):
     return positives, negatives, tp[:, above].T, fp[:, above].T, auroc, auprc
 
 
-def _percentiles(values, level):
+def percentiles(values, level=0.95):
     """The percentile interval of draws [n], NaN left out -> (lo, hi)."""
     defined = values[np.isfinite(values)]
     if len(defined) == 0 or len(defined) * 2 < len(values):
@@ -222,13 +222,18 @@ def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, 
     InputError: as `summarize_at_threshold`, `delong_interval` and `bootstrap_interval`."""
     y, p = check_scores(y_true, p1)
     _check_level(level)
+    weights = bootstrap_weights(check_groups(groups, y), n, seed)
+    return intervals_of_draws(y, p, thresholds, bootstrap_summary(y, p, thresholds, weights), level)
+
+
+def intervals_of_draws(y, p, thresholds, draws, level=0.95):
+    """`intervals_at_thresholds` of checked labels and scores and the draws of `bootstrap_summary`."""
     rows = [summarize_at_threshold(y, p, thr) for thr in thresholds]
-    draws = bootstrap_summary(y, p, thresholds, bootstrap_weights(check_groups(groups, y), n, seed))
     delong = list(delong_interval(y, p, level)[1:])
     found = []
     for row, figures in zip(rows, draws):
         tp, fp, tn, fn = (row[key] for key in ("tp", "fp", "tn", "fn"))
-        intervals = {name: {"bootstrap": list(_percentiles(v, level))} for name, v in figures.items()}
+        intervals = {name: {"bootstrap": list(percentiles(v, level))} for name, v in figures.items()}
         for name, k, total in (
             ("recall", tp, tp + fn),
             ("specificity", tn, tn + fp),
@@ -270,10 +275,39 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
     row_a, row_b = summarize_at_threshold(y, a, thr_a), summarize_at_threshold(y, b, thr_b)
     out = {}
     for name in draws_a:
-        lo, hi = _percentiles(draws_a[name] - draws_b[name], 0.95)
+        lo, hi = percentiles(draws_a[name] - draws_b[name], 0.95)
         out[name] = {"difference": row_a[name] - row_b[name], "lo": lo, "hi": hi}
     right_a, right_b = (a >= thr_a) == y, (b >= thr_b) == y
     out["delong"] = delong_test(y, a, b)[1]
     for label, name in ((1, "mcnemar_recall"), (0, "mcnemar_specificity")):
         out[name] = mcnemar_test(right_a[y == label], right_b[y == label])[2]
     return out
+
+
+def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):
+    """Mean AUROC over findings of scores `a` minus that of `b`, both [N, F], on the same images ->
+    {difference, lo, hi}, with a 95% interval by a paired bootstrap of whole `groups` [N].
+
+    `truth` [N, F] of 1, 0 and -1 for unknown. In a draw without both classes of some finding the mean is over
+    the others. InputError: as `bootstrap_summary`; a finding without both classes."""
+    means, draws = [], []
+    for scores in (a, b):
+        values, drawn = [], []
+        for k in range(truth.shape[1]):
+            known = truth[:, k] >= 0
+            y, p = truth[known, k], scores[known, k]
+            values.append(summarize_at_threshold(y, p, 0.5)["auroc"])
+            weights = (block[:, known] for block in bootstrap_weights(groups, n, seed))
+            drawn.append(bootstrap_summary(y, p, [0.5], weights)[0]["auroc"])
+        means.append(np.mean(values))
+        draws.append(mean_of_defined(drawn))
+    lo, hi = percentiles(draws[0] - draws[1])
+    return {"difference": float(means[0] - means[1]), "lo": lo, "hi": hi}
+
+
+def mean_of_defined(values):
+    """The mean over the first axis of [F, n], NaN left out: [n], NaN where none is defined."""
+    values = np.asarray(values)
+    defined = np.isfinite(values)
+    total = np.where(defined, values, 0).sum(axis=0)
+    return np.where(defined.any(axis=0), total / np.maximum(defined.sum(axis=0), 1), np.nan)

@@ -14,12 +14,12 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import nn
 
 from augment import gaussian_blur
 from lungs import lung_mask
+from task import Answer
 
 METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 BATCH = {"gradcam": 16, "rollout": 4}  # images at once: rollout keeps the attention of every block
@@ -48,6 +48,11 @@ def _eval_mode(model):
 # ---------------------------------------------------------------- maps
 
 
+def as_answer(target):
+    """A target, a class number or task.Answer, as Answer."""
+    return target if isinstance(target, Answer) else Answer(target)
+
+
 def grad_cam(model, x, target=1, layer=-1):
     """Grad-CAM of logit `target` of a VisionTransformer at the output of blocks[layer].norm1.
 
@@ -64,7 +69,9 @@ def grad_cam(model, x, target=1, layer=-1):
     handle = model.blocks[layer].norm1.register_forward_hook(keep)
     try:
         with _eval_mode(model), torch.enable_grad():
-            score = model(x)[:, target].sum()  # images do not mix: each one gets its own gradient
+            score = (
+                as_answer(target).logit(model(x)).sum()
+            )  # images do not mix: each one gets its own gradient
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
@@ -208,7 +215,7 @@ def _areas_under_curves(model, inputs, pixels, methods, layer, target):
     """({method: maps [N, h, w] on the CPU}, {method or "random": {"deletion", "insertion": float64 [N]}})."""
 
     def probability(grey):
-        return softmax(inputs.logits(model, grey).cpu().numpy().astype(np.float64), axis=1)[:, target]
+        return as_answer(target).probability(inputs.logits(model, grey).cpu().numpy())
 
     rng, maps, areas = np.random.default_rng(0), {m: [] for m in methods}, {}
     for begin in range(0, len(pixels), 16):

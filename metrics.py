@@ -176,22 +176,27 @@ def _one_image_per_patient(scores, patients, draws=201):
 
 def fit_temperature(logits, y_true):
     """The T > 0 that minimises the negative log-likelihood of softmax(logits / T) (Guo et al. 2017,
-    arXiv:1706.04599).
+    arXiv:1706.04599), or of sigmoid(logits / T).
 
-    Logits [N, K], labels [N] in 0..K-1. T is sought in [0.01, 100]; logits that separate the classes end at
-    0.01.
-    InputError: shapes that do not match, no rows, NaN or infinite logits, labels out of range.
+    Logits [N, K] with labels [N] in 0..K-1 (softmax), or with labels [N, K] of 0, 1 and -1 for unknown
+    (sigmoid, one T for all K). T is sought in [0.01, 100]; logits that separate the classes end at 0.01.
+    InputError: shapes that do not match, no known label, NaN or infinite logits, labels out of range.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(y_true)
-    if z.ndim != 2 or y.shape != z.shape[:1] or len(y) == 0:
-        raise InputError(f"temperature needs logits [N, K] and labels [N], got {z.shape} and {y.shape}")
+    if z.ndim != 2 or y.shape not in (z.shape[:1], z.shape) or len(y) == 0:
+        raise InputError(f"temperature needs logits [N, K] and labels [N] or [N, K]: {z.shape}, {y.shape}")
     if not np.isfinite(z).all():
         raise InputError("some logits are NaN or infinite")
-    if not np.isin(y, np.arange(z.shape[1])).all():
-        raise InputError(f"labels must lie in 0..{z.shape[1] - 1}")
-    rows = np.arange(len(y))
+    if not np.isin(y, np.arange(z.shape[1]) if y.ndim == 1 else (-1, 0, 1)).all():
+        raise InputError(f"labels must lie in {f'0..{z.shape[1] - 1}' if y.ndim == 1 else '-1..1'}")
+    rows, known = np.arange(len(y)), y >= 0
+    if not known.any():
+        raise InputError("temperature needs a known label")
+    signed = np.where(y == 1, -z, z)[known] if y.ndim == 2 else None
 
     def loss(log_t):  # convex in 1/T, so one minimum in log T
+        if signed is not None:
+            return np.logaddexp(0, signed * math.exp(-log_t)).mean()
         return -log_softmax(z * math.exp(-log_t), axis=1)[rows, y].mean()
 
     return math.exp(

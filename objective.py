@@ -2,27 +2,54 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from common import InputError
+
+WATCHED = ("auroc", "loss", "accuracy")
+
+
+def with_both_classes(truth):
+    """Which columns of int8 [N, F] hold a positive and a negative: bool [F]."""
+    return (truth == 1).any(axis=0) & (truth == 0).any(axis=0)
+
 
 class Supervised:
-    """Cross-entropy of a Task; what is watched on validation is the AUROC of its first finding."""
+    """The loss of a Task; `watched`, one of WATCHED, chooses the best epoch.
 
-    def __init__(self, task, class_weights=None, label_smoothing=0.0):
+    The AUROC is the mean over the findings that have both classes."""
+
+    def __init__(self, task, class_weights=None, label_smoothing=0.0, watched="auroc"):
         self.losses = partial(task.losses, class_weights=class_weights, label_smoothing=label_smoothing)
         self.weights = partial(task.weights, class_weights=class_weights)
-        self.task = task
+        self.task, self.watched = task, watched
 
-    def watch(self, targets, outputs):
-        """Targets [N], logits [N, K] on the CPU -> figures for the history."""
-        truth, scores = self.task.truth(targets)[:, 0], self.task.scores(outputs)[:, 0]
-        return {"val_auroc": float(roc_auc_score(truth, scores))}
+    def watch(self, targets, outputs, side="val"):
+        """Targets [N] or [N, K], logits [N, K] on the CPU -> figures for the history. None where no finding
+        has both classes, which on validation is an InputError."""
+        truth, scores = self.task.truth(targets), self.task.scores(outputs)
+        columns = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
+        if len(columns) == 0 and side == "val":
+            raise InputError(
+                "in validation no finding is present in one image and absent in another, so no AUROC can be "
+                "watched: give it more images with --fractions, or ask other --findings"
+            )
+        aurocs = []
+        for k in columns:
+            known = truth[:, k] >= 0
+            aurocs.append(roc_auc_score(truth[known, k], scores[known, k]))
+        if self.task.kind == "softmax":
+            right = np.asarray(outputs).argmax(axis=1) == np.asarray(targets)
+        else:
+            right = ((np.asarray(outputs) > 0) == (np.asarray(targets) == 1))[np.asarray(targets) >= 0]
+        auroc = float(np.mean(aurocs)) if aurocs else None
+        return {f"{side}_auroc": auroc, f"{side}_accuracy": float(right.mean()) if len(right) else None}
 
-    @staticmethod
-    def merit(row):
+    def merit(self, row):
         """What the best epoch has most of."""
-        return row["val_auroc"]
+        return -row["val_loss"] if self.watched == "loss" else row[f"val_{self.watched}"]
 
 
 class Reconstruction:
@@ -38,7 +65,7 @@ class Reconstruction:
         return torch.ones(len(targets), device=targets.device)
 
     @staticmethod
-    def watch(targets, outputs):
+    def watch(targets, outputs, side="val"):
         return {}
 
     @staticmethod

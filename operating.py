@@ -1,11 +1,19 @@
 """An operating point: thresholds chosen on validation by a Rule, and every figure of merit on both sides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from common import InputError
-from intervals import intervals_at_thresholds
+from intervals import (
+    bootstrap_summary,
+    bootstrap_weights,
+    intervals_of_draws,
+    mean_of_defined,
+    percentiles,
+    wilson_interval,
+)
 from metrics import (
     brier,
     calibration_error,
@@ -16,8 +24,8 @@ from metrics import (
     nll,
     predictive_values,
     summarize_at_threshold,
-    tempered,
 )
+from task import Task
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Rule:
     min_recall: the recall that the thresholds must reach on validation, in (0, 1].
     confidence: of the guaranteed threshold, in (0, 1).
     strict: whether it is an error that this threshold cannot be given; if not, the result says why.
+    jointly: whether the guarantees of several findings are to hold all at once.
     temperature: whether to divide the logits by the fitted temperature before anything else.
     bootstrap: draws of the patient bootstrap, 1 to 1,000,000.
     prevalence: fraction of sick people for which predictive values are reported, in (0, 1).
@@ -37,6 +46,7 @@ class Rule:
     min_recall: float = 0.95
     confidence: float = 0.95
     strict: bool = False
+    jointly: bool = False
     temperature: bool = False
     bootstrap: int = 2000
     prevalence: float = 0.1
@@ -51,41 +61,79 @@ class Rule:
             raise InputError(f"bootstrap must lie in 1..1,000,000, got {self.bootstrap}")
 
 
-def evaluate(scores, rule):
+LEAST = 5  # images with and without a finding, of several, that figures of it need on each side
+SIDES = {"val": "validation", "test": "test"}
+
+
+class Side(NamedTuple):
+    """One finding on one side. truth: int [N], 0 or 1; before, after: its probability without and with the
+    fitted temperature; p1: the one of them that thresholds apply to; patients [N]; known: bool, which of all
+    images of the side these are, those whose truth is known."""
+
+    truth: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    p1: np.ndarray
+    patients: np.ndarray
+    known: np.ndarray
+
+
+def evaluate(scores, rule, task=None):
     """Choose thresholds on validation and report every figure on validation and test.
 
-    `scores`: {val,test}_{labels [N], logits [N, 2], patients [N]}; not changed.
-    Returns (the content of calibration.json, {"val": p1 [N], "test": p1 [N]}), p1 being the probabilities
-    that the thresholds apply to.
-    InputError: no positives or no negatives on one side; arrays that do not match; where `rule.strict`, no
-    guarantee."""
+    `scores`: {val,test}_{labels [N] or [N, K], logits [N, K], patients [N]}; not changed.
+    `task`: NORMAL or PNEUMONIA unless given.
+    Returns (the content of calibration.json, {"val": p1, "test": p1}), p1 being the probabilities that the
+    thresholds apply to: [N] for one finding, [N, F] for several.
+    InputError: no positives or no negatives of the only finding on one side; arrays that do not match; where
+    `rule.strict`, no guarantee."""
+    task = task or Task()
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
-    p1, probability, summaries = {}, {}, {}
-    for split, full_name in (("val", "validation"), ("test", "test")):
-        y, logits = scores[f"{split}_labels"], scores[f"{split}_logits"]
-        check_both_classes(np.asarray(y), f"{full_name} labels")
-        probability[split] = {
-            "before": _probability_figures(y, tempered(logits, 1.0)),
-            "after": _probability_figures(y, tempered(logits, fitted)),
-        }
-        p1[split] = tempered(logits, fitted if rule.temperature else 1.0)
-    thresholds, guarantee = _choose_thresholds(scores["val_labels"], p1["val"], scores["val_patients"], rule)
-    for split in p1:
-        y, patients = scores[f"{split}_labels"], scores[f"{split}_patients"]
-        summaries[split] = _summarize(y, p1[split], patients, thresholds, rule)
+    columns = {name: {} for name in task.findings}
+    p1 = {}
+    for side in SIDES:
+        logits, patients = scores[f"{side}_logits"], np.asarray(scores[f"{side}_patients"])
+        truth = task.truth(scores[f"{side}_labels"])
+        before, after = task.scores(logits), task.scores(logits, fitted)
+        p1[side] = after if rule.temperature else before
+        for k, name in enumerate(task.findings):
+            known = truth[:, k] >= 0
+            values = (values[known, k] for values in (truth, before, after, p1[side]))
+            columns[name][side] = Side(*values, patients[known], known)
+    about = {"min_recall": rule.min_recall, "temperature": fitted, "temperature_applied": rule.temperature}
+    about["bootstrap"] = rule.bootstrap
+    if len(columns) == 1:
+        (only,) = columns.values()
+        for side, name in SIDES.items():
+            check_both_classes(only[side].truth, f"{name} labels")
+        found, _ = _evaluate_finding(only, {s: p.patients for s, p in only.items()}, rule)
+        return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
+    found = _evaluate_several(columns, scores, rule, task)
+    return {**about, **found}, p1
+
+
+# ---------------------------------------------------------------- one finding
+
+
+def _evaluate_finding(sides, everyone, rule):
+    """(What calibration.json says of one finding, {side: its bootstrap draws}); `everyone`: {side: patients
+    [N] of all images}, who are drawn."""
+    val = sides["val"]
+    thresholds, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
+    found, draws = {"threshold": thresholds["at_rec"]}, {}
+    for side, s in sides.items():
+        found[side], draws[side] = _summarize(s, everyone[side], thresholds, rule)
         if guarantee["threshold"] is not None:
-            guarantee[split] = {"at_guaranteed": summaries[split]["at_guaranteed"]}
-    calibration = {
-        "min_recall": rule.min_recall,
-        "threshold": thresholds["at_rec"],
-        **summaries,
-        "guarantee": guarantee,
-        "temperature": fitted,
-        "temperature_applied": rule.temperature,
-        "probability": probability,
-        "bootstrap": rule.bootstrap,
+            guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
+    found["guarantee"] = guarantee
+    found["probability"] = {
+        side: {
+            "before": _probability_figures(s.truth, s.before),
+            "after": _probability_figures(s.truth, s.after),
+        }
+        for side, s in sides.items()
     }
-    return calibration, p1
+    return found, draws
 
 
 def _probability_figures(y, p):
@@ -112,10 +160,12 @@ def _choose_thresholds(y, p, patients, rule):
     return thresholds, guarantee
 
 
-def _summarize(y, p, patients, thresholds, rule):
-    """{name: figures, intervals and predictive values at that threshold} of one side, validation or test."""
-    intervals = intervals_at_thresholds(y, p, list(thresholds.values()), patients, rule.bootstrap)
-    rows = {}
+def _summarize(side, everyone, thresholds, rule):
+    """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
+    y, p, values = side.truth, side.p1, list(thresholds.values())
+    weights = bootstrap_weights(everyone, rule.bootstrap)
+    draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
+    intervals, rows = intervals_of_draws(y, p, values, draws), {}
     for (name, thr), interval in zip(thresholds.items(), intervals):
         row = summarize_at_threshold(y, p, thr)
         ppv, npv = predictive_values(row["recall"], row["specificity"], rule.prevalence)
@@ -126,4 +176,116 @@ def _summarize(y, p, patients, thresholds, rule):
             "npv": None if np.isnan(npv) else npv,
         }
         rows[name] = row
-    return rows
+    return rows, draws[0]
+
+
+# ---------------------------------------------------------------- several findings
+
+
+def _too_few(sides, among=SIDES):
+    """Why a finding of several has no threshold, as text; None if it has."""
+    for side in among:
+        truth = sides[side].truth
+        for count, word in ((int(truth.sum()), "with"), (int((truth == 0).sum()), "without")):
+            if count < LEAST:
+                return f"{count} {SIDES[side]} images {word} it, fewer than {LEAST}"
+    return None
+
+
+def _evaluate_several(columns, scores, rule, task):
+    """What calibration.json says of several findings: each by name, and figures over all of them.
+
+    With `rule.jointly` the guarantees are to hold all at once: by the union bound each is given the
+    confidence 1 - (1 - confidence) / number of findings with figures."""
+    why_not = {name: _too_few(sides) for name, sides in columns.items()}
+    usable = [name for name, reason in why_not.items() if reason is None]
+    if not usable:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
+        raise InputError(f"no finding has enough images: {reasons[:300]}")
+    each = replace(rule, confidence=1 - (1 - rule.confidence) / len(usable)) if rule.jointly else rule
+    everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+    findings, draws = {}, {}
+    for name, sides in columns.items():
+        if why_not[name]:
+            findings[name], draws[name] = {"why_not": why_not[name]}, {}
+        else:
+            findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+        findings[name]["curves"] = {}
+        for side in SIDES:
+            if _too_few(sides, [side]) is None:  # enough for AUROC, if not for a threshold
+                known, draw = _curves(sides[side], everyone[side], rule, draws[name].get(side))
+                findings[name]["curves"][side], draws[name][side] = known, draw
+    summary = {}
+    for side in SIDES:
+        averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
+        summary[side] = {"findings": averaged, **_means(findings, draws, averaged, side)}
+        if task.kind == "softmax":
+            labels, logits = (np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits"))
+            summary[side] |= class_figures(labels, logits.argmax(axis=1), task.classes, everyone[side], rule)
+    joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
+    return {"findings": findings, "summary": summary, "jointly": joint}
+
+
+def _curves(side, everyone, rule, draws=None):
+    """({"auroc", "auprc": {value, lo, hi}} of a Side, its bootstrap draws)."""
+    if draws is None:
+        weights = bootstrap_weights(everyone, rule.bootstrap)
+        blocks = (block[:, side.known] for block in weights)
+        draws = bootstrap_summary(side.truth, side.p1, [0.5], blocks)[0]
+    row, found = summarize_at_threshold(side.truth, side.p1, 0.5), {}
+    for key in ("auroc", "auprc"):
+        lo, hi = percentiles(draws[key])
+        found[key] = {"value": row[key], "lo": lo, "hi": hi}
+    return found, draws
+
+
+def _means(findings, draws, names, side):
+    """{"auroc", "auprc": {value, lo, hi}}: means over findings; the draws of all are of the same patients. In
+    a draw without a positive of some finding the mean is over the others."""
+    found = {}
+    for key in ("auroc", "auprc") if names else ():
+        lo, hi = percentiles(mean_of_defined([draws[name][side][key] for name in names]))
+        value = float(np.mean([findings[name]["curves"][side][key]["value"] for name in names]))
+        found[key] = {"value": value, "lo": lo, "hi": hi}
+    return found
+
+
+def class_figures(labels, decided, classes, patients, rule):
+    """Figures of the most probable class: labels, decisions int [N] -> {"confusion": counts [K][K], rows the
+    truth; "accuracy", "macro_f1": {value, lo, hi} by patient bootstrap; "classes": {name: {n, precision,
+    recall, f1, recall_interval (Wilson)}}}. Precision and F1 are 0 where a class is never decided; macro F1
+    is over the classes that occur."""
+    number = len(classes)
+    cells = np.zeros((len(labels), number * number))
+    cells[np.arange(len(labels)), labels * number + decided] = 1
+    confusion = cells.sum(axis=0).reshape(number, number)
+    drawn = np.concatenate([block @ cells for block in bootstrap_weights(patients, rule.bootstrap)])
+    found = {"confusion": confusion.astype(int).tolist()}
+    for key, figure in (("accuracy", _accuracy), ("macro_f1", _macro_f1)):
+        lo, hi = percentiles(figure(drawn.reshape(-1, number, number)))
+        found[key] = {"value": float(figure(confusion[None])[0]), "lo": lo, "hi": hi}
+    right, truth, called = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    found["classes"] = {
+        name: {
+            "n": int(truth[k]),
+            "precision": float(right[k] / max(called[k], 1)),
+            "recall": float(right[k] / max(truth[k], 1)),
+            "f1": float(2 * right[k] / max(truth[k] + called[k], 1)),
+            "recall_interval": list(wilson_interval(int(right[k]), int(truth[k]))) if truth[k] else None,
+        }
+        for k, name in enumerate(classes)
+    }
+    return found
+
+
+def _accuracy(confusion):
+    """Confusion matrices [n, K, K] -> [n]."""
+    return np.trace(confusion, axis1=1, axis2=2) / np.maximum(confusion.sum(axis=(1, 2)), 1)
+
+
+def _macro_f1(confusion):
+    """Confusion matrices [n, K, K] -> [n]: the mean F1 of the classes that occur."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    occurring = confusion.sum(axis=1) + confusion.sum(axis=2)
+    f1 = 2 * right / np.maximum(occurring, 1)
+    return f1.sum(axis=1) / np.maximum((occurring > 0).sum(axis=1), 1)

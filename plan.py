@@ -21,7 +21,7 @@ from device import (
 )
 from engine import Loop, fit_head
 from inputs import Inputs
-from objective import Supervised
+from objective import Supervised, with_both_classes
 from run import Run
 
 
@@ -80,6 +80,10 @@ def plans_from_args(parser, defaults):
     with first_process_first():  # nothing is written before every process has checked the flags and folders
         demo.prepare(args)
         config = data.DataConfig.from_args(args)
+    if config.task.kind == "sigmoid" and recipe.balance not in ("weights", "none"):
+        raise InputError(
+            f"--balance {recipe.balance} needs one class an image; with --labels: weights or none"
+        )
     plans = []
     for seed, run in zip(seeds, runs):
         resume = args.resume and (run.folder / "last.pth").exists()
@@ -102,9 +106,10 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, plan.config.normalise)
     if objective is None:
         weights = None
-        if recipe.class_weights:
+        if recipe.balance == "weights":
             weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
-        objective = Supervised(task, weights, recipe.label_smoothing)
+        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch)
+        say_unwatched(task, val_set)
     meta = {
         "model": name,
         "model_config": {"kind": model.kind, **model.config},
@@ -126,6 +131,15 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         if stage.trains == "head" and not plan.resume:
             fit_head(model, train_set, stage, objective=objective, recipe=recipe, inputs=inputs)
     return Loop(model, objective, plan, inputs, meta).fit(train_set, val_set)
+
+
+def say_unwatched(task, val):
+    """A note on findings whose validation AUROC does not exist."""
+    missing = ~with_both_classes(task.truth(val.targets))
+    names = [name for name, absent in zip(task.findings, missing) if absent]
+    if names and len(names) < len(missing):
+        verb = "is" if len(names) == 1 else "are"
+        say(f"note: {', '.join(names)} {verb} not watched: validation has no image with, or none without")
 
 
 def save_run(run, model, results):

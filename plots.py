@@ -38,9 +38,9 @@ def draw_all(entries, shown, folder, stem):
     Training curves are of all `entries`, the others of the `shown` ones."""
     trained = [e for e in entries if len(e.results["history"]) > 1 and not e.suffix]
     mark, written = " [SYNTHETIC]" if entries[0].synthetic else "", []
-    for name, draw in DRAWINGS.items():
+    for name, draw in (SEVERAL if entries[0].several else DRAWINGS).items():
         drawn = trained if name == "training" else shown
-        if not drawn:
+        if not drawn or draw is draw_class_confusion and entries[0].task.kind == "sigmoid":
             continue
         figure, caption = draw(drawn)
         figure.suptitle(label(f"{caption} - {entries[0].set}{mark}", 60), fontsize=11)
@@ -81,14 +81,18 @@ def finish(figure, axes, legend=True):
 
 
 def draw_training(entries):
-    """Losses and validation AUROC per epoch; a dot marks the epoch that was kept."""
+    """Loss and AUROC (or accuracy, if that was watched) per epoch, training beside validation; a dot marks
+    the epoch that was kept. Runs that did not record a figure have no line for it."""
     names = [label(e.name, 110) for e in entries]
-    keys = {"train_loss": "training loss", "val_loss": "validation loss", "val_auroc": "validation AUROC"}
-    figure, axes = panels(3, 4, 3.6, columns=3, names=names)
+    accuracy = all(e.results["recipe"].get("watch") == "accuracy" for e in entries)
+    figure_name, word = ("accuracy", "accuracy") if accuracy else ("auroc", "AUROC")
+    keys = {"train_loss": "training loss", "val_loss": "validation loss"}
+    keys |= {f"train_{figure_name}": f"training {word}", f"val_{figure_name}": f"validation {word}"}
+    figure, axes = panels(4, 4.6, 3.2, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):
         history, best = e.results["history"], e.results["best_epoch"]
         for ax, key in zip(axes, keys):
-            values = [epoch[key] for epoch in history]
+            values = [np.nan if epoch.get(key) is None else epoch[key] for epoch in history]
             ax.plot(range(1, len(history) + 1), values, label=name, **line_style(i))
             if best:
                 ax.plot(best, values[best - 1], "o", color=line_style(i)["color"])
@@ -242,4 +246,92 @@ DRAWINGS = {
     "scores": draw_scores,
     "reliability": draw_reliability,
     "decision": draw_decision,
+}
+
+
+# ---------------------------------------------------------------- several findings
+
+
+def draw_rocs(entries):
+    """Test ROC curves, a panel a finding, with the points @Rec."""
+    findings = [f for f in entries[0].task.findings if any("test" in e.found[f]["curves"] for e in entries)]
+    names = [label(e.name, 110) for e in entries]
+    figure, axes = panels(len(findings), 3.1, 3.1, columns=4, names=names)
+    for ax, finding in zip(axes, findings):
+        lines, k = [], entries[0].task.findings.index(finding)
+        for i, (e, name) in enumerate(zip(entries, names)):
+            column, found = e.columns["test"].of(k), e.found[finding]
+            if "test" not in found["curves"]:
+                ax.plot([], [], label=name, **line_style(i))
+                continue
+            fpr, tpr, _ = roc_curve(column.truth, column.scores)
+            ax.plot(fpr, tpr, label=name, **line_style(i))
+            if "why_not" not in found:
+                row, colour = found["test"]["at_rec"], line_style(i)["color"]
+                x, y = 1 - row["specificity"], row["recall"]
+                ax.plot(x, y, "o", color=colour, markeredgecolor="black", markersize=6)
+            lines.append(f"{found['curves']['test']['auroc']['value']:.3f}")
+        ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+        shown = ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
+        ax.set(title=f"{label(finding, 30)} (n+ = {column.truth.sum()})\nAUROC {shown}")
+        ax.set(xlabel="1 - specificity", ylabel="recall")
+        ax.tick_params(labelsize=7)
+    finish(figure, axes[: len(findings)])
+    return figure, "ROC of every finding on test; circle: @Rec"
+
+
+def draw_class_confusion(entries):
+    """K x K confusion matrices of the most probable class; shade and text: share of the true class."""
+    classes = [label(name, 14) for name in entries[0].task.classes]
+    side = max(4.2, 0.9 * len(classes) + 1.4)
+    figure, axes = panels(len(entries), side, side * 0.85)
+    for ax, e in zip(axes, entries):
+        summary = e.summary["test"]
+        counts = np.array(summary["confusion"])
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+        for i, j in itertools.product(range(len(classes)), repeat=2):
+            about = dict(
+                ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black", fontsize=7
+            )
+            ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
+        ticks = range(len(classes))
+        ax.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes)
+        ax.tick_params(axis="x", labelrotation=30)
+        ax.tick_params(labelsize=7)
+        accuracy = summary["accuracy"]["value"]
+        ax.set(xlabel="most probable class", ylabel="truth")
+        ax.set_title(f"{label(e.name, 50)}\nn = {counts.sum()}, accuracy {accuracy:.3f}", fontsize=9)
+    return figure, "Confusion matrices on test"
+
+
+def draw_shift(entries):
+    """AUROC on validation and test, a panel a model, a line a finding."""
+    findings = [(k, name) for k, name in enumerate(entries[0].task.findings)][::-1]
+    figure, axes = panels(len(entries), 5.6, 0.28 * len(findings) + 1.4)
+    for ax, e in zip(axes, entries):
+        for y, (_, name) in enumerate(findings):
+            curves, first = e.found[name]["curves"], y == len(findings) - 1
+            if "test" in curves:
+                auroc = curves["test"]["auroc"]
+                ax.plot([auroc["lo"], auroc["hi"]], [y, y], color=COLOURS[0], lw=2, alpha=0.5)
+                ax.plot(
+                    auroc["value"], y, "o", color=COLOURS[0], label="test, 95% interval" if first else None
+                )
+            if "val" in curves:
+                value, about = curves["val"]["auroc"]["value"], "validation" if first else None
+                ax.plot(value, y, "x", color=COLOURS[1], label=about)
+        ax.set(yticks=range(len(findings)), yticklabels=[label(n, 24) for _, n in findings], xlabel="AUROC")
+        ax.axvline(0.5, color="0.7", lw=0.8)
+        ax.tick_params(labelsize=7)
+        ax.set_title(label(e.name, 60), fontsize=9)
+        ax.legend(fontsize=7)
+    return figure, "AUROC of every finding, validation and test"
+
+
+SEVERAL = {
+    "training": draw_training,
+    "roc": draw_rocs,
+    "auroc": draw_shift,
+    "confusion": draw_class_confusion,
 }

@@ -4,9 +4,11 @@
 
 PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG (8 and 16 bit, grey or colour), and
 DICOM (needs the package pydicom). Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
-decision@0.5, decision@Rec, note. Preprocessing, temperature and thresholds are the run's own, so the test
-folder gives calibrate.py's scores. A file that cannot be read gets a note in its row and makes the exit code
-2; the rest is scored all the same. Memory does not grow with the number of files.
+decision@0.5, decision@Rec, note; where there are several findings, top_class (the most probable of K
+classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without a threshold) for each.
+Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
+file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
+Memory does not grow with the number of files.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -18,6 +20,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,13 +54,15 @@ def unlike(pixels, size, colour, results):
 
 
 class Scorer:
-    """A calibrated run, ready to score: model, preprocessing, temperature, thresholds."""
+    """A calibrated run, ready to score: model, preprocessing, temperature, thresholds.
+
+    `thresholds`: {finding: threshold @Rec, or None where there were too few images for one}."""
 
     def __init__(self, run, device, tta):
         self.model = run.model()
         calibration = run.calibration("tta" if tta else "")
-        self.run, self.results, self.config = run, run.results, run.config
-        self.threshold = float(calibration["threshold"])
+        self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
+        self.thresholds = {n: f.get("threshold") for n, f in run.findings(calibration).items()}
         self.temperature = float(calibration["temperature"]) if calibration["temperature_applied"] else 1.0
         try:
             self.inputs = Inputs.of_run(self.results, device, calibration["tta"] if tta else None)
@@ -66,20 +71,34 @@ class Scorer:
             raise common.InputError(
                 f"{run}: results.json or its calibration is incomplete ({error!r})"
             ) from None
-        self.task, self.classes = self.config.task, self.config.classes
-        self.columns = ("path", f"p_{self.task.findings[0].lower()}", "decision@0.5", "decision@Rec", "note")
+        self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
+        words = [re.sub(r"\s+", "_", name.lower()) for name in self.thresholds]
+        self.probabilities = [f"p_{word}" for word in words]
+        decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
+        top = ["top_class"] if self.several and self.softmax else []
+        self.columns = ("path", *top, *self.probabilities, *decisions, "note")
         self.model.to(device)
 
     @torch.inference_mode()
     def scores(self, images):
-        """uint8 [B, S, S] -> probability of the finding, float64 [B]."""
-        logits = self.inputs.logits(self.model, self.inputs.grey(images))
-        scores = self.task.scores(logits.cpu().numpy(), self.temperature)[:, 0]
+        """uint8 [B, S, S] -> (probabilities float64 [B, F], number of the greatest logit int [B])."""
+        logits = self.inputs.logits(self.model, self.inputs.grey(images)).cpu().numpy()
+        scores = self.task.scores(logits, self.temperature)
         if not np.isfinite(scores).all():
             raise common.InputError(
                 "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
             )
-        return scores
+        return scores, logits.argmax(axis=1)
+
+    def answers(self, scores, top):
+        """The cells between path and note: probabilities and decisions of one image, scores [F]."""
+        scores, thresholds = scores.tolist(), list(self.thresholds.values())
+        if self.several:
+            called = [None if t is None else "yes" if p >= t else "no" for p, t in zip(scores, thresholds)]
+            return [*([self.task.classes[top]] if self.softmax else []), *scores, *called]
+        finding = self.task.findings[0]
+        words = self.task.classes if self.softmax else (f"no {finding}", finding)
+        return [scores[0], *(words[int(scores[0] >= t)] for t in (0.5, thresholds[0]))]
 
     def rows(self, paths, batch_size):
         """Yield a dict of `columns` for every path, in order; unreadable files have None for scores and
@@ -100,26 +119,32 @@ class Scorer:
                 images, names, chunk = list(reading), chunk, following
                 reading = pool.map(read, following)  # the next batch is decoded while this one is scored
                 good = [i for i in images if not isinstance(i, str)]
-                scores = iter(self.scores(np.stack([i[0] for i in good])) if good else ())
+                found = iter(zip(*self.scores(np.stack([i[0] for i in good]))) if good else ())
                 for name, image in zip(names, images):
                     if isinstance(image, str):
-                        yield dict(zip(self.columns, (name, None, None, None, image)))
+                        yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
-                    p = float(next(scores))
-                    decisions = [self.classes[int(p >= t)] for t in (0.5, self.threshold)]
-                    yield dict(zip(self.columns, (name, p, *decisions, unlike(*image, self.results))))
+                    cells = self.answers(*next(found))
+                    yield dict(zip(self.columns, (name, *cells, unlike(*image, self.results))))
 
 
 class Exported(torch.nn.Module):
-    """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B]: scaling and temperature inside."""
+    """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B], of several findings [B, F]: scaling and
+    temperature inside."""
 
-    def __init__(self, model, inputs, temperature):
+    def __init__(self, model, inputs, task, temperature):
         super().__init__()
-        self.model, self.inputs, self.temperature = model, inputs, temperature
+        self.model, self.inputs, self.task, self.temperature = model, inputs, task, temperature
 
     def forward(self, image):
-        logits = self.model(self.inputs.scale(image)) / self.temperature
-        return torch.sigmoid(logits[:, 1] - logits[:, 0])
+        task, logits = self.task, self.model(self.inputs.scale(image)) / self.temperature
+        if task.kind == "softmax" and task.outputs == 2:
+            return torch.sigmoid(logits[:, 1] - logits[:, 0])
+        columns = []
+        for answer in map(task.answer, task.findings):
+            p = logits.sigmoid() if task.kind == "sigmoid" else logits.softmax(dim=1)
+            columns.append(p[:, answer.k] if answer.sign > 0 else 1 - p[:, answer.k])
+        return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
 
 
 def export(scorer, path):
@@ -135,7 +160,8 @@ def export(scorer, path):
             "pip install onnx onnxscript onnxruntime"
         ) from None
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
-    model = Exported(scorer.model.cpu().float(), scorer.inputs.on("cpu"), scorer.temperature).eval()
+    model = Exported(scorer.model.cpu().float(), scorer.inputs.on("cpu"), scorer.task, scorer.temperature)
+    model.eval()
     probe = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
     with common.atomic_path(path) as tmp:
         torch.onnx.export(
@@ -143,17 +169,18 @@ def export(scorer, path):
             (probe,),
             tmp,
             input_names=["image"],
-            output_names=[scorer.columns[1]],
+            output_names=["p" if scorer.several else scorer.probabilities[0]],
             dynamo=True,
             dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
             external_data=False,
             verbose=False,
         )
-        graph = onnx.load(tmp)
+        graph, only = onnx.load(tmp), next(iter(scorer.thresholds.values()))
         about = {
             "run": str(scorer.run),
             "model": results["model"],
-            "classes": json.dumps(scorer.classes),
+            "classes": json.dumps(scorer.task.classes),
+            "findings": json.dumps(scorer.task.findings),
             "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
             f"files: {scorer.config.resize} to {size} px, then inputs.normalise(..., {mode!r})",
             "mean": json.dumps(results["mean"]),
@@ -162,7 +189,7 @@ def export(scorer, path):
             "normalise": mode,
             "temperature": repr(scorer.temperature),
             "threshold@0.5": "0.5",
-            "threshold@Rec": repr(scorer.threshold),
+            "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
             "synthetic": json.dumps(results["synthetic"]),
         }
         onnx.helper.set_model_props(graph, about)
@@ -213,7 +240,7 @@ def main():
     pace = common.Pace()
     for row in scorer.rows(files, args.batch_size):
         count += 1
-        bad += row["decision@0.5"] is None
+        bad += row[scorer.probabilities[0]] is None
         odd += row["note"].startswith("unlike")
         if args.jsonl:
             print(json.dumps(row))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from augment import add_augment_argument, parse_augment
 from common import COUNT, SEED, InputError, Number, Parser, add_flags, flag
 from device import add_device_argument
+from objective import WATCHED
+from split import BALANCES
 
 RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
@@ -36,7 +38,10 @@ class Recipe:
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
     clip: float = 1.0
-    patience: int = flag(5, "stop after N epochs without a better validation AUROC", COUNT, "N")
+    watch: str = flag(
+        "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
+    )
+    patience: int = flag(5, "stop after N epochs without a better one", COUNT, "N")
     max_steps: int = flag(None, "stop training after this many steps", Number(int, 1, 2**31), "N")
     ema: float = flag(
         0.0,
@@ -46,7 +51,12 @@ class Recipe:
         "X",
     )
     label_smoothing: float = flag(0.05, "of the cross-entropy, in [0, 1)", BELOW_ONE, "X")
-    class_weights: bool = flag(True, "weight the loss by inverse class frequency")
+    balance: str = flag(
+        "weights",
+        "rare classes: weigh the loss by inverse frequency, sample every class alike, or as many images of "
+        "each as of the rarest, drawn anew in every epoch or once",
+        BALANCES,
+    )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
     drop_path: float = flag(0.0, "stochastic depth of the last block, in [0, 1)", BELOW_ONE, "X")
     drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
@@ -62,7 +72,7 @@ class Recipe:
         return [*head, Stage("all", self.epochs, self.lr)]
 
 
-SUPERVISED = ("patience", "label_smoothing", "class_weights", "patch_drop", "drop_path", "drop_rate")
+SUPERVISED = ("watch", "patience", "label_smoothing", "balance", "patch_drop", "drop_path", "drop_rate")
 TWO_STAGES = ("freeze_epochs", "head_lr")
 MASKED = ("mask_ratio",)
 

@@ -10,6 +10,7 @@ from entries import METHODS, POINTS, families, missing_ensembles
 from intervals import compare_at_thresholds, reported_interval, wilson_interval
 from metrics import predictive_values
 from render import Code, Heading, Paragraph, Table, printable
+from split import say_shared
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
@@ -74,11 +75,15 @@ def main_blocks(entries):
         "the threshold. Time is that of training, validation included."
     )
     blocks = [Heading(2, warning + first.set), Paragraph(text), Table(HEADER, main_rows(entries))]
-    for name, count, command in missing_ensembles(entries):
-        blocks.append(
-            Paragraph((f"To add the ensemble of the {count} seeds of {name}, run ", Code(command), "."))
-        )
-    return blocks
+    return blocks + missing_blocks(entries)
+
+
+def missing_blocks(entries):
+    """How to make the ensembles that are missing."""
+    return [
+        Paragraph((f"To add the ensemble of the {count} seeds of {name}, run ", Code(command), "."))
+        for name, count, command in missing_ensembles(entries)
+    ]
 
 
 def shift_blocks(entries):
@@ -251,15 +256,12 @@ def map_blocks(entries):
     return [Heading(3, "Does it look at lungs or at letters?"), Paragraph(text), Table(head, rows)]
 
 
-def say_shared(entry):
-    """What is known of patients on both sides of the split, as text; the rule of data.say_shared."""
-    split = entry.results["split"]
-    everything = split["train"] + split["val"]
-    unknown = split.get("unknown_patients", 0 if entry.val.patients_known else everything)
-    if unknown >= everything:
-        return "patients unknown, so images of one patient may be on both sides"
-    text = f"{split['shared_patients']} validation images share a patient with train"
-    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
+def shared_text(entry):
+    """What is known of patients on both sides of the split, as text."""
+    split, val = entry.results["split"], entry.columns["val"]
+    # Older runs did not record how many patients are unknown.
+    unknown = 0 if val.patients_known else split["train"] + split["val"]
+    return say_shared({"unknown_patients": unknown, **split})
 
 
 def sizes(entry):
@@ -271,44 +273,86 @@ def sizes(entry):
     parts = [f"{s}: {split[s]} images ({counts[s]})" for s in counts]
     patients = [
         f"{len(set(column.patients.tolist())) if column.patients_known else 'unknown'} {side}"
-        for column, side in ((entry.val, "validation"), (entry.test, "test"))
+        for column, side in ((entry.columns["val"], "validation"), (entry.columns["test"], "test"))
     ]
-    return "; ".join([*parts, f"patients by file name: {', '.join(patients)}"])
+    return "; ".join([*parts, f"patients: {', '.join(patients)}"])
+
+
+def partition(entry):
+    """How the images were shared out, as text."""
+    d, split = entry.results["data"], entry.results["split"]
+    test_from = split.get("test_from", "published")
+    text = f"--split {d['split']}, seed {d['split_seed']}: {shared_text(entry)}; "
+    if test_from == "published":
+        return text + "the test set is the published one"
+    if d["split"].startswith("pooled"):
+        return text + (
+            "train and test were put together and cut anew: the same machines and habits are on both sides, "
+            "so the figures are OPTIMISTIC"
+        )
+    return text + "no test set is published, so one was cut off: the same hospital is on both sides"
 
 
 def method_blocks(entries):
     """The items of STARD-AI and CLAIM that a script can answer."""
     first = entries[0]
-    drawn = " (SYNTHETIC drawings, not patients)" if first.synthetic else ""
     prevalence = f"validation {first.val.truth.mean():.1%}, test {first.test.truth.mean():.1%}"
-    partition, seen = [], []
-    for e in entries:
-        d = e.results["data"]
-        partition.append(f"--split {d['split']}, seed {d['split_seed']}: {say_shared(e)}")
-        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {d.get('normalise', 'none')}")
     rule = (
         f"@Rec: highest precision with validation recall >= {floors(entries)}, exact over all scores; @Guar: "
         "Neyman-Pearson umbrella on patients; both chosen on validation and applied unchanged to test"
     )
-    absent = "other hospitals, adults, other diseases, agreement between readers, clinical benefit"
+    standard = "the table of findings" if first.task.kind == "sigmoid" else "the class folder of each image"
+    rows = method_rows(entries, standard, f"{first.finding}: {prevalence}", rule)
+    return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]
+
+
+def method_rows(entries, standard, prevalence, rule):
+    """The rows that every task has."""
+    first = entries[0]
+    drawn = " (SYNTHETIC drawings, not patients)" if first.synthetic else ""
+    figures = {"auroc": "best validation AUROC", "loss": "least validation loss", "accuracy": "best accuracy"}
+    seen, watched = [], []
+    for e in entries:
+        d = e.results["data"]
+        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {d.get('normalise', 'none')}")
+        watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     rows = [
         ["Data", first.set + drawn],
-        ["Reference standard", "the class folder of each image, as published"],
+        ["Reference standard", f"{standard}, as published"],
         ["Sizes", unique(map(sizes, entries), " / ")],
-        [f"Prevalence of {first.finding}", prevalence],
-        ["Partition", f"{unique(partition)}; train and test are the published folders"],
+        ["Prevalence", prevalence],
+        ["Partition", unique(map(partition, entries))],
         ["Input", f"{unique(sorted(seen))}; pixels only"],
-        ["Model selection", "the epoch with the best validation AUROC; training never opens the test images"],
+        [
+            "Model selection",
+            f"the epoch with the {unique(watched, ' or ')}; training never opens the test images",
+        ],
         ["Threshold rule", rule],
         ["Intervals", "95%; bootstrap over patients, Wilson, DeLong; seeds as mean ± standard deviation"],
-        ["Not answered here", absent],
+        [
+            "Not answered here",
+            "other hospitals, other ages, other diseases, agreement between readers, clinical benefit",
+        ],
     ]
     for e in entries:
         torch = e.results.get("versions", {}).get("torch", "?")
         where = f" on {e.results['device']}" if "device" in e.results else ""
         made_by = (Code(e.results.get("command", "?")), f"{where}, torch {torch}")
         rows.append([f"Made by: {e.name}", made_by])
-    return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]
+    return rows
+
+
+def finding_rows(entries):
+    """Rows of several findings @Rec on test, lists of str in the order of HEADER."""
+    rows = []
+    for e in entries:
+        for name, found in e.found.items():
+            if "why_not" not in found:
+                row = found["test"]["at_rec"]
+                figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
+                size = f"{e.results['params'] / 1e6:.2f}"
+                rows.append([f"{e.name}, {name} @Rec", size, f"{e.minutes:.1f}", *figures])
+    return rows
 
 
 def write_csv(path, groups):
@@ -317,5 +361,5 @@ def write_csv(path, groups):
         writer = csv.writer(file)
         writer.writerow(["Data", *HEADER])
         for entries in groups:
-            for row in main_rows(entries):
+            for row in (finding_rows if entries[0].several else main_rows)(entries):
                 writer.writerow([printable(cell) for cell in (entries[0].set, *row)])

@@ -28,6 +28,7 @@ from common import (
     sha256,
     write_json,
 )
+from task import Task
 
 REAL = Number(float, -1e300, 1e300)
 POSITIVE = Number(float, 0, 1e300, above=True)
@@ -73,16 +74,25 @@ QUALITY = {
     "bins": [{"n": NATURAL, "score": REAL, "positives": REAL}],
 }
 CALIBRATION = {
-    "threshold": SHARE,
     "temperature": POSITIVE,
     "temperature_applied": bool,
     "min_recall": SHARE,
     "bootstrap": NATURAL,
     "checkpoint": str,
+}
+FINDING = {  # with one finding it stands beside CALIBRATION, with several under "findings", by name
+    "threshold": SHARE,
     "val": {"at_0.5": POINT, "at_rec": POINT},
     "test": {"at_0.5": POINT, "at_rec": POINT},
     "guarantee": {"confidence": SHARE, "positive_patients": NATURAL},
     "probability": {s: {"before": QUALITY, "after": QUALITY} for s in ("val", "test")},
+}
+SPAN = {k: NEARLY_SHARE for k in ("value", "lo", "hi")}
+CLASS_FIGURES = {
+    "confusion": [[NATURAL]],
+    "accuracy": SPAN,
+    "macro_f1": SPAN,
+    "classes": dict,
 }
 
 
@@ -170,6 +180,14 @@ class Run:
         from data import DataConfig
 
         return DataConfig.from_json(self.results["data"])
+
+    @cached_property
+    def task(self):
+        """What the run was trained to answer."""
+        settings = self.results["data"]
+        if wrong := mismatches(settings, {"classes": [str]}):
+            raise InputError(f"{self.folder / 'results.json'} is damaged: missing or wrong data.{wrong[0]}")
+        return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
 
     # ------------------------------------------------------------ the model
 
@@ -290,12 +308,10 @@ class Run:
         calibration = read_json(path)
         check_format(calibration, path)
         wrong = mismatches(calibration, CALIBRATION)
-        for s in () if wrong else ("val", "test"):
-            wrong += [f"{s}.{p}" for p, row in calibration[s].items() if mismatches(row, POINT)]
-        guarantee = calibration.get("guarantee")
-        if not wrong and not SHARE.contains(guarantee.get("threshold")):
-            promised = any("at_guaranteed" in calibration[s] for s in ("val", "test"))
-            wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
+        if "findings" in calibration:
+            wrong += _wrong_findings(calibration, self.task)
+        else:
+            wrong += _wrong_finding(calibration)
         if wrong:
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
@@ -303,6 +319,11 @@ class Run:
                 f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
             )
         return calibration
+
+    def findings(self, calibration):
+        """{finding: what a calibration says of it, or {"why_not": text}}, in the order of the columns."""
+        several = "findings" in calibration
+        return calibration["findings"] if several else {self.task.findings[0]: calibration}
 
     def save_calibration(self, calibration, scores, name=""):
         """Write calibration.json and the scores [arrays by name] it was made from."""
@@ -328,8 +349,8 @@ class Run:
             kinds = (files.dtype.kind, patients.dtype.kind, labels.dtype.kind, logits.dtype.kind)
             shapes = [a.ndim for a in found]
             if (
-                kinds not in (("U", "U", "i", "f"),)
-                or shapes != [1, 1, 1, 2]
+                kinds != ("U", "U", "i", "f")
+                or shapes not in ([1, 1, 1, 2], [1, 1, 2, 2])
                 or not np.isfinite(logits).all()
             ):
                 raise InputError(
@@ -341,6 +362,41 @@ class Run:
         """explain.json of explain.py, or None if there is none."""
         path = self.folder / "explain" / "explain.json"
         return read_json(path) if path.exists() else None
+
+
+def _wrong_finding(value):
+    """Names of what is wrong in a calibration of one finding."""
+    wrong = mismatches(value, FINDING)
+    for s in () if wrong else ("val", "test"):
+        wrong += [f"{s}.{p}" for p, row in value[s].items() if mismatches(row, POINT)]
+    guarantee = value.get("guarantee")
+    if not wrong and not SHARE.contains(guarantee.get("threshold")):
+        promised = any("at_guaranteed" in value[s] for s in ("val", "test"))
+        wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
+    return wrong
+
+
+def _wrong_findings(value, task):
+    """Names of what is wrong in a calibration of several findings."""
+    figures = {"findings": [str]} | (CLASS_FIGURES if task.kind == "softmax" else {})
+    wrong = mismatches(value, {"findings": dict, "summary": {"val": figures, "test": figures}})
+    if wrong:
+        return wrong
+    if tuple(value["findings"]) != task.findings:
+        return ["the names of the findings"]
+    for name, found in value["findings"].items():
+        wrong += mismatches(found, {"curves": dict}, name)
+        if not wrong:
+            curves = dict.fromkeys(found["curves"], {"auroc": SPAN, "auprc": SPAN})
+            wrong += mismatches(found["curves"], curves, f"{name}.curves")
+        if wrong or isinstance(found.get("why_not"), str):
+            continue
+        wrong += [f"{name}.{w}" for w in _wrong_finding(found)]
+    for side, summary in value["summary"].items():
+        spans = [k for k in ("auroc", "auprc") if summary["findings"] or k in summary]
+        wrong += mismatches(summary, dict.fromkeys(spans, SPAN), f"summary.{side}")
+        wrong += [f"summary.{side}.findings"] if not set(summary["findings"]) <= set(task.findings) else []
+    return wrong
 
 
 def _dash(name):

@@ -1,9 +1,10 @@
-"""What is asked of an image: a few yes/no questions ("findings"), each a column of scores and of truth.
+"""What is asked of an image: yes/no questions ("findings"), each a column of scores and of truth.
 
 Everything that chooses thresholds or draws tables works on such columns, one at a time.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, softmax
@@ -11,25 +12,80 @@ from scipy.special import expit, softmax
 from common import InputError
 
 CLASSES = ("NORMAL", "PNEUMONIA")
+HEALTHY = ("normal", "healthy", "no finding", "no findings")  # in any case, with "_" or "-" for a space
+ANY_DISEASE, ANY_FINDING = "any disease", "any finding"
+
+
+def is_healthy(name):
+    """Whether a class or finding of this name is the absence of any."""
+    return name.lower().replace("_", " ").replace("-", " ").strip() in HEALTHY
+
+
+class Answer(NamedTuple):
+    """Which logit answers a question: sign +1, or -1 where the question is whether that class is absent."""
+
+    k: int
+    sign: int = 1
+    kind: str = "softmax"
+
+    def logit(self, logits):
+        """What rises with the probability: tensor [B, K] -> [B]."""
+        return self.sign * logits[:, self.k]
+
+    def probability(self, logits):
+        """Logits [N, K] -> float64 [N]."""
+        z = np.asarray(logits, dtype=np.float64)
+        if self.kind == "sigmoid":
+            return expit(self.sign * z[:, self.k])
+        p = softmax(z, axis=1)[:, self.k]
+        return p if self.sign > 0 else 1 - p
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of K classes an image, the healthy one first: K - 1 findings, one for every other class.
+    """kind "softmax": an image is of one of K classes, the healthy one first. Its findings are the other
+    classes and, where there are several, first of all "any disease", 1 - P(healthy). Targets are class
+    numbers, int64 [N].
 
-    Targets are class numbers, int64 [N]. InputError for fewer than two classes, or names that are not unique.
+    kind "sigmoid": any number of K findings may be present. If "No Finding" is among them, "any finding",
+    1 - P(No Finding), comes before them. Targets are int8 [N, K]: 1 present, 0 absent, -1 unknown.
+
+    InputError for fewer than two classes (one finding), or names that are not unique.
     """
 
     classes: tuple = CLASSES
+    kind: str = "softmax"
 
     def __post_init__(self):
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+        least = 1 if self.kind == "sigmoid" else 2
+        if self.kind not in ("softmax", "sigmoid"):
+            raise InputError(f"a task is softmax or sigmoid, not {self.kind!r}")
+        if len(self.classes) < least or len(set(self.findings)) < len(self.findings):
+            what = "a finding or more, all" if least == 1 else "two or more"
+            raise InputError(f"a task needs {what} different classes, got {', '.join(self.classes)}")
+        if len(set(self.classes)) < len(self.classes):
             raise InputError(f"a task needs two or more different classes, got {', '.join(self.classes)}")
+
+    @property
+    def _none(self):
+        """The number of the class or finding that is the absence of all others; None if there is none."""
+        if self.kind == "softmax":
+            return 0
+        return next((k for k, name in enumerate(self.classes) if is_healthy(name)), None)
 
     @property
     def findings(self):
         """Names of the columns."""
-        return self.classes[1:]
+        if self.kind == "sigmoid":
+            return self.classes if self._none is None else (ANY_FINDING, *self.classes)
+        return self.classes[1:] if len(self.classes) == 2 else (ANY_DISEASE, *self.classes[1:])
+
+    @property
+    def averaged(self):
+        """Columns (a slice) over which a mean is taken. "any finding" is left out, because its AUROC is that
+        of "No Finding"; "any disease" stands for the healthy class, so that the mean AUROC over K classes is
+        that of each class against all others."""
+        return slice(1 if self.findings[0] == ANY_FINDING else 0, None)
 
     @property
     def outputs(self):
@@ -41,31 +97,77 @@ class Task:
 
         In float64, because float32 would round confident scores to 1 and tie them."""
         z = np.asarray(logits, dtype=np.float64)
+        if self.kind == "sigmoid":
+            p = expit(z / temperature)
+            if self._none is None:
+                return p
+            return np.concatenate([expit(-z[:, [self._none]] / temperature), p], axis=1)
         if self.outputs == 2:  # exact also where the other class's probability is below 1e-16
             return expit((z[:, 1:] - z[:, :1]) / temperature)  # as metrics.tempered, to the last digit
-        return softmax(z / temperature, axis=1)[:, 1:]
+        p = softmax(z / temperature, axis=1)[:, 1:]
+        return np.concatenate([p.sum(axis=1, keepdims=True).clip(max=1.0), p], axis=1)
 
     def truth(self, targets):
-        """Targets int64 [N] -> int8 [N, F]: 1 where the finding is present, else 0."""
-        return (np.asarray(targets)[:, None] == np.arange(1, self.outputs)).astype(np.int8)
+        """Targets -> int8 [N, F]: 1 where the finding is present, 0 where it is not, -1 where unknown."""
+        targets = np.asarray(targets)
+        if self.kind == "sigmoid":
+            truth = targets.astype(np.int8)
+            if self._none is None:
+                return truth
+            none = truth[:, [self._none]]
+            return np.concatenate([np.where(none < 0, -1, 1 - none), truth], axis=1).astype(np.int8)
+        truth = (targets[:, None] == np.arange(1, self.outputs)).astype(np.int8)
+        return (
+            truth if self.outputs == 2 else np.concatenate([truth.max(axis=1, keepdims=True), truth], axis=1)
+        )
+
+    def answer(self, name):
+        """The Answer of a class or finding. InputError if there is none of this name."""
+        if name in (ANY_DISEASE, ANY_FINDING) and name in self.findings and name not in self.classes:
+            return Answer(self._none, -1, self.kind)
+        if name not in self.classes:
+            raise InputError(
+                f"{name} is not one of {', '.join(dict.fromkeys((*self.classes, *self.findings)))}"
+            )
+        return Answer(self.classes.index(name), 1, self.kind)
+
+    # ------------------------------------------------------------ training
 
     def class_weights(self, targets):
-        """n / (K n_k) for every class k, float32 [K]: 1 on average over the images."""
+        """What balances the loss, float32 [K]. softmax: n / (K n_k) for every class k, 1 on average over the
+        images. sigmoid: negatives / positives of every finding, for `pos_weight`; 1 where it has none."""
+        targets = np.asarray(targets)
+        if self.kind == "sigmoid":
+            positives, negatives = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
+            return np.where(positives * negatives, negatives / np.maximum(positives, 1), 1).astype(np.float32)
         counts = np.bincount(targets, minlength=self.outputs)
         return (len(targets) / (self.outputs * np.maximum(counts, 1))).astype(np.float32)
 
     def losses(self, logits, targets, class_weights=None, label_smoothing=0.0):
-        """Cross-entropy of every image, times its class weight: logits [B, K], targets [B] -> tensor [B].
+        """The loss of every image: logits [B, K], targets [B] or [B, K] -> tensor [B].
 
-        A batch's loss is the sum of these over the sum of `weights`, whoever computes which part of it."""
+        softmax: cross-entropy times the class weight. sigmoid: the sum over the known findings of binary
+        cross-entropy, its positive part times `class_weights`; unknown findings add nothing. A batch's loss
+        is the sum of these over the sum of `weights`, whoever computes which part of it."""
         from torch.nn import functional as F  # here, not above: reports need no torch
 
+        if self.kind == "sigmoid":
+            known = targets >= 0
+            wanted = targets.clamp(min=0).to(logits.dtype)
+            wanted = wanted * (1 - label_smoothing) + label_smoothing / 2
+            each = F.binary_cross_entropy_with_logits(
+                logits, wanted, pos_weight=class_weights, reduction="none"
+            )
+            return (each * known).sum(dim=1)
         return F.cross_entropy(
             logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
         )
 
     def weights(self, targets, class_weights=None):
-        """What each image counts for in the mean loss: targets [B] -> tensor [B]."""
+        """What each image counts for in the mean loss: targets [B] or [B, K] -> tensor [B]; sigmoid: the
+        number of its known findings."""
+        if self.kind == "sigmoid":
+            return (targets >= 0).sum(dim=1).float()
         if class_weights is None:
             return targets.new_ones(targets.shape, dtype=None).float()
         return class_weights[targets]

@@ -26,11 +26,32 @@ from objective import Supervised
 from vit import PixelLinear
 
 
-def fold(fitted, scaler):
-    """A LogisticRegression on standardised features -> (weight [K, D], bias [K]) on unscaled ones."""
+def fit(features, targets, C, task):
+    """Logistic regression on standardised features [N, D] -> (weight [K, D], bias [K]) on unscaled ones.
+
+    Classes: one multinomial model. Findings: a model each, on the images whose label is known; one that has
+    no positive or no negative image gets the same small or great score everywhere."""
+    scaler = StandardScaler()
+    scaled = scaler.fit_transform(features)
+    if task.kind == "softmax":
+        return fold(LogisticRegression(C=C, max_iter=2000).fit(scaled, targets), scaler, both=True)
+    rows = []
+    for k in range(task.outputs):
+        known = targets[:, k] >= 0
+        y = targets[known, k]
+        if 0 < y.sum() < len(y):
+            rows.append(fold(LogisticRegression(C=C, max_iter=2000).fit(scaled[known], y), scaler))
+        else:
+            rows.append((np.zeros((1, features.shape[1])), np.log([(y.sum() + 0.5) / ((1 - y).sum() + 0.5)])))
+    return tuple(np.concatenate(parts) for parts in zip(*rows))
+
+
+def fold(fitted, scaler, both=False):
+    """A LogisticRegression on standardised features -> (weight [K, D], bias [K]) on unscaled ones; `both`: of
+    two classes a row each, where scikit-learn keeps one row of log-odds."""
     weight = fitted.coef_ / scaler.scale_  # [1 or K, D]
     bias = fitted.intercept_ - weight @ scaler.mean_
-    if len(weight) == 1:  # two classes: scikit-learn keeps one row of log-odds
+    if both and len(weight) == 1:
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     return weight, bias
 
@@ -57,10 +78,8 @@ def main():
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
     model = PixelLinear(num_classes=task.outputs).eval()
-    scaler = StandardScaler()
     pooled = engine.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
-    fitted = LogisticRegression(C=args.C, max_iter=2000).fit(scaler.fit_transform(pooled), train.targets)
-    weight, bias = fold(fitted, scaler)
+    weight, bias = fit(pooled, train.targets, args.C, task)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight))
         model.head.bias.copy_(torch.from_numpy(bias))
@@ -69,8 +88,9 @@ def main():
     row = {"lr": 0.0, "seconds": seconds}
     for name, subset in (("train", train), ("val", val)):
         logits = engine.predict(model, subset, inputs)
-        row[f"{name}_loss"] = float(task.losses(logits, torch.from_numpy(subset.targets)).mean())
-    row |= Supervised(task).watch(val.targets, logits)
+        targets = torch.from_numpy(subset.targets)
+        row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
+        row |= Supervised(task).watch(subset.targets, logits, name)
     results = {
         "model": "linear",
         "model_config": {"kind": "linear", **model.config},
@@ -80,7 +100,7 @@ def main():
         "mean": inputs.mean,
         "std": inputs.std,
         "input_range": data.input_range(train),
-        "params": fitted.coef_.size + len(fitted.intercept_),
+        "params": (len(weight) - (task.outputs == 2 and task.kind == "softmax")) * (weight.shape[1] + 1),
         "minutes": seconds / 60,
         "synthetic": split["synthetic"],
         "best_epoch": 1,

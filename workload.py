@@ -125,7 +125,7 @@ class Ours:
         """The images as a Subset; `fresh`: without a cache."""
         cache = self.work / f"fresh{time.monotonic_ns()}" if fresh else self.config.cache_dir
         how = {"size": self.args.img_size, "resize": "squash", "skip_bad": False}
-        images, _, _ = load_images(self.folder, self.files, **how, cache_dir=cache, name="train")
+        images = load_images(self.folder, self.files, **how, cache_dir=cache, name="train").images
         return data.Subset([self.files[r] for r in self.rows], self.targets, images, self.rows)
 
     def model(self, name, size=None):

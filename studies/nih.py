@@ -38,7 +38,7 @@ def load_nih(folder, config):
             f"and {len(found[1])} with pneumonia, consolidation or infiltration; both groups are needed"
         )
     files, targets = found[0] + found[1], np.repeat([0, 1], [len(found[0]), len(found[1])])
-    images, rows, _ = load_images(
+    images, rows, *_ = load_images(
         folder,
         files,
         size=config.img_size,

@@ -17,11 +17,11 @@ import torch
 import torchvision.transforms.functional as TF
 
 import augment
-import data
 import demo
 import images
 import inputs
 from common import InputError
+from index import list_images, patient_id
 from tests.shared import NONE, folder_bytes, picture_batch, touch
 
 
@@ -155,16 +155,16 @@ def test_synthetic_set(tmp_path, synthetic):
     demo.make_synthetic(a, train=16, test=8)
     assert os.stat(a / "SYNTHETIC").st_mtime_ns == stamp  # kept, not drawn again
     demo.make_synthetic(a, train=24, test=8)
-    assert len(data.list_images(a, "train")[0]) == 24  # another size: drawn again
-    files, labels, *_ = data.list_images(synthetic, "train")
+    assert len(list_images(a, "train")[0]) == 24  # another size: drawn again
+    files, labels, *_ = list_images(synthetic, "train")
     assert np.bincount(labels).tolist() == [36, 60]  # three in eight are NORMAL
-    assert np.bincount(data.list_images(synthetic, "test")[1]).tolist() == [15, 25]
+    assert np.bincount(list_images(synthetic, "test")[1]).tolist() == [15, 25]
     assert all(
         re.match(r"(person\d+_(bacteria|virus)_\d+|IM-\d{4}-\d{4})\.jpeg$", Path(f).name) for f in files
     )
-    assert len({data.patient_id(f) for f in files}) < 96  # some patients have several images
+    assert len({patient_id(f) for f in files}) < 96  # some patients have several images
     train, test = (
-        np.stack([images.decode(synthetic / f, 32) for f in data.list_images(synthetic, s)[0]])
+        np.stack([images.decode(synthetic / f, 32) for f in list_images(synthetic, s)[0]])
         for s in ("train", "test")
     )
     assert test.mean() < train.mean() - 5 and test.std(axis=(1, 2)).mean() < train.std(axis=(1, 2)).mean()

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import common
-import data
 import engine
 import intervals
 import metrics
 import tensors
+from index import patient_id
 from run import Run
 from tests.fixtures import FLOOR
 from tests.shared import (
@@ -157,7 +157,7 @@ def test_calibration_json_holds_guarantee_temperature_intervals(bench):
     got = common.read_json(bench / "outputs/linear/calibration.json")
     with np.load(bench / "outputs/linear/scores.npz") as file:
         s = dict(file)
-    groups = [data.patient_id(f) for f in s["val_files"]]
+    groups = [patient_id(f) for f in s["val_files"]]
     thr, recall, precision = metrics.choose_threshold_with_guarantee(
         s["val_labels"], s["val_p1"], 0.9, 0.9, groups
     )

@@ -12,9 +12,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-import data
 import demo
 import images
+from index import list_images
+from split import split_train_val
 from tests.shared import SCRIPTS, cli, copy_set, read_json, refused, succeed
 
 
@@ -155,8 +156,8 @@ def test_linear_is_scikit_learns_logistic_regression(runs, synthetic):
         decoded = np.stack([images.decode(synthetic / str(f), 64) for f in files]) / 255
         return decoded.reshape(len(files), 32, 2, 32, 2).mean((2, 4)).reshape(len(files), 1024)
 
-    files, labels, *_ = data.list_images(synthetic, "train")
-    train, val = data.split_train_val(files, labels)
+    files, labels, *_ = list_images(synthetic, "train")
+    train, val = split_train_val(files, labels)
     scaler = StandardScaler().fit(pixels([files[i] for i in train]))
     fitted = LogisticRegression(C=0.01, max_iter=2000)
     fitted.fit(scaler.transform(pixels([files[i] for i in train])), labels[train])

@@ -15,8 +15,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import data
+import split
 from common import InputError
+from index import find_root, list_images, patient_id
 from inputs import Inputs
+from split import split_train_val
 from tests.shared import CPU, SHARED, touch
 
 
@@ -34,7 +37,7 @@ from tests.shared import CPU, SHARED, touch
     ],
 )
 def test_patient_id(name, patient):
-    assert data.patient_id(name) == patient
+    assert patient_id(name) == patient
 
 
 def test_any_other_name_is_a_patient_of_its_own():
@@ -48,11 +51,11 @@ def test_any_other_name_is_a_patient_of_its_own():
         "train/NORMAL/person.png",
         "train/NORMAL/IM.png",
     ]
-    assert len({data.patient_id(n) for n in names}) == len(names)
+    assert len({patient_id(n) for n in names}) == len(names)
     files = [f"train/{c}/{i}.png" for c in data.CLASSES for i in range(12)]
     labels = np.arange(24) // 12
-    _, plain = data.split_train_val(files, labels, "image")
-    _, val = data.split_train_val(files, labels, "patient")
+    _, plain = split_train_val(files, labels, "image")
+    _, val = split_train_val(files, labels, "patient")
     assert np.bincount(labels[val]).tolist() == np.bincount(labels[plain]).tolist()
 
 
@@ -72,7 +75,7 @@ def test_listing(tmp_path):
         "__MACOSX/train/NORMAL/._a.jpg",
         "val/NORMAL/official.jpeg",
     )
-    files, labels, *_ = data.list_images(data.find_root(tmp_path), "train")
+    files, labels, *_ = list_images(find_root(tmp_path), "train")
     assert files == [
         "train/NORMAL/a.jpg",
         "train/NORMAL/b.JPEG",
@@ -80,24 +83,24 @@ def test_listing(tmp_path):
         "train/PNEUMONIA/x.jpeg",
     ]
     assert labels.tolist() == [0, 0, 0, 1]
-    assert data.list_images(tmp_path, "train", ("PNEUMONIA", "NORMAL"))[1].tolist() == [0, 1, 1, 1]
+    assert list_images(tmp_path, "train", ("PNEUMONIA", "NORMAL"))[1].tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("nested", ["", "chest_xray", "chest_xray/chest_xray"])
 def test_nested_folder_of_the_kaggle_zip(tmp_path, nested):
     touch(tmp_path, "__MACOSX/chest_xray/._train", f"{nested}/train/NORMAL/a.jpeg".lstrip("/"))
-    assert data.find_root(tmp_path) == tmp_path / nested
+    assert find_root(tmp_path) == tmp_path / nested
 
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(InputError, match="(?s)--data-dir.*--download.*--demo"):
-        data.find_root(tmp_path)
+        find_root(tmp_path)
     touch(tmp_path, "train/NORMAL/a.jpeg")
     with pytest.raises(InputError, match="PNEUMONIA"):
-        data.list_images(tmp_path, "train")
+        list_images(tmp_path, "train")
     touch(tmp_path, "train/PNEUMONIA/.DS_Store")
     with pytest.raises(InputError, match="PNEUMONIA holds no"):
-        data.list_images(tmp_path, "train")
+        list_images(tmp_path, "train")
 
 
 def made_up_listing(seed=0):
@@ -117,15 +120,15 @@ def made_up_listing(seed=0):
 
 
 def shared_images(files, train, val):
-    ids = {data.patient_id(files[i]) for i in train}
-    return sum(data.patient_id(files[i]) in ids for i in val)
+    ids = {patient_id(files[i]) for i in train}
+    return sum(patient_id(files[i]) in ids for i in val)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_patient_split_has_the_counts_of_the_plain_split(seed):
     files, labels = made_up_listing(seed)
-    train, val = data.split_train_val(files, labels, "patient", 0.2, seed)
-    plain_train, plain_val = data.split_train_val(files, labels, "image", 0.2, seed)
+    train, val = split_train_val(files, labels, "patient", 0.2, seed)
+    plain_train, plain_val = split_train_val(files, labels, "image", 0.2, seed)
     assert sorted([*train, *val]) == list(range(len(files))) == sorted([*plain_train, *plain_val])
     assert np.bincount(labels[val]).tolist() == np.bincount(labels[plain_val]).tolist()
     assert len(val) == math.ceil(0.2 * len(files))
@@ -133,8 +136,8 @@ def test_patient_split_has_the_counts_of_the_plain_split(seed):
 
 
 def test_image_split_is_scikit_learns(synthetic):
-    files, labels, *_ = data.list_images(synthetic, "train")
-    train, val = data.split_train_val(files, labels, "image", 0.2, 3)
+    files, labels, *_ = list_images(synthetic, "train")
+    train, val = split_train_val(files, labels, "image", 0.2, 3)
     expected = sklearn.model_selection.train_test_split(
         np.arange(96), test_size=0.2, stratify=labels, random_state=3
     )
@@ -146,7 +149,7 @@ def test_split_depends_on_names_and_seed_alone(mode):
     files, labels = made_up_listing()
 
     def names(order, seed):
-        train, val = data.split_train_val([files[i] for i in order], labels[order], mode, 0.2, seed)
+        train, val = split_train_val([files[i] for i in order], labels[order], mode, 0.2, seed)
         return frozenset(files[order[i]] for i in train), frozenset(files[order[i]] for i in val)
 
     order = np.arange(len(files))
@@ -158,7 +161,7 @@ def test_split_depends_on_names_and_seed_alone(mode):
 def test_patient_with_both_classes_stays_whole():
     files = [f"train/X/person{p}_virus_{k}.jpeg" for p in range(40) for k in range(3)]
     labels = np.array([(p + (k == 2)) % 2 if p % 5 == 0 else p % 2 for p in range(40) for k in range(3)])
-    train, val = data.split_train_val(files, labels)
+    train, val = split_train_val(files, labels)
     assert shared_images(files, train, val) == 0 and len(train) + len(val) == 120
     assert (
         np.abs(np.bincount(labels[val]) - [12, 12]).max() <= 1
@@ -167,7 +170,7 @@ def test_patient_with_both_classes_stays_whole():
 
 @given(sizes=st.lists(st.integers(1, 12), max_size=9), target=st.integers(0, 60))
 def test_nearest_subset_against_brute_force(sizes, target):
-    chosen = data._nearest_subset(sizes, target)
+    chosen = split._nearest_subset(sizes, target)
     assert len(set(chosen)) == len(chosen)
     found = sum(sizes[i] for i in chosen)
     sums = [sum(c) for n in range(len(sizes) + 1) for c in itertools.combinations(sizes, n)]
@@ -191,7 +194,7 @@ def test_patient_split_against_brute_force(sizes, seed):
             labels += [label] * size
     labels = np.array(labels)
     assume(np.bincount(labels).min() >= 5)
-    _, plain = data.split_train_val(files, labels, "image", 0.2, seed)
+    _, plain = split_train_val(files, labels, "image", 0.2, seed)
     best, possible = [], True
     for label, patients in enumerate(sizes):
         target = (labels[plain] == label).sum()
@@ -200,7 +203,7 @@ def test_patient_split_against_brute_force(sizes, seed):
         nearest = {s for s in sums if abs(s - target) == best[-1]}
         possible &= not nearest & {0, sum(patients)}
     try:
-        train, val = data.split_train_val(files, labels, "patient", 0.2, seed)
+        train, val = split_train_val(files, labels, "patient", 0.2, seed)
     except InputError:
         assert not possible
         return
@@ -211,9 +214,9 @@ def test_patient_split_against_brute_force(sizes, seed):
 
 def test_split_errors():
     with pytest.raises(InputError):
-        data.split_train_val(["a.png", "b.png", "c.png"], [0, 1, 1])
+        split_train_val(["a.png", "b.png", "c.png"], [0, 1, 1])
     with pytest.raises(InputError, match="patients"):  # ten images of one patient cannot be on both sides
-        data.split_train_val(
+        split_train_val(
             [f"person1_virus_{i}.jpeg" for i in range(10)] + [f"x{i}.jpeg" for i in range(10)],
             [1] * 10 + [0] * 10,
         )
@@ -223,16 +226,16 @@ def test_real_split():
     root = SHARED / "chest_xray"
     if not root.is_dir():
         pytest.skip("no real data here")
-    files, labels, *_ = data.list_images(root, "train")
-    assert (len(files), len(data.list_images(root, "test")[0])) == (5216, 624)
-    ids = [{data.patient_id(f) for f, y in zip(files, labels) if y == k} for k in (0, 1)]
+    files, labels, *_ = list_images(root, "train")
+    assert (len(files), len(list_images(root, "test")[0])) == (5216, 624)
+    ids = [{patient_id(f) for f, y in zip(files, labels) if y == k} for k in (0, 1)]
     assert [len(i) for i in ids] == [1211, 1635] and not ids[0] & ids[1]
     for seed in (0, 1):
-        train, val = data.split_train_val(files, labels, "patient", 0.2, seed)
+        train, val = split_train_val(files, labels, "patient", 0.2, seed)
         assert (len(train), len(val)) == (4172, 1044)
         assert np.bincount(labels[train]).tolist() == [1073, 3099]
         assert shared_images(files, train, val) == 0
-        train, val = data.split_train_val(files, labels, "image", 0.2, seed)
+        train, val = split_train_val(files, labels, "image", 0.2, seed)
         assert np.bincount(labels[train]).tolist() == [1073, 3099]
         assert 0.39 <= shared_images(files, train, val) / 1044 <= 0.62
 
@@ -280,7 +283,7 @@ def test_pixel_fingerprint_sees_names_labels_pixels_and_order(small_set):
 )
 def test_names_that_tell_no_patient_are_counted(tmp_path, names, unknown):
     touch(tmp_path, *(f"train/{c}/{n}.png" for c in data.CLASSES for n in names))
-    index = data.list_images(tmp_path, "train")
+    index = list_images(tmp_path, "train")
     assert index.unknown == 2 * unknown and len(index.files) == len(index.patients) == 2 * len(names)
 
 

@@ -530,9 +530,11 @@ def load_small(config, **changes):
     root = Path(config.data_dir)
     files = sorted(p.relative_to(root).as_posix() for p in root.glob("train/*/*"))
     settings = dict(size=config.img_size, resize="squash", cache_dir=config.cache_dir, skip_bad=False)
-    pixels, rows, sizes = images.load_images(root, files, **{**settings, "name": "train", **changes})
+    pixels, rows, levels, sizes = images.load_images(root, files, **{**settings, "name": "train", **changes})
     assert rows.dtype == np.int64 and pixels.dtype == np.uint8
     assert sizes == {"width": [20, 20], "height": [20, 20]}  # of the originals
+    expected = [(image.mean() / 255, image.std() / 255) for image in pixels[rows]]
+    assert np.allclose(levels, expected, atol=1e-12)
     return files, np.array(pixels), rows.tolist()
 
 
@@ -617,12 +619,12 @@ def test_caches_of_other_settings_do_not_mix(small_set):
     assert pixels[files.index("train/NORMAL/new.png")].max() == 7 and len(pixels) == 25
 
 
-def test_cache_of_an_earlier_version_stays_valid(small_set):
-    """The key and the file's name are those of version 3: changing either would decode every set again."""
+def test_cache_of_this_version_stays_valid(small_set):
+    """The key and the file's name are those of version 4: changing either would decode every set again."""
     files, _, _ = load_small(small_set)
     root = Path(small_set.data_dir)
     stats = [os.stat(root / file) for file in files]
-    key = [3, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
+    key = [4, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
     assert json.loads(cache_file(small_set).with_suffix(".json").read_text())["key"] == sha256(key)
     place = sha256([str(root.resolve()), "train", 16, "squash"])[:8]
     assert cache_file(small_set).name == f"set-train-16-squash-{place}.npy"

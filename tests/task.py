@@ -25,18 +25,19 @@ def test_scores_do_not_saturate():
     assert Task().scores(logits, 2.0)[2, 0] == pytest.approx(1 / (1 + math.exp(1)), rel=1e-12)
 
 
-def test_columns_of_findings():
-    """K classes are K - 1 findings; scores are softmax's columns, truth says which."""
+def test_columns_of_classes():
+    """K classes: "any disease", then a column for every class but the healthy one."""
     task = Task(("healthy", "a", "b"))
     logits = np.random.default_rng(0).normal(0, 3, (20, 3))
-    assert np.allclose(
-        task.scores(logits, 1.5), scipy.special.softmax(logits / 1.5, axis=1)[:, 1:], atol=1e-12
-    )
-    assert task.findings == ("a", "b") and task.outputs == 3
-    assert task.truth([0, 1, 2]).tolist() == [[0, 0], [1, 0], [0, 1]] and task.truth([0]).dtype == np.int8
-    assert Task().findings == ("PNEUMONIA",)
-    for classes in ((), ("a",), ("a", "a")):
-        with pytest.raises(InputError, match="two or more"):
+    p = scipy.special.softmax(logits / 1.5, axis=1)
+    expected = np.stack([1 - p[:, 0], p[:, 1], p[:, 2]], axis=1)
+    assert np.allclose(task.scores(logits, 1.5), expected, atol=1e-12)
+    assert task.findings == ("any disease", "a", "b") and task.outputs == 3
+    assert task.truth([0, 1, 2]).tolist() == [[0, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert task.truth([0]).dtype == np.int8
+    assert Task().findings == ("PNEUMONIA",) and Task().truth([0, 1]).tolist() == [[0], [1]]
+    for classes in ((), ("a",), ("a", "a"), ("healthy", "any disease", "b")):
+        with pytest.raises(InputError, match="different classes"):
             Task(classes)
 
 

@@ -1,0 +1,241 @@
+"""The tables of the report for tasks with several findings, as blocks for render.py. No torch, no drawing."""
+
+import itertools
+
+import numpy as np
+
+from entries import families
+from intervals import compare_mean_auroc
+from operating import LEAST
+from render import Heading, Paragraph, Table
+from report import HEADER, floors, interval, method_rows, missing_blocks, unique, with_interval
+
+MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
+
+
+def section(entries, shown):
+    """The blocks of one test set: long tables of `shown`, where an ensemble stands for its members."""
+    blocks = main_blocks(entries) + finding_blocks(shown) + promise_blocks(shown)
+    if entries[0].task.kind == "softmax":
+        blocks += class_blocks(shown)
+    return blocks + pair_blocks(shown) + method_blocks(entries)
+
+
+def span(figure):
+    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
+    return f"{figure['value']:.3f} {interval(figure['lo'], figure['hi'])}"
+
+
+def shown_means(entries):
+    """The keys of MEANS that these entries have."""
+    return [k for k in MEANS if all(k in e.summary["test"] for e in entries)]
+
+
+# ---------------------------------------------------------------- all findings together
+
+
+def main_blocks(entries):
+    """One row a model: figures over all findings."""
+    first, keys, rows = entries[0], shown_means(entries), []
+    for e in entries:
+        val = e.summary["val"].get("auroc")
+        cells = [
+            f"{e.results['params'] / 1e6:.2f}",
+            f"{e.minutes:.1f}",
+            f"{val['value']:.3f}" if val else "-",
+        ]
+        rows.append([e.name, *cells, *(span(e.summary["test"][k]) for k in keys)])
+    for family in families(entries):
+        values = np.array([[e.summary["test"][k]["value"] for k in keys] for e in family])
+        spread = [f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(axis=0), values.std(axis=0, ddof=1))]
+        val = [e.summary["val"]["auroc"]["value"] for e in family if "auroc" in e.summary["val"]]
+        cells = [f"{family[0].results['params'] / 1e6:.2f}", f"{np.mean([e.minutes for e in family]):.1f}"]
+        cells.append(f"{np.mean(val):.3f} ± {np.std(val, ddof=1):.3f}" if len(val) > 1 else "-")
+        rows.append([f"{family[0].base}, mean ± sd of {len(family)} seeds", *cells, *spread])
+    head = [*HEADER[:3], "Mean AUROC val", *(f"{MEANS[k]} test" for k in keys)]
+    blocks = [Heading(2, ("SYNTHETIC data set, not patients: " if first.synthetic else "") + first.set)]
+    blocks += [Paragraph(main_text(entries)), Table(head, rows)]
+    return blocks + missing_blocks(entries)
+
+
+def main_text(entries):
+    """What the main table shows, as text."""
+    first = entries[0]
+    used, asked = first.summary["test"]["findings"], first.task.findings[first.task.averaged]
+    text = f"Test: {len(first.columns['test'].files)} images. "
+    if first.task.kind == "softmax":
+        text += (
+            f"{len(first.task.classes)} classes; the screening question is {first.task.findings[0]!r}, "
+            f"1 - P({first.task.classes[0]}). Mean AUROC is that of each class against all others; accuracy "
+            "and F1 are those of the most probable class. "
+        )
+    else:
+        text += f"{len(asked)} findings, any number of them in an image. "
+    left_out = [name for name in asked if name not in used]
+    if left_out:
+        text += (
+            f"Means are over the {len(used)} findings with at least {LEAST} images with and without them, so "
+            f"not over {', '.join(left_out)}. "
+        )
+    drawn = "whole patients" if first.columns["test"].patients_known else "images (patients unknown)"
+    return text + f"Intervals: 95%, bootstrap of {drawn}."
+
+
+# ---------------------------------------------------------------- finding by finding
+
+
+def names(entries):
+    """Names of the findings, in the order of the task."""
+    return entries[0].task.findings
+
+
+def positives(entry, side, k):
+    """Images of a side with finding number k."""
+    return int((entry.columns[side].truth[:, k] == 1).sum())
+
+
+def finding_blocks(entries):
+    """A row a finding and model."""
+    rows, reasons = [], []
+    for (k, name), e in itertools.product(enumerate(names(entries)), entries):
+        found = e.found[name]
+        val, test = (found["curves"].get(side) for side in ("val", "test"))
+        cells = [" + ".join(str(positives(e, side, k)) for side in ("val", "test"))]
+        cells.append(f"{val['auroc']['value']:.3f}" if val else "-")
+        cells += [span(test["auroc"]), span(test["auprc"])] if test else ["-", "-"]
+        if "why_not" in found:
+            cells += ["-"] * 4
+            reasons.append(f"{name} ({found['why_not']})")
+        else:
+            at_rec = found["test"]["at_rec"]
+            cells += [f"{at_rec['thr']:.4f}", f"{found['val']['at_rec']['recall']:.3f}"]
+            cells += [with_interval(at_rec, key) for key in ("recall", "specificity")]
+        rows.append([f"{name}: {e.name}", *cells])
+    text = (
+        f"@Rec is each finding's threshold of highest precision among those with a validation recall >= "
+        f"{floors(entries)}, applied unchanged to test. A finding that is rare in validation has a threshold "
+        "that rests on few images: its test recall may be far from the floor. AUPRC of a model that knows "
+        "nothing is the share of positives."
+    )
+    if reasons:
+        text += f" No threshold: {unique(reasons)}."
+    head = ["Finding: model", "Positives val + test", "AUROC val", "AUROC test", "AUPRC test", "Thr @Rec"]
+    head += ["Recall val", "Recall test", "Specificity test"]
+    return [Heading(3, "Finding by finding"), Paragraph(text), Table(head, rows)]
+
+
+def promise_blocks(entries):
+    """The guaranteed thresholds, where there are any."""
+    rows, refused = [], []
+    for name, e in itertools.product(names(entries), entries):
+        guarantee = e.found[name].get("guarantee")
+        if guarantee and guarantee["threshold"] is not None:
+            test = e.found[name]["test"]["at_guaranteed"]
+            cells = [
+                f"{guarantee['positive_patients']}",
+                f"{guarantee['confidence']:.4g}",
+                f"{test['thr']:.4f}",
+            ]
+            rows.append(
+                [f"{name}: {e.name}", *cells, *(with_interval(test, k) for k in ("recall", "specificity"))]
+            )
+        elif guarantee:
+            refused.append(name)
+    if not rows:
+        text = f"No finding has enough patients for a guaranteed recall of {floors(entries)} (@Guar)."
+        return [Paragraph(text)]
+    joint = [e.calibration["jointly"] for e in entries if e.calibration["jointly"]]
+    text = (
+        f"@Guar has a true recall >= {floors(entries)} with the confidence given, for new patients like the "
+        "validation patients, by the Neyman-Pearson umbrella rule. "
+    )
+    if joint:
+        text += (
+            f"The floors of all {joint[0]['findings']} findings hold at once with confidence "
+            f"{joint[0]['confidence']:g}, by the union bound. "
+        )
+    else:
+        text += (
+            "Each holds for its finding alone, not for all at once; calibrate.py --jointly asks for that. "
+        )
+    if refused:
+        text += f"Too few patients for it: {unique(refused, ', ')}. "
+    text += "No such promise survives a shift in the data."
+    head = [
+        "Finding: model",
+        "Patients with it, val",
+        "Confidence",
+        "Thr @Guar",
+        "Recall test",
+        "Specificity test",
+    ]
+    return [Heading(3, "What the thresholds promise"), Paragraph(text), Table(head, rows)]
+
+
+def class_blocks(entries):
+    """Precision, recall and F1 of every class, and the confusion matrix, of the most probable class."""
+    blocks = [Heading(3, "The most probable class")]
+    text = (
+        "Each image is given its most probable class; no threshold. Recall with Wilson's 95% interval. The "
+        "matrix counts images of the test set; rows: truth, columns: decision."
+    )
+    blocks.append(Paragraph(text))
+    classes = entries[0].task.classes
+    for e in entries:
+        rows = []
+        summary = e.summary["test"]
+        for name, counts in zip(classes, summary["confusion"]):
+            c = summary["classes"][name]
+            recall = f"{c['recall']:.3f} {interval(*c['recall_interval'])}" if c["recall_interval"] else "-"
+            rows.append(
+                [name, str(c["n"]), f"{c['precision']:.3f}", recall, f"{c['f1']:.3f}", *map(str, counts)]
+            )
+        head = ["Class", "Images", "Precision", "Recall", "F1", *(f"→ {name}" for name in classes)]
+        blocks += [Paragraph(f"{e.name}:"), Table(head, rows)]
+    return blocks
+
+
+# ---------------------------------------------------------------- pairs, method
+
+
+def pair_blocks(entries):
+    """Every two models on the same test images, by mean AUROC."""
+    rows = []
+    for a, b in itertools.combinations(entries, 2):
+        both = [n for n in a.summary["test"]["findings"] if n in b.summary["test"]["findings"]]
+        if not both:
+            continue
+        columns, test = [names(entries).index(n) for n in both], a.columns["test"]
+        scores = (e.columns["test"].scores[:, columns] for e in (a, b))
+        draws = a.calibration["bootstrap"]
+        d = compare_mean_auroc(test.truth[:, columns], *scores, test.patients, draws)
+        word = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
+        cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
+        rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, word])
+    if not rows:
+        return []
+    drawn = "whole patients" if entries[0].columns["test"].patients_known else "images (patients unknown)"
+    text = (
+        "Difference of the mean AUROC on the same test images, 95% interval by a paired bootstrap of "
+        f"{drawn}; not corrected for the number of pairs."
+    )
+    head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
+    return [Heading(3, "Which model is better"), Paragraph(text), Table(head, rows)]
+
+
+def method_blocks(entries):
+    """How this was evaluated."""
+    first = entries[0]
+    kinds = {"softmax": "the class folder of each image", "sigmoid": "the table of findings"}
+    counted = []
+    for side in ("val", "test"):
+        known = first.columns[side].truth >= 0
+        rates = (first.columns[side].truth == 1).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        counted.append(f"{side}: " + ", ".join(f"{n} {r:.1%}" for n, r in zip(first.task.findings, rates)))
+    rule = (
+        f"@Rec, a finding at a time: highest precision with validation recall >= {floors(entries)}, exact "
+        "over all scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation and applied "
+        "unchanged to test; unknown labels are left out"
+    )
+    rows = method_rows(entries, kinds[first.task.kind], "; ".join(counted), rule)
+    return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]

@@ -1,0 +1,410 @@
+"""Which images there are, what is asked of them, and whose they are: from class folders or from a table.
+
+Only names and tables are read here; no image is opened.
+"""
+
+import csv
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import InputError, check_regular, say
+from images import EXTENSIONS
+from task import CLASSES, HEALTHY, is_healthy
+
+PARTS = ("train", "val", "test")
+NIH_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+NIH_FINDINGS = (
+    "No Finding Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration "
+    "Mass Nodule Pleural_Thickening Pneumonia Pneumothorax"
+).replace("No Finding", "No_Finding")
+NIH_FINDINGS = tuple(name.replace("No_F", "No F") for name in NIH_FINDINGS.split())
+LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
+LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": -1}
+
+
+class Index(NamedTuple):
+    """files: [N] names relative to the data folder; targets: int64 [N] class numbers, or int8 [N, K] of
+    findings (1 present, 0 absent, -1 unknown); patients: [N] names; known: bool [N], whether that name is a
+    patient's or stands for one image; part: [N] the published side, "train", "val", "test", or "" if there is
+    none."""
+
+    files: list
+    targets: np.ndarray
+    patients: list
+    known: np.ndarray
+    part: np.ndarray
+
+    def take(self, positions):
+        """The Index of these positions."""
+        files, patients = ([v[i] for i in positions] for v in (self.files, self.patients))
+        return Index(files, self.targets[positions], patients, self.known[positions], self.part[positions])
+
+    @property
+    def unknown(self):
+        """Number of images whose patient is not known."""
+        return int((~self.known).sum())
+
+
+def same_name(files):
+    """`known` where only file names tell: whether `patient_id` finds a patient in them."""
+    return np.array([patient_id(f) != f for f in files], dtype=bool)
+
+
+def patient_id(name):
+    """The patient in a file name of the Kermany set; any other name stands for a patient of its own.
+
+    person1000_virus_1681.jpeg -> person1000; NORMAL2-IM-0587-0001-0002.jpeg -> NORMAL2-IM-0587.
+    The numbers of the test set start again from 1, so ids compare within one split only.
+    """
+    match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", Path(name).stem)
+    return match[1] or match[2] if match else name
+
+
+# ---------------------------------------------------------------- class folders
+
+
+def find_root(data_dir, classes=CLASSES):
+    """The folder that holds train/: `data_dir`, or the one folder in it (to depth 2) that does.
+
+    InputError if there is none, or several."""
+    level = [Path(data_dir)]
+    for _ in range(3):
+        found = [folder for folder in level if (folder / "train").is_dir()]
+        usual = [folder for folder in found if folder.name == "chest_xray"]
+        if len(found) > 1 and len(usual) != 1:
+            raise InputError(
+                f"{data_dir} holds several sets ({', '.join(map(str, found))}): name one with --data-dir"
+            )
+        if found:
+            return (usual or found)[0]
+        level = [
+            sub
+            for folder in level
+            if folder.is_dir()
+            for sub in sorted(folder.iterdir())
+            if sub.is_dir() and not sub.name.startswith((".", "__MACOSX"))
+        ]
+    raise InputError(
+        f"no data: {data_dir} has no train/ folder. Four ways to get one:\n"
+        "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
+        "  --labels FILE    a table of findings instead of class folders\n"
+        "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
+        "  --demo           draw a small synthetic set for a first try"
+    )
+
+
+def find_classes(root, healthy=None):
+    """Names of the class folders under root/train, the healthy one first, the others sorted.
+
+    `healthy`: its name, if it is called neither normal nor healthy nor no finding. InputError for fewer than
+    two classes, names that differ in case only, or no (or more than one) healthy class."""
+    folder = Path(root, "train")
+    names = sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))
+    )
+    if len(names) < 2:
+        raise InputError(
+            f"{folder} holds {len(names)} class folders ({', '.join(names)}): a question needs two or more"
+        )
+    for name in names:
+        twins = [other for other in names if other.lower() == name.lower()]
+        if len(twins) > 1:
+            raise InputError(f"{folder} holds {' and '.join(twins)}, which differ in case only: merge them")
+    wanted = (
+        [n for n in names if n.lower() == healthy.lower()] if healthy else list(filter(is_healthy, names))
+    )
+    if healthy and not wanted:
+        raise InputError(f"--healthy {healthy}: {folder} holds {', '.join(names)}")
+    if len(wanted) != 1:
+        found = "more than one" if wanted else "none"
+        raise InputError(
+            f"{found} of the classes {', '.join(names)} is called {', '.join(HEALTHY[:3])}: "
+            "say which is the healthy one with --healthy NAME"
+        )
+    return (*wanted, *(n for n in names if n not in wanted))
+
+
+def list_images(root, part, classes=CLASSES):
+    """The Index of the image files of root/part/<class>/, sorted by name within each class.
+
+    Hidden files, `._*` and __MACOSX are passed over. Only names are read, no file is opened. InputError if a
+    class folder is missing or holds no image, or if there is a folder of a class that is not asked.
+    """
+    files, targets = [], []
+    others = sorted(
+        p.name
+        for p in (Path(root, part).iterdir() if Path(root, part).is_dir() else ())
+        if p.is_dir() and not p.name.startswith((".", "__MACOSX")) and p.name not in classes
+    )
+    for target, name in enumerate(classes):
+        folder = Path(root, part, name)
+        if not folder.is_dir():
+            hint = f"; there is {', '.join(others)}" if others else ""
+            raise InputError(f"{folder} does not exist: each class needs a folder of its own{hint}")
+        with os.scandir(folder) as entries:
+            found = sorted(entry.name for entry in entries if _is_image(entry))
+        if not found:
+            raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")
+        files += [f"{part}/{name}/{f}" for f in found]
+        targets += [target] * len(found)
+    if others:
+        raise InputError(
+            f"{Path(root, part)} holds {', '.join(others)}, which is none of the classes {', '.join(classes)}"
+        )
+    patients = [patient_id(f) for f in files]
+    sides = np.full(len(files), part, dtype="U5")
+    return Index(files, np.array(targets, dtype=np.int64), patients, same_name(files), sides)
+
+
+def _is_image(entry):
+    """Whether a directory entry is an image to be read: no hidden file, named pipe or folder. A broken link
+    is one: decoding it gives the reason."""
+    name = entry.name
+    if not name.lower().endswith(EXTENSIONS) or name.startswith((".", "__MACOSX")):
+        return False
+    return entry.is_file() or not os.path.exists(entry.path)
+
+
+def read_folders(root, classes, parts):
+    """The Index of all images of `parts`, those of PARTS that are read."""
+    found = [list_images(root, part, classes) for part in parts]
+    files, patients = ([v for index in found for v in getattr(index, k)] for k in ("files", "patients"))
+    targets, known, part = (np.concatenate([index[i] for index in found]) for i in (1, 3, 4))
+    return Index(files, targets, patients, known, part)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def find_table(path, data_dir):
+    """The path of a table: as it is, or else inside the data folder. InputError if it is in neither."""
+    for place in (Path(path), Path(data_dir, path)):
+        if place.exists():
+            return place
+    raise InputError(f"--labels {path}: there is no such file, neither here nor in {data_dir}")
+
+
+def open_table(path):
+    """The rows of a CSV file as dicts, read whole: UTF-8, with or without a byte order mark, else Latin-1.
+
+    InputError if it cannot be read, is no table, or names a column twice."""
+    check_regular(path)
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        say(f"note: {path} is not UTF-8; read as Latin-1")
+        text = raw.decode("latin-1")
+    try:
+        reader = csv.reader(text.splitlines(keepends=True))
+        head = [name.strip() for name in next(reader, [])]
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file ({error})") from None
+    twice = {name for name in head if name and head.count(name) > 1}
+    if twice:
+        raise InputError(f"{path} names the column {', '.join(sorted(twice))} twice")
+    for number, row in enumerate(rows, 2):
+        if len(row) > len(head) and any(row[len(head) :]) or len(row) < len(head) and len(row) < 2:
+            raise InputError(f"{path}, row {number}: {len(row)} values for {len(head)} columns")
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    return head, rows
+
+
+def _column(head, row, name):
+    """The value of a column in a row, without spaces around it; "" where the row is too short."""
+    at = head.index(name)
+    return row[at].strip() if at < len(row) else ""
+
+
+def clean_patient(text):
+    """A patient's name; a number that a spreadsheet wrote as a fraction becomes whole again: 12.0 -> 12."""
+    return re.sub(r"^(\d+)\.0+$", r"\1", text.strip())
+
+
+def table_findings(path, findings=()):
+    """Names of the findings in a table: those asked by `findings`, else all, in the table's order (NIH: "No
+    Finding" first, then alphabetically). InputError for a name that the table does not have."""
+    head, rows = open_table(path)
+    if is_nih(head):
+        at = head.index("Finding Labels")
+        seen = {name.strip() for row in rows if at < len(row) for name in row[at].split("|")} - {""}
+        known = (
+            NIH_FINDINGS
+            if seen <= set(NIH_FINDINGS)
+            else tuple(sorted(seen, key=lambda n: (not is_healthy(n), n)))
+        )
+    else:
+        about = {plain_column(head, name) for name in ("path", "patient")}
+        known = tuple(name for name in head if name and name not in about)
+    if absent := [name for name in findings if name not in known]:
+        raise InputError(f"--findings: {path} has no {', '.join(absent)}; it has {', '.join(known)}")
+    if not known:
+        raise InputError(f"{path} has no column of a finding: it needs path, patient, then one a finding")
+    return tuple(findings) or known
+
+
+def is_nih(head):
+    """Whether these are the columns of the NIH ChestX-ray14 table."""
+    return all(name in head for name in NIH_COLUMNS[:2])
+
+
+def plain_column(head, name):
+    """The column of this name in any case, or None."""
+    return next((column for column in head if column.lower() == name), None)
+
+
+def read_table(path, root, findings):
+    """The Index of the images of a table that lie under `root`; says what is left out.
+
+    NIH layout: "Image Index", "Finding Labels" joined by |, "Patient ID", images in root/images*/. Plain
+    layout: path (relative to `root`), patient (may be absent or empty), and a column a finding with 1, 0, or
+    -1 or nothing for unknown. InputError if the table contradicts itself or no row has an image.
+    """
+    head, rows = open_table(path)
+    nih = is_nih(head)
+    name_column = "Image Index" if nih else plain_column(head, "path")
+    patient_column = (
+        ("Patient ID" if "Patient ID" in head else None) if nih else plain_column(head, "patient")
+    )
+    if name_column is None:
+        raise InputError(
+            f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path"
+        )
+    here = find_table_images(root, nih)
+    seen, repeated, absent, used = {}, 0, 0, set()
+    files, targets, patients, known = [], [], [], []
+    read = _nih_labels if nih else _plain_labels
+    for number, row in enumerate(rows, 2):
+        name = _column(head, row, name_column).replace("\\", "/").removeprefix("./")
+        labels = read(path, head, row, number, findings)
+        patient = clean_patient(_column(head, row, patient_column)) if patient_column else ""
+        if name in seen:
+            first, *before = seen[name]
+            if before != [labels, patient]:
+                raise InputError(
+                    f"{path}: {name} stands in row {first} and in row {number} with different findings or "
+                    "patients: keep one of them"
+                )
+            repeated += 1
+            continue
+        seen[name] = number, labels, patient
+        file = here.get(name)
+        if file is None:
+            absent += 1
+            continue
+        files.append(file)
+        used.add(file)
+        targets.append(labels)
+        patients.append(patient or file)
+        known.append(bool(patient))
+    if repeated:
+        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
+    if absent:
+        say(f"note: {path}: {absent} of {len(seen)} images listed are not under {root}; passed over")
+    unlisted = len(here) - len(used)
+    if unlisted:
+        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
+    if not files:
+        where = f"{root}/images*/" if nih else str(root)
+        raise InputError(f"none of the {len(seen)} images listed in {path} is in {where}: check --data-dir")
+    targets = np.array(targets, dtype=np.int8).reshape(len(files), len(findings))
+    return Index(files, targets, patients, np.array(known), np.full(len(files), "", dtype="U5"))
+
+
+def find_table_images(root, nih):
+    """{name in a table: path relative to `root`} of the images under `root`: of the NIH layout the bare names
+    in images*/ and images*/images/, else the relative paths. InputError if a bare name occurs twice."""
+    found, root = {}, Path(root)
+    if not root.is_dir():
+        raise InputError(f"no data: the folder {root} does not exist")
+    tops = sorted(p for p in root.glob("images*") if p.is_dir()) if nih else [root]
+    for top in tops:
+        for folder, folders, names in os.walk(top):
+            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+            place = Path(folder).relative_to(root).as_posix()
+            for name in names:
+                if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
+                    continue
+                file = name if place == "." else f"{place}/{name}"
+                key = name if nih else file
+                if key in found:
+                    raise InputError(f"{name} is in {root} twice: {found[key]} and {file}; keep one of them")
+                found[key] = file
+    return found
+
+
+def _nih_labels(path, head, row, number, findings):
+    """The labels of a row of the NIH layout, a tuple of 0 and 1."""
+    text = _column(head, row, "Finding Labels")
+    present = {name.strip() for name in text.split("|")} - {""}
+    if not present:
+        raise InputError(
+            f"{path}, row {number}: Finding Labels is empty; an image without findings says No Finding"
+        )
+    return tuple(int(name in present) for name in findings)
+
+
+def _plain_labels(path, head, row, number, findings):
+    """The labels of a row of the plain layout, a tuple of 1, 0 and -1."""
+    try:
+        return tuple(LABELS[_column(head, row, name)] for name in findings)
+    except KeyError as error:
+        name = next(n for n in findings if _column(head, row, n) not in LABELS)
+        raise InputError(
+            f"{path}, row {number}: {name} is {str(error.args[0])[:40]!r}, not 1, 0, -1 or empty. If it is "
+            "no finding, name those that are with --findings A,B,C"
+        ) from None
+
+
+def published_lists(index, root):
+    """The Index with `part` filled in from train_val_list.txt and test_list.txt under `root`, where these are
+    there. InputError if only one is, or a file stands in both."""
+    paths = {part: Path(root, name) for part, name in LISTS.items()}
+    there = [path for path in paths.values() if path.is_file()]
+    if not there:
+        return index
+    if len(there) == 1:
+        missing = next(path for path in paths.values() if path not in there)
+        raise InputError(f"{there[0]} is there, but not {missing}: the published split needs both")
+    sides = {}
+    for part, path in paths.items():
+        check_regular(path)
+        for name in path.read_text(encoding="utf-8-sig", errors="replace").split():
+            if sides.setdefault(name, part) != part:
+                raise InputError(f"{name} is in {paths['train']} and in {path}: it can be on one side only")
+    part = np.array([sides.get(f, sides.get(Path(f).name, "")) for f in index.files], dtype="U5")
+    if unlisted := int((part == "").sum()):
+        say(f"note: {unlisted} images are in neither {LISTS['train']} nor {LISTS['test']}; passed over")
+    return index._replace(part=part).take(np.flatnonzero(part != ""))
+
+
+def read_patients(path, index):
+    """The Index with the patients of a table `path,patient`; files it does not list keep none.
+
+    Paths are relative to the data folder. InputError if a path has two patients, or no path is known."""
+    head, rows = open_table(path)
+    columns = [plain_column(head, name) for name in ("path", "patient")]
+    if None in columns:
+        raise InputError(f"--patients {path} needs the columns path and patient, it has {', '.join(head)}")
+    owner = {}
+    for number, row in enumerate(rows, 2):
+        name, patient = (_column(head, row, column) for column in columns)
+        name, patient = name.replace("\\", "/").removeprefix("./"), clean_patient(patient)
+        if patient and owner.setdefault(name, patient) != patient:
+            raise InputError(f"--patients {path}, row {number}: {name} has two patients")
+    known = np.array([f in owner for f in index.files], dtype=bool)
+    if not known.any():
+        raise InputError(
+            f"--patients {path} lists none of the images; paths are relative to the data folder, such as "
+            f"{index.files[0]}"
+        )
+    return index._replace(patients=[owner.get(f, f) for f in index.files], known=known)

@@ -1,0 +1,157 @@
+"""Which images train, validate and test a model, whole patients on one side; and which make up an epoch."""
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from common import InputError
+from index import patient_id
+
+POOLED = ("pooled", "pooled-image")
+BALANCES = ("weights", "sampler", "undersample", "undersample-once", "none")
+
+
+def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None):
+    """Indices (train, val), both sorted, of images with one class each.
+
+    "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
+    per class, or the nearest reachable, with whole patients on one side: patients are shuffled, and per
+    class an exact subset sum takes the earliest patients that reach the count. A patient with images of
+    several classes goes to validation while every class still has room. `patients` [N] (default: as
+    the file names tell). Depends on names, labels, patients and seed only, not on their order. InputError if
+    a class cannot be on both sides.
+    """
+    labels = np.asarray(labels)
+    patients = [patient_id(f) for f in files] if patients is None else patients
+    order = np.array(sorted(range(len(files)), key=files.__getitem__))
+    try:
+        train, val = train_test_split(
+            order, test_size=val_fraction, stratify=labels[order], random_state=seed
+        )
+    except ValueError as error:
+        raise InputError(f"the training images cannot be split: {error}") from None
+    if mode == "image":
+        return np.sort(train), np.sort(val)
+    kinds = np.unique(labels)
+    room = {k: int((labels[val] == k).sum()) for k in kinds}
+    groups = {}
+    for i in order:
+        groups.setdefault(patients[i], []).append(i)
+    shuffled = [list(groups.values())[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    single = {k: [] for k in kinds}
+    chosen = []
+    for images in shuffled:
+        counts = {k: int((labels[images] == k).sum()) for k in np.unique(labels[images])}
+        if len(counts) == 1:
+            single[labels[images[0]]].append(images)
+        elif all(counts[k] <= room[k] for k in counts):
+            chosen += images
+            room = {k: room[k] - counts.get(k, 0) for k in kinds}
+    for k in kinds:
+        for g in _nearest_subset([len(images) for images in single[k]], room[k]):
+            chosen += single[k][g]
+    val = np.sort(np.array(chosen, dtype=np.int64))
+    train = np.setdiff1d(order, val)
+    for k in kinds:
+        if not (labels[val] == k).any() or not (labels[train] == k).any():
+            raise InputError(
+                f"class number {k} has too few patients to be in train and validation: use --split image"
+            )
+    return train, val
+
+
+def _nearest_subset(sizes, target):
+    """Indices of a subset of `sizes` whose sum is nearest to `target`, built from the earliest items.
+
+    Subset sum over a bitset of reachable sums; `first[s]` is the item that first made sum s reachable,
+    so following it back never uses an item twice.
+    """
+    limit = target + max(sizes, default=0)
+    reachable, first, mask = 1, {}, (1 << (limit + 1)) - 1
+    for i, size in enumerate(sizes):
+        new = (reachable << size) & ~reachable & mask
+        reachable |= new
+        while new:
+            low = new & -new
+            first[low.bit_length() - 1] = i
+            new ^= low
+        if reachable >> target & 1:
+            break
+    total = min((s for s in (0, *first)), key=lambda s: (abs(s - target), s))
+    chosen = []
+    while total:
+        chosen.append(first[total])
+        total -= sizes[first[total]]
+    return chosen
+
+
+def split_patients(patients, fraction, seed=0):
+    """Indices (rest, part) of images that may have several findings each: random patients, taken whole until
+    about `fraction` of the images are in the part. Depends on names and seed, not on their order.
+
+    InputError if one side would be empty."""
+    names, codes, counts = np.unique(
+        np.asarray(patients, dtype=object), return_inverse=True, return_counts=True
+    )
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    reached = np.cumsum(counts[shuffled])
+    number = int(np.argmin(np.abs(reached - fraction * len(codes)))) + 1
+    inside = np.isin(codes, shuffled[:number])
+    if inside.all():
+        raise InputError(f"{len(names)} patients are too few to be split: at least two are needed")
+    return np.flatnonzero(~inside), np.flatnonzero(inside)
+
+
+def cut(index, task, by_patient, fraction, seed):
+    """Positions (rest, part) of an Index, `fraction` of the images in the part: classes stratified, findings
+    at random; by whole patients or by image."""
+    if task.kind == "softmax":
+        mode = "patient" if by_patient else "image"
+        return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)
+    return split_patients(index.patients if by_patient else index.files, fraction, seed)
+
+
+def cut_test(index, config):
+    """Positions (others, test) of an Index and where the test part comes from, as text."""
+    pooled, by_patient = config.split in POOLED, not config.split.endswith("image")
+    test = index.part == "test"
+    if not pooled and test.any():
+        return np.flatnonzero(~test), np.flatnonzero(test), "published"
+    free = np.flatnonzero(index.part != "val")  # a published validation part stays whole
+    _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed)
+    test = free[chosen]
+    others = np.setdiff1d(np.arange(len(index.files)), test)
+    return others, test, "pooled and cut anew" if pooled else "cut off"
+
+
+def say_shared(split):
+    """What the "split" of a results.json says about patients on both sides, as text."""
+    unknown = split.get("unknown_patients", 0)
+    if unknown >= split["train"] + split["val"]:
+        return "patients unknown, so images of one patient may be on both sides"
+    text = f"{split['shared_patients']} validation images share a patient with train"
+    if "shared_patients_test" in split:
+        text += f", {split['shared_patients_test']} test images with train or validation"
+    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
+
+
+# ---------------------------------------------------------------- an epoch
+
+
+def epoch_order(seed, epoch, targets, balance="none"):
+    """The positions of an epoch, int64 [M], in order: a function of (seed, epoch) alone, so that a resumed
+    epoch continues in the same order.
+
+    "sampler": N drawn with replacement, every class alike; "undersample": as many of each class as the rarest
+    has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all once."""
+    rng, targets = np.random.default_rng([seed, epoch]), np.asarray(targets)
+    if balance in ("weights", "none"):
+        return rng.permutation(len(targets))
+    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
+    if balance == "sampler":
+        picks, order = rng.integers(len(classes), size=len(targets)), np.empty(len(targets), dtype=np.int64)
+        for k, members in enumerate(classes):
+            order[picks == k] = rng.choice(members, (picks == k).sum())
+        return order
+    once = np.random.default_rng([seed, 2**32]) if balance == "undersample-once" else rng
+    least = min(map(len, classes))
+    return rng.permutation(np.concatenate([once.choice(c, least, replace=False) for c in classes]))
