@@ -18,7 +18,7 @@ import index as indices
 from common import InputError, Number, add_flags, check_fields, flag, say, sha256
 from images import RESIZES, load_images
 from inputs import MODES, normalise
-from split import POOLED, cut, cut_test, say_shared
+from split import POOLED, cut, cut_test, say_shared, undersampled
 from task import CLASSES, Task
 
 DEFAULT_DIR = "Data/chest_xray"
@@ -58,6 +58,7 @@ class DataConfig:
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
+    undersample: bool = False  # pooled splits: as many images of each class as of the rarest, before the cut
 
     @property
     def task(self):
@@ -228,6 +229,8 @@ def open_index(config):
             f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)
         ]
         index = index._replace(patients=named)
+    if config.undersample:
+        index = index.take(undersampled(index.targets, config.split_seed))
     return (root, index, *cut_test(index, config))
 
 

@@ -23,6 +23,7 @@ from engine import Loop, fit_head
 from inputs import Inputs
 from objective import Supervised, with_both_classes
 from run import Run
+from split import POOLED
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def plans_from_args(parser, defaults):
         raise InputError(
             f"--balance {recipe.balance} needs one class an image; with --labels: weights or none"
         )
+    if config.split in POOLED and recipe.balance == "undersample-once":  # test is balanced too
+        config = replace(config, undersample=True)
     plans = []
     for seed, run in zip(seeds, runs):
         resume = args.resume and (run.folder / "last.pth").exists()

@@ -137,6 +137,14 @@ def say_shared(split):
 # ---------------------------------------------------------------- an epoch
 
 
+def undersampled(targets, seed):
+    """Positions, sorted, of as many random images of each class as the rarest has."""
+    rng, targets = np.random.default_rng(seed), np.asarray(targets)
+    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
+    least = min(map(len, classes))
+    return np.sort(np.concatenate([rng.choice(c, least, replace=False) for c in classes]))
+
+
 def epoch_order(seed, epoch, targets, balance="none"):
     """The positions of an epoch, int64 [M], in order: a function of (seed, epoch) alone, so that a resumed
     epoch continues in the same order.

@@ -60,7 +60,7 @@ class ToyObjective(Supervised):
         if hook:
             self.losses = lambda outputs, targets: hook(plain(outputs, targets))
         if watch:
-            self.watch = lambda targets, outputs: {"val_auroc": watch()}
+            self.watch = lambda targets, outputs, side="val": {"val_auroc": watch()} if side == "val" else {}
 
 
 def toy_loop(out, *, objective=None, model=None, resume=False, augment=None, settings=None, **fields):
