@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,15 +25,15 @@ def prepare(args):
     InputError, before any work, for flags that do not go together and a --cache-dir that is a file."""
     if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
         raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
-    if args.demo and (args.download or args.data_dir != DEFAULT_DIR):
-        raise InputError("--demo brings its own data: leave out --data-dir and --download")
+    if args.demo and (args.download or args.labels or args.data_dir != DEFAULT_DIR):
+        raise InputError("--demo brings its own data: leave out --data-dir, --labels and --download")
     if args.img_size is None:
         args.img_size = SYNTHETIC_PX if args.demo else DataConfig().img_size
     if args.demo:
         args.data_dir = SYNTHETIC_DIR
         make_synthetic(SYNTHETIC_DIR)
     elif args.download:
-        download(args.data_dir)
+        download(args.data_dir, args.download)
 
 
 def make_synthetic(root, train=480, test=120, seed=0):
@@ -110,40 +111,50 @@ def _draw_radiograph(rng, sick, shifted, side=256):
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def download(data_dir):
-    """Fetch the Kaggle set into `data_dir`: kagglehub, then the kaggle command; InputError with the steps
-    by hand if neither gets through. Nothing is done when `data_dir` already has a train/ folder."""
-    try:
-        find_root(data_dir)
-        return
-    except InputError:
-        pass
+def download(data_dir, name=KAGGLE):
+    """Fetch the Kaggle set OWNER/NAME into `data_dir`: kagglehub, then the kaggle command; InputError with
+    the steps by hand if neither gets through. Both read the account from the environment or kaggle.json.
+    Nothing is done when `data_dir` already has a train/ folder or a table.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"--download {name}: a Kaggle set is named OWNER/NAME, such as {KAGGLE}")
     target, tries = Path(data_dir), []
+    if any(target.glob("*.csv")) or any(target.glob("train")) or root_or_all(target) != target:
+        return
     try:
         import kagglehub
 
-        source = Path(kagglehub.dataset_download(KAGGLE))
-        shutil.copytree(find_root(source), target, dirs_exist_ok=True)
+        source = Path(kagglehub.dataset_download(name))
+        # Some sets hold themselves a second time, and all of it would be copied.
+        shutil.copytree(root_or_all(source), target, dirs_exist_ok=True)
         return
     except ImportError:
         tries.append("kagglehub is not installed (pip install kagglehub)")
-    except (OSError, RuntimeError, ValueError) as error:  # no network, no account, no such set: the next way
-        tries.append(f"kagglehub: {error}")
+    except Exception as error:  # no network, no account, no such set, each with errors of its own: next way
+        tries.append(f"kagglehub: {' '.join(str(error).split())[:200]}")
     if shutil.which("kaggle"):
         done = subprocess.run(
-            ["kaggle", "datasets", "download", "-d", KAGGLE, "-p", str(target), "--unzip"],
+            ["kaggle", "datasets", "download", "-d", name, "-p", str(target), "--unzip"],
             capture_output=True,
             text=True,
         )
         if done.returncode == 0:
-            find_root(target)
             return
         tries.append(f"kaggle: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     else:
         tries.append("the kaggle command is not installed (pip install kaggle)")
     raise InputError(
         "the download did not get through: " + "; ".join(tries) + ". By hand:\n"
-        f"  1. open https://www.kaggle.com/datasets/{KAGGLE} in a browser and download the zip\n"
-        f"  2. unzip it so that {target}/train/NORMAL and {target}/test/NORMAL exist\n"
+        f"  1. open https://www.kaggle.com/datasets/{name} in a browser and download the zip\n"
+        f"  2. unzip it so that {target}/train and {target}/test hold the class folders, or, for a table of\n"
+        f"     findings, {target}/images and the CSV file\n"
         "  3. run the same command again without --download"
     )
+
+
+def root_or_all(folder):
+    """The folder inside a download that holds train/, or all of it if there is none (or several)."""
+    try:
+        return find_root(folder)
+    except InputError:
+        return folder

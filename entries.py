@@ -143,9 +143,9 @@ class Entry:
             scores = self.task.scores(logits, temperature if self.calibration["temperature_applied"] else 1.0)
         elif scores.dtype.kind != "f":
             raise InputError(f"{side}_p1 holds no numbers")
-        scores = scores.reshape(len(files), -1)
+        scores = scores[:, None] if scores.ndim == 1 else scores
         if scores.shape != truth.shape:
-            raise InputError(f"{side}_p1 has {scores.shape[1]} columns, not {truth.shape[1]}")
+            raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
         for k in range(truth.shape[1]):
             known = truth[:, k] >= 0
             if not self.several or known.any():

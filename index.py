@@ -108,7 +108,8 @@ def find_classes(root, healthy=None):
     )
     if len(names) < 2:
         raise InputError(
-            f"{folder} holds {len(names)} class folders ({', '.join(names)}): a question needs two or more"
+            f"{folder} holds {' and '.join(names) or 'no class folder'}: a question needs two classes or "
+            "more, each in a folder of its own"
         )
     for name in names:
         twins = [other for other in names if other.lower() == name.lower()]

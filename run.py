@@ -187,7 +187,10 @@ class Run:
         settings = self.results["data"]
         if wrong := mismatches(settings, {"classes": [str]}):
             raise InputError(f"{self.folder / 'results.json'} is damaged: missing or wrong data.{wrong[0]}")
-        return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+        try:
+            return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+        except InputError as error:
+            raise InputError(f"{self.folder / 'results.json'} is damaged: {error}") from None
 
     # ------------------------------------------------------------ the model
 

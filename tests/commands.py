@@ -98,7 +98,7 @@ def test_bad_images_and_folders(synthetic, tmp_path):
         path.unlink()
     refused(cli("train_linear", *argv, "--out", "y", cwd=tmp_path), "test/NORMAL")
     shutil.rmtree(root / "train" / "NORMAL")
-    refused(cli("train_linear", *argv, "--out", "y", cwd=tmp_path), "train/NORMAL", "does not exist")
+    refused(cli("train_linear", *argv, "--out", "y", cwd=tmp_path), "train holds PNEUMONIA", "two classes")
 
 
 def test_training_never_opens_a_test_image(synthetic, tmp_path, tiny_npz, monkeypatch):

@@ -18,7 +18,6 @@ from PIL import Image
 
 import common
 import compare
-import data
 import entries
 import metrics
 import plots
@@ -28,6 +27,7 @@ import vit
 from entries import Entry
 from operating import Rule, evaluate
 from run import Run
+from split import say_shared
 from tests.fixtures import FLOOR
 from tests.shared import HEADER, LINK, NAMES, REPO, cli, read_json, refused, succeed, tables
 
@@ -215,9 +215,7 @@ def test_patients_unknown(tmp_path):
     for name, split in (("old", {}), ("new", {"unknown_patients": 260})):
         entry = Entry(write_run(tmp_path / name, scores=unknown, split=split))
         text = render.to_markdown(report.section([entry], [entry]))
-        assert report.say_shared(entry) == data.say_shared(
-            {**entry.results["split"], "unknown_patients": 260}
-        )
+        assert report.shared_text(entry) == say_shared({**entry.results["split"], "unknown_patients": 260})
         assert "patients unknown, so images of one patient may be on both sides" in text
         assert "single images (patients unknown)" in text and "unknown validation, unknown test" in text
         assert "whole patients" not in text and "0 validation images share" not in text
@@ -227,7 +225,7 @@ def test_patients_unknown(tmp_path):
 def test_shared_patients_are_told_as_in_training(tmp_path, unknown):
     split = {"shared_patients": 3} | ({} if unknown is None else {"unknown_patients": unknown})
     entry = Entry(write_run(tmp_path / "r", split=split))
-    assert report.say_shared(entry) == data.say_shared(entry.results["split"])
+    assert report.shared_text(entry) == say_shared(entry.results["split"])
 
 
 # ---------------------------------------------------------------- which rows belong together
@@ -316,7 +314,7 @@ def test_classes_are_those_of_the_run(tmp_path):
     rows = [Entry(write_run(tmp_path / f"run{i}", i, **made)) for i in range(2)]
     blocks = report.section(rows, rows)
     for text in (render.to_markdown(blocks), render.to_html(blocks, False)):
-        assert "48 images (24 clear, 24 effusion)" in text and "Prevalence of effusion" in text
+        assert "48 images (24 clear, 24 effusion)" in text and "effusion: validation" in text
         assert not re.search("PNEUMONIA|[Pp]neumonia|NORMAL", text)
 
 

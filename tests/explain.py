@@ -17,6 +17,7 @@ import vit
 from augment import gaussian_blur
 from inputs import Inputs
 from run import Run
+from task import Answer
 from tests.shared import CPU, cli, refused, succeed, tiny_vit
 
 PLAIN = Inputs((0.5,) * 3, (0.5,) * 3, CPU)
@@ -306,7 +307,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     argv = ["--run", scratch_run, "--target", name, "--tests", 10_000, "--method", "gradcam"]
     done = succeed("explain", *argv, cwd=bench)
     assert scratch_run.explained()["target"] == name and f"rightly called {name}" in done.out
-    assert asked["maps"] == {target} and asked["tested"] == target
+    assert asked["maps"] == {Answer(target)} and asked["tested"] == Answer(target)
     scores = scratch_run.scores()
     called = scores["val_p1"] >= scratch_run.calibration()["threshold"]
     right = np.flatnonzero((scores["val_labels"] == target) & (called == target))
