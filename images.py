@@ -273,7 +273,7 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     `name` ("train", say) is part of the cache file's name and of messages. Unreadable images: InputError
     naming them, or with `skip_bad` they are left out and counted.
     """
-    key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(Path(root, file))] for file in files]])
+    key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(os.path.join(root, file))] for file in files]])
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
     info = _valid_cache(path, key, verify)

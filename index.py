@@ -6,6 +6,7 @@ Only names and tables are read here; no image is opened.
 import csv
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,9 +221,8 @@ def open_table(path):
     return head, rows
 
 
-def _column(head, row, name):
-    """The value of a column in a row, without spaces around it; "" where the row is too short."""
-    at = head.index(name)
+def _value(row, at):
+    """The value of a row in column number `at`, without spaces around it; "" where the row is too short."""
     return row[at].strip() if at < len(row) else ""
 
 
@@ -273,21 +273,19 @@ def read_table(path, root, findings):
     head, rows = open_table(path)
     nih = is_nih(head)
     name_column = "Image Index" if nih else plain_column(head, "path")
-    patient_column = (
-        ("Patient ID" if "Patient ID" in head else None) if nih else plain_column(head, "patient")
-    )
+    patient_column = "Patient ID" if nih else plain_column(head, "patient")
     if name_column is None:
         raise InputError(
             f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path"
         )
-    here = find_table_images(root, nih)
+    here, read = find_table_images(root, nih), (_nih_labels if nih else _plain_labels)(path, head, findings)
+    name_at, patient_at = (head.index(c) if c in head else None for c in (name_column, patient_column))
     seen, repeated, absent, used = {}, 0, 0, set()
     files, targets, patients, known = [], [], [], []
-    read = _nih_labels if nih else _plain_labels
     for number, row in enumerate(rows, 2):
-        name = _column(head, row, name_column).replace("\\", "/").removeprefix("./")
-        labels = read(path, head, row, number, findings)
-        patient = clean_patient(_column(head, row, patient_column)) if patient_column else ""
+        name = _value(row, name_at).replace("\\", "/").removeprefix("./")
+        labels = read(row, number)
+        patient = "" if patient_at is None else clean_patient(_value(row, patient_at))
         if name in seen:
             first, *before = seen[name]
             if before != [labels, patient]:
@@ -343,27 +341,41 @@ def find_table_images(root, nih):
     return found
 
 
-def _nih_labels(path, head, row, number, findings):
-    """The labels of a row of the NIH layout, a tuple of 0 and 1."""
-    text = _column(head, row, "Finding Labels")
-    present = {name.strip() for name in text.split("|")} - {""}
-    if not present:
-        raise InputError(
-            f"{path}, row {number}: Finding Labels is empty; an image without findings says No Finding"
-        )
-    return tuple(int(name in present) for name in findings)
+def _nih_labels(path, head, findings):
+    """A function (row, its number) -> labels of the NIH layout, a tuple of 0 and 1."""
+    at = head.index("Finding Labels")
+
+    @cache  # few combinations, many rows
+    def labels(text):
+        present = {name.strip() for name in text.split("|")} - {""}
+        return tuple(int(name in present) for name in findings) if present else None
+
+    def read(row, number):
+        found = labels(_value(row, at))
+        if found is None:
+            raise InputError(
+                f"{path}, row {number}: Finding Labels is empty; an image without findings says No Finding"
+            )
+        return found
+
+    return read
 
 
-def _plain_labels(path, head, row, number, findings):
-    """The labels of a row of the plain layout, a tuple of 1, 0 and -1."""
-    try:
-        return tuple(LABELS[_column(head, row, name)] for name in findings)
-    except KeyError as error:
-        name = next(n for n in findings if _column(head, row, n) not in LABELS)
-        raise InputError(
-            f"{path}, row {number}: {name} is {str(error.args[0])[:40]!r}, not 1, 0, -1 or empty. If it is "
-            "no finding, name those that are with --findings A,B,C"
-        ) from None
+def _plain_labels(path, head, findings):
+    """A function (row, its number) -> labels of the plain layout, a tuple of 1, 0 and -1."""
+    columns = [head.index(name) for name in findings]
+
+    def read(row, number):
+        try:
+            return tuple(LABELS[_value(row, at)] for at in columns)
+        except KeyError:
+            name, at = next((n, at) for n, at in zip(findings, columns) if _value(row, at) not in LABELS)
+            raise InputError(
+                f"{path}, row {number}: {name} is {_value(row, at)[:40]!r}, not 1, 0, -1 or empty. If it is "
+                "no finding, name those that are with --findings A,B,C"
+            ) from None
+
+    return read
 
 
 def published_lists(index, root):
@@ -382,7 +394,7 @@ def published_lists(index, root):
         for name in path.read_text(encoding="utf-8-sig", errors="replace").split():
             if sides.setdefault(name, part) != part:
                 raise InputError(f"{name} is in {paths['train']} and in {path}: it can be on one side only")
-    part = np.array([sides.get(f, sides.get(Path(f).name, "")) for f in index.files], dtype="U5")
+    part = np.array([sides.get(f, sides.get(os.path.basename(f), "")) for f in index.files], dtype="U5")
     if unlisted := int((part == "").sum()):
         say(f"note: {unlisted} images are in neither {LISTS['train']} nor {LISTS['test']}; passed over")
     return index._replace(part=part).take(np.flatnonzero(part != ""))
@@ -396,9 +408,10 @@ def read_patients(path, index):
     columns = [plain_column(head, name) for name in ("path", "patient")]
     if None in columns:
         raise InputError(f"--patients {path} needs the columns path and patient, it has {', '.join(head)}")
+    columns = [head.index(name) for name in columns]
     owner = {}
     for number, row in enumerate(rows, 2):
-        name, patient = (_column(head, row, column) for column in columns)
+        name, patient = (_value(row, at) for at in columns)
         name, patient = name.replace("\\", "/").removeprefix("./"), clean_patient(patient)
         if patient and owner.setdefault(name, patient) != patient:
             raise InputError(f"--patients {path}, row {number}: {name} has two patients")
