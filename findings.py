@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from entries import families
-from intervals import compare_mean_auroc
+from intervals import difference_of_means, mean_auroc_draws
 from operating import LEAST
 from render import Heading, Paragraph, Table
 from report import HEADER, floors, interval, method_rows, missing_blocks, unique, with_interval
@@ -200,15 +200,21 @@ def class_blocks(entries):
 
 def pair_blocks(entries):
     """Every two models on the same test images, by mean AUROC."""
-    rows = []
+    rows, kept = [], {}
+
+    def mean_draws(entry, findings, draws):
+        key = id(entry), tuple(findings), draws
+        if key not in kept:
+            columns, test = [names(entries).index(n) for n in findings], entry.columns["test"]
+            arrays = test.truth[:, columns], test.scores[:, columns]
+            kept[key] = mean_auroc_draws(*arrays, test.patients, draws)
+        return kept[key]
+
     for a, b in itertools.combinations(entries, 2):
         both = [n for n in a.summary["test"]["findings"] if n in b.summary["test"]["findings"]]
         if not both:
             continue
-        columns, test = [names(entries).index(n) for n in both], a.columns["test"]
-        scores = (e.columns["test"].scores[:, columns] for e in (a, b))
-        draws = a.calibration["bootstrap"]
-        d = compare_mean_auroc(test.truth[:, columns], *scores, test.patients, draws)
+        d = difference_of_means(*(mean_draws(e, both, a.calibration["bootstrap"]) for e in (a, b)))
         word = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
         cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
         rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, word])

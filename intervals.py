@@ -284,25 +284,33 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
     return out
 
 
-def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):
-    """Mean AUROC over findings of scores `a` minus that of `b`, both [N, F], on the same images ->
-    {difference, lo, hi}, with a 95% interval by a paired bootstrap of whole `groups` [N].
+def mean_auroc_draws(truth, scores, groups, n=2000, seed=0):
+    """Mean AUROC over findings, and its bootstrap draws -> (float, float64 [n]).
 
-    `truth` [N, F] of 1, 0 and -1 for unknown. In a draw without both classes of some finding the mean is over
-    the others. InputError: as `bootstrap_summary`; a finding without both classes."""
-    means, draws = [], []
-    for scores in (a, b):
-        values, drawn = [], []
-        for k in range(truth.shape[1]):
-            known = truth[:, k] >= 0
-            y, p = truth[known, k], scores[known, k]
-            values.append(summarize_at_threshold(y, p, 0.5)["auroc"])
-            weights = (block[:, known] for block in bootstrap_weights(groups, n, seed))
-            drawn.append(bootstrap_summary(y, p, [0.5], weights)[0]["auroc"])
-        means.append(np.mean(values))
-        draws.append(mean_of_defined(drawn))
-    lo, hi = percentiles(draws[0] - draws[1])
-    return {"difference": float(means[0] - means[1]), "lo": lo, "hi": hi}
+    `truth` [N, F] of 1, 0 and -1 for unknown; `scores` [N, F]; `groups` [N] are drawn whole, the same ones for
+    every call with this seed. In a draw without both classes of some finding the mean is over the others.
+    InputError: as `bootstrap_summary`; a finding without both classes."""
+    values, drawn = [], []
+    for k in range(truth.shape[1]):
+        known = truth[:, k] >= 0
+        y, p = truth[known, k], scores[known, k]
+        values.append(summarize_at_threshold(y, p, 0.5)["auroc"])
+        weights = (block[:, known] for block in bootstrap_weights(groups, n, seed))
+        drawn.append(bootstrap_summary(y, p, [0.5], weights)[0]["auroc"])
+    return float(np.mean(values)), mean_of_defined(drawn)
+
+
+def difference_of_means(a, b):
+    """Two results of `mean_auroc_draws` on the same images -> {difference, lo, hi}, a minus b with a 95%
+    interval: a paired bootstrap, because the draws are of the same patients."""
+    lo, hi = percentiles(a[1] - b[1])
+    return {"difference": a[0] - b[0], "lo": lo, "hi": hi}
+
+
+def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):
+    """Mean AUROC of scores `a` minus that of `b`, both [N, F]: `difference_of_means` of their
+    `mean_auroc_draws`."""
+    return difference_of_means(*(mean_auroc_draws(truth, scores, groups, n, seed) for scores in (a, b)))
 
 
 def mean_of_defined(values):

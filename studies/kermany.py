@@ -6,10 +6,11 @@
 --stamps counts, by class and split, the images that carry the tube voltage ("KV59") which one X-ray unit
 burns into the lower right corner. It opens the test images, for this count alone. --border prints the AUROC
 of a logistic regression that sees only the outer eighth of the training images, through a frozen pretrained
-Vision Transformer.
+Vision Transformer; it takes any set of class folders (of K classes, the mean AUROC of each against all others).
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import common
 import data
 import engine
 from device import add_device_argument, fast_bf16, pick_device
+from index import find_classes, find_root
 from inputs import Inputs
 from npz_loader import DEFAULT_PATH, config_from_npz, load_npz
 from vit import VisionTransformer
@@ -95,7 +97,9 @@ def border_alone(train, weights, device, folds=5):
         cv=GroupKFold(folds),
         method="predict_proba",
     )
-    return roc_auc_score(train.targets, p[:, 1])
+    if p.shape[1] == 2:
+        return roc_auc_score(train.targets, p[:, 1])
+    return roc_auc_score(train.targets, p, multi_class="ovr", average="macro")
 
 
 def main():
@@ -106,10 +110,12 @@ def main():
     parser.add_argument(
         "--weights", default=DEFAULT_PATH, metavar="PATH", help="for --border: pretrained weights"
     )
+    parser.add_argument("--healthy", metavar="CLASS", help="for --border: the healthy class")
     add_device_argument(parser)
     args = parser.parse_args()
     config = data.DataConfig(args.stamps or args.border)
     if args.border:
+        config = replace(config, classes=find_classes(find_root(args.border), args.healthy))
         device = pick_device(args.device)
         train, _, _ = data.load_train_val(config, common.say)
         auroc = border_alone(train, args.weights, device)
