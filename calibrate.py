@@ -123,7 +123,10 @@ def make_ensemble(folders, out, overwrite):
             raise common.InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
     results = [r.results for r in runs]
     model = Ensemble(
-        [r["model_config"] for r in results], [r["mean"] for r in results], [r["std"] for r in results]
+        [r["model_config"] for r in results],
+        [r["mean"] for r in results],
+        [r["std"] for r in results],
+        sigmoid=first.task.kind == "sigmoid",
     )
     for member, r in zip(model.members, runs):
         member.load_state_dict(r.model().state_dict())

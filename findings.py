@@ -8,7 +8,7 @@ from entries import families
 from intervals import difference_of_means, mean_auroc_draws
 from operating import LEAST
 from render import Heading, Paragraph, Table
-from report import HEADER, floors, interval, method_rows, missing_blocks, unique, with_interval
+from report import HEADER, floors, interval, method_rows, missing_blocks, size_and_time, unique, with_interval
 
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
@@ -39,11 +39,7 @@ def main_blocks(entries):
     first, keys, rows = entries[0], shown_means(entries), []
     for e in entries:
         val = e.summary["val"].get("auroc")
-        cells = [
-            f"{e.results['params'] / 1e6:.2f}",
-            f"{e.minutes:.1f}",
-            f"{val['value']:.3f}" if val else "-",
-        ]
+        cells = [*size_and_time(e), f"{val['value']:.3f}" if val else "-"]
         rows.append([e.name, *cells, *(span(e.summary["test"][k]) for k in keys)])
     for family in families(entries):
         values = np.array([[e.summary["test"][k]["value"] for k in keys] for e in family])

@@ -287,8 +287,9 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
 def mean_auroc_draws(truth, scores, groups, n=2000, seed=0):
     """Mean AUROC over findings, and its bootstrap draws -> (float, float64 [n]).
 
-    `truth` [N, F] of 1, 0 and -1 for unknown; `scores` [N, F]; `groups` [N] are drawn whole, the same ones for
-    every call with this seed. In a draw without both classes of some finding the mean is over the others.
+    `truth` [N, F] of 1, 0 and -1 for unknown; `scores` [N, F]; `groups` [N] are drawn whole, the same
+    ones for every call with this seed. In a draw without both classes of some finding the mean is over the
+    others.
     InputError: as `bootstrap_summary`; a finding without both classes."""
     values, drawn = [], []
     for k in range(truth.shape[1]):

@@ -326,6 +326,9 @@ def draw_shift(entries):
         ax.tick_params(labelsize=7)
         ax.set_title(label(e.name, 60), fontsize=9)
         ax.legend(fontsize=7)
+    least = min(ax.get_xlim()[0] for ax in axes[: len(entries)])
+    for ax in axes[: len(entries)]:
+        ax.set_xlim(least, 1.01)
     return figure, "AUROC of every finding, validation and test"
 
 

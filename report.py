@@ -38,6 +38,12 @@ def with_interval(row, key):
     return f"{row[key]:.3f} {interval(*reported_interval(row, key))}"
 
 
+def size_and_time(entry):
+    """Millions of parameters and minutes of training, as text."""
+    params = entry.results["params"] / 1e6
+    return [f"{params:.{4 if params < 0.1 else 2}f}", f"{entry.minutes:.1f}"]
+
+
 def floors(entries):
     """The recall floors of the entries, as text."""
     return ", ".join(sorted({f"{e.min_recall:g}" for e in entries}))
@@ -49,10 +55,9 @@ def main_rows(entries):
     for point in ("at_rec", "at_0.5"):
         mark = POINTS[point]
         for e in entries:
-            row, params = e.points["test", point], e.results["params"] / 1e6
+            row = e.points["test", point]
             figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
-            digits = 4 if params < 0.1 else 2
-            rows.append([f"{e.name} {mark}", f"{params:.{digits}f}", f"{e.minutes:.1f}", *figures])
+            rows.append([f"{e.name} {mark}", *size_and_time(e), *figures])
         for family in families(entries):
             values = [[e.points["test", point][k] for k in (*FIGURES, "thr")] for e in family]
             pairs = zip(np.mean(values, axis=0), np.std(values, axis=0, ddof=1))
@@ -350,8 +355,7 @@ def finding_rows(entries):
             if "why_not" not in found:
                 row = found["test"]["at_rec"]
                 figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
-                size = f"{e.results['params'] / 1e6:.2f}"
-                rows.append([f"{e.name}, {name} @Rec", size, f"{e.minutes:.1f}", *figures])
+                rows.append([f"{e.name}, {name} @Rec", *size_and_time(e), *figures])
     return rows
 
 

@@ -362,18 +362,18 @@ def build_vit(name, num_classes=2, img_size=224, **overrides):
 
 
 class Ensemble(nn.Module):
-    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> log-probabilities (B,
-    K).
+    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> logits (B, K).
 
-    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. The
-    logarithm of a mean of probabilities, so softmax gives that mean, computed without leaving logarithms.
+    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. Softmax
+    of the logits (with `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
     """
 
     kind = "ensemble"
 
-    def __init__(self, members, means, stds):
+    def __init__(self, members, means, stds, sigmoid=False):
         super().__init__()
         self.config = dict(members=members, means=means, stds=stds)
+        self.config |= dict(sigmoid=True) if sigmoid else {}
         self.in_chans = 1
         self.members = nn.ModuleList(build_model(config) for config in members)
         if not len(self.members) == len(means) == len(stds) >= 2:
@@ -388,6 +388,9 @@ class Ensemble(nn.Module):
 
     def forward(self, x):
         logits = [member(part).float() for member, part in zip(self.members, self.scaled(x))]
+        if self.config.get("sigmoid"):
+            z = torch.stack(logits)
+            return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)
         return torch.stack([z.log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
 
 

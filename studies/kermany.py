@@ -6,7 +6,7 @@
 --stamps counts, by class and split, the images that carry the tube voltage ("KV59") which one X-ray unit
 burns into the lower right corner. It opens the test images, for this count alone. --border prints the AUROC
 of a logistic regression that sees only the outer eighth of the training images, through a frozen pretrained
-Vision Transformer; it takes any set of class folders (of K classes, the mean AUROC of each against all others).
+Vision Transformer, of any set of class folders (K classes: the mean AUROC of each against all others).
 """
 
 import sys
