@@ -37,6 +37,7 @@ import data
 import demo
 import engine
 from device import add_device_argument, device_name, fast_bf16, keep_freed_memory, pick_device, versions
+from index import find_root
 from run import Run
 from vit import CONFIGS
 from workload import HEAD, RECIPE, Baseline, Ours, enlarge
@@ -372,7 +373,7 @@ def measure(args, root, work):
 
 def main():
     args = parse()
-    root = data.find_root(args.data_dir)
+    root = find_root(args.data_dir)
     with tempfile.TemporaryDirectory() as work:
         measured = measure(args, root, Path(work))
     about = {

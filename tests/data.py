@@ -19,7 +19,7 @@ import split
 from common import InputError
 from index import find_root, list_images, patient_id
 from inputs import Inputs
-from split import split_train_val
+from split import say_shared, split_train_val
 from tests.shared import CPU, SHARED, touch
 
 
@@ -296,11 +296,10 @@ def test_unknown_patients_are_said(small_set, capsys):
     assert "patients unknown" in out and "share a patient" not in out
     some = {"train": 20, "val": 4, "shared_patients": 1, "unknown_patients": 2}
     assert (
-        data.say_shared(some)
-        == "1 validation images share a patient with train (patients unknown for 2 images)"
+        say_shared(some) == "1 validation images share a patient with train (patients unknown for 2 images)"
     )
     del some["unknown_patients"]  # of an earlier version
-    assert data.say_shared(some) == "1 validation images share a patient with train"
+    assert say_shared(some) == "1 validation images share a patient with train"
 
 
 @pytest.mark.parametrize(
