@@ -316,7 +316,8 @@ def describe(config, root, train, val, test, kept, test_from):
     if sigmoid:
         labelled = [sorted(zip(i.files, i.targets.tolist())) for i in (train, val)]
         info["fingerprint"] = sha256([config.classes, labelled])
-    if test_from != "published":  # the published parts of a set of folders number their patients separately
+    # The published parts of a set of folders number their patients separately.
+    if test_from != "published" or config.labels or config.patients:
         info["shared_patients_test"] = sum(patient in either for patient in test.patients)
     return info
 

@@ -106,7 +106,7 @@ class Entry:
         self.min_recall = self.calibration["min_recall"]
         self.members = [m["checkpoint"] for m in self.results.get("members", [])]
         self.minutes = self.results["minutes"] + self.results.get("init", {"minutes": 0})["minutes"]
-        self.synthetic, self.set = self.results["synthetic"], self.results["split"]["set"]
+        self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
         self.base, self.name = names(run, suffix)
         test = self.columns["test"]
         truth = test.truth if self.several else test.truth[:, 0]
@@ -182,6 +182,15 @@ class Entry:
 
 
 # ---------------------------------------------------------------- names
+
+
+def set_name(results):
+    """The name of the data, and how its test part was cut where none is published."""
+    split, settings = results["split"], results["data"]
+    if split.get("test_from", "published") == "published":
+        return split["set"]
+    how = f"--split {settings['split']}, seed {settings['split_seed']}"
+    return f"{split['set']}, test {split['test_from']} ({how})"
 
 
 def architecture(model, config):

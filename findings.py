@@ -8,7 +8,17 @@ from entries import families
 from intervals import difference_of_means, mean_auroc_draws
 from operating import LEAST
 from render import Heading, Paragraph, Table
-from report import HEADER, floors, interval, method_rows, missing_blocks, size_and_time, unique, with_interval
+from report import (
+    HEADER,
+    floors,
+    interval,
+    method_rows,
+    missing_blocks,
+    size_and_time,
+    split_blocks,
+    unique,
+    with_interval,
+)
 
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
@@ -50,7 +60,7 @@ def main_blocks(entries):
         rows.append([f"{family[0].base}, mean ± sd of {len(family)} seeds", *cells, *spread])
     head = [*HEADER[:3], "Mean AUROC val", *(f"{MEANS[k]} test" for k in keys)]
     blocks = [Heading(2, ("SYNTHETIC data set, not patients: " if first.synthetic else "") + first.set)]
-    blocks += [Paragraph(main_text(entries)), Table(head, rows)]
+    blocks += [*split_blocks(entries), Paragraph(main_text(entries)), Table(head, rows)]
     return blocks + missing_blocks(entries)
 
 

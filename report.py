@@ -79,7 +79,8 @@ def main_blocks(entries):
         f"with a validation recall >= {floors(entries)}; @0.5 is the threshold 0.5. AUROC does not depend on "
         "the threshold. Time is that of training, validation included."
     )
-    blocks = [Heading(2, warning + first.set), Paragraph(text), Table(HEADER, main_rows(entries))]
+    blocks = [Heading(2, warning + first.set), *split_blocks(entries)]
+    blocks += [Paragraph(text), Table(HEADER, main_rows(entries))]
     return blocks + missing_blocks(entries)
 
 
@@ -291,11 +292,26 @@ def partition(entry):
     if test_from == "published":
         return text + "the test set is the published one"
     if d["split"].startswith("pooled"):
-        return text + (
-            "train and test were put together and cut anew: the same machines and habits are on both sides, "
-            "so the figures are OPTIMISTIC"
-        )
+        return text + optimistic(entry)
     return text + "no test set is published, so one was cut off: the same hospital is on both sides"
+
+
+def optimistic(entry):
+    """What to think of a pooled split, as text; empty for any other."""
+    if not entry.results["data"]["split"].startswith("pooled"):
+        return ""
+    text = "train and test were put together"
+    if entry.results["data"].get("undersample"):
+        text += ", undersampled to classes of equal size,"
+    return (
+        text + " and cut anew: the same machines and habits are on both sides, so the figures are OPTIMISTIC"
+    )
+
+
+def split_blocks(entries):
+    """A warning above the tables of a pooled split."""
+    notes = unique(filter(None, map(optimistic, entries)))
+    return [Paragraph(f"{notes[0].upper()}{notes[1:]}.")] if notes else []
 
 
 def method_blocks(entries):

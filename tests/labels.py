@@ -1,0 +1,302 @@
+"""Tests of tasks with several findings: losses, scores, what is watched, and every figure of them."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+
+from common import InputError
+from index import read_table
+from intervals import bootstrap_weights, compare_mean_auroc
+from metrics import choose_threshold_with_guarantee, fit_temperature
+from objective import Supervised, with_both_classes
+from operating import LEAST, Rule, evaluate
+from task import Task
+
+FOUR = Task(("No Finding", "Effusion", "Mass", "Edema"), "sigmoid")
+FIVE = Task(("Normal", "a", "b", "c", "d"))
+QUICK = Rule(bootstrap=100, min_recall=0.9, confidence=0.8)
+
+
+def several(task, n=400, seed=0, unknown=0.0):
+    """Scores of a made-up model for evaluate(): better than chance at every finding."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for side in ("val", "test"):
+        if task.kind == "softmax":
+            labels = rng.integers(task.outputs, size=n)
+            logits = rng.normal(0, 1, (n, task.outputs)) + 1.5 * np.eye(task.outputs)[labels]
+        else:
+            labels = (rng.random((n, task.outputs)) < 0.3).astype(np.int8)
+            logits = rng.normal(0, 1, (n, task.outputs)) + 1.5 * labels - 1
+            labels[rng.random(labels.shape) < unknown] = -1
+        arrays[f"{side}_labels"], arrays[f"{side}_logits"] = labels, logits.astype(np.float32)
+        arrays[f"{side}_patients"] = np.array([f"p{i // 2}" for i in range(n)])
+    return arrays
+
+
+# ---------------------------------------------------------------- the task
+
+
+def test_findings_of_a_table_are_columns():
+    z = np.random.default_rng(0).normal(0, 3, (9, 4))
+    p = 1 / (1 + np.exp(-z / 2))
+    assert FOUR.findings == ("any finding", "No Finding", "Effusion", "Mass", "Edema") and FOUR.outputs == 4
+    assert np.allclose(FOUR.scores(z, 2.0), np.concatenate([1 - p[:, :1], p], axis=1), atol=1e-12)
+    truth = FOUR.truth(np.array([[1, 0, 0, -1], [0, 1, -1, 0], [-1, 0, 1, 0]], dtype=np.int8))
+    assert truth.tolist() == [[0, 1, 0, 0, -1], [1, 0, 1, -1, 0], [-1, -1, 0, 1, 0]]
+    assert FOUR.averaged == slice(1, None) and FIVE.averaged == slice(0, None)
+    plain = Task(("Effusion",), "sigmoid")
+    assert plain.findings == ("Effusion",) and plain.scores(z[:, :1]).shape == (9, 1)
+    for classes in ((), ("a", "a"), ("No Finding", "any finding")):
+        with pytest.raises(InputError, match="different"):
+            Task(classes, "sigmoid")
+
+
+def test_answers():
+    """What explains a finding: its own logit, or the healthy one's with the sign turned."""
+    z = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    for task in (FIVE, FOUR):
+        logits = z[:, : task.outputs]
+        for k, name in enumerate(task.findings):
+            answer = task.answer(name)
+            assert np.allclose(answer.probability(logits), task.scores(logits)[:, k], atol=1e-6)
+            assert answer.logit(logits).shape == (5,)
+    assert torch.equal(FIVE.answer("any disease").logit(z), -z[:, 0])
+    assert FIVE.answer("Normal").k == 0
+    with pytest.raises(InputError, match="x is not one of"):
+        FIVE.answer("x")
+
+
+def test_binary_loss_is_torchs():
+    rng = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(20, 4, generator=rng), torch.randint(2, (20, 4), generator=rng)
+    weight = torch.tensor([0.5, 2.0, 7.0, 1.0])
+    found = FOUR.losses(logits, y, weight).sum() / FOUR.weights(y).sum()
+    expected = F.binary_cross_entropy_with_logits(logits, y.float(), pos_weight=weight)
+    assert torch.allclose(found, expected, rtol=1e-6)
+    smooth = FOUR.losses(logits, y, label_smoothing=0.2).sum() / 80
+    assert torch.allclose(smooth, F.binary_cross_entropy_with_logits(logits, 0.1 + 0.8 * y), rtol=1e-6)
+
+
+def test_unknown_labels_weigh_nothing():
+    """The loss of a finding is the mean over the images whose label is known."""
+    rng = np.random.default_rng(0)
+    targets = rng.choice([-1, 0, 1], size=(30, 4)).astype(np.int8)
+    logits = torch.tensor(rng.normal(0, 1, (30, 4)), dtype=torch.float32, requires_grad=True)
+    y = torch.from_numpy(targets)
+    for k in range(4):  # one finding alone
+        one, labels = (
+            Task((FOUR.classes[k],), "sigmoid"),
+            torch.tensor(np.where(targets < 0, np.nan, targets)),
+        )
+        known = ~torch.isnan(labels[:, k])
+        theirs = F.binary_cross_entropy_with_logits(logits[known, k], labels[known, k].float())
+        ours = one.losses(logits[:, [k]], y[:, [k]]).sum() / one.weights(y[:, [k]]).sum()
+        assert torch.allclose(ours, theirs, rtol=1e-6)
+    (FOUR.losses(logits, y).sum() / FOUR.weights(y).sum()).backward()
+    assert ((logits.grad == 0) == (y < 0)).all()
+    total = FOUR.weights(y).sum()
+    parts = [FOUR.losses(z, t).sum() / total for z, t in zip(logits.split(7), y.split(7))]
+    assert torch.allclose(sum(parts), FOUR.losses(logits, y).sum() / total)
+    expected = [(targets[:, k] == 0).sum() / (targets[:, k] == 1).sum() for k in range(4)]
+    assert FOUR.class_weights(targets).tolist() == pytest.approx(expected, rel=1e-6)
+    assert FOUR.class_weights(np.zeros((3, 4), np.int8)).tolist() == [1] * 4
+
+
+def test_labels_and_loss_of_torchxrayvision(tmp_path):
+    """A table as CheXpert has it: 1, 0 and NaN of that package are our 1, 0 and -1, and the loss over its
+    known labels is ours."""
+    xrv = pytest.importorskip("torchxrayvision")
+    names, rng = ("Edema", "Fracture", "Pneumonia"), np.random.default_rng(0)
+    lines = [",".join(("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", *names))]
+    for i in range(40):
+        name = f"train/patient{i:03d}/study1/view1.jpg"
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+        cells = rng.choice(["1.0", "0.0", "-1.0", ""], 3)
+        lines.append(f"{name},Male,50,Frontal,PA,,{','.join(cells)}")
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    theirs = xrv.datasets.CheX_Dataset(str(tmp_path), str(tmp_path / "train.csv"), unique_patients=False)
+    columns = [theirs.pathologies.index(name) for name in names]
+    labels = torch.from_numpy(theirs.labels[:, columns])
+    ours = torch.from_numpy(read_table(tmp_path / "train.csv", tmp_path, names).targets)
+    known = ~torch.isnan(labels)
+    assert torch.equal(known, ours >= 0) and torch.equal(labels[known], ours[known].float())
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    expected = F.binary_cross_entropy_with_logits(logits[known], labels[known])
+    task = Task(names, "sigmoid")
+    assert torch.allclose(task.losses(logits, ours).sum() / task.weights(ours).sum(), expected, rtol=1e-6)
+
+
+def test_temperature_of_findings_against_scipy():
+    arrays = several(FOUR, unknown=0.2)
+    z, y = arrays["val_logits"].astype(float), arrays["val_labels"]
+    known = y >= 0
+
+    def loss(t):
+        return sklearn.metrics.log_loss(y[known], scipy.special.expit(z / t)[known])
+
+    best = scipy.optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded").x
+    assert fit_temperature(z, y) == pytest.approx(best, rel=1e-3)
+    with pytest.raises(InputError, match="known label"):
+        fit_temperature(z, np.full_like(y, -1))
+    with pytest.raises(InputError, match="-1..1"):
+        fit_temperature(z, y + 1)
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+def test_watched_figures_against_sklearn():
+    s = several(FIVE)
+    found = Supervised(FIVE).watch(s["val_labels"], s["val_logits"])
+    p = scipy.special.softmax(s["val_logits"].astype(float), axis=1)
+    expected = sklearn.metrics.roc_auc_score(s["val_labels"], p, multi_class="ovr", average="macro")
+    assert found["val_auroc"] == pytest.approx(expected, abs=1e-12)
+    assert found["val_accuracy"] == sklearn.metrics.accuracy_score(s["val_labels"], p.argmax(axis=1))
+
+    s = several(FOUR, unknown=0.1)
+    y, z = s["val_labels"], s["val_logits"]
+    y[:, 2] = np.minimum(y[:, 2], 0)  # never present: not part of the mean
+    columns = [sklearn.metrics.roc_auc_score(y[y[:, k] >= 0, k], z[y[:, k] >= 0, k]) for k in (0, 1, 3)]
+    found = Supervised(FOUR).watch(y, z, "train")
+    assert found["train_auroc"] == pytest.approx(np.mean(columns), abs=1e-12)
+    assert with_both_classes(FOUR.truth(y)).tolist() == [True, True, True, False, True]
+    with pytest.raises(InputError, match="no finding is present"):
+        Supervised(FOUR).watch(np.zeros_like(y), z)
+    assert Supervised(FOUR).watch(np.zeros_like(y), z, "train")["train_auroc"] is None
+
+
+@pytest.mark.parametrize("watched, best", [("auroc", 0), ("loss", 1), ("accuracy", 2)])
+def test_watch_chooses_the_epoch(watched, best):
+    rows = [
+        {"val_auroc": 0.9, "val_loss": 0.5, "val_accuracy": 0.6},
+        {"val_auroc": 0.8, "val_loss": 0.4, "val_accuracy": 0.7},
+        {"val_auroc": 0.7, "val_loss": 0.6, "val_accuracy": 0.8},
+    ]
+    merits = [Supervised(FIVE, watched=watched).merit(row) for row in rows]
+    assert int(np.argmax(merits)) == best
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_class_figures_against_sklearn():
+    s = several(FIVE)
+    calibration, _ = evaluate(s, QUICK, FIVE)
+    for side in ("val", "test"):
+        y, z = s[f"{side}_labels"], s[f"{side}_logits"]
+        decided, found = z.argmax(axis=1), calibration["summary"][side]
+        report = sklearn.metrics.classification_report(
+            y, decided, target_names=FIVE.classes, output_dict=True, zero_division=0
+        )
+        for name in FIVE.classes:
+            row = found["classes"][name]
+            theirs = [report[name][k] for k in ("precision", "recall", "f1-score", "support")]
+            assert [row["precision"], row["recall"], row["f1"], row["n"]] == pytest.approx(theirs)
+        assert found["accuracy"]["value"] == pytest.approx(report["accuracy"])
+        assert found["macro_f1"]["value"] == pytest.approx(report["macro avg"]["f1-score"])
+        assert found["confusion"] == sklearn.metrics.confusion_matrix(y, decided).tolist()
+        p = scipy.special.softmax(z.astype(float), axis=1)
+        mean = sklearn.metrics.roc_auc_score(y, p, multi_class="ovr", average="macro")
+        assert found["auroc"]["value"] == pytest.approx(mean)
+        for key in ("accuracy", "macro_f1", "auroc", "auprc"):
+            assert found[key]["lo"] < found[key]["value"] < found[key]["hi"]
+
+
+def test_findings_are_evaluated_as_if_alone():
+    """Thresholds, figures and intervals of a finding are those of a task of this finding only, on the images
+    whose label is known (and on the patients of these)."""
+    s = several(FOUR)
+    calibration, p1 = evaluate(s, QUICK, FOUR)
+    assert list(calibration["findings"]) == list(FOUR.findings) and p1["test"].shape == (400, 5)
+    for k, name in enumerate(FOUR.classes):
+        alone = {
+            f"{side}_{key}": s[f"{side}_{key}"][:, k].astype(int) if key == "labels" else s[f"{side}_{key}"]
+            for side in ("val", "test")
+            for key in ("labels", "patients")
+        }
+        for side in ("val", "test"):
+            z = s[f"{side}_logits"][:, k].astype(float)
+            alone[f"{side}_logits"] = np.stack([0 * z, z], axis=1)
+        expected, _ = evaluate(alone, QUICK)
+        found = calibration["findings"][name]
+        assert found["threshold"] == pytest.approx(expected["threshold"], rel=1e-12)
+        for point in ("at_rec", "at_0.5"):
+            for key in ("recall", "specificity", "auroc", "auprc", "tp", "fp"):
+                assert found["test"][point][key] == pytest.approx(expected["test"][point][key])
+            assert found["test"][point]["interval"] == expected["test"][point]["interval"]
+
+
+def test_unknown_labels_are_in_no_figure():
+    s = several(FOUR, unknown=0.3)
+    found = evaluate(s, QUICK, FOUR)[0]["findings"]["Mass"]["test"]["at_rec"]
+    y, z = s["test_labels"][:, 2], s["test_logits"][:, 2].astype(float)
+    known = y >= 0
+    assert found["tp"] + found["fp"] + found["tn"] + found["fn"] == known.sum() < 400
+    expected = sklearn.metrics.average_precision_score(y[known], scipy.special.expit(z[known]))
+    assert found["auprc"] == pytest.approx(expected)
+
+
+def test_rare_findings_get_a_reason_instead_of_a_threshold():
+    s = several(FOUR)
+    s["val_labels"][:, 1] = 0
+    s["val_labels"][: LEAST - 1, 1] = 1
+    calibration, _ = evaluate(s, QUICK, FOUR)
+    rare = calibration["findings"]["Effusion"]
+    assert rare["why_not"] == f"{LEAST - 1} validation images with it, fewer than {LEAST}"
+    assert "threshold" not in rare and set(rare["curves"]) == {"test"}
+    expected = sklearn.metrics.roc_auc_score(s["test_labels"][:, 1], s["test_logits"][:, 1])
+    assert rare["curves"]["test"]["auroc"]["value"] == pytest.approx(expected)
+    assert "Effusion" not in calibration["summary"]["val"]["findings"]
+    assert "Effusion" in calibration["summary"]["test"]["findings"]
+    for side in ("val", "test"):
+        s[f"{side}_labels"][:] = 0
+    with pytest.raises(InputError, match="no finding has enough images"):
+        evaluate(s, QUICK, FOUR)
+
+
+def test_jointly_promises_all_floors_at_once():
+    """The union bound gives every finding its share of what may go wrong, and in a simulation with known true
+    recalls all floors hold at once at least as often as promised."""
+    task, rule = Task(("a", "b", "c"), "sigmoid"), Rule(0.8, 0.8, jointly=True, bootstrap=100)
+    calibration, _ = evaluate(several(task), rule, task)
+    assert calibration["jointly"] == {"confidence": 0.8, "findings": 3}
+    for found in calibration["findings"].values():
+        assert found["guarantee"]["confidence"] == pytest.approx(1 - 0.2 / 3)
+    rng, held, alone, draws = np.random.default_rng(0), 0, 0, 300
+    for _ in range(draws):
+        p = rng.random((40, 3))  # scores of positives: the true recall of a threshold t is 1 - t
+        y, negatives = np.r_[np.ones(40, int), 0], np.r_[0.0]
+        for confidence, count in ((1 - 0.2 / 3, "all"), (0.8, "each")):
+            floors = [
+                1 - choose_threshold_with_guarantee(y, np.r_[p[:, k], negatives], 0.8, confidence)[0] >= 0.8
+                for k in range(3)
+            ]
+            held += all(floors) if count == "all" else 0
+            alone += all(floors) if count == "each" else 0
+    assert held / draws >= 0.8 - 2 * np.sqrt(0.8 * 0.2 / draws)
+    assert alone / draws < held / draws  # without the bound less is promised, and less holds
+
+
+def test_difference_of_means_against_a_plain_bootstrap():
+    s, other = several(FOUR, n=60), several(FOUR, n=60, seed=1)
+    truth, groups = FOUR.truth(s["test_labels"])[:, 1:], s["test_patients"]
+    a, b = (FOUR.scores(x["test_logits"])[:, 1:] for x in (s, other))
+    found = compare_mean_auroc(truth, a, b, groups, n=50)
+    values = []
+    for block in bootstrap_weights(groups, 50):
+        for weights in block:
+            i = np.repeat(np.arange(60), weights)
+            values.append(
+                np.mean([sklearn.metrics.roc_auc_score(truth[i, k], a[i, k]) for k in range(4)])
+                - np.mean([sklearn.metrics.roc_auc_score(truth[i, k], b[i, k]) for k in range(4)])
+            )
+    assert found["lo"] == pytest.approx(np.percentile(values, 2.5))
+    assert found["hi"] == pytest.approx(np.percentile(values, 97.5))
+    assert found["difference"] == pytest.approx(
+        sklearn.metrics.roc_auc_score(truth, a) - sklearn.metrics.roc_auc_score(truth, b)
+    )

@@ -1,0 +1,206 @@
+"""The chain of scripts on questions with several answers: three classes in folders, findings in a table."""
+
+import csv
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+from inputs import Inputs
+from predict import Exported
+from run import Run
+from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed
+from vit import Ensemble, PixelLinear
+
+CLASSES = ("Normal", "Round One", "Square")
+FINDINGS = ("No Finding", "Round", "Square")
+TINY = ("--img-size", 32, "--epochs", 1, "--batch-size", 16, "--max-steps", 3)
+
+
+def picture(rng, round_one, square):
+    """A noisy 32 px image with a bright disc at the left, a bright square at the right, or neither."""
+    pixels = rng.normal(90, 25, (32, 32))
+    y, x = np.mgrid[:32, :32]
+    pixels[((x - 9) ** 2 + (y - 16) ** 2 < 36) & round_one] += 60
+    pixels[(abs(x - 23) < 5) & (abs(y - 16) < 5) & square] += 60
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three classes with runs: a linear and a short scratch one, calibrated and compared."""
+    root, rng = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
+    for (part, count), (k, name) in [
+        (p, c) for p in (("train", 40), ("test", 12)) for c in enumerate(CLASSES)
+    ]:
+        folder = root / "shapes" / part / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            picture(rng, k == 1, k == 2).save(folder / f"{name[0]}{i:02d}.png")
+    flags = ("--data-dir", "shapes")
+    printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
+    succeed("train_scratch", *flags, *TINY, "--watch", "accuracy", "--balance", "undersample", cwd=root)
+    printed.append(succeed("calibrate", "--bootstrap", 100, cwd=root).out)
+    argv = ("--html", "r.html", "--csv", "r.csv")
+    printed.append(succeed("compare", *argv, cwd=root).out)
+    return root, *printed
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory):
+    """A table of findings, some unknown, with the same runs."""
+    root, rng = tmp_path_factory.mktemp("findings"), np.random.default_rng(1)
+    (root / "set/images").mkdir(parents=True)
+    lines = ["path,patient," + ",".join(FINDINGS)]
+    for i in range(150):
+        a, b = rng.random(2) < 0.4
+        picture(rng, a, b).save(root / f"set/images/{i:03d}.png")
+        labels = [int(not (a or b)), int(a), "" if i % 7 == 0 else int(b)]
+        lines.append(f"images/{i:03d}.png,{i // 2}," + ",".join(map(str, labels)))
+    (root / "set/labels.csv").write_text("\n".join(lines))
+    flags = ("--data-dir", "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3)
+    printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
+    succeed("train_scratch", *flags, *TINY, cwd=root)
+    printed.append(succeed("calibrate", "--bootstrap", 100, "--jointly", "--min-recall", 0.8, cwd=root).out)
+    printed.append(succeed("compare", cwd=root).out)
+    return root, *printed
+
+
+def test_classes_in_the_report(folders):
+    root, trained, calibrated, report = folders
+    assert "train 32 Normal + 32 Round One + 32 Square" in trained and "patients unknown" in trained
+    assert read_json(root, "outputs/linear/results.json")["split"]["unknown_patients"] == 120
+    assert "any disease" in calibrated and "macro F1" in calibrated
+    for words in (
+        "| any disease: Logistic regression 32x32 px |",
+        "| Round One: ViT scratch |",
+        "| Class | Images | Precision | Recall | F1 | → Normal | → Round One | → Square |",
+        "patients unknown, so images of one patient may be on both sides",
+        "Logistic regression 32x32 px minus ViT scratch",
+        "best accuracy",
+    ):
+        assert words in report
+    assert "whole patients" not in report
+    names = {p.name for p in (root / "outputs/figures").iterdir()}
+    assert names == {"shapes-roc.png", "shapes-auroc.png", "shapes-confusion.png"}
+    page = (root / "r.html").read_text()
+    assert page.count("data:image/png") == 3 and "Square: ViT scratch" in page
+    rows = list(csv.DictReader((root / "r.csv").open()))
+    assert [r["Model"] for r in rows[:3]] == [
+        f"Logistic regression 32x32 px, {n} @Rec" for n in ("any disease", "Round One", "Square")
+    ]
+
+
+def test_findings_in_the_report(findings):
+    _, trained, calibrated, report = findings
+    assert "test cut off" in trained and "0 test images with train or validation" in trained
+    assert "the floors of 4 findings hold at once with confidence 0.95" in calibrated
+    for words in ("| any finding: ", "| Square: ViT scratch |", "by the union bound", "whole patients"):
+        assert words in report
+    assert "Precision | Recall | F1" not in report
+
+
+@pytest.mark.parametrize("kind", ["linear", "scratch"])
+def test_predictions_are_those_of_calibrate(folders, findings, kind):
+    for root, pattern in ((folders[0], "shapes/test"), (findings[0], "set/images")):
+        run = Run(root / "outputs" / kind)
+        done = succeed("predict", pattern, "--run", f"outputs/{kind}", cwd=root)
+        rows = {r["path"]: r for r in csv.DictReader(io.StringIO(done.out))}
+        scores, found = run.scores(), run.findings(run.calibration())
+        prefix = "shapes/" if run.task.kind == "softmax" else "set/"
+        for i, file in enumerate(scores["test_files"]):
+            row = rows[prefix + str(file)]
+            for k, (name, about) in enumerate(found.items()):
+                word = name.lower().replace(" ", "_")
+                assert float(row[f"p_{word}"]) == pytest.approx(scores["test_p1"][i, k], abs=1e-6)
+                decision = "yes" if scores["test_p1"][i, k] >= about["threshold"] else "no"
+                assert row[f"decision@Rec_{word}"] == decision
+            top = run.task.classes[scores["test_logits"][i].argmax()]
+            assert row.get("top_class", top) == top
+    assert ("top_class" in rows["set/images/000.png"]) is False
+
+
+def test_explain_a_finding(folders, findings):
+    root, argv = folders[0], ("--run", "outputs/scratch", "--method", "gradcam")
+    succeed("explain", *argv, "--tests", 0, "--finding", "Square", cwd=root)
+    assert (root / "outputs/scratch/explain/sheet.png").exists()
+    for root, image, name in (
+        (root, "shapes/test/Square/S00.png", "Square"),
+        (findings[0], "set/images/001.png", "Round"),
+    ):
+        succeed("explain", *argv, image, cwd=root)  # any disease, any finding
+        succeed("explain", *argv, image, "--finding", name, cwd=root)
+        refused(cli("explain", *argv, image, "--finding", "Oval", cwd=root), "--finding Oval", name)
+        refused(cli("explain", *argv, image, "--target", name, cwd=root), "--target is for two classes")
+
+
+def test_exported_probabilities(folders, findings):
+    """What goes into the ONNX file gives the columns of the task."""
+    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for root in (folders[0], findings[0]):
+        run = Run(root / "outputs/linear")
+        model, inputs = run.model(), Inputs.of_run(run.results, CPU)
+        with torch.inference_mode():
+            expected = run.task.scores(inputs.logits(model, x).numpy(), 1.7)
+            assert np.allclose(Exported(model, inputs, run.task, 1.7)(x).numpy(), expected, atol=1e-6)
+
+
+def test_exported_findings(findings, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    succeed("predict", "--export", tmp_path / "m.onnx", "--run", "outputs/linear", cwd=findings[0])
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"))
+    run = Run(findings[0] / "outputs/linear")
+    x = np.random.default_rng(0).random((4, 1, 32, 32), dtype=np.float32)
+    with torch.inference_mode():
+        expected = run.task.scores(run.model()(torch.from_numpy(x)).numpy())
+    assert np.allclose(session.run(None, {"image": x})[0], expected, atol=1e-5)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["findings"]) == list(run.task.findings)
+    assert json.loads(about["threshold@Rec"]).keys() == set(run.task.findings)
+
+
+def test_ensemble_of_findings(findings):
+    """Its probabilities are the means of its members'."""
+    torch.manual_seed(0)
+    configs = [{"kind": "linear", "side": 4, "num_classes": 3}] * 2
+    model = Ensemble(configs, [[0.0]] * 2, [[1.0]] * 2, sigmoid=True)
+    for member in model.members:
+        torch.nn.init.normal_(member.head.weight)
+    x = torch.rand(5, 1, 8, 8)
+    expected = torch.stack([m(x).sigmoid() for m in model.members]).mean(0)
+    assert torch.allclose(model(x).sigmoid(), expected, atol=1e-6)
+    assert isinstance(model.members[0], PixelLinear)
+    root, argv = findings[0], ("--out", "outputs/both", "--bootstrap", 100)
+    succeed("calibrate", "--ensemble", "outputs/linear", "outputs/scratch", *argv, cwd=root)
+    both, one, two = (Run(root / "outputs" / n).scores()["test_p1"] for n in ("both", "linear", "scratch"))
+    assert np.allclose(both, (one + two) / 2, atol=1e-6)
+
+
+def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch and resumed: the same weights and history, bit for bit."""
+    root, real, steps = findings[0], engine.Loop.backward, []
+    argv = ["--data-dir", root / "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3]
+    argv += ["--img-size", 32, "--batch-size", 4, "--epochs", 2, "--cache-dir", root / "Data/cache"]
+
+    def backward(self, *batch):
+        steps.append(1)
+        if len(steps) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *batch)
+
+    monkeypatch.setattr(engine.Loop, "backward", backward)
+    assert cli("train_scratch", *argv, "--out", "stopped", cwd=tmp_path).code == 143
+    monkeypatch.setattr(engine.Loop, "backward", real)
+    succeed("train_scratch", *argv, "--out", "stopped", "--resume", cwd=tmp_path)
+    succeed("train_scratch", *argv, "--out", "whole", cwd=tmp_path)
+    runs = [tmp_path / name for name in ("stopped", "whole")]
+    assert same_tensors(*(load_pth(run, "checkpoint.pth") for run in runs))
+    first, second = (strip_time(read_json(run, "results.json")["history"]) for run in runs)
+    assert first == second and all("train_auroc" in row for row in first)

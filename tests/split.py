@@ -1,0 +1,161 @@
+"""Tests of who trains, validates and tests, and of what makes up an epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from common import InputError
+from split import BALANCES, cut_test, epoch_order, split_patients, undersampled
+
+SIDES = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Folders train (60 + 100 images) and test (20 + 30): children of two images each, numbered from 1 in
+    both parts; val with 10 + 10."""
+    root, rng = tmp_path_factory.mktemp("pool"), np.random.default_rng(0)
+    for part, counts in (("train", (60, 100)), ("test", (20, 30)), ("val", (10, 10))):
+        for name, count in zip(("NORMAL", "PNEUMONIA"), counts):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                stem = f"person{i // 2}_virus_{i}" if name == "PNEUMONIA" else f"IM-{i // 2:04d}-{i:04d}"
+                pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{stem}.png")
+    return root
+
+
+def load(pool, tmp_path, **settings):
+    """{side: Subset}, info of the split, and what was printed of it."""
+    lines = []
+    config = data.DataConfig(str(pool), 8, cache_dir=str(tmp_path / "cache"), **settings)
+    train, val, info = data.load_train_val(config, lines.append)
+    return {"train": train, "val": val, "test": data.load_test(config)}, info, lines[0]
+
+
+def classes(subset):
+    return np.bincount(subset.targets, minlength=2).tolist()
+
+
+def test_pooled_by_patient(pool, tmp_path):
+    sides, info, line = load(pool, tmp_path, split="pooled")
+    assert [classes(sides[s]) for s in SIDES] == [[48, 78], [16, 26], [16, 26]]  # 60, 20, 20% of 80 + 130
+    assert info["test_from"] == "pooled and cut anew" and "test pooled and cut anew" in line
+    files = [set(sides[s].files) for s in SIDES]
+    assert len(set.union(*files)) == 210 and all(not a & b for a, b in itertools.combinations(files, 2))
+    assert all({f.split("/")[0] for f in names} == {"train", "test"} for names in files)
+    patients = [set(sides[s].patients) for s in SIDES]
+    assert all(not a & b for a, b in itertools.combinations(patients, 2))
+    assert {"train/person1", "test/person1"} <= set.union(*patients)  # not the same child
+    assert info["shared_patients"] == info["shared_patients_test"] == 0
+
+
+def test_pooled_by_image(pool, tmp_path):
+    sides, info, line = load(pool, tmp_path, split="pooled-image", fractions=(0.5, 0.25, 0.25))
+    assert [len(sides[s]) for s in SIDES] == [104, 53, 53]  # scikit-learn rounds parts up
+    seen = set(sides["train"].patients)
+    assert info["shared_patients"] == sum(p in seen for p in sides["val"].patients) > 5
+    seen |= set(sides["val"].patients)
+    assert info["shared_patients_test"] == sum(p in seen for p in sides["test"].patients) > 5
+    assert f"{info['shared_patients_test']} test images with train or validation" in line
+
+
+def test_pooled_and_undersampled(pool, tmp_path):
+    sides, info, _ = load(pool, tmp_path, split="pooled-image", undersample=True)
+    assert [classes(sides[s]) for s in SIDES] == [[48, 48], [16, 16], [16, 16]]
+    assert info["counts"]["test"] == {"NORMAL": 16, "PNEUMONIA": 16}
+
+
+def test_published_parts(pool, tmp_path):
+    sides, info, line = load(pool, tmp_path, split="published")
+    assert [classes(sides[s]) for s in SIDES] == [[60, 100], [10, 10], [20, 30]]
+    assert {f.split("/")[0] for f in sides["val"].files} == {"val"} and info["test_from"] == "published"
+    assert info["shared_patients"] == 20 and "20 validation images share a patient with train" in line
+    plain, info, line = load(pool, tmp_path)
+    assert [len(plain[s]) for s in SIDES] == [128, 32, 50] and info["shared_patients"] == 0
+    assert not any(f.startswith("val/") for s in SIDES for f in plain[s].files)
+    assert ", test " not in line and "shared_patients_test" not in info
+
+
+def test_a_test_part_is_cut_off(pool, tmp_path):
+    alone = tmp_path / "alone"
+    (alone / "train").parent.mkdir()
+    (alone / "train").symlink_to(pool / "train")
+    sides, info, line = load(alone, tmp_path)
+    assert [len(sides[s]) for s in SIDES] == [102, 26, 32] and info["test_from"] == "cut off"
+    assert "test cut off" in line
+    patients = [set(sides[s].patients) for s in SIDES]
+    assert all(not a & b for a, b in itertools.combinations(patients, 2))
+    (alone / "val").symlink_to(pool / "val")  # a published validation part stays whole
+    sides, _, _ = load(alone, tmp_path, split="published")
+    assert [len(sides[s]) for s in SIDES] == [128, 20, 32]
+
+
+def test_patients_of_a_table_decide(pool, tmp_path):
+    """--patients replaces what the file names say: here every ten images are one child's."""
+    files = sorted(p.relative_to(pool).as_posix() for p in pool.glob("train/*/*"))
+    (tmp_path / "p.csv").write_text(
+        "path,patient\n" + "\n".join(f"{f},c{i // 10}" for i, f in enumerate(files))
+    )
+    sides, info, _ = load(pool, tmp_path, patients=str(tmp_path / "p.csv"))
+    assert not set(sides["train"].patients) & set(sides["val"].patients) and len(sides["val"]) == 30
+    assert set(sides["val"].patients) < {f"c{i}" for i in range(16)} and info["unknown_patients"] == 0
+
+
+@pytest.mark.parametrize("split", ["patient", "image", "pooled", "pooled-image"])
+def test_splits_do_not_depend_on_the_order_of_files(pool, split):
+    config = data.DataConfig(str(pool), 8, split=split)
+    _, index, others, test, _ = data.open_index(config)
+    shuffled = np.random.default_rng(0).permutation(len(index.files))
+    again = cut_test(index.take(shuffled), config)
+    for found, expected in zip(again[:2], (others, test)):
+        names = {index.files[shuffled[i]] for i in found}
+        assert names == {index.files[i] for i in expected}
+
+
+def test_split_patients_against_brute_force():
+    """Whole patients, as near to the fraction as the shuffled order of patients allows."""
+    rng = np.random.default_rng(1)
+    for seed in range(20):
+        patients = [f"p{i}" for i in rng.integers(0, 8, size=30)]
+        rest, part = split_patients(patients, 0.3, seed)
+        assert sorted([*rest, *part]) == list(range(30))
+        assert not {patients[i] for i in rest} & {patients[i] for i in part}
+        assert abs(len(part) - 9) <= max(patients.count(p) for p in patients) / 2 + 0.5
+    with pytest.raises(InputError, match="1 patients are too few"):
+        split_patients(["p"] * 5, 0.3)
+
+
+# ---------------------------------------------------------------- an epoch
+
+TARGETS = np.repeat([0, 1, 2], [5, 20, 50])
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_epoch_order(balance):
+    orders = [epoch_order(3, epoch, TARGETS, balance) for epoch in range(400)]
+    counts = np.array([np.bincount(TARGETS[order], minlength=3) for order in orders])
+    assert np.array_equal(orders[7], epoch_order(3, 7, TARGETS, balance))
+    assert not np.array_equal(orders[0], orders[1]) and orders[0].dtype == np.int64
+    assert not np.array_equal(orders[0], epoch_order(4, 0, TARGETS, balance))
+    if balance in ("weights", "none"):
+        assert all(sorted(order) == list(range(75)) for order in orders)
+    elif balance == "sampler":
+        assert all(len(order) == 75 for order in orders)
+        assert np.abs(counts.mean(axis=0) - 25).max() < 4 * np.sqrt(75 * 2 / 9 / 400)  # 4 standard errors
+        drawn = np.bincount(np.concatenate(orders), minlength=75)
+        assert drawn[:5].min() > 5 * drawn[25:].min()  # with replacement: rare images come more often
+    else:
+        assert (counts == 5).all() and all(len(set(order)) == 15 for order in orders)
+        chosen = {frozenset(order.tolist()) for order in orders}
+        assert len(chosen) == 1 if balance == "undersample-once" else len(chosen) > 390
+
+
+def test_undersampled():
+    found = undersampled(TARGETS, 0)
+    assert np.bincount(TARGETS[found]).tolist() == [5, 5, 5] and (np.diff(found) > 0).all()
+    assert not np.array_equal(found, undersampled(TARGETS, 1))
