@@ -130,14 +130,15 @@ def test_explain_a_finding(folders, findings):
     root, argv = folders[0], ("--run", "outputs/scratch", "--method", "gradcam")
     succeed("explain", *argv, "--tests", 0, "--finding", "Square", cwd=root)
     assert (root / "outputs/scratch/explain/sheet.png").exists()
-    for root, image, name in (
-        (root, "shapes/test/Square/S00.png", "Square"),
-        (findings[0], "set/images/001.png", "Round"),
-    ):
-        succeed("explain", *argv, image, cwd=root)  # any disease, any finding
-        succeed("explain", *argv, image, "--finding", name, cwd=root)
-        refused(cli("explain", *argv, image, "--finding", "Oval", cwd=root), "--finding Oval", name)
-        refused(cli("explain", *argv, image, "--target", name, cwd=root), "--target is for two classes")
+    questions = {
+        root: ("shapes/test/Square/S00.png", "Square"),
+        findings[0]: ("set/images/001.png", "Round"),
+    }
+    for place, (image, name) in questions.items():
+        succeed("explain", *argv, image, cwd=place)  # any disease, any finding
+        succeed("explain", *argv, image, "--finding", name, cwd=place)
+        refused(cli("explain", *argv, image, "--finding", "Oval", cwd=place), "--finding Oval", name)
+        refused(cli("explain", *argv, image, "--target", name, cwd=place), "--target is for two classes")
 
 
 def test_exported_probabilities(folders, findings):
