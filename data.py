@@ -15,6 +15,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 import index as indices
+import tables
 from common import InputError, Number, add_flags, check_fields, flag, say, sha256
 from images import RESIZES, load_images
 from inputs import MODES, normalise
@@ -91,9 +92,9 @@ class DataConfig:
         values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
         values["fractions"] = check_fractions(values.get("fractions") or ())
         if values.get("labels"):
-            values["labels"] = str(indices.find_table(values["labels"], values["data_dir"]))
+            values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
             wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]
-            values["classes"] = indices.table_findings(values["labels"], wanted)
+            values["classes"] = tables.table_findings(values["labels"], wanted)
         else:
             if getattr(args, "findings", None):
                 raise InputError("--findings belongs to a table of findings: give --labels too")
@@ -209,11 +210,11 @@ def open_index(config):
     from). Reads names and tables, no image."""
     if config.labels:
         root = Path(config.data_dir)
-        index = indices.read_table(config.labels, root, config.classes)
+        index = tables.read_table(config.labels, root, config.classes)
         if config.split not in POOLED:
-            index = indices.published_lists(index, root)
+            index = tables.published_lists(index, root)
         if config.split == "published" and not (index.part == "test").any():
-            raise InputError(f"--split published: {root} has no {' and '.join(indices.LISTS.values())}")
+            raise InputError(f"--split published: {root} has no {' and '.join(tables.LISTS.values())}")
     else:
         root = indices.find_root(config.data_dir, config.classes)
         there = [p for p in indices.PARTS if p == "train" or (root / p).is_dir()]
@@ -223,7 +224,7 @@ def open_index(config):
             root, config.classes, [p for p in there if p != "val" or config.split == "published"]
         )
     if config.patients:
-        index = indices.read_patients(config.patients, index)
+        index = tables.read_patients(config.patients, index)
     elif config.split in POOLED and not config.labels:  # each part numbers its patients from 1
         named = [
             f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)

@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import re
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import InputError
+from common import InputError, Interrupted, say
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 HELP = "auto (cuda > mps > cpu), cuda, cuda:1, mps, cpu"
@@ -176,3 +177,27 @@ def gather(value):
         return [value]
     dist.all_gather_object(parts, value)
     return parts
+
+
+@contextmanager
+def stop_requests():
+    """Within the block Ctrl-C and SIGTERM only leave their number in the yielded list, so that a step can end
+    and state be saved; a second one acts at once. Outside the main thread: nothing is caught."""
+    received, old = [], {}
+
+    def handler(signum, frame):
+        if received:
+            raise Interrupted("interrupted twice: state since the last epoch is lost", signum)
+        received.append(signum)
+        say("stopping after this step ...")
+
+    try:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            old[s] = signal.signal(s, handler)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield received
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)

@@ -4,7 +4,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import data
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
-from device import autocast, device_name, gather, processes, versions
+from device import autocast, device_name, gather, processes, stop_requests, versions
+from recipe import differences
 from split import epoch_order
 
 # ---------------------------------------------------------------- pure functions of the recipe
@@ -96,61 +97,6 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
     seconds = time.perf_counter() - started
     say(f"head alone, {stage.epochs} epochs on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
     return mean
-
-
-@contextmanager
-def stop_requests():
-    """Within the block Ctrl-C and SIGTERM only leave their number in the yielded list, so that a step can end
-    and state be saved; a second one acts at once. Outside the main thread: nothing is caught."""
-    received, old = [], {}
-
-    def handler(signum, frame):
-        if received:
-            raise Interrupted("interrupted twice: state since the last epoch is lost", signum)
-        received.append(signum)
-        say("stopping after this step ...")
-
-    try:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            old[s] = signal.signal(s, handler)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield received
-    finally:
-        for s, h in old.items():
-            signal.signal(s, h)
-
-
-# What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
-CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init")
-IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",), "init": ("run", "minutes")}
-
-
-def differences(old, new):
-    """What differs between the settings of a run and those of the command that would resume it: list of text.
-
-    Values that the older version of a run did not record are not compared."""
-    found = []
-    for key in CHECKED:
-        if key not in new and key in old:
-            found.append(f"{key}: was given, now it is not")
-        elif key in new and key not in old:
-            found.append(f"{key}: was not given, now it is")
-        elif key in new and isinstance(new[key], dict):
-            for name, value in new[key].items():
-                ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
-                if name in old[key] and not ignored:
-                    before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
-                    found += [] if before == now else [f"{key}.{name}: was {before!r}, now {now!r}"]
-        elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
-            found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
-    return found
-
-
-def _same_proof(old, new):
-    """Whether both name a file's checksum, which tells more than its path."""
-    return any(k in old and k in new for k in ("sha256", "checkpoint"))
 
 
 class Loop:

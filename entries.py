@@ -10,7 +10,8 @@ import numpy as np
 
 from common import InputError, Number, say, sha256
 from metrics import check_both_classes, check_scores
-from run import NATURAL, REAL, find_runs, mismatches
+from run import find_runs
+from schema import NATURAL, REAL, mismatches
 
 POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch

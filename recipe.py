@@ -160,3 +160,34 @@ def to_json(recipe, augment, amp, unused=()):
     """The "recipe" of a results.json: the fields the script uses, those of the augmentation, and bf16."""
     values = {k: v for k, v in asdict(recipe).items() if k not in unused}
     return {**values, **asdict(augment), "amp": amp}
+
+
+# What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
+CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init")
+IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",), "init": ("run", "minutes")}
+
+
+def differences(old, new):
+    """What differs between the settings of a run and those of the command that would resume it: list of text.
+
+    Values that the older version of a run did not record are not compared."""
+    found = []
+    for key in CHECKED:
+        if key not in new and key in old:
+            found.append(f"{key}: was given, now it is not")
+        elif key in new and key not in old:
+            found.append(f"{key}: was not given, now it is")
+        elif key in new and isinstance(new[key], dict):
+            for name, value in new[key].items():
+                ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
+                if name in old[key] and not ignored:
+                    before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
+                    found += [] if before == now else [f"{key}.{name}: was {before!r}, now {now!r}"]
+        elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
+            found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
+    return found
+
+
+def _same_proof(old, new):
+    """Whether both name a file's checksum, which tells more than its path."""
+    return any(k in old and k in new for k in ("sha256", "checkpoint"))

@@ -15,7 +15,7 @@ import engine
 from augment import borrow_frame
 from inputs import Inputs
 from metrics import choose_threshold_by_min_recall
-from run import REAL, mismatches
+from schema import REAL, mismatches
 
 VERSION = 1  # of everything below that decides a figure: raise it with any change of the corruptions
 MIN_RECALL = 0.95
@@ -181,7 +181,7 @@ def nih_figures(score, nih):
 
 def kept_figures(score, part, subset, compute, spec):
     """compute(score, subset), or what signals.json in the run folder holds of `part` if that was computed
-    from the same model and images. `spec`: what the figures must look like, as for run.mismatches. Other
+    from the same model and images. `spec`: what the figures must look like, as for schema.mismatches. Other
     parts are left alone."""
     path, key = score.run.folder / "signals.json", score.key(subset)
     try:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import device
 import engine
 import recipe
 from augment import PRESETS, Augment
@@ -167,7 +168,7 @@ def test_predict_keeps_order_and_mode():
 def test_stop_requests():
     """The first signal is only noted, the second acts at once; the old handlers come back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(common.Interrupted) as stop, engine.stop_requests() as received:
+    with pytest.raises(common.Interrupted) as stop, device.stop_requests() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGINT)

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 import data
-import index
+import tables
 from common import InputError
-from index import find_classes, find_root, list_images, published_lists, read_patients, read_table
+from index import find_classes, find_root, list_images
+from tables import published_lists, read_patients, read_table
 from tests.shared import cli, read_json, refused
 
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID\n"
@@ -47,11 +48,11 @@ def test_nih_table(tmp_path, capsys):
     assert found.targets.tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 0]] and found.targets.dtype == np.int8
     assert found.patients == ["1", "1", "2"] and found.known.all()  # a patient 2.0 is 2
     assert capsys.readouterr().err == ""
-    assert index.table_findings(tmp_path / "table.csv") == index.NIH_FINDINGS
-    assert len(index.NIH_FINDINGS) == 15 and index.NIH_FINDINGS[0] == "No Finding"
-    assert index.table_findings(tmp_path / "table.csv", ["Mass", "Edema"]) == ("Mass", "Edema")
+    assert tables.table_findings(tmp_path / "table.csv") == tables.NIH_FINDINGS
+    assert len(tables.NIH_FINDINGS) == 15 and tables.NIH_FINDINGS[0] == "No Finding"
+    assert tables.table_findings(tmp_path / "table.csv", ["Mass", "Edema"]) == ("Mass", "Edema")
     with pytest.raises(InputError, match="has no Masss; it has No Finding, Atelectasis"):
-        index.table_findings(tmp_path / "table.csv", ["Masss"])
+        tables.table_findings(tmp_path / "table.csv", ["Masss"])
 
 
 def test_nih_folders_of_the_zips(tmp_path):
@@ -145,7 +146,7 @@ def test_plain_table(tmp_path):
     path = plain_set(
         tmp_path, "Path,Patient,Edema,Mass\nx\\a.png,7,1,0\n./x/b.png,,-1,\nc.jpg,9.0,1.0,-1.0\n"
     )
-    found = read_table(path, tmp_path, index.table_findings(path))
+    found = read_table(path, tmp_path, tables.table_findings(path))
     assert found.files == ["x/a.png", "x/b.png", "c.jpg"]
     assert found.targets.tolist() == [[1, 0], [-1, -1], [1, -1]]
     assert found.patients == ["7", "x/b.png", "9"] and found.known.tolist() == [True, False, True]
@@ -169,7 +170,7 @@ def test_plain_table(tmp_path):
 def test_bad_plain_tables(tmp_path, text, message):
     path = plain_set(tmp_path, text)
     with pytest.raises(InputError, match=message):
-        read_table(path, tmp_path, index.table_findings(path))
+        read_table(path, tmp_path, tables.table_findings(path))
 
 
 def test_a_large_table_is_read_in_seconds(tmp_path):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError
-from index import read_table
 from intervals import bootstrap_weights, compare_mean_auroc
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes
 from operating import LEAST, Rule, evaluate
+from tables import read_table
 from task import Task
 
 FOUR = Task(("No Finding", "Effusion", "Mass", "Edema"), "sigmoid")
