@@ -183,7 +183,7 @@ def show(title, result):
         f"NLL {quality[part]['before']['nll']:.3f} -> {quality[part]['after']['nll']:.3f}"
         for part in PARTS
     ]
-    used = "applied" if result["temperature_applied"] else "not applied"
+    used = "applied" if result["temperature_applied"] else "not applied; --temperature applies it"
     print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
@@ -246,8 +246,8 @@ def parse():
         type=between,
         default=None,
         metavar="CONFIDENCE",
-        help="confidence of the guaranteed threshold, in (0, 1); if given, too few patients are an error "
-        "(default: 0.95, and left out where there are too few)",
+        help="confidence (not recall: that is --min-recall) of the guaranteed threshold, in (0, 1); if "
+        "given, too few patients are an error (default: 0.95, and left out where there are too few)",
     )
     group.add_argument(
         "--jointly",
@@ -261,10 +261,18 @@ def parse():
         help="divide logits by the temperature fitted on validation: same decisions, other probabilities",
     )
     group.add_argument(
-        "--bootstrap", type=common.Number(int, 100, 10**6), default=2000, metavar="N", help="draws"
+        "--bootstrap",
+        type=common.Number(int, 100, 10**6),
+        default=2000,
+        metavar="N",
+        help="draws of the patient bootstrap",
     )
     group.add_argument(
-        "--prevalence", type=between, default=0.1, metavar="X", help="for predictive values, in (0, 1)"
+        "--prevalence",
+        type=between,
+        default=0.1,
+        metavar="X",
+        help="share of the sick assumed for PPV and NPV, in (0, 1)",
     )
     group = parser.add_argument_group("runs")
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")

@@ -113,6 +113,7 @@ class Loop:
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
+        self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
         self.seen = []  # (positions, outputs) of the epoch's training images, on the device
 
     # ------------------------------------------------------------ start and resume
@@ -159,8 +160,7 @@ class Loop:
                 self._save_last()
                 if better:
                     self._save_model()
-                minutes = sum(h["seconds"] for h in history) / 60
-                results.update(best_epoch=self.state["best_epoch"], minutes=minutes)
+                results.update(best_epoch=self.state["best_epoch"], minutes=self._minutes())
                 self._write(results)
                 tell(
                     f"epoch {self.state['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, "
@@ -215,7 +215,7 @@ class Loop:
             "versions": versions(),
             "best_epoch": self.state["best_epoch"],
             "history": self.state["history"],
-            "minutes": sum(h["seconds"] for h in self.state["history"]) / 60,
+            "minutes": self._minutes(),
         }
         if (
             not self.plan.resume
@@ -223,6 +223,10 @@ class Loop:
             self._write(results)
             self._save_last()
         return results
+
+    def _minutes(self):
+        """Time of training so far, validation and the stage of the head included."""
+        return (self.state["head_seconds"] + sum(h["seconds"] for h in self.state["history"])) / 60
 
     def _restore(self, last):
         """Model, optimiser, random state and progress from last.pth."""

@@ -259,6 +259,10 @@ def load_entries(runs_dir, chosen=None):
         for entry in entries:
             if seen.count(entry.name) > 1:  # folders of one name in several places
                 entry.name += f" in {entry.run.folder.parent}"
+        if len({entry.min_recall for entry in entries}) > 1:  # not to be compared at their thresholds
+            for entry in entries:
+                entry.name += f" (floor {entry.min_recall:g})"
+                entry.base += f" (floor {entry.min_recall:g})"
     return list(groups.values())
 
 

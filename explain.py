@@ -259,11 +259,12 @@ def summary(name, found):
     mean = {k: v["mean"] for k, v in found.items() if isinstance(v, dict)}
     head, *_, everything = (step["rank_correlation"] for step in found["randomised"])
     return (
-        f"{name}: deletion minus random {mean['deletion_minus_random']:+.3f}, insertion minus random "
-        f"{mean['insertion_minus_random']:+.3f}; on the lungs {mean['lung_share']:.2f} (their area "
-        f"{found['lung_area']:.2f}), on the border {mean['border_share']:.2f} (its area "
-        f"{found['border_area']:.2f}); rank correlation {head:.2f} after the head is drawn anew, "
-        f"{everything:.2f} after all weights are"
+        f"{name}: deletion minus random {mean['deletion_minus_random']:+.3f} (lower is better), insertion "
+        f"minus random {mean['insertion_minus_random']:+.3f} (higher is better); on the lungs "
+        f"{mean['lung_share']:.2f} (their area {found['lung_area']:.2f}), on the border "
+        f"{mean['border_share']:.2f} (its area {found['border_area']:.2f}); rank correlation {head:.2f} after "
+        "the head is drawn anew, "
+        f"{everything:.2f} after all weights are (near 1: the map does not show what was learnt)"
     )
 
 

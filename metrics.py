@@ -150,8 +150,9 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     allowed = np.flatnonzero(tails <= 1 - confidence)
     if len(allowed) == 0:
         needed = math.ceil(math.log(1 - confidence) / math.log(min_recall) - 1e-9)
+        whose = "" if groups is None else " (one a patient)"
         raise InputError(
-            f"{n} independent positives cannot guarantee a recall of {min_recall:g} with confidence "
+            f"{n} independent positives{whose} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {needed} are needed"
         )
     candidates = np.sort(draws[:, allowed[-1]])

@@ -116,9 +116,8 @@ def load_npz(model, path):
 def describe(report):
     """The report of `load_npz` as one line."""
     parts = [f"{len(report['loaded'])} arrays loaded"]
-    parts += [
-        f"{word} [{', '.join(report[word])}]" for word in ("resized", "reset", "dropped") if report[word]
-    ]
+    words = {"resized": "resized", "reset": "drawn anew", "dropped": "not used"}
+    parts += [f"{word} [{', '.join(report[key])}]" for key, word in words.items() if report[key]]
     return f"weights: {report['path']} ({report['source']}): " + ", ".join(parts)
 
 
@@ -181,6 +180,8 @@ def _read(path):
     """Any weights file -> _Weights, complete and free of contradictions."""
     path = Path(path)
     if not path.exists():
+        if path != Path(DEFAULT_PATH):
+            raise InputError(f"no weights at {path}: check the path (RUNBOOK.md says where to get weights)")
         raise InputError(
             f"no weights at {path}. Fetch them once with:\n"
             f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"

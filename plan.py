@@ -1,5 +1,6 @@
 """From a checked command line to a trained run: what a training script needs beside its model."""
 
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -130,10 +131,12 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         f"model: {name}, {count:,} parameters, {plan.config.img_size} px, on {device_name(plan.device)}, "
         f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
     )
+    started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta)
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
             fit_head(model, train_set, stage, objective=objective, recipe=recipe, inputs=inputs)
-    return Loop(model, objective, plan, inputs, meta).fit(train_set, val_set)
+            loop.state["head_seconds"] = time.perf_counter() - started
+    return loop.fit(train_set, val_set)
 
 
 def say_unwatched(task, val):

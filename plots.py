@@ -190,7 +190,7 @@ def draw_scores(entries):
         sizes = f"{(column.truth == 0).sum()} + {column.truth.sum()}"
         figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {e.threshold:.3f}"
         title = f"{label(e.name, 66)}\n{SIDES[side]}, n = {sizes}: {figures}"
-        ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class", title=title)
+        ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class (log scale)", title=title)
         ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
         ax.title.set_fontsize(8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -227,7 +227,8 @@ def draw_decision(entries):
     chances = np.linspace(0.01, 0.95, 95)
     for i, (e, name) in enumerate(zip(entries, names)):
         model, everybody = net_benefit(e.test.truth, e.test.probabilities, chances)
-        ax.plot(chances, model, label=name, **line_style(i))
+        lost = np.maximum.accumulate(model < -0.1)  # below the frame: the curve ends there
+        ax.plot(chances, np.where(lost, np.nan, model), label=name, **line_style(i))
     ax.plot(chances, everybody, color="0.5", lw=1, label=names[-2])
     ax.axhline(0, color="black", lw=1, label=names[-1])
     prevalence = e.test.truth.mean()

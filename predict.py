@@ -8,7 +8,8 @@ decision@0.5, decision@Rec, note; where there are several findings, top_class (t
 classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without a threshold) for each.
 Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
 file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
-Memory does not grow with the number of files.
+`note` also says when brightness, contrast, colour or size is unlike the training images. In folders only
+files with the extensions of images are looked at. Memory does not grow with the number of files.
 
     python predict.py --export model.onnx --run outputs/pretrained
 

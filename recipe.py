@@ -34,7 +34,9 @@ class Recipe:
         1, "run each step in N parts, for less memory: the same step to rounding", COUNT, "N"
     )
     lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
-    weight_decay: float = flag(0.05, "not on biases, norms, [CLS], positions", Number(float, 0, 100), "X")
+    weight_decay: float = flag(
+        0.05, "of AdamW; not on biases, norms, [CLS], positions", Number(float, 0, 100), "X"
+    )
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
     clip: float = 1.0
@@ -42,7 +44,12 @@ class Recipe:
         "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
     )
     patience: int = flag(5, "stop after N epochs without a better one", COUNT, "N")
-    max_steps: int = flag(None, "stop training after this many steps", Number(int, 1, 2**31), "N")
+    max_steps: int = flag(
+        None,
+        "stop after this many steps (those of --freeze-epochs are not counted)",
+        Number(int, 1, 2**31),
+        "N",
+    )
     ema: float = flag(
         0.0,
         "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1); "
@@ -50,7 +57,7 @@ class Recipe:
         BELOW_ONE,
         "X",
     )
-    label_smoothing: float = flag(0.05, "of the cross-entropy, in [0, 1)", BELOW_ONE, "X")
+    label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
     balance: str = flag(
         "weights",
         "rare classes: weigh the loss by inverse frequency, sample every class alike, or as many images of "
@@ -61,9 +68,9 @@ class Recipe:
     drop_path: float = flag(0.0, "stochastic depth of the last block, in [0, 1)", BELOW_ONE, "X")
     drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
     freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
-    head_lr: float = flag(1e-3, "rate of that stage", RATE, "X")
+    head_lr: float = flag(1e-3, "learning rate of that stage", RATE, "X")
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
-    seed: int = flag(0, "of initial weights, order and augmentation", SEED, "N")
+    seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
     @property
     def stages(self):

@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from sklearn.preprocessing import StandardScaler
 
 import demo
 import images
+import plan
 from index import list_images
 from split import split_train_val
-from tests.shared import SCRIPTS, cli, copy_set, read_json, refused, succeed
+from tests.shared import SCRIPTS, cli, copy_set, load_pth, read_json, refused, succeed
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -180,3 +182,30 @@ def test_flags_that_would_be_ignored_or_overflow(tmp_path):
     ):
         done = cli("train_scratch", *argv, cwd=tmp_path)
         assert done.code == 2 and done.err.startswith("error: "), (argv, done.err)
+
+
+def test_time_counts_the_stage_of_the_head(synthetic, cache, tmp_path, tiny_npz, monkeypatch):
+    """minutes = the head's stage + the epochs, also after the run was resumed."""
+    real = plan.fit_head
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(plan, "fit_head", slow)
+    argv = ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--weights", tiny_npz]
+    argv += ["--freeze-epochs", 1, "--epochs", 1, "--max-steps", 2]
+    succeed("train_pretrained", *argv, cwd=tmp_path)
+    results = read_json(tmp_path, "outputs/pretrained/results.json")
+    epochs = sum(row["seconds"] for row in results["history"])
+    head = load_pth(tmp_path, "outputs/pretrained/last.pth")["state"]["head_seconds"]
+    assert head >= 0.5 and results["minutes"] == pytest.approx((head + epochs) / 60)
+
+
+def test_weights_that_are_not_there(synthetic, tmp_path):
+    """The link of ViT-B/16 is told only where ViT-B/16 was asked for."""
+    argv = ["--data-dir", synthetic, "--img-size", 32]
+    done = cli("train_pretrained", *argv, "--weights", "weights/Ti.npz", cwd=tmp_path)
+    refused(done, "no weights at weights/Ti.npz: check the path", "RUNBOOK.md")
+    assert "curl" not in done.err
+    refused(cli("train_pretrained", *argv, cwd=tmp_path), "no weights at weights/ViT-B_16.npz", "curl")
