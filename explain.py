@@ -262,9 +262,9 @@ def summary(name, found):
         f"{name}: deletion minus random {mean['deletion_minus_random']:+.3f} (lower is better), insertion "
         f"minus random {mean['insertion_minus_random']:+.3f} (higher is better); on the lungs "
         f"{mean['lung_share']:.2f} (their area {found['lung_area']:.2f}), on the border "
-        f"{mean['border_share']:.2f} (its area {found['border_area']:.2f}); rank correlation {head:.2f} after "
-        "the head is drawn anew, "
-        f"{everything:.2f} after all weights are (near 1: the map does not show what was learnt)"
+        f"{mean['border_share']:.2f} (its area {found['border_area']:.2f}); rank correlation {head:.2f} "
+        f"after the head is drawn anew, {everything:.2f} after all weights are (near 1: what was "
+        "learnt does not show)"
     )
 
 
