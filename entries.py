@@ -190,8 +190,8 @@ def set_name(results):
     split, settings = results["split"], results["data"]
     if split.get("test_from", "published") == "published":
         return split["set"]
-    how = f"--split {settings['split']}, seed {settings['split_seed']}"
-    return f"{split['set']}, test {split['test_from']} ({how})"
+    name = f"{split['set']}, {settings['split']} split {settings['split_seed']}"
+    return name + (", undersampled" if settings.get("undersample") else "")
 
 
 def architecture(model, config):
