@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import stat
 import sys
@@ -151,7 +153,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        raise InputError(f"{message} (see python {self.prog} --help)")
+        wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        close = [m for w in wrong for m in difflib.get_close_matches(w, self._option_string_actions, 1)]
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise InputError(f"{message} ({hint}see python {self.prog} --help)")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -191,7 +196,8 @@ class Number:
             value = None
         if value is None or not self.contains(value):
             kind = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not {kind} in {self}")
+            hint = "; separate several by spaces" if "," in str(text) else ""
+            raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not {kind} in {self}{hint}")
         return value
 
 

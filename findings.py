@@ -169,7 +169,7 @@ def promise_blocks(entries):
     text += "No such promise survives a shift in the data."
     head = [
         "Finding: model",
-        "Patients with it, val",
+        "Patients (images, where unknown) with it, val",
         "Confidence",
         "Thr @Guar",
         "Recall test",

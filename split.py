@@ -97,7 +97,7 @@ def split_patients(patients, fraction, seed=0):
     number = int(np.argmin(np.abs(reached - fraction * len(codes)))) + 1
     inside = np.isin(codes, shuffled[:number])
     if inside.all():
-        raise InputError(f"{len(names)} patients are too few to be split: at least two are needed")
+        raise InputError("all images are of one patient: a split needs two patients or more")
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 

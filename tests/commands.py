@@ -72,6 +72,11 @@ def test_flags_are_written_out(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_flag_is_met_with_the_right_one(tmp_path):
+    refused(cli("train_scratch", "--epoch", 3, cwd=tmp_path), "--epoch 3", "did you mean --epochs?")
+    refused(cli("train_scratch", "--seeds", "0,1", cwd=tmp_path), "--seeds", "separate several by spaces")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_unknown_flag_is_a_usage_error(script, tmp_path):
     done = cli(script, "--no-such-flag", cwd=tmp_path)

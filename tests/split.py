@@ -126,7 +126,7 @@ def test_split_patients_against_brute_force():
         assert sorted([*rest, *part]) == list(range(30))
         assert not {patients[i] for i in rest} & {patients[i] for i in part}
         assert abs(len(part) - 9) <= max(patients.count(p) for p in patients) / 2 + 0.5
-    with pytest.raises(InputError, match="1 patients are too few"):
+    with pytest.raises(InputError, match="all images are of one patient"):
         split_patients(["p"] * 5, 0.3)
 
 
