@@ -55,7 +55,7 @@ def test_help_is_the_docstring(script, tmp_path):
         ("train_linear", ["--C", "0"], "--C"),
         ("train_linear", ["--img-size", "48"], "multiple of 32"),
         ("train_pretrained", ["--drop-path", "1"], "--drop-path"),
-        ("train_pretrained", ["--weights", "w.npz"], "curl"),
+        ("train_pretrained", ["--weights", "w.npz"], "check the path"),
     ],
 )
 def test_bad_flags(script, argv, word, flags, tiny_npz, tmp_path):
