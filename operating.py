@@ -106,7 +106,8 @@ def evaluate(scores, rule, task=None):
         (only,) = columns.values()
         for side, name in SIDES.items():
             check_both_classes(only[side].truth, f"{name} labels")
-        found, _ = _evaluate_finding(only, {s: p.patients for s, p in only.items()}, rule)
+        everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+        found, _ = _evaluate_finding(only, everyone, rule)
         return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
     found = _evaluate_several(columns, scores, rule, task)
     return {**about, **found}, p1

@@ -241,6 +241,24 @@ def test_unknown_labels_are_in_no_figure():
     assert found["auprc"] == pytest.approx(expected)
 
 
+def test_one_finding_with_unknown_labels():
+    """Patients are drawn from all images of the table, figures are of those whose label is known."""
+    task, s = Task(("Mass",), "sigmoid"), several(Task(("Mass",), "sigmoid"), unknown=0.3)
+    calibration, p1 = evaluate(s, QUICK, task)
+    y, p = s["test_labels"][:, 0], scipy.special.expit(s["test_logits"][:, 0].astype(float))
+    known, found = y >= 0, calibration["test"]["at_rec"]
+    assert np.allclose(p1["test"], p) and len(p) == 400 > known.sum()
+    called = p[known] >= calibration["threshold"]
+    matrix = sklearn.metrics.confusion_matrix(y[known], called)
+    assert [[found["tn"], found["fp"]], [found["fn"], found["tp"]]] == matrix.tolist()
+    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(y[known], p[known]))
+    accuracies = []
+    for weights in np.concatenate(list(bootstrap_weights(s["test_patients"], 100))):
+        i = np.repeat(np.flatnonzero(known), weights[known])
+        accuracies.append(((p[i] >= calibration["threshold"]) == y[i]).mean())
+    assert found["interval"]["acc"]["bootstrap"] == pytest.approx(np.percentile(accuracies, [2.5, 97.5]))
+
+
 def test_rare_findings_get_a_reason_instead_of_a_threshold():
     s = several(FOUR)
     s["val_labels"][:, 1] = 0
