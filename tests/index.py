@@ -109,6 +109,8 @@ def test_tables_as_programs_write_them(tmp_path, capsys, change):
         ([*ROWS, "a.png,No Finding,0,7"], "a.png stands in row 2 and in row 5"),
         (["a.png,,0,1"], "row 2: Finding Labels is empty"),
         (["a.png, | ,0,1"], "row 2: Finding Labels is empty"),
+        (["a.png,Mass|No Finding,0,1"], "row 2: Finding Labels is Mass.No Finding, which contradicts itself"),
+        ([*ROWS, "", ",,,", "a.png,,0,1"], "row 7: Finding Labels is empty"),
         (["a.png,Mass,0,1,surplus"], "row 2: 5 values for 4 columns"),
         ([], "has no rows"),
         (["../table.png,Mass,0,1", "/etc/hosts,Mass,0,1"], "none of the 2 images"),
@@ -130,6 +132,16 @@ def test_published_lists(tmp_path, capsys):
     assert "1 images are in neither train_val_list.txt nor test_list.txt" in capsys.readouterr().err
     (tmp_path / "test_list.txt").write_text("b.png\na.png\n")
     with pytest.raises(InputError, match="a.png is in .*train_val_list.txt and in .*test_list.txt"):
+        published_lists(table(path), tmp_path)
+
+
+def test_lists_with_spaces_in_names_and_without_images(tmp_path):
+    path = nih_set(tmp_path, ["a b.png,Mass,0,1", "b.png,Edema,0,2"])
+    (tmp_path / "train_val_list.txt").write_text("a b.png\n\n")
+    (tmp_path / "test_list.txt").write_text("b.png\n")
+    assert published_lists(table(path), tmp_path).part.tolist() == ["train", "test"]
+    (tmp_path / "train_val_list.txt").write_text("gone.png\n")
+    with pytest.raises(InputError, match="none of the images is in .*train_val_list.txt"):
         published_lists(table(path), tmp_path)
 
 
@@ -171,6 +183,21 @@ def test_bad_plain_tables(tmp_path, text, message):
     path = plain_set(tmp_path, text)
     with pytest.raises(InputError, match=message):
         read_table(path, tmp_path, tables.table_findings(path))
+
+
+def test_lines_end_at_line_ends_only(tmp_path):
+    """Letters that str.splitlines takes for line ends too, in a column of remarks, once lost the labels after
+    them; rows are counted as a spreadsheet counts them, blank ones included."""
+    head, row = "path,patient,remark,Edema\r\n", "x/a.png,1,Fl\xfcssig\x85 klar\x0b,1\r\n"
+    path = plain_set(tmp_path, "")
+    for text, encoding in ((head + row, "latin-1"), (head + row + "c.jpg,,\u2028,0\n,,,\n\n", "utf-8")):
+        path.write_bytes(text.encode(encoding))
+        assert read_table(path, tmp_path, ("Edema",)).targets[:1].tolist() == [[1]]
+    (tmp_path / "old.csv").write_bytes((head + row).replace("\r\n", "\r").encode())
+    assert read_table(tmp_path / "old.csv", tmp_path, ("Edema",)).targets.tolist() == [[1]]
+    path.write_text(head + '\n,,,\nx/a.png,1,"two\nlines",1\nx/b.png,1,,7\n')
+    with pytest.raises(InputError, match="row 5: Edema is '7'"):
+        read_table(path, tmp_path, ("Edema",))
 
 
 def test_a_large_table_is_read_in_seconds(tmp_path):
