@@ -92,12 +92,12 @@ def split_patients(patients, fraction, seed=0):
     names, codes, counts = np.unique(
         np.asarray(patients, dtype=object), return_inverse=True, return_counts=True
     )
+    if len(names) < 2:
+        raise InputError(f"{len(names)} patients are too few to be split: at least two are needed")
     shuffled = np.random.default_rng(seed).permutation(len(names))
-    reached = np.cumsum(counts[shuffled])
+    reached = np.cumsum(counts[shuffled])[:-1]  # one at least stays on the other side
     number = int(np.argmin(np.abs(reached - fraction * len(codes)))) + 1
     inside = np.isin(codes, shuffled[:number])
-    if inside.all():
-        raise InputError(f"{len(names)} patients are too few to be split: at least two are needed")
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 

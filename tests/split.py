@@ -126,8 +126,19 @@ def test_split_patients_against_brute_force():
         assert sorted([*rest, *part]) == list(range(30))
         assert not {patients[i] for i in rest} & {patients[i] for i in part}
         assert abs(len(part) - 9) <= max(patients.count(p) for p in patients) / 2 + 0.5
+        order = np.random.default_rng(seed).permutation(len(set(patients)))
+        names = [sorted(set(patients))[i] for i in order]
+        for fraction in (0.3, 0.99):
+            tries = [sum(p in names[:n] for p in patients) for n in range(1, len(names))]
+            found = len(split_patients(patients, fraction, seed)[1])
+            assert abs(found - 30 * fraction) == min(abs(n - 30 * fraction) for n in tries)
+        other = rng.permutation(30)
+        again = split_patients([patients[i] for i in other], 0.3, seed)[1]
+        assert {patients[i] for i in part} == {patients[other[i]] for i in again}
     with pytest.raises(InputError, match="1 patients are too few"):
         split_patients(["p"] * 5, 0.3)
+    with pytest.raises(InputError, match="0 patients are too few"):
+        split_patients([], 0.3)
 
 
 # ---------------------------------------------------------------- an epoch
