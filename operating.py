@@ -210,7 +210,10 @@ def _evaluate_several(columns, scores, rule, task):
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name]}, {}
         else:
-            findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+            try:
+                findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
         findings[name]["curves"] = {}
         for side in SIDES:
             if _too_few(sides, [side]) is None:  # enough for AUROC, if not for a threshold

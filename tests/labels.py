@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError
+from engine import total_weight
 from intervals import bootstrap_weights, compare_mean_auroc
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes
@@ -104,6 +105,16 @@ def test_unknown_labels_weigh_nothing():
     expected = [(targets[:, k] == 0).sum() / (targets[:, k] == 1).sum() for k in range(4)]
     assert FOUR.class_weights(targets).tolist() == pytest.approx(expected, rel=1e-6)
     assert FOUR.class_weights(np.zeros((3, 4), np.int8)).tolist() == [1] * 4
+
+
+def test_a_batch_without_a_known_label_changes_nothing():
+    """Its loss is 0, not 0 / 0: in a sparse table such batches happen, and the run goes on."""
+    y = torch.tensor([[-1, -1, -1, -1], [-1, 1, -1, -1]], dtype=torch.int8)
+    for rows, loss in ((y[:1], 0.0), (y, np.log(2))):
+        logits = torch.zeros(len(rows), 4, requires_grad=True)
+        found = FOUR.losses(logits, rows).sum() / total_weight(Supervised(FOUR), rows)
+        found.backward()
+        assert found.item() == pytest.approx(loss) and ((logits.grad != 0) == (rows == 1)).all()
 
 
 def test_labels_and_loss_of_torchxrayvision(tmp_path):
@@ -285,6 +296,8 @@ def test_jointly_promises_all_floors_at_once():
     assert calibration["jointly"] == {"confidence": 0.8, "findings": 3}
     for found in calibration["findings"].values():
         assert found["guarantee"]["confidence"] == pytest.approx(1 - 0.2 / 3)
+    with pytest.raises(InputError, match="^a: .* with confidence 0.999667: at least"):
+        evaluate(several(task), Rule(0.99, 0.999, strict=True, jointly=True, bootstrap=100), task)
     rng, held, alone, draws = np.random.default_rng(0), 0, 0, 300
     for _ in range(draws):
         p = rng.random((40, 3))  # scores of positives: the true recall of a threshold t is 1 - t
