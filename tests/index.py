@@ -1,5 +1,6 @@
 """Tests of what is asked of which images: class folders and tables, good and bad."""
 
+import csv
 import itertools
 import time
 
@@ -12,7 +13,7 @@ import tables
 from common import InputError
 from index import find_classes, find_root, list_images
 from tables import published_lists, read_patients, read_table
-from tests.shared import cli, read_json, refused
+from tests.shared import SHARED, cli, read_json, refused
 
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID\n"
 
@@ -200,6 +201,36 @@ def test_lines_end_at_line_ends_only(tmp_path):
         read_table(path, tmp_path, ("Edema",))
 
 
+def test_paths_that_leave_the_data_folder_are_not_images(tmp_path, capsys):
+    """Only what lies under the folder is looked up; a table cannot name any other file."""
+    root = tmp_path / "set"
+    path = plain_set(root, "")
+    touch(tmp_path / "out.png", tmp_path / "images/a.png")
+    names = ["../out.png", "x/../../out.png", str(tmp_path / "out.png"), "..\\..\\out.png", "c.jpg"]
+    path.write_text("path,Edema\n" + "".join(f"{name},1\n" for name in names))
+    assert read_table(path, root, ("Edema",)).files == ["c.jpg"]
+    assert "4 of 5 images listed are not under" in capsys.readouterr().err
+    rows = ["../images/a.png,Mass,0,1", "a.png,Mass,0,1", f"{tmp_path}/images/a.png,Mass,0,2"]
+    with pytest.raises(InputError, match="none of the 3 images"):
+        table(nih_set(root, rows, images=["b.png"]))
+
+
+def test_nih_sample_against_a_plain_reading():
+    """Every label and patient of real rows, read with csv.DictReader."""
+    root = SHARED / "nih_sample"
+    if not root.exists():
+        pytest.skip("../shared is absent")
+    found = read_table(root / "sample_labels.csv", root, tables.NIH_FINDINGS)
+    with open(root / "sample_labels.csv", newline="") as file:
+        rows = {row["Image Index"]: row for row in csv.DictReader(file)}
+    assert len(found.files) == len(list((root / "images").iterdir()))
+    for name, labels, patient in zip(found.files, found.targets.tolist(), found.patients):
+        row = rows[name.removeprefix("images/")]
+        there = row["Finding Labels"].split("|")
+        assert labels == [int(finding in there) for finding in tables.NIH_FINDINGS]
+        assert patient == row["Patient ID"] and sum(labels) == len(there)
+
+
 def test_a_large_table_is_read_in_seconds(tmp_path):
     """Rows without end, of which three have images."""
     touch(tmp_path / "images/0.png", tmp_path / "images/1.png", tmp_path / "images/2.png")
@@ -321,6 +352,17 @@ def test_a_class_of_one_patient(tmp_path):
         image.save(tmp_path / f"set/train/Flu/person7_virus_{i}.png")
     done = cli("train_linear", "--data-dir", "set", "--img-size", 32, cwd=tmp_path)
     refused(done, "class number 1 has too few patients", "--split image")
+
+
+@pytest.mark.parametrize("label", ["", "1"])
+def test_nothing_to_watch_is_said_before_training(tmp_path, label):
+    draw(tmp_path / "set/images", 20, np.random.default_rng(0))
+    rows = [f"images/x{i:02d}.png,{label}" for i in range(20)]
+    (tmp_path / "set/t.csv").write_text("path,Edema\n" + "\n".join(rows))
+    for script in ("train_linear", "train_scratch"):
+        done = cli(script, "--data-dir", "set", "--labels", "t.csv", "--img-size", 32, cwd=tmp_path)
+        refused(done, "in validation no finding is present", "--fractions")
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_finding_nobody_has(tmp_path):

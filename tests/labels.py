@@ -13,7 +13,7 @@ from engine import total_weight
 from intervals import bootstrap_weights, compare_mean_auroc
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes
-from operating import LEAST, Rule, evaluate
+from operating import LEAST, Rule, class_figures, evaluate
 from tables import read_table
 from task import Task
 
@@ -107,6 +107,18 @@ def test_unknown_labels_weigh_nothing():
     assert FOUR.class_weights(np.zeros((3, 4), np.int8)).tolist() == [1] * 4
 
 
+def test_scores_and_truth_of_classes_against_scipy():
+    rng = np.random.default_rng(4)
+    z, y = rng.normal(0, 30, (50, 5)), rng.integers(5, size=50)
+    p = scipy.special.softmax(z / 1.7, axis=1)
+    scores, truth = FIVE.scores(z, 1.7), FIVE.truth(y)
+    assert FIVE.findings == ("any disease", "a", "b", "c", "d")
+    assert np.allclose(scores, np.c_[1 - p[:, 0], p[:, 1:]], atol=1e-12) and scores.max() <= 1
+    assert truth.tolist() == [[int(k > 0), *(int(k == j) for j in (1, 2, 3, 4))] for k in y]
+    counts = [sum(y == k) for k in range(5)]
+    assert FIVE.class_weights(y) == pytest.approx([50 / (5 * n) for n in counts])
+
+
 def test_a_batch_without_a_known_label_changes_nothing():
     """Its loss is 0, not 0 / 0: in a sparse table such batches happen, and the run goes on."""
     y = torch.tensor([[-1, -1, -1, -1], [-1, 1, -1, -1]], dtype=torch.int8)
@@ -174,6 +186,8 @@ def test_watched_figures_against_sklearn():
     y[:, 2] = np.minimum(y[:, 2], 0)  # never present: not part of the mean
     columns = [sklearn.metrics.roc_auc_score(y[y[:, k] >= 0, k], z[y[:, k] >= 0, k]) for k in (0, 1, 3)]
     found = Supervised(FOUR).watch(y, z, "train")
+    accuracy = sklearn.metrics.accuracy_score(y[y >= 0], z[y >= 0] > 0)
+    assert found["train_accuracy"] == pytest.approx(accuracy)
     assert found["train_auroc"] == pytest.approx(np.mean(columns), abs=1e-12)
     assert with_both_classes(FOUR.truth(y)).tolist() == [True, True, True, False, True]
     with pytest.raises(InputError, match="no finding is present"):
@@ -216,6 +230,30 @@ def test_class_figures_against_sklearn():
         assert found["auroc"]["value"] == pytest.approx(mean)
         for key in ("accuracy", "macro_f1", "auroc", "auprc"):
             assert found[key]["lo"] < found[key]["value"] < found[key]["hi"]
+
+
+def test_class_figures_where_classes_are_absent():
+    """A class that is never decided, one that never occurs, and one that does neither; intervals against a
+    bootstrap of scikit-learn's figures."""
+    rng = np.random.default_rng(5)
+    y, decided = rng.choice([0, 1, 3], 40), rng.choice([0, 1, 2], 40)
+    patients = np.arange(40) // 3
+    found = class_figures(y, decided, FIVE.classes, patients, QUICK)
+    kinds = dict(labels=range(5), average=None, zero_division=0)
+    for key in ("precision", "recall", "f1"):
+        theirs = getattr(sklearn.metrics, f"{key}_score")(y, decided, **kinds)
+        assert [found["classes"][name][key] for name in FIVE.classes] == pytest.approx(theirs.tolist())
+    assert [found["classes"][name]["recall_interval"] is None for name in FIVE.classes] == [0, 0, 1, 0, 1]
+    draws = []
+    for weights in np.concatenate(list(bootstrap_weights(patients, 100))):
+        i = np.repeat(np.arange(40), weights)
+        f1 = sklearn.metrics.f1_score(y[i], decided[i], average="macro", zero_division=0)
+        draws.append((sklearn.metrics.accuracy_score(y[i], decided[i]), f1))
+    for key, values in zip(("accuracy", "macro_f1"), np.transpose(draws)):
+        span = [found[key]["lo"], found[key]["hi"]]
+        assert span == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    f1 = sklearn.metrics.f1_score(y, decided, average="macro", zero_division=0)
+    assert found["macro_f1"]["value"] == pytest.approx(f1)
 
 
 def test_findings_are_evaluated_as_if_alone():
@@ -314,20 +352,26 @@ def test_jointly_promises_all_floors_at_once():
 
 
 def test_difference_of_means_against_a_plain_bootstrap():
-    s, other = several(FOUR, n=60), several(FOUR, n=60, seed=1)
+    """With unknown labels; a draw without both classes of a finding has the mean of the others."""
+    s, other = several(FOUR, n=60, unknown=0.2), several(FOUR, n=60, seed=1)
     truth, groups = FOUR.truth(s["test_labels"])[:, 1:], s["test_patients"]
+    truth[np.flatnonzero(truth[:, 3] == 1)[2:], 3] = 0  # two images: missing in some draws
     a, b = (FOUR.scores(x["test_logits"])[:, 1:] for x in (s, other))
     found = compare_mean_auroc(truth, a, b, groups, n=50)
-    values = []
-    for block in bootstrap_weights(groups, 50):
-        for weights in block:
-            i = np.repeat(np.arange(60), weights)
-            values.append(
-                np.mean([sklearn.metrics.roc_auc_score(truth[i, k], a[i, k]) for k in range(4)])
-                - np.mean([sklearn.metrics.roc_auc_score(truth[i, k], b[i, k]) for k in range(4)])
-            )
-    assert found["lo"] == pytest.approx(np.percentile(values, 2.5))
-    assert found["hi"] == pytest.approx(np.percentile(values, 97.5))
-    assert found["difference"] == pytest.approx(
-        sklearn.metrics.roc_auc_score(truth, a) - sklearn.metrics.roc_auc_score(truth, b)
-    )
+
+    def mean(scores, i):
+        values = []
+        for k in range(4):
+            j = i[truth[i, k] >= 0]
+            if len(set(truth[j, k])) == 2:
+                values.append(sklearn.metrics.roc_auc_score(truth[j, k], scores[j, k]))
+        fewer.append(len(values) < 4)
+        return np.mean(values)
+
+    fewer, values = [], []
+    for weights in np.concatenate(list(bootstrap_weights(groups, 50))):
+        i = np.repeat(np.arange(60), weights)
+        values.append(mean(a, i) - mean(b, i))
+    assert 5 < sum(fewer) < 50
+    assert [found["lo"], found["hi"]] == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert found["difference"] == pytest.approx(mean(a, np.arange(60)) - mean(b, np.arange(60)))
