@@ -272,8 +272,8 @@ def test_one_finding_and_unknown_labels(tmp_path):
         row = rows[f"set/{file}"]
         assert float(row["p_round"]) == pytest.approx(score, abs=1e-6)
         assert row["decision@Rec"] == ("Round" if score >= calibration["threshold"] else "no Round")
-    argv = ("--run", "outputs/scratch", "--method", "gradcam", "--tests", 0)
-    succeed("explain", *argv, "--finding", "Round", cwd=tmp_path)
+    argv = ("--run", "outputs/scratch", "--method", "gradcam", "--finding", "Round")
+    succeed("explain", *argv, "set/images/00.png", cwd=tmp_path)
 
 
 def test_names_that_differ_in_case_only_and_a_sparse_table(tmp_path):
@@ -336,3 +336,28 @@ def test_classes_of_other_names_and_their_ensemble(folders, tmp_path):
         Run(tmp_path / "outputs" / n).scores()["test_p1"] for n in ("both", "linear", "scratch")
     )
     assert np.allclose(mean, (one + two) / 2, atol=1e-6)
+
+
+def test_seeds_and_views_of_findings(findings, tiny_npz, tmp_path):
+    """Fine-tuning with the head first, of two seeds: the report's mean and sd over them are NumPy's, and with
+    test-time augmentation predict.py gives calibrate.py's scores."""
+    shutil.copytree(findings[0] / "set", tmp_path / "set")
+    argv = ("--data-dir", "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3, "--watch", "loss")
+    argv += ("--weights", tiny_npz, "--freeze-epochs", 1, *TINY, "--seeds", 0, 1)
+    succeed("train_pretrained", *argv, cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, cwd=tmp_path)
+    runs = [Run(tmp_path / f"outputs/pretrained-seed{seed}") for seed in (0, 1)]
+    values = [run.calibration()["summary"]["test"]["auroc"]["value"] for run in runs]
+    first = tables(succeed("compare", cwd=tmp_path).out)[0]
+    (row,) = [row for row in first if "mean ± sd of 2 seeds" in row[0]]
+    cell = row[first[0].index("Mean AUROC test")]
+    assert cell == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    folder = "outputs/pretrained-seed0"
+    succeed("calibrate", "--run", folder, "--tta", "--bootstrap", 100, cwd=tmp_path)
+    done = succeed("predict", "set/images", "--run", folder, "--tta", "--jsonl", cwd=tmp_path)
+    rows = {row["path"]: row for row in map(json.loads, done.out.splitlines())}
+    arrays = runs[0].scores("tta")
+    assert not np.allclose(arrays["test_p1"], runs[0].scores()["test_p1"], atol=1e-6)
+    columns = [f"p_{n.lower().replace(' ', '_')}" for n in runs[0].task.findings]
+    found = [[rows[f"set/{file}"][column] for column in columns] for file in arrays["test_files"]]
+    assert np.allclose(found, arrays["test_p1"], atol=1e-6)
