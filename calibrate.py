@@ -15,6 +15,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 """
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from inputs import Inputs
 from intervals import reported_interval
 from operating import Rule, evaluate
 from run import Run, find_runs
+from tables import find_table
 from vit import Ensemble
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
@@ -322,6 +324,8 @@ def main():
     for run in find_runs(args.runs_dir, args.run):
         moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
         config = data.DataConfig.from_json({**run.results["data"], **moved})
+        if args.labels:
+            config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
         pair = sets.of(config, run.results["split"]["fingerprint"])
         scores = score(run, pair, device=device, batch_size=args.batch_size, tta=tta)
         try:

@@ -66,6 +66,12 @@ def predict(model, subset, inputs, *, output=None, batch_size=64, progress=None)
 # ---------------------------------------------------------------- training
 
 
+def total_weight(objective, targets):
+    """What the losses of a batch are divided by; above 0 also where no label is known, so that their sum 0
+    stays 0."""
+    return objective.weights(targets).sum().clamp(min=1e-6)
+
+
 def fit_head(model, train, stage, *, objective, recipe, inputs):
     """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in
     place.
@@ -84,7 +90,7 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
         total = 0.0
         for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
             y = targets[index]
-            loss = objective.losses(model.head(features[index]), y).sum() / objective.weights(y).sum()
+            loss = objective.losses(model.head(features[index]), y).sum() / total_weight(objective, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -341,7 +347,7 @@ class Loop:
         """Add the gradient of this process's part of the batch `whole` (positions, int64 [B]); returns its
         part of the batch's loss, detached: the parts of all processes add up to it."""
         mine = whole[self.rank :: self.number]
-        total = self.objective.weights(source.targets[whole.to(self.device)]).sum()
+        total = total_weight(self.objective, source.targets[whole.to(self.device)])
         chunks = (mine if len(mine) else whole[:1]).split(
             math.ceil(max(1, len(mine)) / self.recipe.accumulate)
         )

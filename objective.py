@@ -26,18 +26,22 @@ class Supervised:
         self.weights = partial(task.weights, class_weights=class_weights)
         self.task, self.watched = task, watched
 
-    def watch(self, targets, outputs, side="val"):
-        """Targets [N] or [N, K], logits [N, K] on the CPU -> figures for the history. None where no finding
-        has both classes, which on validation is an InputError."""
-        truth, scores = self.task.truth(targets), self.task.scores(outputs)
-        columns = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
-        if len(columns) == 0 and side == "val":
+    def columns(self, truth, side="val"):
+        """The numbers of the findings whose AUROC exists; none on validation is an InputError."""
+        found = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
+        if len(found) == 0 and side == "val":
             raise InputError(
                 "in validation no finding is present in one image and absent in another, so no AUROC can be "
                 "watched: give it more images with --fractions, or ask other --findings"
             )
+        return found
+
+    def watch(self, targets, outputs, side="val"):
+        """Targets [N] or [N, K], logits [N, K] on the CPU -> figures for the history. None where no finding
+        has both classes, which on validation is an InputError."""
+        truth, scores = self.task.truth(targets), self.task.scores(outputs)
         aurocs = []
-        for k in columns:
+        for k in self.columns(truth, side):
             known = truth[:, k] >= 0
             aurocs.append(roc_auc_score(truth[known, k], scores[known, k]))
         if self.task.kind == "softmax":

@@ -106,7 +106,8 @@ def evaluate(scores, rule, task=None):
         (only,) = columns.values()
         for side, name in SIDES.items():
             check_both_classes(only[side].truth, f"{name} labels")
-        found, _ = _evaluate_finding(only, {s: p.patients for s, p in only.items()}, rule)
+        everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+        found, _ = _evaluate_finding(only, everyone, rule)
         return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
     found = _evaluate_several(columns, scores, rule, task)
     return {**about, **found}, p1
@@ -209,7 +210,10 @@ def _evaluate_several(columns, scores, rule, task):
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name]}, {}
         else:
-            findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+            try:
+                findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
         findings[name]["curves"] = {}
         for side in SIDES:
             if _too_few(sides, [side]) is None:  # enough for AUROC, if not for a threshold

@@ -113,6 +113,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         if recipe.balance == "weights":
             weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
         objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch)
+        objective.columns(task.truth(val_set.targets))  # an error before training, not after an epoch of it
         say_unwatched(task, val_set)
     meta = {
         "model": name,

@@ -74,6 +74,8 @@ class Scorer:
             ) from None
         self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
         words = [re.sub(r"\s+", "_", name.lower()) for name in self.thresholds]
+        if len(set(words)) < len(words):  # Edema beside edema: no two columns of one name
+            words = list(self.thresholds)
         self.probabilities = [f"p_{word}" for word in words]
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
         top = ["top_class"] if self.several and self.softmax else []

@@ -92,12 +92,12 @@ def split_patients(patients, fraction, seed=0):
     names, codes, counts = np.unique(
         np.asarray(patients, dtype=object), return_inverse=True, return_counts=True
     )
+    if len(names) < 2:
+        raise InputError(f"a split by patient needs two patients or more, the images are of {len(names)}")
     shuffled = np.random.default_rng(seed).permutation(len(names))
-    reached = np.cumsum(counts[shuffled])
+    reached = np.cumsum(counts[shuffled])[:-1]  # one at least stays on the other side
     number = int(np.argmin(np.abs(reached - fraction * len(codes)))) + 1
     inside = np.isin(codes, shuffled[:number])
-    if inside.all():
-        raise InputError("all images are of one patient: a split needs two patients or more")
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 

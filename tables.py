@@ -4,6 +4,7 @@ Only tables and names are read here; no image is opened.
 """
 
 import csv
+import io
 import os
 import re
 from functools import cache
@@ -34,7 +35,8 @@ def find_table(path, data_dir):
 
 
 def open_table(path):
-    """The rows of a CSV file as dicts, read whole: UTF-8, with or without a byte order mark, else Latin-1.
+    """(column names, rows) of a CSV file, read whole: UTF-8, with or without a byte order mark, else Latin-1.
+    A row is a list of str, an empty list where it is blank.
 
     InputError if it cannot be read, is no table, or names a column twice."""
     check_regular(path)
@@ -48,20 +50,25 @@ def open_table(path):
         say(f"note: {path} is not UTF-8; read as Latin-1")
         text = raw.decode("latin-1")
     try:
-        reader = csv.reader(text.splitlines(keepends=True))
+        reader = csv.reader(io.StringIO(text, newline=""))  # splitlines would also break at U+0085 and others
         head = [name.strip() for name in next(reader, [])]
-        rows = [row for row in reader if row]
+        rows = [row if any(map(str.strip, row)) else [] for row in reader]
     except csv.Error as error:
         raise InputError(f"{path} is not a readable CSV file ({error})") from None
     twice = {name for name in head if name and head.count(name) > 1}
     if twice:
         raise InputError(f"{path} names the column {', '.join(sorted(twice))} twice")
-    for number, row in enumerate(rows, 2):
+    for number, row in numbered(rows):
         if len(row) > len(head) and any(row[len(head) :]) or len(row) < len(head) and len(row) < 2:
             raise InputError(f"{path}, row {number}: {len(row)} values for {len(head)} columns")
-    if not rows:
+    if not any(rows):
         raise InputError(f"{path} has no rows")
     return head, rows
+
+
+def numbered(rows):
+    """(number, row) of those that are not blank, as a spreadsheet counts: the first under the names is 2."""
+    return ((number, row) for number, row in enumerate(rows, 2) if row)
 
 
 def _value(row, at):
@@ -125,7 +132,7 @@ def read_table(path, root, findings):
     name_at, patient_at = (head.index(c) if c in head else None for c in (name_column, patient_column))
     seen, repeated, absent, used = {}, 0, 0, set()
     files, targets, patients, known = [], [], [], []
-    for number, row in enumerate(rows, 2):
+    for number, row in numbered(rows):
         name = _value(row, name_at).replace("\\", "/").removeprefix("./")
         labels = read(row, number)
         patient = "" if patient_at is None else clean_patient(_value(row, patient_at))
@@ -191,13 +198,17 @@ def _nih_labels(path, head, findings):
     @cache  # few combinations, many rows
     def labels(text):
         present = {name.strip() for name in text.split("|")} - {""}
-        return tuple(int(name in present) for name in findings) if present else None
+        if not present or len(present) > 1 and any(map(is_healthy, present)):
+            return None
+        return tuple(int(name in present) for name in findings)
 
     def read(row, number):
-        found = labels(_value(row, at))
-        if found is None:
+        text = _value(row, at)
+        if (found := labels(text)) is None:
+            what = f"{text}, which contradicts itself" if text.strip("| ") else "empty"
             raise InputError(
-                f"{path}, row {number}: Finding Labels is empty; an image without findings says No Finding"
+                f"{path}, row {number}: Finding Labels is {what}; an image without findings says No Finding "
+                "alone"
             )
         return found
 
@@ -234,10 +245,13 @@ def published_lists(index, root):
     sides = {}
     for part, path in paths.items():
         check_regular(path)
-        for name in path.read_text(encoding="utf-8-sig", errors="replace").split():
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        for name in filter(None, map(str.strip, lines)):
             if sides.setdefault(name, part) != part:
                 raise InputError(f"{name} is in {paths['train']} and in {path}: it can be on one side only")
     part = np.array([sides.get(f, sides.get(os.path.basename(f), "")) for f in index.files], dtype="U5")
+    if not (part == "train").any():
+        raise InputError(f"none of the images is in {paths['train']}, so none can train: check --data-dir")
     if unlisted := int((part == "").sum()):
         say(f"note: {unlisted} images are in neither {LISTS['train']} nor {LISTS['test']}; passed over")
     return index._replace(part=part).take(np.flatnonzero(part != ""))
@@ -253,7 +267,7 @@ def read_patients(path, index):
         raise InputError(f"--patients {path} needs the columns path and patient, it has {', '.join(head)}")
     columns = [head.index(name) for name in columns]
     owner = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in numbered(rows):
         name, patient = (_value(row, at) for at in columns)
         name, patient = name.replace("\\", "/").removeprefix("./"), clean_patient(patient)
         if patient and owner.setdefault(name, patient) != patient:

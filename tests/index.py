@@ -1,5 +1,6 @@
 """Tests of what is asked of which images: class folders and tables, good and bad."""
 
+import csv
 import itertools
 import time
 
@@ -12,7 +13,7 @@ import tables
 from common import InputError
 from index import find_classes, find_root, list_images
 from tables import published_lists, read_patients, read_table
-from tests.shared import cli, read_json, refused
+from tests.shared import SHARED, cli, read_json, refused
 
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID\n"
 
@@ -109,6 +110,8 @@ def test_tables_as_programs_write_them(tmp_path, capsys, change):
         ([*ROWS, "a.png,No Finding,0,7"], "a.png stands in row 2 and in row 5"),
         (["a.png,,0,1"], "row 2: Finding Labels is empty"),
         (["a.png, | ,0,1"], "row 2: Finding Labels is empty"),
+        (["a.png,Mass|No Finding,0,1"], "row 2: Finding Labels is Mass.No Finding, which contradicts itself"),
+        ([*ROWS, "", ",,,", "a.png,,0,1"], "row 7: Finding Labels is empty"),
         (["a.png,Mass,0,1,surplus"], "row 2: 5 values for 4 columns"),
         ([], "has no rows"),
         (["../table.png,Mass,0,1", "/etc/hosts,Mass,0,1"], "none of the 2 images"),
@@ -130,6 +133,16 @@ def test_published_lists(tmp_path, capsys):
     assert "1 images are in neither train_val_list.txt nor test_list.txt" in capsys.readouterr().err
     (tmp_path / "test_list.txt").write_text("b.png\na.png\n")
     with pytest.raises(InputError, match="a.png is in .*train_val_list.txt and in .*test_list.txt"):
+        published_lists(table(path), tmp_path)
+
+
+def test_lists_with_spaces_in_names_and_without_images(tmp_path):
+    path = nih_set(tmp_path, ["a b.png,Mass,0,1", "b.png,Edema,0,2"])
+    (tmp_path / "train_val_list.txt").write_text("a b.png\n\n")
+    (tmp_path / "test_list.txt").write_text("b.png\n")
+    assert published_lists(table(path), tmp_path).part.tolist() == ["train", "test"]
+    (tmp_path / "train_val_list.txt").write_text("gone.png\n")
+    with pytest.raises(InputError, match="none of the images is in .*train_val_list.txt"):
         published_lists(table(path), tmp_path)
 
 
@@ -171,6 +184,51 @@ def test_bad_plain_tables(tmp_path, text, message):
     path = plain_set(tmp_path, text)
     with pytest.raises(InputError, match=message):
         read_table(path, tmp_path, tables.table_findings(path))
+
+
+def test_lines_end_at_line_ends_only(tmp_path):
+    """Letters that str.splitlines takes for line ends too, in a column of remarks, once lost the labels after
+    them; rows are counted as a spreadsheet counts them, blank ones included."""
+    head, row = "path,patient,remark,Edema\r\n", "x/a.png,1,Fl\xfcssig\x85 klar\x0b,1\r\n"
+    path = plain_set(tmp_path, "")
+    for text, encoding in ((head + row, "latin-1"), (head + row + "c.jpg,,\u2028,0\n,,,\n\n", "utf-8")):
+        path.write_bytes(text.encode(encoding))
+        assert read_table(path, tmp_path, ("Edema",)).targets[:1].tolist() == [[1]]
+    (tmp_path / "old.csv").write_bytes((head + row).replace("\r\n", "\r").encode())
+    assert read_table(tmp_path / "old.csv", tmp_path, ("Edema",)).targets.tolist() == [[1]]
+    path.write_text(head + '\n,,,\nx/a.png,1,"two\nlines",1\nx/b.png,1,,7\n')
+    with pytest.raises(InputError, match="row 5: Edema is '7'"):
+        read_table(path, tmp_path, ("Edema",))
+
+
+def test_paths_that_leave_the_data_folder_are_not_images(tmp_path, capsys):
+    """Only what lies under the folder is looked up; a table cannot name any other file."""
+    root = tmp_path / "set"
+    path = plain_set(root, "")
+    touch(tmp_path / "out.png", tmp_path / "images/a.png")
+    names = ["../out.png", "x/../../out.png", str(tmp_path / "out.png"), "..\\..\\out.png", "c.jpg"]
+    path.write_text("path,Edema\n" + "".join(f"{name},1\n" for name in names))
+    assert read_table(path, root, ("Edema",)).files == ["c.jpg"]
+    assert "4 of 5 images listed are not under" in capsys.readouterr().err
+    rows = ["../images/a.png,Mass,0,1", "a.png,Mass,0,1", f"{tmp_path}/images/a.png,Mass,0,2"]
+    with pytest.raises(InputError, match="none of the 3 images"):
+        table(nih_set(root, rows, images=["b.png"]))
+
+
+def test_nih_sample_against_a_plain_reading():
+    """Every label and patient of real rows, read with csv.DictReader."""
+    root = SHARED / "nih_sample"
+    if not root.exists():
+        pytest.skip("../shared is absent")
+    found = read_table(root / "sample_labels.csv", root, tables.NIH_FINDINGS)
+    with open(root / "sample_labels.csv", newline="") as file:
+        rows = {row["Image Index"]: row for row in csv.DictReader(file)}
+    assert len(found.files) == len(list((root / "images").iterdir()))
+    for name, labels, patient in zip(found.files, found.targets.tolist(), found.patients):
+        row = rows[name.removeprefix("images/")]
+        there = row["Finding Labels"].split("|")
+        assert labels == [int(finding in there) for finding in tables.NIH_FINDINGS]
+        assert patient == row["Patient ID"] and sum(labels) == len(there)
 
 
 def test_a_large_table_is_read_in_seconds(tmp_path):
@@ -294,6 +352,17 @@ def test_a_class_of_one_patient(tmp_path):
         image.save(tmp_path / f"set/train/Flu/person7_virus_{i}.png")
     done = cli("train_linear", "--data-dir", "set", "--img-size", 32, cwd=tmp_path)
     refused(done, "class number 1 has too few patients", "--split image")
+
+
+@pytest.mark.parametrize("label", ["", "1"])
+def test_nothing_to_watch_is_said_before_training(tmp_path, label):
+    draw(tmp_path / "set/images", 20, np.random.default_rng(0))
+    rows = [f"images/x{i:02d}.png,{label}" for i in range(20)]
+    (tmp_path / "set/t.csv").write_text("path,Edema\n" + "\n".join(rows))
+    for script in ("train_linear", "train_scratch"):
+        done = cli(script, "--data-dir", "set", "--labels", "t.csv", "--img-size", 32, cwd=tmp_path)
+        refused(done, "in validation no finding is present", "--fractions")
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_finding_nobody_has(tmp_path):

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError
+from engine import total_weight
 from intervals import bootstrap_weights, compare_mean_auroc
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes
-from operating import LEAST, Rule, evaluate
+from operating import LEAST, Rule, class_figures, evaluate
 from tables import read_table
 from task import Task
 
@@ -106,6 +107,28 @@ def test_unknown_labels_weigh_nothing():
     assert FOUR.class_weights(np.zeros((3, 4), np.int8)).tolist() == [1] * 4
 
 
+def test_scores_and_truth_of_classes_against_scipy():
+    rng = np.random.default_rng(4)
+    z, y = rng.normal(0, 30, (50, 5)), rng.integers(5, size=50)
+    p = scipy.special.softmax(z / 1.7, axis=1)
+    scores, truth = FIVE.scores(z, 1.7), FIVE.truth(y)
+    assert FIVE.findings == ("any disease", "a", "b", "c", "d")
+    assert np.allclose(scores, np.c_[1 - p[:, 0], p[:, 1:]], atol=1e-12) and scores.max() <= 1
+    assert truth.tolist() == [[int(k > 0), *(int(k == j) for j in (1, 2, 3, 4))] for k in y]
+    counts = [sum(y == k) for k in range(5)]
+    assert FIVE.class_weights(y) == pytest.approx([50 / (5 * n) for n in counts])
+
+
+def test_a_batch_without_a_known_label_changes_nothing():
+    """Its loss is 0, not 0 / 0: in a sparse table such batches happen, and the run goes on."""
+    y = torch.tensor([[-1, -1, -1, -1], [-1, 1, -1, -1]], dtype=torch.int8)
+    for rows, loss in ((y[:1], 0.0), (y, np.log(2))):
+        logits = torch.zeros(len(rows), 4, requires_grad=True)
+        found = FOUR.losses(logits, rows).sum() / total_weight(Supervised(FOUR), rows)
+        found.backward()
+        assert found.item() == pytest.approx(loss) and ((logits.grad != 0) == (rows == 1)).all()
+
+
 def test_labels_and_loss_of_torchxrayvision(tmp_path):
     """A table as CheXpert has it: 1, 0 and NaN of that package are our 1, 0 and -1, and the loss over its
     known labels is ours."""
@@ -163,6 +186,8 @@ def test_watched_figures_against_sklearn():
     y[:, 2] = np.minimum(y[:, 2], 0)  # never present: not part of the mean
     columns = [sklearn.metrics.roc_auc_score(y[y[:, k] >= 0, k], z[y[:, k] >= 0, k]) for k in (0, 1, 3)]
     found = Supervised(FOUR).watch(y, z, "train")
+    accuracy = sklearn.metrics.accuracy_score(y[y >= 0], z[y >= 0] > 0)
+    assert found["train_accuracy"] == pytest.approx(accuracy)
     assert found["train_auroc"] == pytest.approx(np.mean(columns), abs=1e-12)
     assert with_both_classes(FOUR.truth(y)).tolist() == [True, True, True, False, True]
     with pytest.raises(InputError, match="no finding is present"):
@@ -207,6 +232,30 @@ def test_class_figures_against_sklearn():
             assert found[key]["lo"] < found[key]["value"] < found[key]["hi"]
 
 
+def test_class_figures_where_classes_are_absent():
+    """A class that is never decided, one that never occurs, and one that does neither; intervals against a
+    bootstrap of scikit-learn's figures."""
+    rng = np.random.default_rng(5)
+    y, decided = rng.choice([0, 1, 3], 40), rng.choice([0, 1, 2], 40)
+    patients = np.arange(40) // 3
+    found = class_figures(y, decided, FIVE.classes, patients, QUICK)
+    kinds = dict(labels=range(5), average=None, zero_division=0)
+    for key in ("precision", "recall", "f1"):
+        theirs = getattr(sklearn.metrics, f"{key}_score")(y, decided, **kinds)
+        assert [found["classes"][name][key] for name in FIVE.classes] == pytest.approx(theirs.tolist())
+    assert [found["classes"][name]["recall_interval"] is None for name in FIVE.classes] == [0, 0, 1, 0, 1]
+    draws = []
+    for weights in np.concatenate(list(bootstrap_weights(patients, 100))):
+        i = np.repeat(np.arange(40), weights)
+        f1 = sklearn.metrics.f1_score(y[i], decided[i], average="macro", zero_division=0)
+        draws.append((sklearn.metrics.accuracy_score(y[i], decided[i]), f1))
+    for key, values in zip(("accuracy", "macro_f1"), np.transpose(draws)):
+        span = [found[key]["lo"], found[key]["hi"]]
+        assert span == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    f1 = sklearn.metrics.f1_score(y, decided, average="macro", zero_division=0)
+    assert found["macro_f1"]["value"] == pytest.approx(f1)
+
+
 def test_findings_are_evaluated_as_if_alone():
     """Thresholds, figures and intervals of a finding are those of a task of this finding only, on the images
     whose label is known (and on the patients of these)."""
@@ -241,6 +290,24 @@ def test_unknown_labels_are_in_no_figure():
     assert found["auprc"] == pytest.approx(expected)
 
 
+def test_one_finding_with_unknown_labels():
+    """Patients are drawn from all images of the table, figures are of those whose label is known."""
+    task, s = Task(("Mass",), "sigmoid"), several(Task(("Mass",), "sigmoid"), unknown=0.3)
+    calibration, p1 = evaluate(s, QUICK, task)
+    y, p = s["test_labels"][:, 0], scipy.special.expit(s["test_logits"][:, 0].astype(float))
+    known, found = y >= 0, calibration["test"]["at_rec"]
+    assert np.allclose(p1["test"], p) and len(p) == 400 > known.sum()
+    called = p[known] >= calibration["threshold"]
+    matrix = sklearn.metrics.confusion_matrix(y[known], called)
+    assert [[found["tn"], found["fp"]], [found["fn"], found["tp"]]] == matrix.tolist()
+    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(y[known], p[known]))
+    accuracies = []
+    for weights in np.concatenate(list(bootstrap_weights(s["test_patients"], 100))):
+        i = np.repeat(np.flatnonzero(known), weights[known])
+        accuracies.append(((p[i] >= calibration["threshold"]) == y[i]).mean())
+    assert found["interval"]["acc"]["bootstrap"] == pytest.approx(np.percentile(accuracies, [2.5, 97.5]))
+
+
 def test_rare_findings_get_a_reason_instead_of_a_threshold():
     s = several(FOUR)
     s["val_labels"][:, 1] = 0
@@ -267,6 +334,8 @@ def test_jointly_promises_all_floors_at_once():
     assert calibration["jointly"] == {"confidence": 0.8, "findings": 3}
     for found in calibration["findings"].values():
         assert found["guarantee"]["confidence"] == pytest.approx(1 - 0.2 / 3)
+    with pytest.raises(InputError, match="^a: .* with confidence 0.999667: at least"):
+        evaluate(several(task), Rule(0.99, 0.999, strict=True, jointly=True, bootstrap=100), task)
     rng, held, alone, draws = np.random.default_rng(0), 0, 0, 300
     for _ in range(draws):
         p = rng.random((40, 3))  # scores of positives: the true recall of a threshold t is 1 - t
@@ -283,20 +352,26 @@ def test_jointly_promises_all_floors_at_once():
 
 
 def test_difference_of_means_against_a_plain_bootstrap():
-    s, other = several(FOUR, n=60), several(FOUR, n=60, seed=1)
+    """With unknown labels; a draw without both classes of a finding has the mean of the others."""
+    s, other = several(FOUR, n=60, unknown=0.2), several(FOUR, n=60, seed=1)
     truth, groups = FOUR.truth(s["test_labels"])[:, 1:], s["test_patients"]
+    truth[np.flatnonzero(truth[:, 3] == 1)[2:], 3] = 0  # two images: missing in some draws
     a, b = (FOUR.scores(x["test_logits"])[:, 1:] for x in (s, other))
     found = compare_mean_auroc(truth, a, b, groups, n=50)
-    values = []
-    for block in bootstrap_weights(groups, 50):
-        for weights in block:
-            i = np.repeat(np.arange(60), weights)
-            values.append(
-                np.mean([sklearn.metrics.roc_auc_score(truth[i, k], a[i, k]) for k in range(4)])
-                - np.mean([sklearn.metrics.roc_auc_score(truth[i, k], b[i, k]) for k in range(4)])
-            )
-    assert found["lo"] == pytest.approx(np.percentile(values, 2.5))
-    assert found["hi"] == pytest.approx(np.percentile(values, 97.5))
-    assert found["difference"] == pytest.approx(
-        sklearn.metrics.roc_auc_score(truth, a) - sklearn.metrics.roc_auc_score(truth, b)
-    )
+
+    def mean(scores, i):
+        values = []
+        for k in range(4):
+            j = i[truth[i, k] >= 0]
+            if len(set(truth[j, k])) == 2:
+                values.append(sklearn.metrics.roc_auc_score(truth[j, k], scores[j, k]))
+        fewer.append(len(values) < 4)
+        return np.mean(values)
+
+    fewer, values = [], []
+    for weights in np.concatenate(list(bootstrap_weights(groups, 50))):
+        i = np.repeat(np.arange(60), weights)
+        values.append(mean(a, i) - mean(b, i))
+    assert 5 < sum(fewer) < 50
+    assert [found["lo"], found["hi"]] == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert found["difference"] == pytest.approx(mean(a, np.arange(60)) - mean(b, np.arange(60)))

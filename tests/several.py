@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from PIL import Image
 
@@ -15,7 +17,7 @@ import engine
 from inputs import Inputs
 from predict import Exported
 from run import Run
-from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed
+from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed, tables
 from vit import Ensemble, PixelLinear
 
 CLASSES = ("Normal", "Round One", "Square")
@@ -104,6 +106,35 @@ def test_findings_in_the_report(findings):
     for words in ("| any finding: ", "| Square: ViT scratch |", "by the union bound", "whole patients"):
         assert words in report
     assert "Precision | Recall | F1" not in report
+
+
+def test_the_report_counts_what_scores_hold(folders, findings):
+    """A row a finding and run; the confusion matrix is scikit-learn's of the stored scores."""
+    names = {"linear": "Logistic regression 32x32 px", "scratch": "ViT scratch"}
+    for root, report in ((folders[0], folders[-1]), (findings[0], findings[-1])):
+        rows = next(table[1:] for table in tables(report) if table[0][0] == "Finding: model")
+        run = Run(root / "outputs/linear")
+        assert [row[0] for row in rows] == [
+            f"{name}: {model}" for name in run.task.findings for model in names.values()
+        ]
+        for kind, model in names.items():
+            arrays = Run(root / "outputs" / kind).scores()
+            truth = run.task.truth(arrays["test_labels"])
+            for k, name in enumerate(run.task.findings):
+                known = truth[:, k] >= 0
+                auroc = sklearn.metrics.roc_auc_score(truth[known, k], arrays["test_p1"][known, k])
+                (row,) = [r for r in rows if r[0] == f"{name}: {model}"]
+                assert row[1].split(" + ")[1] == str((truth[:, k] == 1).sum())
+                assert row[3].startswith(f"{auroc:.3f} [")
+    matrices = [table for table in tables(folders[-1]) if table[0][0] == "Class"]
+    for kind, matrix in zip(names, matrices, strict=True):
+        arrays = Run(folders[0] / "outputs" / kind).scores()
+        y, decided = arrays["test_labels"], arrays["test_logits"].argmax(axis=1)
+        cells = [[int(cell) for cell in row[-3:]] for row in matrix[1:]]
+        assert cells == sklearn.metrics.confusion_matrix(y, decided).tolist()
+        assert [float(row[2]) for row in matrix[1:]] == pytest.approx(
+            sklearn.metrics.precision_score(y, decided, average=None, zero_division=0), abs=5e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["linear", "scratch"])
@@ -205,3 +236,128 @@ def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch)
     assert same_tensors(*(load_pth(run, "checkpoint.pth") for run in runs))
     first, second = (strip_time(read_json(run, "results.json")["history"]) for run in runs)
     assert first == second and all("train_auroc" in row for row in first)
+
+
+# ---------------------------------------------------------------- tables of other kinds
+
+
+def write_table(root, findings, labels, count=80):
+    """A set of `count` noise images, two a patient, whose labels are text, `labels(i)` for image i."""
+    rng = np.random.default_rng(2)
+    (root / "set/images").mkdir(parents=True)
+    for i in range(count):
+        picture(rng, i % 2 == 0, False).save(root / f"set/images/{i:02d}.png")
+    rows = [f"images/{i:02d}.png,{i // 2},{labels(i)}" for i in range(count)]
+    (root / "set/t.csv").write_text("\n".join([f"path,patient,{findings}", *rows]))
+    return "--data-dir", "set", "--labels", "t.csv", "--fractions", 0.4, 0.3, 0.3, "--img-size", 32
+
+
+def test_one_finding_and_unknown_labels(tmp_path):
+    """The chain of a table with one column, some of it empty: figures are of the known labels alone."""
+    argv = write_table(tmp_path, "Round", lambda i: "" if i % 5 == 0 else (i + 1) % 2)
+    succeed("train_scratch", *argv, *TINY[2:], cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, cwd=tmp_path)
+    report = succeed("compare", cwd=tmp_path).out
+    run = Run(tmp_path / "outputs/scratch")
+    arrays, calibration = run.scores(), run.calibration()
+    y, p = arrays["test_labels"][:, 0], arrays["test_p1"]
+    known = y >= 0
+    auroc = sklearn.metrics.roc_auc_score(y[known], p[known])
+    assert calibration["test"]["at_rec"]["auroc"] == pytest.approx(auroc) and 0 < known.sum() < len(y)
+    negative, positive = (int((y == k).sum()) for k in (0, 1))
+    assert f"Test: {known.sum()} images ({negative} no Round, {positive} Round)" in report
+    done = succeed("predict", "set/images", "--run", "outputs/scratch", cwd=tmp_path)
+    rows = {r["path"]: r for r in csv.DictReader(io.StringIO(done.out))}
+    for file, score in zip(arrays["test_files"], p):
+        row = rows[f"set/{file}"]
+        assert float(row["p_round"]) == pytest.approx(score, abs=1e-6)
+        assert row["decision@Rec"] == ("Round" if score >= calibration["threshold"] else "no Round")
+    argv = ("--run", "outputs/scratch", "--method", "gradcam", "--finding", "Round")
+    succeed("explain", *argv, "set/images/00.png", cwd=tmp_path)
+
+
+def test_names_that_differ_in_case_only_and_a_sparse_table(tmp_path):
+    """Each finding has a column of predict.py of its own; batches without a known label stop no training."""
+    argv = write_table(tmp_path, "Round,round,Rare", lambda i: f"{i % 2},{i // 2 % 2},{int(i == 0)}")
+    succeed("train_linear", *argv, cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, cwd=tmp_path)
+    done = succeed("predict", "set/images", "--run", "outputs/linear", cwd=tmp_path)
+    rows = {r["path"]: r for r in csv.DictReader(io.StringIO(done.out))}
+    run = Run(tmp_path / "outputs/linear")
+    arrays = run.scores()
+    for file, scores in zip(arrays["test_files"], arrays["test_p1"]):
+        row = rows[f"set/{file}"]
+        assert [float(row[f"p_{n}"]) for n in run.task.findings] == pytest.approx(scores.tolist(), abs=1e-6)
+        assert row["decision@Rec_Rare"] == ""
+    report = succeed("compare", cwd=tmp_path).out
+    assert "No threshold: Rare (" in report and "not over Rare" in report
+
+    labels = [line.rsplit(",", 3)[0] for line in (tmp_path / "set/t.csv").read_text().splitlines()[1:]]
+    sparse = [f"{line},{i // 8 % 2 if i % 4 == 0 else ''}" for i, line in enumerate(labels)]
+    (tmp_path / "set/t.csv").write_text("\n".join(["path,patient,Round", *sparse]))
+    short = ("--batch-size", 2, "--epochs", 1, "--out", "sparse")
+    succeed("train_scratch", *argv, *short, cwd=tmp_path)
+
+
+def test_a_table_that_moved_or_changed(findings, tmp_path):
+    """The table is looked for in the new folder too; a changed label is another question."""
+    root, table = findings[0], tmp_path / "moved/labels.csv"
+    shutil.copytree(root / "set", tmp_path / "moved")
+    shutil.copytree(root / "outputs/linear", tmp_path / "run")
+    before = Run(tmp_path / "run").scores()
+    argv = ("--run", "run", "--data-dir", "moved", "--labels", "labels.csv", "--bootstrap", 100)
+    argv += ("--cache-dir", tmp_path / "cache")
+    succeed("calibrate", *argv, cwd=tmp_path)
+    after = Run(tmp_path / "run").scores()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    text = table.read_text()
+    train = set(range(150)) - {int(f[-7:-4]) for s in ("val", "test") for f in before[f"{s}_files"]}
+    line = next(row for row in text.splitlines() if row.startswith(f"images/{min(train):03d}.png"))
+    swapped = line.rsplit(",", 3)[0] + ",-1,-1,-1"
+    table.write_text(text.replace(line, swapped))
+    refused(cli("calibrate", *argv, cwd=tmp_path), "fingerprint differs")
+
+
+def test_classes_of_other_names_and_their_ensemble(folders, tmp_path):
+    """--healthy names the first class; an ensemble's probabilities are the mean of its members'."""
+    (tmp_path / "set").mkdir()
+    for part in ("train", "test"):
+        for old, new in zip(CLASSES, ("Well", "Flu A", "TB")):
+            shutil.copytree(folders[0] / "shapes" / part / old, tmp_path / "set" / part / new)
+    argv = ("--data-dir", "set", "--img-size", 32)
+    refused(cli("train_linear", *argv, cwd=tmp_path), "--healthy NAME", "Flu A, TB, Well")
+    succeed("train_linear", *argv, "--healthy", "well", cwd=tmp_path)
+    assert Run(tmp_path / "outputs/linear").task.classes == ("Well", "Flu A", "TB")
+    both = ("--ensemble", "outputs/linear", "outputs/scratch", "--out", "outputs/both", "--bootstrap", 100)
+    shutil.copytree(folders[0] / "outputs", tmp_path / "outputs", dirs_exist_ok=True)
+    shutil.copytree(folders[0] / "shapes", tmp_path / "shapes")
+    succeed("calibrate", *both, cwd=tmp_path)
+    mean, one, two = (
+        Run(tmp_path / "outputs" / n).scores()["test_p1"] for n in ("both", "linear", "scratch")
+    )
+    assert np.allclose(mean, (one + two) / 2, atol=1e-6)
+
+
+def test_seeds_and_views_of_findings(findings, tiny_npz, tmp_path):
+    """Fine-tuning with the head first, of two seeds: the report's mean and sd over them are NumPy's, and with
+    test-time augmentation predict.py gives calibrate.py's scores."""
+    shutil.copytree(findings[0] / "set", tmp_path / "set")
+    argv = ("--data-dir", "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3, "--watch", "loss")
+    argv += ("--weights", tiny_npz, "--freeze-epochs", 1, *TINY, "--seeds", 0, 1)
+    succeed("train_pretrained", *argv, cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, cwd=tmp_path)
+    runs = [Run(tmp_path / f"outputs/pretrained-seed{seed}") for seed in (0, 1)]
+    values = [run.calibration()["summary"]["test"]["auroc"]["value"] for run in runs]
+    first = tables(succeed("compare", cwd=tmp_path).out)[0]
+    (row,) = [row for row in first if "mean ± sd of 2 seeds" in row[0]]
+    cell = row[first[0].index("Mean AUROC test")]
+    assert cell == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    folder = "outputs/pretrained-seed0"
+    succeed("calibrate", "--run", folder, "--tta", "--bootstrap", 100, cwd=tmp_path)
+    done = succeed("predict", "set/images", "--run", folder, "--tta", "--jsonl", cwd=tmp_path)
+    rows = {row["path"]: row for row in map(json.loads, done.out.splitlines())}
+    arrays = runs[0].scores("tta")
+    assert not np.allclose(arrays["test_p1"], runs[0].scores()["test_p1"], atol=1e-6)
+    columns = [f"p_{n.lower().replace(' ', '_')}" for n in runs[0].task.findings]
+    found = [[rows[f"set/{file}"][column] for column in columns] for file in arrays["test_files"]]
+    assert np.allclose(found, arrays["test_p1"], atol=1e-6)

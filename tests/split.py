@@ -8,7 +8,7 @@ from PIL import Image
 
 import data
 from common import InputError
-from split import BALANCES, cut_test, epoch_order, split_patients, undersampled
+from split import BALANCES, cut, cut_test, epoch_order, split_patients, undersampled
 
 SIDES = ("train", "val", "test")
 
@@ -117,6 +117,73 @@ def test_splits_do_not_depend_on_the_order_of_files(pool, split):
         assert names == {index.files[i] for i in expected}
 
 
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """A table of 120 images in NIH's layout, three a patient, and published lists: the last 10 of 40 patients
+    are for test; 000.png is in neither."""
+    root, rng = tmp_path_factory.mktemp("listed"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    rows = ["Image Index,Finding Labels,Patient ID"]
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(root / f"images/{i:03d}.png")
+        rows.append(f"{i:03d}.png,{('Mass|Edema', 'No Finding', 'Mass')[i % 3]},{i // 3}")
+    (root / "t.csv").write_text("\n".join(rows))
+    for name, numbers in (("train_val", range(1, 90)), ("test", range(90, 120))):
+        (root / f"{name}_list.txt").write_text("".join(f"{i:03d}.png\n" for i in numbers))
+    return root
+
+
+def load_table(listed, tmp_path, **settings):
+    classes = ("No Finding", "Edema", "Mass")
+    return load(listed, tmp_path, labels=str(listed / "t.csv"), classes=classes, **settings)
+
+
+def test_published_lists_are_followed(listed, tmp_path):
+    """Their test images stay the test part, by whichever way validation is cut off the others."""
+    for split, shared in (("patient", 0), ("published", 0), ("image", 1)):
+        sides, info, _ = load_table(listed, tmp_path, split=split, fractions=(0.5, 0.25, 0.25))
+        names = {s: {int(f[-7:-4]) for f in sides[s].files} for s in SIDES}
+        assert names["test"] == set(range(90, 120)) and names["train"] | names["val"] == set(range(1, 90))
+        assert not names["train"] & names["val"] and info["test_from"] == "published"
+        assert abs(len(names["val"]) - 89 / 3) <= 1.5 and info["shared_patients_test"] == 0
+        patients = {s: {i // 3 for i in names[s]} for s in SIDES}
+        assert min(1, len(patients["train"] & patients["val"])) == min(1, info["shared_patients"]) == shared
+        positives = [sum(i % 3 != 1 for i in names[s]) for s in SIDES]
+        assert [info["counts"][s]["Mass"] for s in SIDES] == positives
+        assert info["unknown_patients"] == 0
+
+
+def test_a_pooled_table(listed, tmp_path):
+    """The lists are not asked; the usual parts are 60, 20 and 20%; seeds differ, and so do fingerprints."""
+    sides, info, line = load_table(listed, tmp_path, split="pooled")
+    assert [len(sides[s]) for s in SIDES] == [72, 24, 24] and "test pooled and cut anew" in line
+    patients = [{int(f[-7:-4]) // 3 for f in sides[s].files} for s in SIDES]
+    assert all(not a & b for a, b in itertools.combinations(patients, 2))
+    assert set.union(*patients) == set(range(40)) and info["shared_patients_test"] == 0
+    other, again = (
+        load_table(listed, tmp_path, split="pooled", split_seed=seed)[1]["fingerprint"] for seed in (1, 0)
+    )
+    assert other != info["fingerprint"] == again
+
+
+def test_a_table_is_split_alike_in_any_order(listed, tmp_path):
+    lines = (listed / "t.csv").read_text().split("\n")
+    shuffled = [lines[1 + i] for i in np.random.default_rng(0).permutation(120)]
+    (tmp_path / "t.csv").write_text("\n".join([lines[0], *shuffled]))
+    for split in ("patient", "image", "pooled", "pooled-image"):
+        found = []
+        for path in (listed / "t.csv", tmp_path / "t.csv"):
+            classes = ("No Finding", "Edema", "Mass")
+            config = data.DataConfig(str(listed), 8, labels=str(path), classes=classes, split=split)
+            _, index, others, test, _ = data.open_index(config)
+            rest = index.take(others)
+            by_patient = not split.endswith("image")
+            parts = cut(rest, config.task, by_patient, config.val_share, 0)
+            found.append([{rest.files[i] for i in part} for part in parts])
+            found[-1].append({index.files[i] for i in test})
+        assert found[0] == found[1], split
+
+
 def test_split_patients_against_brute_force():
     """Whole patients, as near to the fraction as the shuffled order of patients allows."""
     rng = np.random.default_rng(1)
@@ -126,8 +193,19 @@ def test_split_patients_against_brute_force():
         assert sorted([*rest, *part]) == list(range(30))
         assert not {patients[i] for i in rest} & {patients[i] for i in part}
         assert abs(len(part) - 9) <= max(patients.count(p) for p in patients) / 2 + 0.5
-    with pytest.raises(InputError, match="all images are of one patient"):
+        order = np.random.default_rng(seed).permutation(len(set(patients)))
+        names = [sorted(set(patients))[i] for i in order]
+        for fraction in (0.3, 0.99):
+            tries = [sum(p in names[:n] for p in patients) for n in range(1, len(names))]
+            found = len(split_patients(patients, fraction, seed)[1])
+            assert abs(found - 30 * fraction) == min(abs(n - 30 * fraction) for n in tries)
+        other = rng.permutation(30)
+        again = split_patients([patients[i] for i in other], 0.3, seed)[1]
+        assert {patients[i] for i in part} == {patients[other[i]] for i in again}
+    with pytest.raises(InputError, match="two patients or more, the images are of 1"):
         split_patients(["p"] * 5, 0.3)
+    with pytest.raises(InputError, match="the images are of 0"):
+        split_patients([], 0.3)
 
 
 # ---------------------------------------------------------------- an epoch
