@@ -85,7 +85,7 @@ class Task:
         """Columns (a slice) over which a mean is taken. "any finding" is left out, because its AUROC is that
         of "No Finding"; "any disease" stands for the healthy class, so that the mean AUROC over K classes is
         that of each class against all others."""
-        return slice(1 if self.findings[0] == ANY_FINDING else 0, None)
+        return slice(len(self.findings) - len(self.classes) if self.kind == "sigmoid" else 0, None)
 
     @property
     def outputs(self):

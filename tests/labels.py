@@ -49,6 +49,10 @@ def test_findings_of_a_table_are_columns():
     truth = FOUR.truth(np.array([[1, 0, 0, -1], [0, 1, -1, 0], [-1, 0, 1, 0]], dtype=np.int8))
     assert truth.tolist() == [[0, 1, 0, 0, -1], [1, 0, 1, -1, 0], [-1, -1, 0, 1, 0]]
     assert FOUR.averaged == slice(1, None) and FIVE.averaged == slice(0, None)
+    for task in (Task(("no finding", "any finding")), Task(("any finding", "Mass"), "sigmoid")):
+        assert (
+            task.findings[task.averaged] == task.findings
+        )  # a name of the user's own, and no column of ours
     plain = Task(("Effusion",), "sigmoid")
     assert plain.findings == ("Effusion",) and plain.scores(z[:, :1]).shape == (9, 1)
     for classes in ((), ("a", "a"), ("No Finding", "any finding")):
