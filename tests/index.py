@@ -66,6 +66,19 @@ def test_nih_folders_of_the_zips(tmp_path):
         table(path)
 
 
+@pytest.mark.xfail(strict=True, reason="folders of images that are symbolic links are not followed")
+@pytest.mark.parametrize("nih", [True, False])
+def test_linked_folders_of_a_table(tmp_path, nih):
+    """Images on another disk, linked into the data folder, are found as those of class folders are."""
+    touch(tmp_path / "disk/a.png")
+    root = tmp_path / "set"
+    (root / "images_001").mkdir(parents=True)
+    (root / "images_001/images").symlink_to(tmp_path / "disk")
+    row = "a.png,Mass,0,1" if nih else "images_001/images/a.png,1"
+    (root / "t.csv").write_text((NIH if nih else "path,Mass\n") + row)
+    assert read_table(root / "t.csv", root, ("Mass",)).files == ["images_001/images/a.png"]
+
+
 def test_what_is_left_out_is_said(tmp_path, capsys):
     path = nih_set(tmp_path, [*ROWS, ROWS[0], "gone.png,Mass,0,9"])
     (tmp_path / "images/gone.png").unlink()
