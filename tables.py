@@ -176,8 +176,13 @@ def find_table_images(root, nih):
     if not root.is_dir():
         raise InputError(f"no data: the folder {root} does not exist")
     tops = sorted(p for p in root.glob("images*") if p.is_dir()) if nih else [root]
+    walked = set()  # real places: a link may lead in a circle
     for top in tops:
-        for folder, folders, names in os.walk(top):
+        for folder, folders, names in os.walk(top, followlinks=True):
+            if (real := os.path.realpath(folder)) in walked:
+                folders.clear()
+                continue
+            walked.add(real)
             folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
             place = Path(folder).relative_to(root).as_posix()
             for name in names:

@@ -114,8 +114,10 @@ class Task:
             truth = targets.astype(np.int8)
             if self._none is None:
                 return truth
-            none = truth[:, [self._none]]
-            return np.concatenate([np.where(none < 0, -1, 1 - none), truth], axis=1).astype(np.int8)
+            none, others = truth[:, [self._none]], np.delete(truth, self._none, axis=1)
+            found = (others == 1).any(axis=1, keepdims=True)  # tables may leave No Finding empty then
+            derived = np.where(none >= 0, 1 - none, np.where(found, 1, -1))
+            return np.concatenate([derived, truth], axis=1).astype(np.int8)
         truth = (targets[:, None] == np.arange(1, self.outputs)).astype(np.int8)
         return (
             truth if self.outputs == 2 else np.concatenate([truth.max(axis=1, keepdims=True), truth], axis=1)

@@ -66,7 +66,6 @@ def test_nih_folders_of_the_zips(tmp_path):
         table(path)
 
 
-@pytest.mark.xfail(strict=True, reason="folders of images that are symbolic links are not followed")
 @pytest.mark.parametrize("nih", [True, False])
 def test_linked_folders_of_a_table(tmp_path, nih):
     """Images on another disk, linked into the data folder, are found as those of class folders are."""
@@ -74,6 +73,7 @@ def test_linked_folders_of_a_table(tmp_path, nih):
     root = tmp_path / "set"
     (root / "images_001").mkdir(parents=True)
     (root / "images_001/images").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/circle").symlink_to(root)
     row = "a.png,Mass,0,1" if nih else "images_001/images/a.png,1"
     (root / "t.csv").write_text((NIH if nih else "path,Mass\n") + row)
     assert read_table(root / "t.csv", root, ("Mass",)).files == ["images_001/images/a.png"]

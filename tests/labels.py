@@ -46,8 +46,8 @@ def test_findings_of_a_table_are_columns():
     p = 1 / (1 + np.exp(-z / 2))
     assert FOUR.findings == ("any finding", "No Finding", "Effusion", "Mass", "Edema") and FOUR.outputs == 4
     assert np.allclose(FOUR.scores(z, 2.0), np.concatenate([1 - p[:, :1], p], axis=1), atol=1e-12)
-    truth = FOUR.truth(np.array([[1, 0, 0, -1], [0, 1, -1, 0], [-1, 0, 1, 0]], dtype=np.int8))
-    assert truth.tolist() == [[0, 1, 0, 0, -1], [1, 0, 1, -1, 0], [-1, -1, 0, 1, 0]]
+    truth = FOUR.truth(np.array([[1, 0, 0, -1], [0, 1, -1, 0], [-1, 0, 1, 0], [-1, 0, -1, 0]], dtype=np.int8))
+    assert truth.tolist() == [[0, 1, 0, 0, -1], [1, 0, 1, -1, 0], [1, -1, 0, 1, 0], [-1, -1, 0, -1, 0]]
     assert FOUR.averaged == slice(1, None) and FIVE.averaged == slice(0, None)
     for task in (Task(("no finding", "any finding")), Task(("any finding", "Mass"), "sigmoid")):
         assert (
