@@ -61,7 +61,9 @@ def test_results_json(runs, synthetic, name, params, epochs):
         results["command"].startswith(f"python train_{name}.py --data-dir ")
         and "torch" in results["versions"]
     )
-    assert results["minutes"] * 60 == pytest.approx(sum(row["seconds"] for row in results["history"]))
+    seconds, expected = results["minutes"] * 60, sum(row["seconds"] for row in results["history"])
+    # The default recipe of the pretrained arm trains the head first, which takes time too.
+    assert seconds > expected if name == "pretrained" else seconds == pytest.approx(expected)
     assert results["finished"] is True and results["format"] == 1
     assert results["data"]["data_dir"] == str(synthetic)
 
