@@ -4,8 +4,8 @@
 
 For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
 thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
-true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Then
-scores the test images (the only script that opens them for that) and prints both sides with intervals. Writes
+true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Where
+there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores the test images (the only script that opens them for that) and prints both sides with intervals. Writes
 scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
 Scores are kept while checkpoint and data are unchanged, so another --min-recall takes seconds.
 
@@ -231,9 +231,8 @@ def show_several(title, result):
 # ---------------------------------------------------------------- main
 
 
-def parse():
-    """Checked command line -> (args, Rule)."""
-    parser = common.Parser(__doc__)
+def add_rule_arguments(parser):
+    """The flags of the operating point."""
     between = common.Number(float, 0, 1, above=True, below=True)
     group = parser.add_argument_group("threshold")
     group.add_argument(
@@ -276,6 +275,12 @@ def parse():
         metavar="X",
         help="share of the sick assumed for PPV and NPV, in (0, 1)",
     )
+
+
+def parse():
+    """Checked command line -> (args, Rule)."""
+    parser = common.Parser(__doc__)
+    add_rule_arguments(parser)
     group = parser.add_argument_group("runs")
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     group.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")

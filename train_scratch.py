@@ -1,4 +1,5 @@
-"""Train a Vision Transformer from scratch (4.99 M parameters) on chest radiographs: NORMAL or PNEUMONIA.
+"""Train a Vision Transformer from scratch (4.99 M parameters) on chest radiographs: NORMAL or PNEUMONIA,
+or whatever the class folders, or the table of --labels, ask.
 
     python train_scratch.py --epochs 15
 
