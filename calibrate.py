@@ -5,7 +5,8 @@
 For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
 thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
 true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Where
-there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores the test images (the only script that opens them for that) and prints both sides with intervals. Writes
+there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores
+the test images (the only script that opens them for that) and prints both sides with intervals. Writes
 scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
 Scores are kept while checkpoint and data are unchanged, so another --min-recall takes seconds.
 
