@@ -12,7 +12,10 @@ from common import InputError
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of a batch [B, 1, S, S] in [0, 1], drawn per image on its device; all zero = none.
+    """Random changes of a batch [B, C, S, S] in [0, 1], drawn per image on its device; all zero = none.
+
+    The first channel is the image; a second one, if any, says where a model may look (lungs.show) and is only
+    moved, together with the image.
 
     rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; aspect: +/- fraction by
     which width grows and height shrinks; hflip: probability (0: hearts are on the left). Geometry is one
@@ -61,6 +64,7 @@ class Augment:
                 shift_y=both(self.translate),
                 aspect=1 + both(self.aspect),
             )
+        x, where = x[:, :1], x[:, 1:]
         if self.frame or self.tone:
             other = x[torch.randperm(B, device=device)]
             if self.tone:
@@ -85,7 +89,7 @@ class Augment:
             inside = across.unsqueeze(1) & down.unsqueeze(2)  # (B, S, S)
             inside = inside & chance(self.erase).view(B, 1, 1)
             x = torch.where(inside.unsqueeze(1), uniform(0, 1).view(B, 1, 1, 1), x)
-        return x.clamp(0, 1)
+        return torch.cat([x.clamp(0, 1), where], dim=1) if where.shape[1] else x.clamp(0, 1)
 
 
 # ---------------------------------------------------------------- the flag
@@ -211,7 +215,7 @@ def gaussian_blur(x, sigma):
 
 
 def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
-    """Turn, zoom, mirror (flip = -1) and shift images [B, 1, S, S], by one bilinear resampling, black
+    """Turn, zoom, mirror (flip = -1) and shift images [B, C, S, S], by one bilinear resampling, black
     outside.
 
     Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes; width
@@ -234,7 +238,7 @@ def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
 
 
 def tta_views(flip=False):
-    """Test-time augmentation: fixed views, each a function [B, 1, S, S] -> the same shape.
+    """Test-time augmentation: fixed views, each a function [B, C, S, S] -> the same shape.
 
     The image itself, shifted 3% in four directions, zoomed by 0.95 and 1.05; with `flip` all of them mirrored
     too.

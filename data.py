@@ -15,10 +15,12 @@ import torch
 from sklearn.model_selection import train_test_split
 
 import index as indices
+import masks as lung_masks
 import tables
 from common import InputError, Number, add_flags, check_fields, flag, say, sha256
 from images import RESIZES, load_images
-from inputs import MODES, normalise
+from inputs import MODES
+from lungs import LOOKS
 from split import POOLED, cut, cut_test, say_shared, undersampled
 from task import CLASSES, Task
 
@@ -54,11 +56,23 @@ class DataConfig:
     verify_cache: bool = flag(False, "read the whole cache at the start to see that it is intact")
     classes: tuple = CLASSES
     normalise: str = flag("none", "exposure: as it is, to one mean and spread, or a flat histogram", MODES)
+    input: str = flag(
+        "full",
+        "what the model sees: everything, the lungs' box, the lungs (the rest grey), both, or, as a control, "
+        "everything but the lungs",
+        LOOKS,
+    )
+    lungs: str = flag(
+        lung_masks.SHIPPED,
+        "where --input takes lung masks from: weights of train_lungs.py, heuristic, or a .npz",
+        metavar="SOURCE",
+    )
     labels: str = flag(
         "", "table of findings instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
+    lungs_sha256: str = ""  # of the source of masks, where --input needs them
     undersample: bool = False  # pooled splits: as many images of each class as of the rarest, before the cut
 
     @property
@@ -91,6 +105,8 @@ class DataConfig:
         """Parsed flags -> DataConfig; the classes are those found. InputError if there are none."""
         values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
         values["fractions"] = check_fractions(values.get("fractions") or ())
+        if values.get("input", "full") != "full":
+            values["lungs_sha256"] = lung_masks.fingerprint(values["lungs"])
         if values.get("labels"):
             values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
             wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]
@@ -161,14 +177,15 @@ class Subset:
     """Some rows of the cached images.
 
     `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
-    memory-mapped and shared between subsets; `rows` int64 [N] into it; `normalise`: see inputs.normalise;
+    memory-mapped and shared between subsets; `rows` int64 [N] into it;
     `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
-    each image's grey levels, 0 to 1 (default: computed from the images).
+    each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
+    packed (lungs.pack), where a model needs them.
     """
 
-    def __init__(self, files, targets, images, rows, normalise="none", patients=None, levels=None):
+    def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None):
         self.files, self.targets, self.images, self.rows = files, targets, images, rows
-        self.normalise = normalise
+        self.masks = masks
         self.patients = [indices.patient_id(f) for f in files] if patients is None else patients
         self._levels = levels
 
@@ -186,17 +203,23 @@ class Subset:
         """The Subset of these positions."""
         files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
         levels = None if self._levels is None else self._levels[index]
-        return Subset(
-            files, self.targets[index], self.images, self.rows[index], self.normalise, patients, levels
-        )
+        about = dict(patients=patients, levels=levels, masks=self.masks)
+        return Subset(files, self.targets[index], self.images, self.rows[index], **about)
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""
         return self.images[self.rows[index]]
 
+    def lungs(self, index=slice(None)):
+        """bool [n, S, S] of these positions, True on the lungs. InputError if the masks are not there."""
+        if self.masks is None:
+            raise InputError("these images come without lung masks, which the model needs")
+        return lung_masks.unpack(self.masks[self.rows[index]])
+
 
 class Batch(NamedTuple):
-    """x: grey float32 [B, 1, S, S] in [0, 1]; target: int64 [B] or int8 [B, K]; both on the device."""
+    """x: what the model is shown, float32 [B, 1 or 2, S, S] (lungs.show); target: int64 [B] or int8 [B, K];
+    both on the device."""
 
     x: torch.Tensor
     target: torch.Tensor
@@ -249,9 +272,13 @@ def _load(config, root, index, part):
         name=name,
         verify=config.verify_cache,
     )
+    masks = None
+    if config.input != "full":
+        what = f"{part} images in {root}"
+        masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256)
     kept = index.take(found.rows) if len(found.rows) < len(index.files) else index
-    about = config.normalise, kept.patients, found.levels
-    return Subset(kept.files, kept.targets, found.images, found.rows, *about), kept, found.sizes
+    about = dict(patients=kept.patients, levels=found.levels, masks=masks)
+    return Subset(kept.files, kept.targets, found.images, found.rows, **about), kept, found.sizes
 
 
 def load_test(config):
@@ -277,6 +304,9 @@ def load_train_val(config, tell=print):
     else:
         by_patient = not config.split.endswith("image")
         positions = cut(kept, config.task, by_patient, config.val_share, config.split_seed)
+    if config.input == "pair":  # there is nothing to learn where no mask is known
+        known = everything.lungs().any(axis=(1, 2))
+        positions = [i[known[i]] for i in positions]
     train, val = (everything.take(i) for i in positions)
     info = describe(config, root, train, val, test_index, kept, test_from)
     info["original_size"] = sizes
@@ -384,13 +414,14 @@ class Batches:
 
     def get(self, index):
         """Positions `index` (int64 tensor [B] on the CPU) -> Batch."""
+        masks = self.subset.lungs(index.numpy()) if self.inputs.look != "full" else None
         if self.resident is not None:
             index = index.to(self.inputs.device)
-            return Batch(normalise(self.resident[index], self.subset.normalise), self.targets[index])
+            return Batch(self.inputs.grey(self.resident[index], masks), self.targets[index])
         pixels = self.subset.images[self.subset.rows[index.numpy()]]
-        x = torch.from_numpy(pixels).to(self.inputs.device)
+        x = self.inputs.grey(pixels, masks)
         self.taken += 1
         file = getattr(self.subset.images, "_mmap", None)
         if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
             file.madvise(mmap.MADV_DONTNEED)
-        return Batch(normalise(x, self.subset.normalise), self.targets[index.to(self.inputs.device)])
+        return Batch(x, self.targets[index.to(self.inputs.device)])

@@ -69,7 +69,7 @@ def make_synthetic(root, train=480, test=120, seed=0):
                             if label
                             else f"IM-{patient:04d}-{k + 1:04d}.jpeg"
                         )
-                        pixels = _draw_radiograph(rng, sick=bool(label), shifted=split == "test")
+                        pixels = draw_radiograph(rng, sick=bool(label), shifted=split == "test")
                         Image.fromarray(pixels).save(folder / file, quality=90)
         (tmp / "SYNTHETIC").write_text(json.dumps(settings))
         if root.exists():
@@ -79,7 +79,7 @@ def make_synthetic(root, train=480, test=120, seed=0):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _draw_radiograph(rng, sick, shifted, side=256):
+def draw_radiograph(rng, sick=False, shifted=False, side=256):
     """One drawn chest, uint8 [side, side]; bright = dense, as on a radiograph."""
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     zoom = rng.normal(1.12 if shifted else 1.0, 0.05)

@@ -433,6 +433,6 @@ class Loop:
 
 def _figures(row):
     """A history entry's validation figures as text."""
-    return f"val loss {row['val_loss']:.4f}" + (
-        f", val AUROC {row['val_auroc']:.4f}" if "val_auroc" in row else ""
-    )
+    more = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
+    parts = [f", {name} {row[key]:.4f}" for key, name in more.items() if key in row]
+    return f"val loss {row['val_loss']:.4f}" + "".join(parts)

@@ -10,7 +10,7 @@ import numpy as np
 
 from common import InputError, Number, say, sha256
 from metrics import check_both_classes, check_scores
-from run import find_runs
+from run import WITHOUT_CLASSES, find_runs
 from schema import NATURAL, REAL, mismatches
 
 POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
@@ -85,8 +85,8 @@ class Entry:
 
     def __init__(self, run, suffix=""):
         self.run, self.suffix, self.results = run, suffix, run.results
-        if run.kind == "mae":
-            raise InputError(f"{run} is a run of pretrain_mae.py: it has no classes to score")
+        if run.kind in WITHOUT_CLASSES:
+            raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         wrong = mismatches(self.results, NEEDED)
         wrong += [
             m for k, s in OPTIONAL.items() if k in self.results for m in mismatches(self.results[k], s, k)
@@ -244,7 +244,7 @@ def load_entries(runs_dir, chosen=None):
     Runs without a calibration are left out with a note; if chosen by name, that is an InputError."""
     groups, waiting = {}, []
     for run in find_runs(runs_dir, chosen):
-        if not run.calibrated() and run.kind != "mae":
+        if not run.calibrated() and run.kind not in WITHOUT_CLASSES:
             waiting.append(str(run))
             continue
         for suffix in run.calibrated() or [""]:

@@ -28,7 +28,9 @@ import torch.nn.functional as F
 import common
 import data
 import engine
+import lungs
 import maps
+import masks as lung_masks
 from device import add_device_argument, pick_device
 from images import read_image
 from inputs import Inputs
@@ -90,15 +92,31 @@ class Explainer:
             raise common.InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
         return scores
 
-    def row(self, file, pixels, score, *more):
-        """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`)."""
-        x = self.exact.scale(self.exact.grey(np.array(pixels[None])))
+    def shown(self, subset, index):
+        """What the model sees of these positions: float32 [n, 1, S, S] in [0, 1]."""
+        masks = subset.lungs(index) if self.exact.look != "full" else None
+        return lungs.cover(self.exact.grey(subset.pixels(index), masks))
+
+    def lung_masks(self, subset, index, source):
+        """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
+        files = [subset.files[i] for i in index]
+        found = lung_masks.masks_of(source, subset.pixels(index), files)
+        if self.exact.look not in ("crop", "masked-crop"):
+            return found
+        own = torch.from_numpy(subset.lungs(index)).unsqueeze(1).float()
+        pair = lungs.show(torch.from_numpy(found).unsqueeze(1).float(), own, "crop")
+        return (pair[:, 0] > 0.5).numpy()
+
+    def row(self, file, grey, score, *more):
+        """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`).
+        grey: what the model sees, [1, 1, S, S]."""
+        x = self.exact.scale(grey)
         found = [maps.compute(m, self.model, x, self.layer, self.answer)[0] for m in self.methods]
         called = [self.classes[int(score >= threshold)] for threshold in (0.5, self.threshold)]
         lines = [f"P({self.classes[1]}) = {score:.3f}", f"@0.5 {called[0]}, @Rec {called[1]}"]
         return (
             "\n".join([*more, *textwrap.wrap(Path(file).name, 42), *lines]),
-            pixels,
+            (grey[0, 0] * 255).round().byte().cpu().numpy(),
             [grid.cpu().numpy() for grid in found],
         )
 
@@ -202,9 +220,12 @@ def explain_files(explainer, paths):
             common.say(f"{path} cannot be read: {error.strerror or error}")
     if read:
         files, images, rows = list(read), np.stack(list(read.values())), np.arange(len(read))
-        subset = data.Subset(files, np.zeros_like(rows), images, rows, config.normalise)
-        for file, name, score in zip(files, picture_names(files), explainer.scores(subset)):
-            path = explainer.draw(name, [explainer.row(file, read[file], score)])
+        finder = lung_masks.finder_of(config)
+        masks = lung_masks.pack(finder(images)) if finder else None
+        subset = data.Subset(files, np.zeros_like(rows), images, rows, masks=masks)
+        for i, (name, score) in enumerate(zip(picture_names(files), explainer.scores(subset))):
+            file = files[i]
+            path = explainer.draw(name, [explainer.row(file, explainer.shown(subset, [i]), score)])
             print(f"{file}: wrote {path}", flush=True)
     if len(read) < len(paths):
         raise common.InputError(
@@ -223,13 +244,15 @@ def load_split(run, split):
     return val if split == "val" else data.load_test(run.config)
 
 
-def explain_split(explainer, split, tests):
-    """Draw the sheet and its images, and write explain.json from at most `tests` images, if any."""
+def explain_split(explainer, split, tests, source):
+    """Draw the sheet and its images, and write explain.json from at most `tests` images, if any; `source`:
+    whose lung masks the shares are of."""
     run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split)
     y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
     for outcome, i in chosen:
-        rows.append(explainer.row(subset.files[i], subset.pixels(i), p[i], outcome, f"truth {classes[y[i]]}"))
+        text = outcome, f"truth {classes[y[i]]}"
+        rows.append(explainer.row(subset.files[i], explainer.shown(subset, [i]), p[i], *text))
     for name, row in zip(picture_names(subset.files[i] for _, i in chosen), rows):
         explainer.draw(name, [row], SPLITS[split])
     path = explainer.draw("sheet.png", rows, SPLITS[split])
@@ -244,10 +267,12 @@ def explain_split(explainer, split, tests):
             f"{run}: the maps cannot be tested on fewer than two {called}; --tests 0 leaves the tests out"
         )
     some = np.sort(np.random.default_rng(0).choice(right, min(tests, len(right)), replace=False))
+    grey, masks = explainer.shown(subset, some).cpu(), explainer.lung_masks(subset, some, source)
     model, inputs, methods, layer = explainer.model, explainer.exact, explainer.methods, explainer.layer
-    report = maps.faithfulness(model, inputs, subset.pixels(some), methods, layer, explainer.answer)
+    report = maps.faithfulness(model, inputs, grey, masks, methods, layer, explainer.answer)
     about = {"format": common.FORMAT, "synthetic": run.results["synthetic"], "split": split}
     about |= {"target": classes[target], "checkpoint": run.checkpoint_sha256, "layer": layer}
+    about["lungs"] = source
     common.write_json(run.folder / "explain" / "explain.json", {**about, **report})
     print(f"tests on {len(some)} {called}:")
     for method in methods:
@@ -293,6 +318,12 @@ def parse():
     parser.add_argument(
         "--tests", type=common.Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
     )
+    parser.add_argument(
+        "--lungs",
+        default=lung_masks.SHIPPED,
+        metavar="SOURCE",
+        help="lung masks that the maps are held against: weights of train_lungs.py, heuristic, or a .npz",
+    )
     add_device_argument(parser)
     return parser.parse_args()
 
@@ -307,7 +338,7 @@ def main():
     if args.images:
         explain_files(explainer, args.images)
     else:
-        explain_split(explainer, args.split, args.tests)
+        explain_split(explainer, args.split, args.tests, args.lungs)
 
 
 if __name__ == "__main__":

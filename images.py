@@ -257,12 +257,14 @@ def _walk(path):
 class Decoded(NamedTuple):
     """images: uint8 [N, S, S], memory-mapped read-only; rows: int64 [M], those that could be read; levels:
     float64 [M, 2], mean and standard deviation of their grey levels, 0 to 1; sizes: {"width": [least,
-    greatest], "height": ...} of the originals, px."""
+    greatest], "height": ...} of the originals, px; path, crc32: the file of `images` and its checksum."""
 
     images: np.ndarray
     rows: np.ndarray
     levels: np.ndarray
     sizes: dict
+    path: Path
+    crc32: int
 
 
 def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=False):
@@ -292,7 +294,7 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
         say(f"--skip-bad: left out {count}: {some}")
     sizes = {"width": info["width"], "height": info["height"]}
     images, levels = np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["levels"])
-    return Decoded(images, np.array(info["kept"], dtype=np.int64), levels, sizes)
+    return Decoded(images, np.array(info["kept"], dtype=np.int64), levels, sizes, path, info["crc32"])
 
 
 def _stamp(path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import lungs
 from augment import tta_views
 from device import autocast, fast_bf16
 
@@ -14,8 +15,12 @@ MODES = ("none", "standard", "equalise")
 @dataclass(frozen=True)
 class Inputs:
     """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one
-    of MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, 1, S, S] -> the same shape
-    whose logits are averaged (test-time augmentation), none for the image itself."""
+    of MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape
+    whose logits are averaged (test-time augmentation), none for the image itself; `look`: what of an image
+    the model is shown, one of lungs.LOOKS.
+
+    "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
+    the model may look. Random changes and views move both channels together."""
 
     mean: tuple
     std: tuple
@@ -23,6 +28,7 @@ class Inputs:
     amp: bool = False
     normalise: str = "none"
     views: tuple = ()
+    look: str = "full"
 
     @classmethod
     def of_run(cls, results, device, tta=None):
@@ -36,29 +42,39 @@ class Inputs:
             bool(results["recipe"]["amp"]) and fast_bf16(device),
             results["data"].get("normalise", "none"),
             tuple(tta_views(**tta)) if tta else (),
+            results["data"].get("input", "full"),
         )
 
     def on(self, device):
         """The same on another device, in fp32."""
         return replace(self, device=torch.device(device), amp=False)
 
-    def grey(self, pixels):
-        """uint8 [B, S, S], array or tensor -> float32 [B, 1, S, S] in [0, 1] on the device."""
-        return normalise(torch.as_tensor(pixels).to(self.device), self.normalise)
+    def grey(self, pixels, masks=None):
+        """uint8 [B, S, S], array or tensor, and bool masks of the lungs, unless `look` is "full" -> grey on
+        the device."""
+        grey = normalise(torch.as_tensor(pixels).to(self.device), self.normalise)
+        if self.look == "full":
+            return grey
+        masks = torch.as_tensor(masks).to(self.device).unsqueeze(1).float()
+        return lungs.show(grey, masks, self.look)
 
     def scale(self, grey):
-        """Grey [B, 1, S, S] in [0, 1] -> (grey - mean) / std with len(mean) channels, by repeating grey."""
+        """Grey -> (grey - mean) / std with len(mean) channels, by repeating grey; what the model may not see
+        is covered first."""
+        if self.look == "pair":
+            return grey
+        grey = lungs.cover(grey)
         mean, std = (torch.tensor(v, device=grey.device, dtype=grey.dtype) for v in (self.mean, self.std))
         return (grey - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
 
     def logits(self, model, grey):
-        """Grey [B, 1, S, S] on the device -> float32 logits [B, K], averaged over the views."""
+        """Grey on the device -> float32 logits [B, K], averaged over the views."""
         with autocast(self.device, self.amp):
             parts = [model(self.scale(view(grey))).float() for view in self.views or [lambda x: x]]
         return torch.stack(parts).mean(0)
 
     def features(self, model, grey):
-        """Grey [B, 1, S, S] on the device -> what the model's head reads, float32 [B, D]."""
+        """Grey on the device -> what the model's head reads, float32 [B, D]."""
         with autocast(self.device, self.amp):
             return model.features(self.scale(grey)).float()
 

@@ -1,30 +1,209 @@
-"""Where the lungs lie in a chest radiograph, roughly: a heuristic, not a trained segmentation."""
+"""Where the lungs lie in a chest radiograph, by a small U-Net or by an unsupervised heuristic, and what of an
+image a model is shown."""
+
+import re
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
-from skimage.filters import threshold_otsu
-from skimage.segmentation import clear_border
+from torch import nn
 
-LEAST, MOST = 0.08, 0.55  # the area of a mask that can be lungs, as a share of the image
+from common import InputError
+from tensors import load_safetensors
+
+LOOKS = ("full", "crop", "masked", "masked-crop", "outside")  # what a model can be shown of an image
+SIDE = 128  # px, of the images that the U-Net and the heuristic look at
+LEAST, MOST = 0.05, 0.75  # the area of a mask that can be lungs, as a share of the image
+MARGIN = 0.05  # around the lungs' box, as a share of its sides
+GREY = 0.5  # what is put in the place of the pixels that a model does not see
 
 
-def lung_mask(image):
-    """A chest radiograph uint8 [S, S] -> bool [S, S], True on the lung fields.
+# ---------------------------------------------------------------- the U-Net
 
-    Lungs are the dark regions that do not touch the edge of the image: darker than Otsu's threshold (Otsu
-    1979, doi:10.1109/TSMC.1979.4310076) after smoothing, then closed and filled. If these cover less than 8%
-    or more than 55% of the image (opaque lungs, unusual framing), two upright ellipses take their place.
+
+def _convolutions(inside, outside):
+    layers = []
+    for channels in (inside, outside):
+        layers += [
+            nn.Conv2d(channels, outside, 3, padding=1, bias=False),
+            nn.GroupNorm(4, outside),
+            nn.ReLU(True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class LungNet(nn.Module):
+    """A small U-Net (Ronneberger et al. 2015, arXiv:1505.04597) with group norm: `widths` channels at full
+    resolution, half of it, and so on.
+
+    forward: pairs of image and true mask (B, 2, H, W), as `show` gives them with "pair" -> float32 (B, 3):
+    each image's loss (binary cross-entropy + 1 - soft Dice), twice the intersection of predicted and true
+    mask, and the sum of their areas. H and W must be multiples of 2 ** (len(widths) - 1).
     """
-    side = len(image)
-    smooth = ndimage.gaussian_filter(image.astype(np.float32), side / 50)
-    regions, _ = ndimage.label(smooth < threshold_otsu(smooth))
-    mask = ndimage.binary_closing(clear_border(regions) > 0, iterations=max(1, side // 40))
-    mask = ndimage.binary_fill_holes(mask)
-    return mask if LEAST < mask.mean() < MOST else _ellipses(side)
+
+    kind = "lungs"
+
+    def __init__(self, widths=(8, 16, 32, 64, 128)):
+        super().__init__()
+        self.config, self.in_chans = dict(widths=list(widths)), 1
+        self.down = nn.ModuleList(_convolutions(a, b) for a, b in zip((1, *widths), widths))
+        pairs = list(zip(widths[:-1], widths[1:]))[::-1]
+        self.up = nn.ModuleList(_convolutions(above + below, above) for above, below in pairs)
+        self.head = nn.Conv2d(widths[0], 1, 1)
+
+    def logits(self, image):
+        """Grey images (B, 1, H, W), each standardised here -> logits of "lung" (B, 1, H, W)."""
+        std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        x, kept = (image - mean) / (std + 1e-3), []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if i else x)
+            kept.append(x)
+        kept.pop()
+        for block in self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = block(torch.cat([x, kept.pop()], dim=1))
+        return self.head(x)
+
+    def forward(self, pair):
+        image, truth = pair[:, :1], (pair[:, 1:] > 0.5).float()
+        logits = self.logits(image).float()
+        sides = (1, 2, 3)
+        soft = logits.sigmoid()
+        dice = (2 * (soft * truth).sum(sides) + 1) / (soft.sum(sides) + truth.sum(sides) + 1)
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(sides) + 1 - dice
+        found = (logits > 0).float()
+        return torch.stack([loss, 2 * (found * truth).sum(sides), found.sum(sides) + truth.sum(sides)], dim=1)
+
+    def masks(self, grey):
+        """Grey (B, 1, S, S) in [0, 1] -> masks float32 (B, 1, S, S), 1 on the lungs, else 0."""
+        side = grey.shape[-1]
+        small = F.interpolate(grey, size=(SIDE, SIDE), mode="bilinear", antialias=side > SIDE)
+        return (F.interpolate(self.logits(small), size=(side, side), mode="bilinear") > 0).float()
 
 
-def _ellipses(side):
-    """Two upright ellipses where lungs usually are: bool [side, side]."""
-    y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j]
-    across = np.minimum(((x - 0.31) / 0.17) ** 2, ((x - 0.69) / 0.17) ** 2)  # to the nearer of the two
-    return across + ((y - 0.47) / 0.33) ** 2 < 1
+class Segmentation:
+    """What train_lungs.py minimises: LungNet's own loss. The epoch with the greatest mean Dice is best."""
+
+    @staticmethod
+    def losses(outputs, targets):
+        return outputs[:, 0]
+
+    @staticmethod
+    def weights(targets):
+        return torch.ones(len(targets), device=targets.device)
+
+    @staticmethod
+    def watch(targets, outputs, side="val"):
+        return {f"{side}_dice": float((outputs[:, 1] / outputs[:, 2].clamp(min=1)).mean())}
+
+    @staticmethod
+    def merit(row):
+        return row["val_dice"]
+
+
+def load_net(path):
+    """LungNet with the weights in a .safetensors file, float32, in eval mode. InputError if it is no such
+    file."""
+    state = {name: value.float() for name, value in load_safetensors(path).items()}
+    try:
+        widths = [state[n].shape[0] for n in sorted(state) if re.fullmatch(r"down\.\d\.0\.weight", n)]
+        with torch.device("meta"):
+            net = LungNet(tuple(widths))
+        net.load_state_dict(state, assign=True)
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path} does not hold the U-Net of train_lungs.py: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # half as slow on a CPU
+
+
+# ---------------------------------------------------------------- without training
+
+
+def heuristic_mask(image):
+    """A chest radiograph uint8 [S, S] -> bool [S, S], True on the lung fields, as far as grey levels tell.
+
+    After adaptive histogram equalisation (CLAHE, Zuiderveld 1994) and smoothing, lungs are the two largest
+    regions darker than Otsu's threshold (Otsu 1979, doi:10.1109/TSMC.1979.4310076) that do not touch the
+    edge, closed and filled. All False where nothing is left.
+    """
+    from skimage import exposure, filters, measure, morphology, segmentation  # slow to import, seldom needed
+    from skimage.transform import resize
+
+    small = resize(image / 255.0, (SIDE, SIDE), anti_aliasing=True)
+    smooth = filters.gaussian(exposure.equalize_adapthist(small), SIDE / 60)
+    dark = segmentation.clear_border(smooth < filters.threshold_otsu(smooth))
+    regions = measure.label(morphology.opening(dark, morphology.disk(2)))
+    areas = np.bincount(regions.ravel())[1:]
+    two = [i + 1 for i in np.argsort(areas, kind="stable")[::-1][:2] if areas[i] > 0.01 * regions.size]
+    closed = morphology.closing(np.isin(regions, two), morphology.disk(5))
+    return resize(ndimage.binary_fill_holes(closed).astype(np.float64), image.shape) > 0.5
+
+
+# ---------------------------------------------------------------- what a model is shown
+
+
+def boxes(masks):
+    """The lungs' boxes with a margin: masks float (B, 1, S, S), 0 or 1 -> (B, 4): left, top, right, bottom as
+    fractions of the side. Half a percent of the mask's area is left out on either side, so that a stray spot
+    moves no edge; the whole image where the mask is empty."""
+    side, edges = masks.shape[-1], []
+    at = torch.arange(side, device=masks.device, dtype=masks.dtype)
+    for axis in (2, 3):  # sums over rows: from left to right; over columns: from top to bottom
+        along = masks.sum(axis)[:, 0]  # (B, S)
+        share = along / along.sum(1, keepdim=True).clamp(min=1)
+        inside = (share.cumsum(1) > 0.005) & (share.cumsum(1) - share < 0.995)
+        low = torch.where(inside, at, torch.full_like(at, side)).amin(1)
+        high = torch.where(inside, at + 1, torch.zeros_like(at)).amax(1)
+        edges.append((low / side, high / side))
+    (left, right), (top, bottom) = edges
+    box = torch.stack([left, top, right, bottom], dim=1)
+    room = MARGIN * torch.stack([left - right, top - bottom, right - left, bottom - top], dim=1)
+    whole = box.new_tensor([0.0, 0.0, 1.0, 1.0]).expand_as(box)
+    return torch.where((right > left).unsqueeze(1), (box + room).clamp(0, 1), whole)
+
+
+def crop(x, box):
+    """Images (B, C, S, S) cut to boxes (B, 4), see `boxes`, and enlarged to (B, C, S, S) again, bilinear."""
+    left, top, right, bottom = box.unbind(1)
+    zero = torch.zeros_like(left)
+    theta = torch.stack(
+        [
+            torch.stack([right - left, zero, left + right - 1], 1),  # the grid spans [-1, 1]
+            torch.stack([zero, bottom - top, top + bottom - 1], 1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
+    return F.grid_sample(
+        x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False
+    )
+
+
+def plausible(masks):
+    """Which masks, bool [..., S, S], can be lungs by their area: bool [...]."""
+    area = masks.mean(axis=(-2, -1))
+    return (area > LEAST) & (area < MOST)
+
+
+def show(grey, masks, look):
+    """What a model is shown: grey (B, 1, S, S) in [0, 1] and lung masks of the same shape, 0 or 1 -> (B, 1 or
+    2, S, S); the second channel is 1 where the model may look (see `cover`).
+
+    look: one of LOOKS; "pair" leaves the image and gives the mask itself. An image without plausible lungs is
+    shown as it is."""
+    if look == "full":
+        return grey
+    area = masks.mean(dim=(1, 2, 3), keepdim=True)
+    found = ((area > LEAST) & (area < MOST)).to(grey.dtype)
+    if look == "pair":
+        return torch.cat([grey, masks], 1)
+    pair = torch.cat([grey, 1 - masks * found if look == "outside" else masks * found + (1 - found)], 1)
+    if look in ("crop", "masked-crop"):
+        pair = crop(pair, boxes(masks * found))
+    return pair[:, :1] if look == "crop" else pair
+
+
+def cover(shown):
+    """What `show` gives -> grey (B, 1, S, S) with all that the model may not see in one grey."""
+    return shown[:, :1] if shown.shape[1] == 1 else GREY + (shown[:, :1] - GREY) * shown[:, 1:]

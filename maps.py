@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from augment import gaussian_blur
-from lungs import lung_mask
 from task import Answer
 
 METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
@@ -167,17 +166,18 @@ def randomised(model):
         yield name, model
 
 
-def regions(maps, images):
-    """Share of maps [N, h, w] on the lung fields and on the outer tenth of images uint8 [N, S, S], with the
-    areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image, "border_..."}."""
-    side = images.shape[-1]
+def regions(maps, lungs):
+    """Share of maps [N, h, w] on the lungs, masks bool [N, S, S], and on the outer tenth of the image, with
+    the areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image,
+    "border_..."}."""
+    side = lungs.shape[-1]
     border = np.ones((side, side), bool)
     border[side // 10 : side - side // 10, side // 10 : side - side // 10] = False
     shares, areas = [], []
-    for grid, image in zip(torch.as_tensor(maps), images):
+    for grid, lung in zip(torch.as_tensor(maps), lungs):
         full = F.interpolate(grid[None, None], size=(side, side), mode="bilinear")[0, 0].numpy()
         full = full / max(full.sum(), 1e-12)
-        masks = lung_mask(image), border
+        masks = lung, border
         shares.append([(full * mask).sum() for mask in masks])
         areas.append([mask.mean() for mask in masks])
     out = {}
@@ -187,23 +187,24 @@ def regions(maps, images):
     return out
 
 
-def faithfulness(model, inputs, pixels, methods, layer=-1, target=1):
+def faithfulness(model, inputs, grey, lungs, methods, layer=-1, target=1):
     """Every test of the maps for class `target` -> JSON for explain.json.
 
-    pixels: uint8 [N, S, S], N >= 1, images that the model rightly calls `target`. Returns {"images": N,
+    grey: float32 [N, 1, S, S] in [0, 1], N >= 1, images as the model sees them, which it rightly calls
+    `target`; lungs: bool [N, S, S], the lungs on them. Returns {"images": N,
     "random" and each of `methods`: {"deletion", "insertion": mean_interval of the area under the curve}}. A
     method also has both areas minus those of random order, what `regions` gives, and "randomised": the mean
     rank correlation of its maps with those of each `randomised` model, on the first 8 images.
     """
-    maps, areas = _areas_under_curves(model, inputs, pixels, methods, layer, target)
-    out = {"images": len(pixels)}
+    maps, areas = _areas_under_curves(model, inputs, grey, methods, layer, target)
+    out = {"images": len(grey)}
     for name, found in areas.items():
         out[name] = {curve: mean_interval(area) for curve, area in found.items()}
-    x = inputs.scale(inputs.grey(pixels[:8]))
+    x = inputs.scale(grey[:8].to(inputs.device))
     for method in methods:
         for curve, area in areas[method].items():
             out[method][f"{curve}_minus_random"] = mean_interval(area - areas["random"][curve])
-        out[method] |= regions(maps[method], pixels)
+        out[method] |= regions(maps[method], lungs)
         out[method]["randomised"] = []
         for name, other in randomised(model):
             rho = _rank_correlation(maps[method][:8], compute(method, other, x, layer, target).cpu())
@@ -211,15 +212,15 @@ def faithfulness(model, inputs, pixels, methods, layer=-1, target=1):
     return out
 
 
-def _areas_under_curves(model, inputs, pixels, methods, layer, target):
+def _areas_under_curves(model, inputs, images, methods, layer, target):
     """({method: maps [N, h, w] on the CPU}, {method or "random": {"deletion", "insertion": float64 [N]}})."""
 
     def probability(grey):
         return as_answer(target).probability(inputs.logits(model, grey).cpu().numpy())
 
     rng, maps, areas = np.random.default_rng(0), {m: [] for m in methods}, {}
-    for begin in range(0, len(pixels), 16):
-        grey, ranks = inputs.grey(pixels[begin : begin + 16]), {}
+    for part in images.split(16):
+        grey, ranks = part.to(inputs.device), {}
         for method in methods:
             found = compute(method, model, inputs.scale(grey), layer, target)
             maps[method].append(found.cpu())

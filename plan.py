@@ -108,6 +108,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         train_set, val_set, split = data.load_train_val(plan.config, tell)
     recipe, task = plan.recipe, plan.config.task
     inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, plan.config.normalise)
+    inputs = replace(inputs, look=plan.config.input)
     if objective is None:
         weights = None
         if recipe.balance == "weights":
@@ -168,9 +169,11 @@ def load_encoder(model, run, config):
     if not run.results["finished"]:
         say(f"note: --init {run} is not finished; its best epoch so far is used")
     auto, there, here = run.model(), run.results["data"], asdict(config)
-    names = [k for k in here if k.startswith("split") or k == "normalise"]
+    names = [k for k in here if k.startswith("split") or k in ("normalise", "input", "lungs_sha256")]
     if any(there.get(k) != here[k] for k in names):
-        raise InputError(f"--init {run} was made with other --split, --split-seed or --normalise settings")
+        raise InputError(
+            f"--init {run} was made with other settings of --split, --normalise, --input or --lungs"
+        )
     weights = {k: v for k, v in auto.encoder.state_dict().items() if not k.startswith("head.")}
     try:
         model.load_state_dict({**model.state_dict(), **weights})

@@ -29,9 +29,12 @@ import numpy as np
 import torch
 
 import common
+import demo
+import lungs
+import masks as lung_masks
 from device import add_device_argument, pick_device
 from images import find_files, read_image
-from inputs import Inputs
+from inputs import Inputs, normalise
 from run import Run
 
 
@@ -80,18 +83,22 @@ class Scorer:
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
         top = ["top_class"] if self.several and self.softmax else []
         self.columns = ("path", *top, *self.probabilities, *decisions, "note")
+        self.finder = lung_masks.finder_of(self.config, device)
         self.model.to(device)
 
     @torch.inference_mode()
     def scores(self, images):
-        """uint8 [B, S, S] -> (probabilities float64 [B, F], number of the greatest logit int [B])."""
-        logits = self.inputs.logits(self.model, self.inputs.grey(images)).cpu().numpy()
+        """uint8 [B, S, S] -> (probabilities float64 [B, F], number of the greatest logit int [B], whether the
+        image is shown in full although the lungs were asked for, bool [B])."""
+        masks = self.finder(images) if self.finder else None
+        whole = ~lungs.plausible(masks) if self.finder else np.zeros(len(images), bool)
+        logits = self.inputs.logits(self.model, self.inputs.grey(images, masks)).cpu().numpy()
         scores = self.task.scores(logits, self.temperature)
         if not np.isfinite(scores).all():
             raise common.InputError(
                 "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
             )
-        return scores, logits.argmax(axis=1)
+        return scores, logits.argmax(axis=1), whole
 
     def answers(self, scores, top):
         """The cells between path and note: probabilities and decisions of one image, scores [F]."""
@@ -127,19 +134,26 @@ class Scorer:
                     if isinstance(image, str):
                         yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
-                    cells = self.answers(*next(found))
-                    yield dict(zip(self.columns, (name, *cells, unlike(*image, self.results))))
+                    *found_here, whole = next(found)
+                    notes = [unlike(*image, self.results), "no lungs found: the whole image was used" if whole else ""]
+                    note = "; ".join(filter(None, notes))
+                    yield dict(zip(self.columns, (name, *self.answers(*found_here), note)))
 
 
 class Exported(torch.nn.Module):
     """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B], of several findings [B, F]: scaling and
-    temperature inside."""
+    temperature inside, and where the model is shown a part of the image, exposure and the U-Net too."""
 
-    def __init__(self, model, inputs, task, temperature):
+    def __init__(self, scorer):
         super().__init__()
-        self.model, self.inputs, self.task, self.temperature = model, inputs, task, temperature
+        self.model, self.inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
+        self.task, self.temperature = scorer.task, scorer.temperature
+        self.net = scorer.finder.net.cpu() if scorer.finder else None
 
     def forward(self, image):
+        if self.net is not None:
+            grey = normalise((image[:, 0] * 255).round().to(torch.uint8), self.inputs.normalise)
+            image = lungs.show(grey, self.net.masks(image), self.inputs.look)
         task, logits = self.task, self.model(self.inputs.scale(image)) / self.temperature
         if task.kind == "softmax" and task.outputs == 2:
             return torch.sigmoid(logits[:, 1] - logits[:, 0])
@@ -162,10 +176,13 @@ def export(scorer, path):
             f"--export needs packages that are not here ({error.name}): "
             "pip install onnx onnxscript onnxruntime"
         ) from None
+    if scorer.finder and scorer.finder.net is None:
+        raise common.InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
-    model = Exported(scorer.model.cpu().float(), scorer.inputs.on("cpu"), scorer.task, scorer.temperature)
-    model.eval()
-    probe = torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
+    look, model = scorer.config.input, Exported(scorer).eval()
+    rng = np.random.default_rng(0)  # noise, and drawn chests, on which there are lungs to be found
+    drawn = [demo.draw_radiograph(rng, side=size) / 255 for _ in range(2)]
+    probe = torch.from_numpy(np.stack([rng.random((size, size)), *drawn])).float().unsqueeze(1)
     with common.atomic_path(path) as tmp:
         torch.onnx.export(
             model,
@@ -185,7 +202,9 @@ def export(scorer, path):
             "classes": json.dumps(scorer.task.classes),
             "findings": json.dumps(scorer.task.findings),
             "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
-            f"files: {scorer.config.resize} to {size} px, then inputs.normalise(..., {mode!r})",
+            f"files: {scorer.config.resize} to {size} px"
+            + (f", then inputs.normalise(..., {mode!r})" if look == "full" else ""),
+            "shown": look + ("" if look == "full" else ": exposure and lung masks inside the graph"),
             "mean": json.dumps(results["mean"]),
             "std": json.dumps(results["std"]),
             "scaling": "inside the graph",

@@ -335,7 +335,10 @@ def method_rows(entries, standard, prevalence, rule):
     seen, watched = [], []
     for e in entries:
         d = e.results["data"]
-        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {d.get('normalise', 'none')}")
+        shown = d.get("input", "full")
+        shown = "" if shown == "full" else f", --input {shown} by {d['lungs']}"
+        exposure = d.get("normalise", "none")
+        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}")
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     rows = [
         ["Data", first.set + drawn],

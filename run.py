@@ -30,6 +30,8 @@ from common import (
 from schema import mismatches, wrong_calibration, wrong_results
 from task import Task
 
+WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
+
 
 class Run:
     """One run folder. Nothing is read before it is asked for; whatever is damaged is an InputError naming the
@@ -70,7 +72,7 @@ class Run:
 
     @property
     def kind(self):
-        """ "vit", "linear", "mae" or "ensemble"."""
+        """ "vit", "linear", "ensemble", or one of WITHOUT_CLASSES."""
         return self.results["model_config"]["kind"]
 
     @cached_property
@@ -276,8 +278,8 @@ def find_runs(runs_dir, chosen=None):
     for path in sorted(Path(runs_dir).glob("*/results.json")):
         check_regular(path)
         run = Run(path.parent)
-        if run.kind == "mae":
-            continue  # it has no classes, so no score
+        if run.kind in WITHOUT_CLASSES:
+            continue
         if run.results["finished"]:
             runs.append(run)
         else:

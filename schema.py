@@ -98,7 +98,8 @@ def wrong_results(results):
     wrong += ["std"] if len(results["mean"]) != len(results["std"]) else []
     needs_epochs = results["finished"] and kind != "ensemble"
     wrong += ["best_epoch"] if results["best_epoch"] > len(epochs) or needs_epochs and not epochs else []
-    if kind not in ("mae", "ensemble") and any(not SHARE.contains(h.get("val_auroc")) for h in epochs):
+    watched = "val_dice" if kind == "lungs" else "val_auroc"
+    if kind not in ("mae", "ensemble") and any(not SHARE.contains(h.get(watched)) for h in epochs):
         wrong += ["history"]
     wrong += [f"split.counts.{s}" for s, n in results["split"]["counts"].items() if not _counts(n)]
     for name in ("original_size", "input_range"):

@@ -8,7 +8,7 @@ scores it in the same way. Takes seconds.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ def main():
 
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
+    inputs = replace(inputs, look=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
     pooled = engine.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weight, bias = fit(pooled, train.targets, args.C, task)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
+from lungs import LungNet
 
 # Every value is a keyword of VisionTransformer. Parameter counts with 2 classes at 224 px:
 # scratch 4,987,138 - ti16 5,524,802 - s16 21,666,434 - b16 85,800,194 - b32 87,456,770 - l16 303,303,682.
@@ -425,8 +426,9 @@ def check_config(config):
 
 def build_model(config):
     """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
-    "ensemble", **its keywords}. InputError for an unknown kind or a size that is out of all proportion."""
-    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble)}
+    "ensemble" | "lungs", **its keywords}. InputError for an unknown kind or a size that is out of all
+    proportion."""
+    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet)}
     config = dict(config)
     kind = config.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:

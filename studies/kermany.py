@@ -85,9 +85,9 @@ def border_alone(train, weights, device, folds=5):
     images[:, side // 8 : -(side // 8), side // 8 : -(side // 8)] = 128
     model = VisionTransformer(**{**config_from_npz(weights), "img_size": side, "num_classes": 2})
     report = load_npz(model, weights)
-    subset = data.Subset(train.files, train.targets, images, np.arange(len(images)), train.normalise)
+    subset = data.Subset(train.files, train.targets, images, np.arange(len(images)))
     scaling = tuple(report["mean"]), tuple(report["std"])
-    inputs = Inputs(*scaling, device, fast_bf16(device), train.normalise)
+    inputs = Inputs(*scaling, device, fast_bf16(device))
     features = engine.predict(model.to(device), subset, inputs, output=inputs.features, progress="features")
     p = cross_val_predict(
         make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced")),

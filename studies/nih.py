@@ -7,6 +7,7 @@ import numpy as np
 
 import common
 import data
+import masks as lung_masks
 from images import load_images
 
 PNEUMONIA_LIKE = {"Pneumonia", "Consolidation", "Infiltration"}
@@ -38,7 +39,7 @@ def load_nih(folder, config):
             f"and {len(found[1])} with pneumonia, consolidation or infiltration; both groups are needed"
         )
     files, targets = found[0] + found[1], np.repeat([0, 1], [len(found[0]), len(found[1])])
-    images, rows, *_ = load_images(
+    found = load_images(
         folder,
         files,
         size=config.img_size,
@@ -47,4 +48,8 @@ def load_nih(folder, config):
         skip_bad=config.skip_bad,
         name="images",
     )
-    return data.Subset([files[r] for r in rows], targets[rows], images, rows, config.normalise)
+    rows, masks = found.rows, None
+    if config.input != "full":
+        what = f"images in {folder}"
+        masks = lung_masks.load_masks(config.lungs, found, files, what, config.lungs_sha256)
+    return data.Subset([files[r] for r in rows], targets[rows], found.images, rows, masks=masks)

@@ -12,9 +12,11 @@ from sklearn.metrics import roc_auc_score
 import common
 import data
 import engine
+import masks as lung_masks
 from augment import borrow_frame
 from inputs import Inputs
 from metrics import choose_threshold_by_min_recall
+from run import WITHOUT_CLASSES
 from schema import REAL, mismatches
 
 VERSION = 1  # of everything below that decides a figure: raise it with any change of the corruptions
@@ -105,8 +107,13 @@ class Scorer:
 
     def __init__(self, run, device):
         self.run, self.inputs, self.task = run, Inputs.of_run(run.results, device), run.config.task
-        if run.kind == "mae" or len(self.task.findings) != 1:
+        if run.kind in WITHOUT_CLASSES or len(self.task.findings) != 1:
             raise common.InputError(f"{run}: signals are defined for classifiers of two classes only")
+
+    @cached_property
+    def finder(self):
+        """Finds the lungs on changed images; None where the model needs none."""
+        return lung_masks.finder_of(self.run.config, self.inputs.device)
 
     @cached_property
     def model(self):
@@ -116,8 +123,12 @@ class Scorer:
         """Probability of the finding, float64 [N], of a Subset, or of other `pixels` uint8 [N, S, S] in its
         place."""
         if pixels is not None:
-            rows = np.arange(len(pixels))
-            subset = data.Subset(subset.files, subset.targets, pixels, rows, subset.normalise)
+            rows, masks = np.arange(len(pixels)), None
+            if self.finder:
+                masks = np.concatenate(
+                    [lung_masks.pack(self.finder(some)) for some in np.array_split(pixels, 16)]
+                )
+            subset = data.Subset(subset.files, subset.targets, pixels, rows, masks=masks)
         logits = engine.predict(self.model, subset, self.inputs, batch_size=128, progress=str(self.run))
         return self.task.scores(logits)[:, 0]
 
@@ -126,6 +137,7 @@ class Scorer:
         images with their names and targets, and VERSION."""
         results, inputs = self.run.results, self.inputs
         how = [results["model_config"], inputs.mean, inputs.std, inputs.normalise, inputs.amp, VERSION]
+        how += [] if inputs.look == "full" else [inputs.look, self.run.config.lungs_sha256]
         return common.sha256([self.run.checkpoint_sha256, how, data.pixel_fingerprint(subset)])
 
 

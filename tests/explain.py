@@ -159,7 +159,7 @@ def test_deletion_and_insertion_know_the_patch_that_matters():
 
 def test_regions_of_maps():
     images = np.stack(
-        [demo._draw_radiograph(np.random.default_rng(i), False, False, side=200) for i in range(4)]
+        [demo.draw_radiograph(np.random.default_rng(i), False, False, side=200) for i in range(4)]
     )
     edge = np.zeros((4, 20, 20), np.float32)
     edge[:, 0] = edge[:, -1] = 1

@@ -1,9 +1,26 @@
-"""Tests of lungs."""
+"""Tests of lungs and masks: the U-Net, the heuristic, what a model is shown, the cache of masks."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
+import data
 import demo
-from lungs import LEAST, MOST, lung_mask
+import images
+import lungs
+import masks
+from augment import Augment
+from common import InputError
+from inputs import Inputs
+from tests.shared import cli, predict_rows, read_json, refused, succeed
+
+SHARED = Path(__file__).resolve().parents[1].with_name("shared")
+NOTHING = dict.fromkeys(("rotate", "translate", "scale", "aspect", "brightness", "contrast", "gamma"), 0.0)
 
 
 def overlap(a, b):
@@ -11,35 +28,344 @@ def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def test_lung_mask_finds_the_lungs_of_drawn_chests():
+def two_lungs(side=64):
+    """A mask of two rectangles: bool [side, side]."""
+    mask = np.zeros((side, side), bool)
+    mask[side // 4 : side // 4 * 3, side // 8 : side // 8 * 3] = True
+    mask[side // 4 : side // 4 * 3, side // 8 * 5 : side // 8 * 7] = True
+    return mask
+
+
+def as_tensor(mask):
+    """bool [S, S] -> float (1, 1, S, S)."""
+    return torch.from_numpy(mask).float()[None, None]
+
+
+# ---------------------------------------------------------------- the heuristic
+
+
+def test_heuristic_finds_the_lungs_of_drawn_chests():
     y, x = np.mgrid[-1:1:200j, -1:1:200j]
     drawn = (((x + 0.42) / 0.3) ** 2 + (y / 0.62) ** 2 < 1) | (((x - 0.42) / 0.28) ** 2 + (y / 0.6) ** 2 < 1)
     for seed in range(4):
-        image = demo._draw_radiograph(np.random.default_rng(seed), sick=False, shifted=False, side=200)
-        mask = lung_mask(image)
+        image = demo.draw_radiograph(np.random.default_rng(seed), side=200)
+        mask = lungs.heuristic_mask(image)
         assert mask.shape == image.shape and mask.dtype == bool
         assert overlap(mask, drawn) > 0.5  # the drawn heart lies over one lung
 
 
-def test_lung_mask_leaves_out_what_is_dark_at_the_edge_and_fills_holes():
+def test_heuristic_leaves_out_what_is_dark_at_the_edge_and_fills_holes():
     image = np.full((100, 100), 220, np.uint8)
     image[:, :12] = image[:, -12:] = 10  # air beside the patient
-    lungs = np.zeros((100, 100), bool)
-    lungs[25:75, 25:45] = lungs[25:75, 55:75] = True
-    image[lungs] = 30
+    truth = np.zeros((100, 100), bool)
+    truth[25:75, 25:45] = truth[25:75, 55:75] = True
+    image[truth] = 30
     image[48:52, 33:37] = 220  # a nodule
-    mask = lung_mask(image)
-    assert overlap(mask, lungs) > 0.9 and mask[50, 35] and not mask[:, :15].any() and not mask[:, -15:].any()
+    mask = lungs.heuristic_mask(image)
+    assert overlap(mask, truth) > 0.8 and mask[50, 35] and not mask[:, :15].any() and not mask[:, -15:].any()
 
 
-def test_lung_mask_is_two_ellipses_where_no_lungs_can_be_seen():
-    everything_dark = np.zeros((60, 60), np.uint8)
-    everything_dark[0] = everything_dark[-1] = everything_dark[:, 0] = everything_dark[:, -1] = 255
-    ellipses = lung_mask(np.full((60, 60), 128, np.uint8))
-    assert LEAST < ellipses.mean() < MOST
-    assert ellipses[28, 18] and ellipses[28, 41] and not ellipses[28, 30] and not ellipses[2].any()
-    a_speck = np.full((60, 60), 200, np.uint8)
-    a_speck[28:33, 28:33] = 0
-    for image in (everything_dark, a_speck, np.zeros((60, 60), np.uint8)):
-        assert np.array_equal(lung_mask(image), ellipses)
-    assert lung_mask(np.zeros((1, 1), np.uint8)).shape == (1, 1)  # of any size
+@pytest.mark.parametrize("grey", [0, 128])
+def test_heuristic_finds_nothing_on_an_empty_image(grey):
+    for side in (1, 60):
+        assert not lungs.heuristic_mask(np.full((side, side), grey, np.uint8)).any()
+
+
+# ---------------------------------------------------------------- the U-Net
+
+
+def test_lung_net_outputs_are_loss_and_overlap():
+    torch.manual_seed(0)
+    net, pair = lungs.LungNet((4, 8)), torch.rand(3, 2, 16, 16)
+    got = net(pair).detach().numpy()
+    z = net.logits(pair[:, :1]).detach().double().numpy()
+    p, t = 1 / (1 + np.exp(-z)), (pair[:, 1:] > 0.5).numpy().astype(float)
+    for i in range(3):
+        entropy = -(t[i] * np.log(p[i]) + (1 - t[i]) * np.log(1 - p[i])).mean()
+        dice = (2 * (p[i] * t[i]).sum() + 1) / (p[i].sum() + t[i].sum() + 1)
+        assert got[i, 0] == pytest.approx(entropy + 1 - dice, rel=1e-5)
+        assert got[i, 1] == 2 * ((z[i] > 0) & (t[i] > 0)).sum()
+        assert got[i, 2] == (z[i] > 0).sum() + t[i].sum()
+
+
+def test_lung_net_learns_and_every_parameter_has_a_gradient():
+    torch.manual_seed(0)
+    net = lungs.LungNet((4, 8, 16))
+    image = torch.rand(4, 1, 32, 32)
+    truth = F.avg_pool2d(image, 9, 1, 4) > 0.5
+    pair = torch.cat([image, truth.float()], 1)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for step in range(60):
+        optimizer.zero_grad()
+        outputs = net(pair)
+        outputs[:, 0].mean().backward()
+        if step == 0:
+            assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+        optimizer.step()
+    row = lungs.Segmentation.watch(None, outputs.detach())
+    assert row["val_dice"] > 0.85 and lungs.Segmentation.merit(row) == row["val_dice"]
+
+
+def test_lung_net_does_not_depend_on_exposure():
+    torch.manual_seed(0)
+    net, image = lungs.LungNet((4, 8)).eval(), torch.rand(1, 1, 16, 16)
+    assert torch.allclose(net.logits(image), net.logits(image * 0.5 + 0.2), atol=2e-2)
+    assert net.masks(torch.rand(2, 1, 40, 40)).shape == (2, 1, 40, 40)  # of any side
+
+
+def test_shipped_weights_are_small_and_find_lungs():
+    path = Path(masks.find_source(masks.SHIPPED))
+    assert path.stat().st_size <= 1.5 * 2**20
+    truth = SHARED / "lung_masks/kermany_lung_masks_224.npz"
+    if not truth.exists():
+        pytest.skip("the real images are not here")
+    given, finder, dices = masks.GivenMasks(truth, 224), masks.Finder(masks.SHIPPED), []
+    files = sorted(f for f in given.row if f.startswith("test/"))[::60]
+    for file in files:
+        image = np.asarray(Image.open(SHARED / "chest_xray" / file).convert("L"))
+        found, true = finder(image[None])[0], given.of([file])[0]
+        dices.append(2 * (found & true).sum() / (found.sum() + true.sum()))
+    assert len(files) >= 8 and np.mean(dices) > 0.93
+
+
+@pytest.mark.parametrize("content", ["other", "empty", "text"])
+def test_wrong_lung_weights_are_refused(tmp_path, content):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "net.safetensors"
+    if content == "text":
+        path.write_text("no weights")
+    else:
+        state = lungs.LungNet((4, 8)).state_dict() if content == "other" else {}
+        state = {n: v for n, v in state.items() if n != "head.bias"}
+        save_file(state or {"x": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="net.safetensors"):
+        lungs.load_net(path)
+
+
+# ---------------------------------------------------------------- what a model is shown
+
+
+def test_box_of_lungs_has_a_margin_and_ignores_stray_pixels():
+    mask = two_lungs()  # columns 8 to 56, rows 16 to 48
+    margin = lungs.MARGIN
+    expected = [8 - 48 * margin, 16 - 32 * margin, 56 + 48 * margin, 48 + 32 * margin]
+    stray = mask.copy()
+    stray[2, 2] = stray[60, 62] = True
+    for one in (mask, stray):
+        assert lungs.boxes(as_tensor(one))[0].mul(64).tolist() == pytest.approx(expected, abs=1e-4)
+    whole = np.ones((64, 64), bool)
+    for one in (whole, np.zeros((64, 64), bool)):
+        assert lungs.boxes(as_tensor(one))[0].tolist() == pytest.approx([0, 0, 1, 1], abs=1e-4)
+
+
+def test_crop_enlarges_a_box():
+    image = torch.rand(2, 1, 32, 32)
+    box = torch.tensor([[0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    got = lungs.crop(image, box)
+    expected = F.interpolate(image[:1, :, 16:, 8:24], size=(32, 32), mode="bilinear")
+    assert torch.allclose(got[0, :, 1:-1, 1:-1], expected[0, :, 1:-1, 1:-1], atol=1e-5)
+    assert torch.allclose(got[1], image[1], atol=1e-5)
+
+
+def test_what_each_look_shows():
+    grey, mask = torch.rand(1, 1, 64, 64), as_tensor(two_lungs())
+    inside = mask.bool()
+    shown = {look: lungs.cover(lungs.show(grey, mask, look)) for look in lungs.LOOKS}
+    assert torch.equal(shown["full"], grey)
+    assert torch.equal(shown["masked"][inside], grey[inside]) and (shown["masked"][~inside] == 0.5).all()
+    assert torch.equal(shown["outside"][~inside], grey[~inside]) and (shown["outside"][inside] == 0.5).all()
+    box = lungs.boxes(mask)
+    assert torch.allclose(shown["crop"], lungs.crop(grey, box))
+    moved = lungs.crop(mask, box)
+    assert torch.allclose(shown["masked-crop"], 0.5 + (lungs.crop(grey, box) - 0.5) * moved, atol=1e-6)
+    assert torch.equal(lungs.show(grey, mask, "pair"), torch.cat([grey, mask], 1))
+
+
+@pytest.mark.parametrize("mask", [np.zeros((64, 64), bool), np.ones((64, 64), bool), np.eye(64, dtype=bool)])
+def test_images_without_plausible_lungs_are_shown_as_they_are(mask):
+    grey = torch.rand(1, 1, 64, 64)
+    assert not lungs.plausible(mask)
+    for look in lungs.LOOKS:
+        assert torch.allclose(lungs.cover(lungs.show(grey, as_tensor(mask), look)), grey, atol=1e-5)
+
+
+def test_augmentation_moves_image_and_mask_together():
+    torch.manual_seed(0)
+    mask = as_tensor(two_lungs()).repeat(4, 1, 1, 1)
+    pair = torch.cat([mask, mask], 1)
+    geometry = dict(rotate=20.0, translate=0.1, scale=0.2, aspect=0.1, hflip=0.5)
+    moved = Augment(**{**NOTHING, **geometry})(pair)
+    assert torch.equal(moved[:, 0], moved[:, 1]) and not torch.equal(moved, pair)
+    tone = dict(brightness=0.3, contrast=0.3, gamma=0.3, blur=1.0, noise=0.1, erase=1.0, frame=1.0)
+    toned = Augment(**{**NOTHING, **tone})(pair)
+    assert torch.equal(toned[:, 1], pair[:, 1]) and not torch.allclose(toned[:, 0], pair[:, 0], atol=0.05)
+    inputs = Inputs((0.5,), (0.25,), torch.device("cpu"), look="masked")
+    assert (inputs.scale(toned)[:, 0][~mask[:, 0].bool()] == 0).all()  # what is hidden stays one grey
+
+
+# ---------------------------------------------------------------- sources and cache
+
+
+def test_masks_survive_packing():
+    found = np.random.default_rng(0).random((5, 33, 33)) > 0.5
+    assert masks.pack(found).shape == (5, 33, 5) and np.array_equal(masks.unpack(masks.pack(found)), found)
+
+
+def write_masks(path, names, found, **more):
+    np.savez(path, masks=np.packbits(found, axis=-1), names=np.array(names), **more)
+    return path
+
+
+def test_given_masks_go_by_name_and_certainty(tmp_path):
+    found = np.stack([two_lungs(), two_lungs().T])
+    path = write_masks(tmp_path / "m.npz", ["a.png", "b.png"], found, confident=np.array([True, False]))
+    got = masks.masks_of(path, np.zeros((3, 32, 32), np.uint8), ["b.png", "a.png", "c.png"])
+    assert np.array_equal(got[1], two_lungs(32)) and not got[0].any() and not got[2].any()
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"names": np.array(["a"])},
+        {"masks": np.zeros((1, 8, 8), np.uint8), "names": np.array(["a"])},
+        {"masks": np.zeros((1, 8, 1)), "names": np.array(["a"])},
+        {"masks": np.zeros((2, 8, 1), np.uint8), "names": np.array(["a"])},
+        {"masks": np.zeros((1, 8, 1), np.uint8), "names": np.array(["a"]), "confident": np.array([])},
+        {"masks": np.uint8(3), "names": np.array("a")},
+    ],
+)
+def test_wrong_mask_files_are_refused(tmp_path, arrays):
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(InputError, match="m.npz needs uint8 masks"):
+        masks.GivenMasks(tmp_path / "m.npz", 8)
+
+
+def test_sources_are_found_and_checked(tmp_path):
+    assert masks.find_source("heuristic") == "heuristic"
+    for wrong, words in ((tmp_path / "none.npz", "no such file"), (tmp_path / "x.txt", "neither")):
+        (tmp_path / "x.txt").write_text("")
+        with pytest.raises(InputError, match=words):
+            masks.find_source(str(wrong))
+    with pytest.raises(InputError, match="not those the run was trained with"):
+        masks.check_source("heuristic", "0" * 64)
+    path = write_masks(tmp_path / "m.npz", ["a"], np.ones((1, 8, 8), bool))
+    with pytest.raises(InputError, match="not a way to find lungs on others"):
+        masks.Finder(path)
+
+
+def masked(config, **changes):
+    return replace(
+        config, input="masked", lungs="heuristic", lungs_sha256=masks.fingerprint("heuristic"), **changes
+    )
+
+
+def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
+    config = masked(small_set)
+    folder = Path(config.data_dir, "train", "NORMAL")
+    chest = demo.draw_radiograph(np.random.default_rng(0), side=64)
+    for file in folder.iterdir():
+        Image.fromarray(chest).save(file)
+    train, val, _ = data.load_train_val(config)
+    assert "no lungs found on 12 of 24 train images" in capsys.readouterr().err
+    expected = lungs.heuristic_mask(train.images[0])
+    healthy = train.lungs()[train.targets == 0]
+    assert lungs.plausible(healthy).all() and np.array_equal(healthy[0], expected)
+    assert not train.lungs()[train.targets == 1].any() and len(val.lungs([0, 1])) == 2
+    (cache,) = Path(config.cache_dir).glob("*.lungs.npy")
+    raw = bytearray(cache.read_bytes())
+    raw[-1] ^= 255
+    cache.write_bytes(raw)
+    again, _, _ = data.load_train_val(config)
+    assert "stale or damaged" in capsys.readouterr().err
+    assert np.array_equal(again.lungs(), train.lungs())
+    for file in folder.iterdir():  # other images: no lungs on these
+        Image.fromarray(np.full((20, 20), 9, np.uint8)).save(file)
+    changed, _, _ = data.load_train_val(config)
+    assert not changed.lungs().any()
+    assert "no lungs found on 24 of 24" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the whole chain
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory, flags):
+    """Calibrated runs that see the lungs only, by the shipped U-Net: linear (masked-crop), scratch (masked)."""
+    cwd = tmp_path_factory.mktemp("looks")
+    succeed("train_linear", *flags[:4], "--img-size", 64, "--input", "masked-crop", cwd=cwd)
+    scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
+    succeed("train_scratch", *flags, *scratch, cwd=cwd)
+    succeed("calibrate", "--min-recall", 0.9, cwd=cwd)
+    return cwd
+
+
+def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
+    for name in ("linear", "scratch"):
+        run = looks / "outputs" / name
+        assert read_json(run, "results.json")["data"]["lungs_sha256"] == masks.fingerprint(masks.SHIPPED)
+        rows = predict_rows(looks, "--run", run, synthetic / "test")
+        scores = np.load(run / "scores.npz", allow_pickle=False)
+        expected = dict(zip(scores["test_files"], scores["test_p1"]))
+        for row in rows:
+            known = expected[str(Path(row["path"]).relative_to(synthetic))]
+            assert float(row["p_pneumonia"]) == pytest.approx(known, abs=1e-5)
+
+
+def test_predict_notes_images_without_lungs(looks, tmp_path):
+    Image.fromarray(np.full((64, 64), 120, np.uint8)).save(tmp_path / "blank.png")
+    (row,) = predict_rows(looks, "--run", looks / "outputs/linear", tmp_path / "blank.png")
+    assert "no lungs found: the whole image was used" in row["note"] and row["p_pneumonia"]
+
+
+def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):
+    run = looks / "outputs/scratch"
+    succeed("explain", "--run", run, "--tests", 3, "--method", "gradcam", cwd=looks)
+    assert 0 < read_json(run, "explain/explain.json")["gradcam"]["lung_area"] < 1
+    image = next((synthetic / "test/NORMAL").iterdir())
+    done = succeed("explain", image, "--run", run, cwd=looks)
+    assert f"wrote {run}" in done.out
+
+
+def test_onnx_of_a_masked_run_finds_the_lungs_itself(looks, synthetic):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    succeed("predict", "--export", "m.onnx", "--run", "outputs/linear", cwd=looks)
+    session = runtime.InferenceSession(str(looks / "m.onnx"), providers=["CPUExecutionProvider"])
+    files = sorted((synthetic / "test/NORMAL").iterdir())[:4]
+    rows = predict_rows(looks, "--run", "outputs/linear", *files)
+    pixels = np.stack([images.decode(file, 64) for file in files])[:, None]
+    got = session.run(None, {"image": pixels.astype(np.float32) / 255})[0]
+    assert got == pytest.approx([float(row["p_pneumonia"]) for row in rows], abs=1e-4)
+
+
+def test_a_run_refuses_another_source_of_masks(looks, tmp_path, synthetic):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(lungs.LungNet((4, 8)).state_dict(), tmp_path / "net.safetensors")
+    flags = ("--data-dir", synthetic, "--cache-dir", tmp_path / "cache", "--img-size", 32)
+    chosen = ("--input", "crop", "--lungs", "net.safetensors")
+    succeed("train_linear", *flags, *chosen, cwd=tmp_path)
+    succeed("calibrate", cwd=tmp_path)
+    torch.manual_seed(1)
+    save_file(lungs.LungNet((4, 8)).state_dict(), tmp_path / "net.safetensors")
+    for script, *more in (("calibrate",), ("predict", synthetic / "test", "--run", "outputs/linear")):
+        refused(cli(script, *more, cwd=tmp_path), "not those the run was trained with", "net.safetensors")
+
+
+def test_train_lungs_makes_weights_that_other_scripts_use(synthetic, cache, tmp_path):
+    files = sorted(str(p.relative_to(synthetic)) for p in (synthetic / "train").rglob("*.jpeg"))
+    write_masks(tmp_path / "true.npz", files[5:], np.stack([two_lungs()] * (len(files) - 5)))
+    flags = ("--data-dir", synthetic, "--cache-dir", cache)
+    argv = ("train_lungs", "--masks", "true.npz", *flags, "--img-size", 32, "--max-steps", 2)
+    done = succeed(*argv, "--batch-size", 16, cwd=tmp_path)
+    results = read_json(tmp_path, "outputs/lungs/results.json")
+    assert results["split"]["train"] + results["split"]["val"] == len(files) - 5
+    assert 0 <= results["history"][0]["val_dice"] <= 1 and "val Dice" in done.out
+    made = "outputs/lungs/lung_unet.safetensors"
+    assert masks.Finder(tmp_path / made)(np.zeros((2, 40, 40), np.uint8)).shape == (2, 40, 40)
+    refused(cli(*argv, cwd=tmp_path), "already holds a finished run")
+    refused(cli("calibrate", "--run", "outputs/lungs", cwd=tmp_path), "no classes")
+    chosen = ("--input", "masked", "--lungs", "none.npz")
+    refused(cli("train_linear", *flags, *chosen, cwd=tmp_path), "no such file")

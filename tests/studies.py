@@ -22,7 +22,7 @@ EXPERIMENTS = "studies.experiments"
 
 
 def test_corruptions_keep_shape_and_change_the_image():
-    image = demo._draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
+    image = demo.draw_radiograph(np.random.default_rng(0), sick=True, shifted=False, side=96)
     for name, change in signals.corruptions().items():
         out = change(image)
         assert out.shape == image.shape and out.dtype == np.uint8, name

@@ -1,0 +1,187 @@
+"""Lung masks of a set of images: where they come from, and their cache.
+
+A source of masks is one of
+    lung_unet.safetensors   weights of train_lungs.py; the project's own lie beside this file
+    heuristic               lungs.heuristic_mask, which needs no training
+    FILE.npz                masks made before: uint8 `masks` [N, H, W/8] (packed bits), `names` and perhaps
+                            bool `confident` [N]; for training and studies, as new images are not in it
+Masks are kept beside the decoded images, one bit a pixel.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import InputError, Pace, atomic_path, check_regular, read_json, say, sha256, write_json
+from lungs import heuristic_mask, load_net, plausible
+from tensors import load_arrays
+
+SHIPPED = "lung_unet.safetensors"
+HEURISTIC = "heuristic"
+VERSION = 1  # raise it when masks change, so that cached ones are made again
+
+
+def find_source(source):
+    """ "heuristic", or the path of a file: as given, else beside this module. InputError if there is none."""
+    if source == HEURISTIC:
+        return source
+    paths = [Path(source), Path(__file__).parent / source]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+        raise InputError(f"--lungs {source}: there is no such file; name one, or {HEURISTIC!r}")
+    check_regular(path)
+    if path.suffix not in (".safetensors", ".npz"):
+        raise InputError(f"--lungs {source} is neither {HEURISTIC!r} nor a .safetensors nor a .npz file")
+    return path
+
+
+def fingerprint(source):
+    """SHA-256 of all that decides the masks of a source."""
+    found = find_source(source)
+    return sha256([VERSION, found if found == HEURISTIC else sha256(found)])
+
+
+def check_source(source, expected):
+    """InputError unless a source is that with the fingerprint `expected`."""
+    if fingerprint(source) != expected:
+        raise InputError(
+            f"the lung masks of {source} are not those the run was trained with (another file, or another "
+            "version): put that file back, or train again"
+        )
+
+
+class Finder:
+    """Finds the lungs on any image, by a source that can: the U-Net or the heuristic.
+
+    InputError if the source is a file of given masks."""
+
+    def __init__(self, source, device="cpu"):
+        found = find_source(source)
+        if found != HEURISTIC and found.suffix == ".npz":
+            raise InputError(
+                f"{source} holds the masks of certain images, not a way to find lungs on others: train with "
+                f"--lungs {SHIPPED} for that"
+            )
+        self.device = torch.device(device)
+        self.net = None if found == HEURISTIC else load_net(found).to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, pixels):
+        """uint8 [B, S, S] -> bool [B, S, S], True on the lungs; a numpy array."""
+        if self.net is None:
+            return np.stack([heuristic_mask(image) for image in pixels])
+        grey = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).unsqueeze(1).float() / 255
+        return self.net.masks(grey)[:, 0].bool().cpu().numpy()
+
+
+def pack(masks):
+    """bool [B, S, S] -> uint8 [B, S, ceil(S / 8)], a bit a pixel."""
+    return np.packbits(masks, axis=-1)
+
+
+def unpack(packed):
+    """uint8 [B, S, ceil(S / 8)] -> bool [B, S, S]."""
+    return np.unpackbits(packed, axis=-1, count=packed.shape[-2]).view(bool)
+
+
+def load_masks(source, found, files, what, expected):
+    """The packed masks of images, memory-mapped read-only: uint8 [N, S, ceil(S / 8)], a row for each row of
+    found.images (images.Decoded); those that could not be read stay empty.
+
+    Kept beside the images; a cache that belongs to other images or another source is made again. Says how
+    many images have no plausible lungs; `what` ("train images in DIR") is for messages. InputError if the
+    source is not that with the fingerprint `expected`."""
+    check_source(source, expected)
+    path = found.path.with_name(f"{found.path.stem}-{sha256(str(source))[:8]}.lungs.npy")
+    key = sha256([expected, found.crc32, files])
+    if not _valid(path, key):
+        _make(path, key, source, found, files, f"lung masks of {what}")
+    masks = np.load(path, mmap_mode="r", allow_pickle=False)
+    missing = len(found.rows) - read_json(path.with_suffix(".json"))["plausible"]
+    if missing:
+        say(f"note: no lungs found on {missing} of {len(found.rows)} {what}")
+    return masks
+
+
+def _valid(path, key):
+    """Whether the masks at `path` are there, intact and belong to `key`."""
+    try:
+        about = read_json(path.with_suffix(".json"))
+        if about["key"] == key and about["crc32"] == zlib.crc32(path.read_bytes()):
+            return True
+        say(f"masks {path} are stale or damaged: making them again")
+    except (InputError, OSError, KeyError, TypeError):
+        pass  # absent or unreadable
+    return False
+
+
+def _make(path, key, source, found, files, title):
+    """Find the lungs on every readable image and write the cache."""
+    side, rows, pace, count = found.images.shape[-1], found.rows, Pace(), 0
+    masks_of = open_source(source, side)
+    with atomic_path(path) as tmp:
+        shape = (len(found.images), side, (side + 7) // 8)
+        array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=shape)
+        for begin in range(0, len(rows), 64):
+            some = rows[begin : begin + 64]
+            masks = masks_of(found.images[some], [files[r] for r in some])
+            array[some] = pack(masks)
+            count += int(plausible(masks).sum())
+            pace.step(begin + len(some), len(rows), f"{title}: {begin + len(some)} of {len(rows)}")
+        array.flush()
+        del array
+        crc = zlib.crc32(Path(tmp).read_bytes())
+    write_json(path.with_suffix(".json"), {"key": key, "crc32": crc, "plausible": count})
+
+
+def finder_of(config, device="cpu"):
+    """The Finder that a run's DataConfig asks for; None where the model sees the full image."""
+    if config.input == "full":
+        return None
+    check_source(config.lungs, config.lungs_sha256)
+    return Finder(config.lungs, device)
+
+
+def open_source(source, side):
+    """A source as a function (images uint8 [B, side, side], their names) -> masks bool [B, side, side]."""
+    found = find_source(source)
+    if found != HEURISTIC and found.suffix == ".npz":
+        given = GivenMasks(found, side)
+        return lambda pixels, files: given.of(files)
+    finder = Finder(source, "cuda" if torch.cuda.is_available() else "cpu")
+    return lambda pixels, files: finder(pixels)
+
+
+def masks_of(source, pixels, files):
+    """Masks bool [B, S, S] of images uint8 [B, S, S] by any source; `files`: their names, which a .npz is
+    asked by."""
+    return open_source(source, pixels.shape[-1])(pixels, files)
+
+
+class GivenMasks:
+    """Masks from a .npz file by the names of images, at any side S. InputError if the file is not one."""
+
+    def __init__(self, path, side):
+        arrays = load_arrays(find_source(path))
+        try:
+            masks, names = arrays["masks"], arrays["names"]
+            sure = arrays.get("confident", np.ones(len(names), bool))
+            good = masks.dtype == np.uint8 and masks.ndim == 3 and len(masks) == len(names) == len(sure)
+        except (KeyError, TypeError):
+            good = False
+        if not good or masks.shape[2] != (masks.shape[1] + 7) // 8:
+            raise InputError(f"{path} needs uint8 masks [N, S, S/8] (numpy.packbits) and as many names")
+        self.masks, self.side = masks, side
+        self.row = {str(name): i for i, name in enumerate(names) if sure[i]}
+
+    def of(self, files):
+        """bool [B, S, S] of these files; all False for those without a certain mask."""
+        out = np.zeros((len(files), self.side, self.side), bool)
+        for i, file in enumerate(files):
+            if file in self.row:
+                mask = torch.from_numpy(unpack(self.masks[self.row[file]][None])).float()[:, None]
+                out[i] = F.interpolate(mask, (self.side, self.side), mode="area")[0, 0].numpy() > 0.5
+        return out
