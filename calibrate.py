@@ -28,7 +28,7 @@ from device import add_device_argument, pick_device
 from inputs import Inputs
 from intervals import reported_interval
 from operating import Rule, evaluate
-from run import Run, find_runs
+from run import WITHOUT_CLASSES, Run, find_runs
 from tables import find_table
 from vit import Ensemble
 
@@ -329,6 +329,8 @@ def main():
     if args.ensemble:
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite).folder]
     for run in find_runs(args.runs_dir, args.run):
+        if run.kind in WITHOUT_CLASSES:
+            raise common.InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
         config = data.DataConfig.from_json({**run.results["data"], **moved})
         if args.labels:
