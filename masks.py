@@ -73,7 +73,7 @@ class Finder:
         """uint8 [B, S, S] -> bool [B, S, S], True on the lungs; a numpy array."""
         if self.net is None:
             return np.stack([heuristic_mask(image) for image in pixels])
-        grey = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).unsqueeze(1).float() / 255
+        grey = torch.from_numpy(np.array(pixels)).to(self.device).unsqueeze(1).float() / 255
         return self.net.masks(grey)[:, 0].bool().cpu().numpy()
 
 

@@ -135,20 +135,22 @@ class Scorer:
                         yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
                     *found_here, whole = next(found)
-                    notes = [unlike(*image, self.results), "no lungs found: the whole image was used" if whole else ""]
+                    notes = [
+                        unlike(*image, self.results),
+                        "no lungs found: the whole image was used" if whole else "",
+                    ]
                     note = "; ".join(filter(None, notes))
                     yield dict(zip(self.columns, (name, *self.answers(*found_here), note)))
 
 
 class Exported(torch.nn.Module):
     """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B], of several findings [B, F]: scaling and
-    temperature inside, and where the model is shown a part of the image, exposure and the U-Net too."""
+    temperature inside, and where the model is shown a part of the image, exposure and the U-Net `net` too."""
 
-    def __init__(self, scorer):
+    def __init__(self, model, inputs, task, temperature, net=None):
         super().__init__()
-        self.model, self.inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
-        self.task, self.temperature = scorer.task, scorer.temperature
-        self.net = scorer.finder.net.cpu() if scorer.finder else None
+        self.model, self.inputs, self.task, self.temperature = model, inputs, task, temperature
+        self.net = net
 
     def forward(self, image):
         if self.net is not None:
@@ -179,7 +181,9 @@ def export(scorer, path):
     if scorer.finder and scorer.finder.net is None:
         raise common.InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
-    look, model = scorer.config.input, Exported(scorer).eval()
+    look, net = scorer.config.input, scorer.finder.net.cpu() if scorer.finder else None
+    model, inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
+    model = Exported(model, inputs, scorer.task, scorer.temperature, net).eval()
     rng = np.random.default_rng(0)  # noise, and drawn chests, on which there are lungs to be found
     drawn = [demo.draw_radiograph(rng, side=size) / 255 for _ in range(2)]
     probe = torch.from_numpy(np.stack([rng.random((size, size)), *drawn])).float().unsqueeze(1)

@@ -292,7 +292,7 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
 
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory, flags):
-    """Calibrated runs that see the lungs only, by the shipped U-Net: linear (masked-crop), scratch (masked)."""
+    """Calibrated runs that see the lungs by the shipped U-Net: linear (masked-crop), scratch (masked)."""
     cwd = tmp_path_factory.mktemp("looks")
     succeed("train_linear", *flags[:4], "--img-size", 64, "--input", "masked-crop", cwd=cwd)
     scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
