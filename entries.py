@@ -21,6 +21,9 @@ ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, whi
     "b16": ("ViT-B/16", (768, 12, 12, 16)),
     "b32": ("ViT-B/32", (768, 12, 12, 32)),
     "l16": ("ViT-L/16", (1024, 24, 16, 16)),
+    "s14": ("DINOv2 ViT-S/14", (384, 12, 6, 14)),
+    "b14": ("DINOv2 ViT-B/14", (768, 12, 12, 14)),
+    "l14": ("DINOv2 ViT-L/14", (1024, 24, 16, 14)),
 }
 SIZE = Number(int, 1, 2**31)
 SIZES = {k: SIZE for k in ("embed_dim", "depth", "num_heads", "patch_size")}
@@ -198,14 +201,15 @@ def architecture(model, config):
     """A readable name from results["model"] and model_config; where the two differ, the config is right."""
     if config["kind"] == "linear" and SIZE.contains(config.get("side")):
         return "Logistic regression {0}x{0} px".format(config["side"])
-    named = model in ARCHITECTURES or re.fullmatch(r"vit-d\d+-l\d+-h\d+-p\d+(-m[\d.e+-]+)?", model)
+    plain = re.sub(r"-reg\d+$", "", model)
+    named = plain in ARCHITECTURES or re.fullmatch(r"vit-d\d+-l\d+-h\d+-p\d+(-m[\d.e+-]+)?", plain)
     if not named or config["kind"] != "vit" or mismatches(config, SIZES):
         return model
     shape, ratio = tuple(config[k] for k in SIZES), config.get("mlp_ratio", 4)
     candidates = ["scratch"] if model == "scratch" else [k for k in ARCHITECTURES if k != "scratch"]
     for name, known in (ARCHITECTURES[k] for k in candidates):
         if shape == known and ratio == 4:
-            return name
+            return name + (f", {config['reg_tokens']} registers" if config.get("reg_tokens") else "")
     width, layers, _, patch = shape
     word = "ViT scratch" if model == "scratch" else "ViT"
     return f"{word} {width}x{layers}, patch {patch}" + (f", MLP ratio {ratio}" if ratio != 4 else "")

@@ -1,9 +1,10 @@
 """Pretrained Vision Transformers from disk, offline: Google's JAX `.npz` <-> our state dict.
 
-Also timm and DeiT state dicts (.pth, .safetensors) and Hugging Face `ViTForImageClassification`,
-recognised by their keys. Every array is loaded, resized, reset or dropped *by name*; whatever is
-missing, left over or misshapen is an InputError (a ValueError) that lists the names. Layout of the `.npz`:
-https://github.com/google-research/vision_transformer (`vit_jax/checkpoint.py`). Nothing is downloaded.
+Also state dicts (.pth, .safetensors) of timm, DeiT and DINOv2, and Hugging Face's `ViTForImageClassification`
+and `Dinov2Model`, recognised by their keys (state_names.py). Every array is loaded, resized, reset or dropped
+*by name*; whatever is missing, left over or misshapen is an InputError (a ValueError) that lists the names.
+Layout of the `.npz`: https://github.com/google-research/vision_transformer (`vit_jax/checkpoint.py`).
+Nothing is downloaded.
 """
 
 import math
@@ -16,13 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError, atomic_path, sha256
+from state_names import GOOGLE, Family, our_names
 from tensors import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
 from vit import CONFIGS, VisionTransformer
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"
 DOWNLOAD = "https://storage.googleapis.com/vit_models/imagenet21k+imagenet2012/ViT-B_16-224.npz"
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # inputs in [-1, 1]: Google, timm's AugReg, Hugging Face ViT
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DeiT
 
 _MHA = "MultiHeadDotProductAttention_1"
 _TOP = {  # ours -> Google's
@@ -47,47 +47,30 @@ _BLOCK = {
     "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel",
     "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
 }
-_LAYER = r"^(?:vit\.)?(?:encoder\.layer|layers)\.([0-9]+)\."  # transformers 4, 5
-_HF = [  # Hugging Face -> ours, as (pattern, replacement)
-    (r"^(?:vit\.)?embeddings\.cls_token$", "cls_token"),
-    (r"^(?:vit\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(?:vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (_LAYER + r"attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (_LAYER + r"attention\.q_proj\.", r"blocks.\1.attn.query."),
-    (_LAYER + r"attention\.k_proj\.", r"blocks.\1.attn.key."),
-    (_LAYER + r"attention\.v_proj\.", r"blocks.\1.attn.value."),
-    (_LAYER + r"attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
-    (_LAYER + r"layernorm_before\.", r"blocks.\1.norm1."),
-    (_LAYER + r"layernorm_after\.", r"blocks.\1.norm2."),
-    (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
-    (_LAYER + r"(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
-    (r"^(?:vit\.)?layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    (r"^(?:vit\.)?pooler\.dense\.", "pre_logits."),
-]
 
 
 def load_npz(model, path):
     """Copy the weights in `path` into a VisionTransformer; returns the report.
 
-    Loaded: arrays of equal shape. Resized: `pos_embed`, when the model's patch grid differs (bilinear with
-    aligned corners, as Google's `scipy.ndimage.zoom(order=1)`; the [CLS] position is kept). Reset: the
+    Loaded: arrays of equal shape. Resized: `pos_embed`, when the model's patch grid differs: bilinear with
+    aligned corners, as Google's `scipy.ndimage.zoom(order=1)`; of DINOv2 bicubic with antialiasing, as timm
+    does (its authors' code resizes without antialiasing). The [CLS] position is kept. Reset: the
     head, freshly initialised, when its shape differs from the file's. Dropped: the file's head in that
-    case, `pre_logits`, and optimiser state. A matching head (a file of `save_npz`, say) is loaded.
+    case, `pre_logits`, `mask_token`, and optimiser state. A matching head (of `save_npz`, say) is loaded.
 
     The report is a dict of name lists `loaded, resized, reset, dropped` (our names where there is one), with
     `source`, `path`, `sha256`, `mean` and `std` (3 floats each: the input scaling the weights were trained
     with). InputError (a ValueError) if the file is absent, damaged, pickled, not a plain ViT, or does not
     fit. The model is untouched unless everything fits.
     """
-    arrays, dropped, source, (mean, std), heads, _ = _read(path)
+    arrays, dropped, family, heads, _ = _read(path)
     target = {name: p.detach() for name, p in model.named_parameters()}
     resized, reset = [], []
     if "head.weight" not in arrays or arrays["head.weight"].shape != target["head.weight"].shape:
         reset = ["head.weight", "head.bias"]
         dropped += [name for name in reset if arrays.pop(name, None) is not None]
     if arrays["pos_embed"].shape[-1] == model.embed_dim:
-        arrays["pos_embed"], changed = _resize_pos_embed(arrays["pos_embed"], model.grid_size)
+        arrays["pos_embed"], changed = _resize_pos_embed(arrays["pos_embed"], model.grid_size, family)
         resized = ["pos_embed"] if changed else []
     misfit = _differences(arrays, {n: p for n, p in target.items() if n not in reset})
     if heads not in (None, model.config["num_heads"]):  # the fused shapes would not show it
@@ -101,11 +84,11 @@ def load_npz(model, path):
             torch.nn.init.trunc_normal_(model.head.weight, std=0.02)
             torch.nn.init.zeros_(model.head.bias)
     return dict(
-        source=source,
+        source=family.source,
         path=str(path),
         sha256=sha256(Path(path)),
-        mean=list(mean),
-        std=list(std),
+        mean=list(family.scaling[0]),
+        std=list(family.scaling[1]),
         resized=resized,
         reset=reset,
         loaded=sorted(arrays.keys() - set(resized)),
@@ -124,9 +107,10 @@ def describe(report):
 def config_from_npz(path):
     """The architecture in a weights file -> keywords of VisionTransformer.
 
-    {patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio}. Heads are read from the shape of the query
-    kernel; a torch state dict does not hold them, so there the width decides: as in CONFIGS, else one head
-    for every 64 channels, or a few more channels a head where that does not divide the width.
+    {patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio}, and layer_scale and reg_tokens where the
+    file has them. Heads are read from the shape of the query kernel; a torch state dict does not hold them,
+    so there the width decides: as in CONFIGS, else one head for every 64 channels, or a few more channels a
+    head where that does not divide the width.
     Every array that such a model needs is in the file, so a few bytes cannot ask for a large model.
     InputError (a ValueError) as in `load_npz`.
     """
@@ -136,15 +120,18 @@ def config_from_npz(path):
 def architecture_name(config):
     """The name in vit.CONFIGS of an architecture (a dict as of `config_from_npz`), else vit-d384-l12-h6-p32.
 
-    That is width, layers, heads and patch size, followed by -m3 for an MLP that is 3 and not 4 times as wide.
+    That is width, layers, heads and patch size, followed by -m3 for an MLP that is 3 and not 4 times as wide;
+    either may be followed by -reg4, for as many register tokens.
     """
     keys = ("embed_dim", "depth", "num_heads", "patch_size")
-    ratio = config.get("mlp_ratio", 4)
+    ratio, scaled = config.get("mlp_ratio", 4), config.get("layer_scale", False)
+    registers = f"-reg{config['reg_tokens']}" if config.get("reg_tokens") else ""
     for name, known in CONFIGS.items():
-        if ratio == known.get("mlp_ratio", 4) and all(config[k] == known[k] for k in keys):
-            return name
+        same = ratio == known.get("mlp_ratio", 4) and scaled == known.get("layer_scale", False)
+        if same and all(config[k] == known[k] for k in keys):
+            return name + registers
     dim, depth, heads, patch = (config[k] for k in keys)
-    return f"vit-d{dim}-l{depth}-h{heads}-p{patch}" + (f"-m{ratio:g}" if ratio != 4 else "")
+    return f"vit-d{dim}-l{depth}-h{heads}-p{patch}" + (f"-m{ratio:g}" if ratio != 4 else "") + registers
 
 
 def readable_architecture(name):
@@ -152,12 +139,15 @@ def readable_architecture(name):
 
     Other names are returned as they are.
     """
-    match = re.fullmatch(r"vit-d([0-9]+)-l([0-9]+)-h[0-9]+-p([0-9]+)(?:-m[0-9.e+-]+)?", name)
+    match = re.fullmatch(r"vit-d([0-9]+)-l([0-9]+)-h[0-9]+-p([0-9]+)(?:-m[0-9.e+-]+?)?(?:-reg[0-9]+)?", name)
     return "ViT {}x{}, patch {}".format(*match.groups()) if match else name
 
 
 def save_npz(model, path):
-    """Write a VisionTransformer in Google's layout, float32, atomically; `load_npz` reads it back exactly."""
+    """Write a VisionTransformer in Google's layout, float32, atomically; `load_npz` reads it back exactly.
+    InputError for one with LayerScale or registers, which have no place there."""
+    if model.config.get("layer_scale") or model.config.get("reg_tokens"):
+        raise InputError("Google's layout has no place for LayerScale or register tokens")
     state = {name: p.detach().float().cpu() for name, p in model.state_dict().items()}
     arrays = {name: p.numpy() for name, p in _to_google(state, model.config["num_heads"]).items()}
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
@@ -170,8 +160,7 @@ def save_npz(model, path):
 class _Weights(NamedTuple):
     arrays: dict  # our name -> float32 tensor
     dropped: list  # names in the file
-    source: str
-    scaling: tuple  # (mean, std), 3 floats each
+    family: Family
     heads: int | None  # None: the file does not tell
     config: dict  # keywords of VisionTransformer, which needs exactly these arrays (and perhaps a head)
 
@@ -205,7 +194,7 @@ def _shape(arrays, name, axes, path):
     return shape
 
 
-def _expected(config, pos, classes, path):
+def _expected(config, pos, classes, path, readout="cls"):
     """Our names -> tensors without data ("meta"), in the shapes of a ViT with this configuration.
 
     `pos` is the shape of the file's position embedding, `classes` the size of its head, None without one.
@@ -213,7 +202,7 @@ def _expected(config, pos, classes, path):
     side = config["patch_size"] * _grid_side(pos, path)
     try:
         with torch.device("meta"):
-            model = VisionTransformer(img_size=side, num_classes=classes or 1, **config)
+            model = VisionTransformer(img_size=side, num_classes=classes or 1, readout=readout, **config)
     except (InputError, RuntimeError) as error:  # RuntimeError: more elements than 64 bits can count
         raise InputError(f"{path} is not a plain ViT: {listed([error])}") from None
     return {n: v for n, v in model.state_dict().items() if classes or not n.startswith("head.")}
@@ -244,13 +233,16 @@ def _grid_side(pos, path):
     return side
 
 
-def _resize_pos_embed(pos, grid):
+def _resize_pos_embed(pos, grid, family):
     """(1, 1 + n*n, D) -> (1, 1 + h*w, D), and whether it changed."""
     side = math.isqrt(pos.shape[1] - 1)
     if (side, side) == tuple(grid):
         return pos, False
     cells = pos[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, n*n, D) -> (1, D, n, n)
-    cells = F.interpolate(cells, size=tuple(grid), mode="bilinear", align_corners=True)
+    how = (
+        dict(mode="bicubic", antialias=True) if family.bicubic else dict(mode="bilinear", align_corners=True)
+    )
+    cells = F.interpolate(cells, size=tuple(grid), **how)
     return torch.cat([pos[:, :1], cells.permute(0, 2, 3, 1).flatten(1, 2)], dim=1), True
 
 
@@ -337,7 +329,7 @@ def _read_google(path):
         raise InputError(f"{path} is not a complete plain ViT: {different}")
     values = {n: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for n, a in arrays.items()}
     state = _from_google(values, expected)
-    return _Weights(state, dropped, "Google .npz", HALF, config["num_heads"], config)
+    return _Weights(state, dropped, GOOGLE, config["num_heads"], config)
 
 
 def _google_config(arrays, path):
@@ -372,55 +364,33 @@ def _config(patch, chans, dim, depth, heads, hidden, path):
 
 
 def _read_state_dict(path):
-    """A state dict (.pth, .pt, .bin, .safetensors) under timm's or Hugging Face's names -> _Weights."""
+    """A state dict (.pth, .pt, .bin, .safetensors) under any names that state_names.py knows -> _Weights."""
     state = (load_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
-    wrapped = isinstance(state.get("model"), dict)
-    state = state["model"] if wrapped else state
-    check_state_dict(state, path)
-    state = {name: value.float() for name, value in state.items()}
-    source, scaling = ("DeiT", IMAGENET) if wrapped else ("timm", HALF)
-    if any("embeddings.cls_token" in name for name in state):
-        state, source, scaling = _from_hugging_face(state, path), "Hugging Face ViT", HALF
-    dropped = [n for n in state if n.startswith("pre_logits.")]
-    state = {n: v for n, v in state.items() if n not in dropped}
-    config, pos, classes = _state_dict_config(state, path)
-    if different := _differences(state, _expected(config, pos, classes, path)):
+    check_state_dict(state["model"] if isinstance(state.get("model"), dict) else state, path)
+    state, family = our_names(state, path)
+    dropped = [n for n in state if n.startswith("pre_logits.") or n == "mask_token"]
+    state = {n: v.float() for n, v in state.items() if n not in dropped}
+    config, classes, readout = _state_dict_config(state, path)
+    rows, dim = _shape(state, "pos_embed", 3, path)[1:]
+    if rows > 1 and math.isqrt(rows) ** 2 == rows:  # timm's with registers, DeiT III: [CLS] has no position
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], dim=1)
+    expected = _expected(config, tuple(state["pos_embed"].shape), classes, path, readout)
+    if different := _differences(state, expected):
         raise InputError(f"{path} is not a complete plain ViT: {different}")
-    return _Weights(state, dropped, source, scaling, None, config)
+    return _Weights(state, dropped, family, None, config)
 
 
 def _state_dict_config(state, path):
-    """(configuration, shape of the position embedding, classes or None), read from a few shapes."""
+    """(configuration, classes or None, what the head reads), read from a few shapes."""
     dim, chans, *patch = _shape(state, "patch_embed.proj.weight", 4, path)
     hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    pos = _shape(state, "pos_embed", 3, path)
+    registers = _shape(state, "reg_token", 3, path)[1] if "reg_token" in state else 0
     headless = not state.keys() & {"head.weight", "head.bias"}
-    classes = None if headless else _shape(state, "head.weight", 2, path)[0]
+    classes, read = (None, dim) if headless else _shape(state, "head.weight", 2, path)
     known = {c["embed_dim"]: c["num_heads"] for c in CONFIGS.values()}
     heads = known.get(dim) or next(n for n in range(max(1, dim // 64), 0, -1) if dim % n == 0)
-    return _config(patch, chans, dim, depth, heads, hidden, path), pos, classes
-
-
-def _from_hugging_face(state, path):
-    """Hugging Face names -> ours; query, key and value are fused."""
-    out, unknown = {}, []
-    for name, value in state.items():
-        ours = next((re.sub(p, r, name) for p, r in _HF if re.search(p, name)), None)
-        if ours is None or ours in out:
-            unknown.append(name)
-        out[ours] = value
-    if unknown:
-        raise InputError(
-            f"{path}: names that no ViTForImageClassification has, or has only once: [{listed(unknown)}]"
-        )
-    for block in {n.split(".")[1] for n in out if n.startswith("blocks.")}:
-        for kind in ("weight", "bias"):
-            keys = [f"blocks.{block}.attn.{part}.{kind}" for part in ("query", "key", "value")]
-            if missing := [k for k in keys if k not in out]:
-                raise InputError(f"{path}: missing [{listed(missing)}]")
-            parts = [out.pop(k) for k in keys]
-            if len({p.shape for p in parts}) > 1:
-                raise InputError(f"{path}: {', '.join(keys)} differ in shape")
-            out[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
-    return out
+    config = _config(patch, chans, dim, depth, heads, hidden, path)
+    config |= {"layer_scale": True} if "blocks.0.ls1.gamma" in state else {}
+    config |= {"reg_tokens": registers} if registers else {}
+    return config, classes, "cls+mean" if read == 2 * dim else "cls"

@@ -22,7 +22,12 @@ CONFIGS = {
     "b16": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
     "b32": dict(patch_size=32, embed_dim=768, depth=12, num_heads=12),
     "l16": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "s14": dict(patch_size=14, embed_dim=384, depth=12, num_heads=6, layer_scale=True),
+    "b14": dict(patch_size=14, embed_dim=768, depth=12, num_heads=12, layer_scale=True),
+    "l14": dict(patch_size=14, embed_dim=1024, depth=24, num_heads=16, layer_scale=True),
 }
+READOUTS = ("cls", "mean", "cls+mean")
+PLAIN = dict(layer_scale=False, reg_tokens=0, readout="cls")  # what a ViT has unless its config says more
 
 
 class DropPath(nn.Module):
@@ -107,26 +112,40 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
-class Block(nn.Module):
-    """Pre-LN transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)), DropPath on both branches."""
+class LayerScale(nn.Module):
+    """A learnable factor for every channel of a residual branch (Touvron et al. 2021, arXiv:2103.17239)."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, drop, drop_path):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)), DropPath on both branches, and
+    LayerScale before it where it is asked for."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, drop, drop_path, layer_scale=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, drop)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, round(dim * mlp_ratio), drop)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def forward_explicit(self, x):
         """`forward`, and the attention (B, heads, N, N)."""
         out, attention = self.attn.forward_explicit(self.norm1(x))
-        x = x + self.drop_path(out)
-        return x + self.drop_path(self.mlp(self.norm2(x))), attention
+        x = x + self.drop_path(self.ls1(out))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), attention
 
 
 class VisionTransformer(nn.Module):
@@ -135,8 +154,11 @@ class VisionTransformer(nn.Module):
     `img_size` is a side or (H, W), each divisible by `patch_size`; `drop_rate` acts after the position
     embedding and in every block; `drop_path_rate` grows linearly from 0 in the first block to its
     value in the last; in training each image loses a random share `patch_drop_rate` of its patches (Liu et
-    al. 2022, arXiv:2208.07220), which also makes a step cheaper. InputError for sizes that do not fit
-    together.
+    al. 2022, arXiv:2208.07220), which also makes a step cheaper. `layer_scale`: see LayerScale;
+    `reg_tokens`: register tokens between [CLS] and the patches (Darcet et al. 2024, arXiv:2309.16588),
+    without a position; `readout`: what the head reads, [CLS], the mean patch token, or one after the other (2
+    D values, as DINOv2's own linear classifier, Oquab et al. 2023, arXiv:2304.07193). InputError for sizes
+    that do not fit together.
     """
 
     kind = "vit"
@@ -154,15 +176,23 @@ class VisionTransformer(nn.Module):
         drop_rate=0.0,
         drop_path_rate=0.0,
         patch_drop_rate=0.0,
+        layer_scale=False,
+        reg_tokens=0,
+        readout="cls",
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
-            raise InputError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
+            near = max(1, round(height / patch_size)) * patch_size
+            raise InputError(
+                f"image size {height}x{width} is not divisible by the patch size {patch_size}: take {near}"
+            )
         if embed_dim % num_heads:
             raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         if num_classes < 1 or depth < 1:
             raise InputError(f"num_classes ({num_classes}) and depth ({depth}) must be at least 1")
+        if readout not in READOUTS:
+            raise InputError(f"readout {readout!r} is not one of {', '.join(READOUTS)}")
         self.img_size, self.patch_size, self.in_chans = (height, width), patch_size, in_chans
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.grid_size = (height // patch_size, width // patch_size)
@@ -179,31 +209,45 @@ class VisionTransformer(nn.Module):
             drop_path_rate=drop_path_rate,
             patch_drop_rate=patch_drop_rate,
         )
-        self.patch_drop_rate = patch_drop_rate
+        extras = dict(layer_scale=layer_scale, reg_tokens=reg_tokens, readout=readout)
+        self.config |= {k: v for k, v in extras.items() if v != PLAIN[k]}  # as earlier versions wrote it
+        self.patch_drop_rate, self.readout = patch_drop_rate, readout
+        self.prefix = 1 + reg_tokens  # tokens before the patches
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if reg_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
         self.pos_drop = Dropout(drop_rate)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, drop_rate, drop_path_rate * i / max(1, depth - 1))
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                drop_rate,
+                drop_path_rate * i / max(1, depth - 1),
+                layer_scale,
+            )
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = nn.Linear(embed_dim * (2 if readout == "cls+mean" else 1), num_classes)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Truncated normal (std 0.02) weights and embeddings, zero biases."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.prefix > 1:
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward_features(self, x, return_attention=False, keep=None):
-        """Images (B, C, H, W) -> tokens (B, 1 + h*w, D) after the final norm, [CLS] first; with `keep`, int64
-        (B, M), only those patches of each image (B, 1 + M, D).
+        """Images (B, C, H, W) -> tokens (B, prefix + h*w, D) after the final norm, [CLS] first, then the
+        registers; with `keep`, int64 (B, M), only those patches of each image (B, prefix + M, D).
 
         With `return_attention`: (tokens, attention (B, depth, heads, N, N)), computed by explicit
         products, which equal the fused kernel to rounding.
@@ -219,8 +263,10 @@ class VisionTransformer(nn.Module):
             keep = torch.rand(x.shape[:2], device=x.device).argsort(1)[:, :count]
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(2).expand(-1, -1, x.shape[2]))
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = self.pos_drop(torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1))
+        first = self.cls_token + self.pos_embed[:, :1]
+        if self.prefix > 1:
+            first = torch.cat([first, self.reg_token], dim=1)
+        x = self.pos_drop(torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1))
         maps = []
         for block in self.blocks:
             if return_attention:
@@ -232,8 +278,15 @@ class VisionTransformer(nn.Module):
         return (x, torch.stack(maps, dim=1)) if return_attention else x
 
     def features(self, x):
-        """Images (B, C, H, W) -> what the head reads, [CLS] after the final norm: (B, D)."""
-        return self.forward_features(x)[:, 0]
+        """Images (B, C, H, W) -> what the head reads (see `readout`): (B, D), of "cls+mean" (B, 2 D)."""
+        return self.read(self.forward_features(x))
+
+    def read(self, tokens):
+        """Tokens (B, N, D) -> what the head reads."""
+        if self.readout == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, self.prefix :].mean(dim=1)
+        return mean if self.readout == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
     def layers(self):
         """Parts from input to head: (name, module) pairs."""
@@ -243,7 +296,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, tokens):
         """Tokens (B, N, D) -> logits (B, K), outside autocast: bf16 logits would tie scores artificially."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.head(tokens[:, 0].to(self.head.weight.dtype))
+            return self.head(self.read(tokens).to(self.head.weight.dtype))
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
@@ -420,6 +473,10 @@ def check_config(config):
         for v in values if name in LIMITS else []:
             if isinstance(v, bool) or not isinstance(v, number) or not 0 < v <= LIMITS[name]:
                 raise InputError(f"{name} is {str(value)[:40]}, not a number from 1 to {LIMITS[name]}")
+        if name == "reg_tokens" and not (type(value) is int and 0 <= value <= 256):
+            raise InputError(f"reg_tokens is {str(value)[:40]}, not a whole number from 0 to 256")
+        if name == "layer_scale" and not isinstance(value, bool):
+            raise InputError(f"layer_scale is {str(value)[:40]}, not true or false")
         if name.endswith("_rate") and not (isinstance(value, (int, float)) and 0 <= value < 1):
             raise InputError(f"{name} is {str(value)[:40]}, not a number in [0, 1)")
 

@@ -17,9 +17,12 @@ import scipy.stats
 import timm
 import torch
 
+import images
 import npz_loader
 import vit
 from common import InputError
+from inputs import Inputs
+from tensors import load_safetensors
 from tests.shared import SHARED, Evil, google_arrays, randomise, same_tensors, vit_for
 
 
@@ -451,7 +454,7 @@ def test_bad_torch_state_dict(tmp_path, what):
     before = {n: v.clone() for n, v in model.state_dict().items()}
     path = tmp_path / "w.pth"
     if what == "name":
-        state["blocks.0.ls1.gamma"] = torch.ones(12)
+        state["blocks.0.attn.gamma"] = torch.ones(12)
     elif what == "missing":
         del state["norm.bias"]
     elif what == "shape":
@@ -470,7 +473,7 @@ def test_bad_torch_state_dict(tmp_path, what):
     else:
         torch.save(state, path)
     words = {
-        "name": "blocks.0.ls1.gamma",
+        "name": "blocks.0.attn.gamma",
         "missing": "norm.bias",
         "shape": "norm.bias",
         "query": "query.bias",
@@ -695,7 +698,7 @@ def test_configuration_is_backed_by_the_file(tmp_path, form):
     assert numbers == sum(p.numel() for p in donor.parameters()) <= path.stat().st_size / 4
 
 
-@pytest.mark.parametrize("name", ["dinov2_vits14.safetensors", "tf_efficientnet_lite0.safetensors"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0.safetensors"])
 def test_other_real_weights_are_named_in_the_refusal(name):
     """Files of other architectures are refused for what they are, not for damage."""
     path = SHARED / "weights" / name
@@ -715,7 +718,9 @@ def _architecture(dim, depth, heads, patch, ratio=4.0):
 def test_architecture_name():
     for name, known in vit.CONFIGS.items():
         config = _architecture(known["embed_dim"], known["depth"], known["num_heads"], known["patch_size"])
+        config |= {k: known[k] for k in ("layer_scale",) if k in known}
         assert npz_loader.architecture_name(config) == name
+        assert npz_loader.architecture_name({**config, "reg_tokens": 4}) == f"{name}-reg4"
     s32 = _architecture(384, 12, 6, 32)
     with torch.device("meta"):
         model = vit.VisionTransformer(num_classes=2, **s32)
@@ -735,3 +740,105 @@ def test_readable_architecture():
     assert npz_loader.readable_architecture("vit-d384-l12-h6-p32") == "ViT 384x12, patch 32"
     assert npz_loader.readable_architecture("vit-d768-l12-h12-p16-m2.5") == "ViT 768x12, patch 16"
     assert npz_loader.readable_architecture("b16") == "b16"
+
+
+# ---------------------------------------------------------------- DINOv2
+
+
+def dino_peer(registers, size=70):
+    """timm's ViT as DINOv2 is made, of random weights throughout, and images at `size` px."""
+    peer = timm.models.vision_transformer.VisionTransformer(
+        img_size=size,
+        patch_size=14,
+        embed_dim=24,
+        depth=3,
+        num_heads=1,
+        num_classes=0,
+        reg_tokens=registers,
+        no_embed_class=bool(registers),
+        init_values=1e-5,
+    )
+    return randomise(peer).eval(), torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def loaded(path, size, **more):
+    """Our model with the weights of a file, and the loader's report."""
+    model = vit.VisionTransformer(img_size=size, **npz_loader.config_from_npz(path), **more)
+    return model.eval(), npz_loader.load_npz(model, path)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("size", [70, 42])
+def test_dinov2_equals_timm(tmp_path, registers, size):
+    """Positions of 5x5 patches, kept at 70 px and resized to 3x3 at 42; the file holds half precision."""
+    peer, _ = dino_peer(registers)
+    halved = {n: v.half() for n, v in peer.state_dict().items()}
+    torch.save(halved, tmp_path / "w.pth")
+    other, x = dino_peer(registers, size)
+    state = timm.models.vision_transformer.checkpoint_filter_fn(
+        {n: v.float() for n, v in halved.items()}, other, interpolation="bicubic", antialias=True
+    )
+    other.load_state_dict(state)
+    model, report = loaded(tmp_path / "w.pth", size)
+    assert report["source"] == "DINOv2" and report["mean"] == [0.485, 0.456, 0.406]
+    assert report["resized"] == ([] if size == 70 else ["pos_embed"])
+    assert model.config["layer_scale"] and model.config.get("reg_tokens", 0) == registers
+    with torch.no_grad():
+        expected, got = other.forward_features(x), model.forward_features(x)
+        assert got.shape == expected.shape and torch.allclose(got, expected, atol=2e-5)
+        explicit, attention = model.forward_features(x, return_attention=True)
+    assert torch.allclose(explicit, got, atol=1e-4) and attention.shape[1] == 3
+
+
+def test_dinov2_of_hugging_face_and_of_its_authors(tmp_path):
+    """Hugging Face's own forward pass; the same weights under the names of the authors' files."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
+
+    settings = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=1, image_size=56, patch_size=14)
+    peer = Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(**settings, num_labels=3))
+    randomise(peer).eval()
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    x = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    model, report = loaded(tmp_path / "w.pth", 56, num_classes=3, readout="cls+mean")
+    assert report["reset"] == [] and report["dropped"] == ["mask_token"]
+    with torch.no_grad():
+        expected = peer.dinov2_with_registers(x).last_hidden_state
+        assert torch.allclose(model.forward_features(x), expected, atol=2e-5)
+        assert torch.allclose(model(x), peer(x).logits, atol=1e-4)
+    state = {n: v for n, v in model.state_dict().items() if not n.startswith("head.")}
+    state["register_tokens"] = state.pop("reg_token")
+    torch.save({**state, "mask_token": torch.zeros(1, 24)}, tmp_path / "authors.pth")
+    again, report = loaded(tmp_path / "authors.pth", 56)
+    assert report["reset"] == ["head.weight", "head.bias"] and report["dropped"] == ["mask_token"]
+    with torch.no_grad():
+        assert torch.equal(again.forward_features(x), model.forward_features(x))
+
+
+def test_real_dinov2_equals_timm_on_real_images():
+    path, folder = SHARED / "weights/dinov2_vits14.safetensors", SHARED / "chest_xray/train/PNEUMONIA"
+    if not path.exists() or not folder.exists():
+        pytest.skip("no real weights here")
+    peer = timm.create_model("vit_small_patch14_dinov2", img_size=112, num_classes=0)
+    state = {n: v.float() for n, v in load_safetensors(path).items()}
+    peer.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, peer))
+    model, report = loaded(path, 112)
+    assert sum(p.numel() for p in model.parameters()) - 2 * 385 == sum(p.numel() for p in peer.parameters())
+    assert npz_loader.architecture_name(model.config) == "s14"
+    pixels = np.stack([images.decode(f, 112) for f in sorted(folder.iterdir())[:2]])
+    inputs = Inputs(tuple(report["mean"]), tuple(report["std"]), torch.device("cpu"))
+    x = inputs.scale(inputs.grey(pixels))
+    with torch.no_grad():
+        assert torch.allclose(model.forward_features(x), peer.eval().forward_features(x), atol=1e-4)
+
+
+def test_weights_with_swiglu_are_refused(tmp_path):
+    state = {"blocks.0.mlp.w12.weight": torch.zeros(4, 4), "cls_token": torch.zeros(1, 1, 4)}
+    torch.save(state, tmp_path / "g.pth")
+    with pytest.raises(InputError, match="SwiGLU"):
+        npz_loader.config_from_npz(tmp_path / "g.pth")
+
+
+def test_googles_layout_has_no_place_for_layer_scale(tmp_path):
+    model = vit.VisionTransformer(28, 14, embed_dim=8, depth=1, num_heads=1, layer_scale=True)
+    with pytest.raises(InputError, match="LayerScale"):
+        npz_loader.save_npz(model, tmp_path / "w.npz")
