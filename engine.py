@@ -72,21 +72,29 @@ def total_weight(objective, targets):
     return objective.weights(targets).sum().clamp(min=1e-6)
 
 
-def fit_head(model, train, stage, *, objective, recipe, inputs):
+def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in
     place.
 
-    The frozen backbone's features are computed once, without augmentation, so an epoch costs milliseconds;
-    the result is that of epochs through the frozen backbone, to rounding. Returns the last epoch's mean loss.
+    The frozen backbone's features of each image, and of recipe.probe_views views of it that `augment` draws,
+    are computed once, so an epoch costs milliseconds; the result is that of epochs through the frozen
+    backbone, to rounding. Returns the last epoch's mean loss, and the outputs for the images themselves, on
+    the CPU.
     """
     started = time.perf_counter()
     model.to(inputs.device)
-    features = predict(model, train, inputs, output=inputs.features, progress="features").clone()
-    features = features.to(inputs.device)
-    targets = torch.from_numpy(train.targets).to(inputs.device)
+
+    def view(model, grey):
+        return inputs.features(model, augment(grey))
+
+    outputs = [inputs.features] + [view] * recipe.probe_views
+    features = [predict(model, train, inputs, output=o, progress="features") for o in outputs]
+    features = torch.cat(features).to(inputs.device)  # (views * N, D)
+    all_targets = np.concatenate([train.targets] * len(outputs))
+    targets = torch.from_numpy(all_targets).to(inputs.device)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=recipe.weight_decay)
     for epoch in range(stage.epochs):
-        order = epoch_order(recipe.seed, epoch, train.targets, recipe.balance)
+        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance)
         total = 0.0
         for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
             y = targets[index]
@@ -102,7 +110,8 @@ def fit_head(model, train, stage, *, objective, recipe, inputs):
         )
     seconds = time.perf_counter() - started
     say(f"head alone, {stage.epochs} epochs on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
-    return mean
+    with torch.no_grad():
+        return mean, model.head(features[: len(train)]).cpu()
 
 
 class Loop:
@@ -144,6 +153,8 @@ class Loop:
         results, history = self._begin(), self.state["history"]
         source = data.Batches(train, self.inputs)
         with stop_requests() as stop:
+            if self.recipe.epochs == 0 and not self.state["epoch"]:
+                self._end_epoch(train, val, results, time.perf_counter())
             while not self._done():
                 started = time.perf_counter() - self.state["seconds"]
                 if self._train_epoch(source, stop):
@@ -153,25 +164,7 @@ class Loop:
                     raise self._interrupted(
                         stop[0] if stop else signal.SIGTERM
                     )  # none: another process was asked
-                row = self._validate(train, val)
-                row["seconds"] = time.perf_counter() - started
-                best = self.state["best_epoch"]
-                better = not best or self.objective.merit(row) > self.objective.merit(history[best - 1])
-                history.append(row)
-                self.state.update(epoch=self.state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
-                if better:
-                    self.state["best_epoch"] = self.state["epoch"]
-                # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint
-                # from it.
-                self._save_last()
-                if better:
-                    self._save_model()
-                results.update(best_epoch=self.state["best_epoch"], minutes=self._minutes())
-                self._write(results)
-                tell(
-                    f"epoch {self.state['epoch']}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}, "
-                    f"{_figures(row)}{' *' if better else ''}, lr {row['lr']:.1e}, {row['seconds']:.0f} s"
-                )
+                self._end_epoch(train, val, results, started)
         results["finished"] = True
         self._write(results)
         best = history[results["best_epoch"] - 1]
@@ -180,6 +173,11 @@ class Loop:
             f"wrote {self.run}/checkpoint.pth and results.json"
         )
         return results
+
+    def keep_head(self, loss, outputs, stage):
+        """Take what `fit_head` returns for the only epoch there is: a linear probe."""
+        self.state.update(step=1, loss_sum=loss, lr=stage.lr)
+        self.seen = [(torch.arange(len(outputs)), outputs)]
 
     def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
@@ -272,6 +270,28 @@ class Loop:
         return Interrupted(f"stopped {where}; saved. Go on with:\n  {again}", signum)
 
     # ------------------------------------------------------------ an epoch
+
+    def _end_epoch(self, train, val, results, started):
+        """Validate the epoch in `state` and write what is to be kept; `started`: when it began."""
+        row, history = self._validate(train, val), self.state["history"]
+        row["seconds"] = time.perf_counter() - started
+        best = self.state["best_epoch"]
+        better = not best or self.objective.merit(row) > self.objective.merit(history[best - 1])
+        history.append(row)
+        self.state.update(epoch=self.state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
+        if better:
+            self.state["best_epoch"] = self.state["epoch"]
+        # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint from it.
+        self._save_last()
+        if better:
+            self._save_model()
+        results.update(best_epoch=self.state["best_epoch"], minutes=self._minutes())
+        self._write(results)
+        name = f"epoch {self.state['epoch']}/{self.recipe.epochs}" if self.recipe.epochs else "head alone"
+        tell(
+            f"{name}: train loss {row['train_loss']:.4f}, {_figures(row)}{' *' if better else ''}, "
+            f"lr {row['lr']:.1e}, {row['seconds']:.0f} s"
+        )
 
     def _rate(self):
         """Learning rate of the step that comes next."""

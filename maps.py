@@ -56,8 +56,8 @@ def grad_cam(model, x, target=1, layer=-1):
     """Grad-CAM of logit `target` of a VisionTransformer at the output of blocks[layer].norm1.
 
     x: scaled images [B, C, H, W] -> float32 [B, h, w]. Channel weights are the mean gradient over the patch
-    tokens; [CLS] is left out; ReLU. The model runs in eval mode and is left as it was (mode, gradients,
-    hooks).
+    tokens; [CLS] and registers are left out; ReLU. The model runs in eval mode and is left as it was (mode,
+    gradients, hooks).
     """
     kept = []
 
@@ -74,20 +74,24 @@ def grad_cam(model, x, target=1, layer=-1):
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
-    tokens, gradient = kept[0].detach()[:, 1:], gradient[:, 1:]  # (B, h*w, D)
+    tokens, gradient = kept[0].detach()[:, model.prefix :], gradient[:, model.prefix :]  # (B, h*w, D)
     weighted = tokens * gradient.mean(dim=1, keepdim=True)
     return weighted.sum(-1).relu().unflatten(1, model.grid_size).float()
 
 
 @torch.no_grad()
 def attention_rollout(model, x):
-    """Attention from [CLS] to every patch through all blocks of a VisionTransformer.
+    """Attention from what the head reads ([CLS], the mean patch, or the mean of both) to every patch through
+    all blocks of a VisionTransformer.
 
     x: scaled images [B, C, H, W] -> float32 [B, h, w]. Heads are averaged. It is the same for every class.
     """
     with _eval_mode(model):
         _, attention = model.forward_features(x, return_attention=True)  # (B, depth, heads, N, N)
-    return rollout(attention.float().mean(dim=2))[:, 0, 1:].unflatten(1, model.grid_size)
+    flow, first = rollout(attention.float().mean(dim=2)), model.prefix
+    rows = {"cls": flow[:, :1], "mean": flow[:, first:].mean(1, keepdim=True)}
+    read = torch.cat([rows[name] for name in model.readout.split("+")], dim=1).mean(1)  # (B, N)
+    return read[:, first:].unflatten(1, model.grid_size)
 
 
 def rollout(attention):

@@ -67,8 +67,9 @@ def run_from_args(args, suffix=""):
     return run
 
 
-def plans_from_args(parser, defaults):
-    """Parse the command line -> (args, [Plan, ...]), one a seed.
+def plans_from_args(parser, defaults, patch_of=lambda args: 1):
+    """Parse the command line -> (args, [Plan, ...]), one a seed. `patch_of(args)`: the patch size, which the
+    default of --img-size is a multiple of.
 
     Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
     asked to. With --seeds and --resume, seeds not begun are begun.
@@ -79,8 +80,9 @@ def plans_from_args(parser, defaults):
     runs = [run_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
     device = pick_device(args.device)
     amp = fast_bf16(device) if args.amp is None else args.amp
+    patch = patch_of(args)
     with first_process_first():  # nothing is written before every process has checked the flags and folders
-        demo.prepare(args)
+        demo.prepare(args, patch)
         config = data.DataConfig.from_args(args)
     if config.task.kind == "sigmoid" and recipe.balance not in ("weights", "none"):
         raise InputError(
@@ -136,8 +138,11 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta)
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
-            fit_head(model, train_set, stage, objective=objective, recipe=recipe, inputs=inputs)
+            how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.augment)
+            loss, outputs = fit_head(model, train_set, stage, **how)
             loop.state["head_seconds"] = time.perf_counter() - started
+            if not recipe.epochs:
+                loop.keep_head(loss, outputs, stage)
     return loop.fit(train_set, val_set)
 
 

@@ -28,7 +28,9 @@ class Stage(NamedTuple):
 class Recipe:
     """The settings of training. Fields without help are part of a recipe but no flag of their own."""
 
-    epochs: int = flag(15, "passes over the training images", COUNT, "N")
+    epochs: int = flag(
+        15, "passes over the training images; 0: none after --freeze-epochs", Number(int, 0, 2**31), "N"
+    )
     batch_size: int = flag(32, "images a step, over all processes", COUNT, "N")
     accumulate: int = flag(
         1, "run each step in N parts, for less memory: the same step to rounding", COUNT, "N"
@@ -69,6 +71,9 @@ class Recipe:
     drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
     freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
     head_lr: float = flag(1e-3, "learning rate of that stage", RATE, "X")
+    probe_views: int = flag(
+        0, "in that stage, augmented views of each image beside itself", Number(int, 0, 1000), "N"
+    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -80,7 +85,7 @@ class Recipe:
 
 
 SUPERVISED = ("watch", "patience", "label_smoothing", "balance", "patch_drop", "drop_path", "drop_rate")
-TWO_STAGES = ("freeze_epochs", "head_lr")
+TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
 
 
@@ -160,6 +165,11 @@ def parse(parser, defaults, argv=None):
     values = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     if args.seeds is not None and (len(set(args.seeds)) < len(args.seeds) or args.seed):
         raise InputError("give each seed once, by --seeds or by --seed")
+    if not values["epochs"] and not values.get("freeze_epochs"):
+        raise InputError(
+            "--epochs 0 trains nothing"
+            + (": give --freeze-epochs for a linear probe" if "freeze_epochs" in values else "")
+        )
     return args, replace(Recipe(), **values), parse_augment(args.augment)
 
 

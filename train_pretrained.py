@@ -2,9 +2,14 @@
 
     python train_pretrained.py --weights weights/ViT-B_16.npz
 
-Width, depth and heads are read from the file, so Ti/16 or L/16 weights need no other flag; the position
-embedding is resized to --img-size. Writes checkpoint.pth, last.pth and results.json to outputs/pretrained. On
-2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes about a minute and a half for Ti/16.
+Width, depth, heads and patch size are read from the file, so Ti/16, L/16 or DINOv2 weights need no other
+flag; the position embedding is resized to --img-size. Writes checkpoint.pth, last.pth and results.json to
+outputs/pretrained. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes about a minute and a half
+for Ti/16.
+
+    python train_pretrained.py --weights weights/dinov2_vits14.safetensors --freeze-epochs 30 --epochs 0
+
+trains the head alone on frozen features: a linear probe.
 """
 
 import common
@@ -12,7 +17,7 @@ import data
 import npz_loader
 import plan
 import recipe
-from vit import VisionTransformer
+from vit import READOUTS, VisionTransformer
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
 DEFAULTS = recipe.Defaults(
@@ -35,13 +40,23 @@ def main():
         "--weights",
         default=npz_loader.DEFAULT_PATH,
         metavar="PATH",
-        help="Google .npz, timm or DeiT .pth/.safetensors, or Hugging Face ViT state dict",
+        help="Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face",
+    )
+    group.add_argument(
+        "--readout",
+        choices=READOUTS,
+        default="cls",
+        help="what the head reads: [CLS], the mean patch token, or both",
     )
     for name, kind in (("mean", SCALE), ("std", SPREAD)):
         text = f"input {name} (default: the weights' own)"
         group.add_argument(f"--{name}", type=kind, nargs=3, default=None, metavar="X", help=text)
     recipe.add_arguments(parser, DEFAULTS)
-    args, plans = plan.plans_from_args(parser, DEFAULTS)
+
+    def patch_of(args):
+        return npz_loader.config_from_npz(args.weights)["patch_size"]
+
+    args, plans = plan.plans_from_args(parser, DEFAULTS, patch_of)
 
     shape = npz_loader.config_from_npz(args.weights)
     for p in plans:
@@ -52,6 +67,7 @@ def main():
             img_size=p.config.img_size,
             drop_path_rate=p.recipe.drop_path,
             patch_drop_rate=p.recipe.patch_drop,
+            readout=args.readout,
         )
         report = npz_loader.load_npz(model, args.weights)
         common.tell(npz_loader.describe(report))

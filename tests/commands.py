@@ -9,6 +9,7 @@ import pytest
 import scipy.ndimage
 import scipy.special
 import scipy.stats
+import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -18,7 +19,8 @@ import images
 import plan
 from index import list_images
 from split import split_train_val
-from tests.shared import SCRIPTS, cli, copy_set, load_pth, read_json, refused, succeed
+from tests.shared import SCRIPTS, cli, copy_set, load_pth, read_json, refused, same_tensors, succeed
+from vit import VisionTransformer
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -214,3 +216,44 @@ def test_weights_that_are_not_there(synthetic, tmp_path):
     refused(done, "no weights at weights/Ti.npz: check the path", "RUNBOOK.md")
     assert "curl" not in done.err
     refused(cli("train_pretrained", *argv, cwd=tmp_path), "no weights at weights/ViT-B_16.npz", "curl")
+
+
+def test_linear_probe(synthetic, cache, tiny_npz, tmp_path):
+    """--epochs 0: the head alone, in a run like any other."""
+    flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--weights", tiny_npz)
+    argv = ("train_pretrained", *flags, "--epochs", 0, "--readout", "cls+mean", "--probe-views", 1)
+    refused(cli(*argv, cwd=tmp_path), "--epochs 0 trains nothing", "--freeze-epochs")
+    refused(cli("train_scratch", "--epochs", 0, cwd=tmp_path), "--epochs 0 trains nothing")
+    argv += ("--freeze-epochs", 20, "--ema", 0.5)
+    done = succeed(*argv, cwd=tmp_path)
+    run = tmp_path / "outputs/pretrained"
+    results, before = read_json(run, "results.json"), load_pth(run, "checkpoint.pth")
+    assert (
+        results["finished"]
+        and results["best_epoch"] == 1
+        and results["model_config"]["readout"] == "cls+mean"
+    )
+    (row,) = results["history"]
+    assert {"train_loss", "val_loss", "val_auroc", "train_auroc"} <= row.keys() and "head alone" in done.out
+    assert row["train_loss"] < 0.69 and results["minutes"] > 0
+    arrays = np.load(tiny_npz)
+    assert np.array_equal(before["cls_token"].flatten(), arrays["cls"].flatten())  # the backbone is frozen
+    again = succeed(*argv, "--resume", cwd=tmp_path)
+    assert "finished" in again.err and same_tensors(load_pth(run, "checkpoint.pth"), before)
+    succeed("calibrate", "--min-recall", 0.9, cwd=tmp_path)
+    succeed("compare", cwd=tmp_path)
+
+
+def test_image_size_follows_the_patch(synthetic, cache, tmp_path):
+    """By default the nearest multiple of the weights' patch."""
+    model = VisionTransformer(28, 14, embed_dim=12, depth=1, num_heads=1, layer_scale=True)
+    state = {n: v for n, v in model.state_dict().items() if not n.startswith("head.")}
+    torch.save(state, tmp_path / "w.pth")
+    flags = ("--weights", "w.pth", "--freeze-epochs", 2, "--epochs", 0, "--cache-dir", cache)
+    succeed("train_pretrained", *flags, "--data-dir", synthetic, cwd=tmp_path)
+    results = read_json(tmp_path, "outputs/pretrained/results.json")
+    assert results["data"]["img_size"] == 224 and results["weights"]["source"] == "DINOv2"
+    done = cli(
+        "train_pretrained", *flags, "--data-dir", synthetic, "--img-size", 60, "--out", "o", cwd=tmp_path
+    )
+    refused(done, "60", "patch size 14", "take 56")

@@ -436,6 +436,25 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
             assert torch.equal(value, before[name]), name
 
 
+def test_probe_views_are_more_rows_of_the_table(tmp_path):
+    """Two views of each image, here darker ones, are as good as a set of three times the images."""
+    train, settings = toy_subset(12, 0), replace(recipe.Recipe(), batch_size=8, probe_views=2)
+    stage, objective = recipe.Stage("head", 3, 1e-2), ToyObjective(label_smoothing=0.0)
+    more = np.concatenate([train.pixels(), train.pixels() // 2, train.pixels() // 2])
+    tripled = data.Subset(train.files * 3, np.tile(train.targets, 3), more, np.arange(36))
+    heads = []
+    for subset, own in ((train, settings), (tripled, replace(settings, probe_views=0))):
+        model = randomise(small_vit(in_chans=1))
+        how = dict(objective=objective, recipe=own, inputs=INPUTS)
+        loss, outputs = engine.fit_head(
+            model, subset, stage, augment=lambda x: (x * 255 / 2).floor() / 255, **how
+        )
+        heads.append((loss, outputs[:12], model.head.weight.detach()))
+        assert len(outputs) == len(subset)
+    for a, b in zip(*heads):
+        assert np.allclose(a, b, atol=1e-4)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """50,000 cached images (200 MB) read twice over, in random order: resident memory stays within 40 MB."""

@@ -169,6 +169,23 @@ def test_regions_of_maps():
     assert even["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3)
 
 
+@pytest.mark.parametrize("readout", ["cls", "mean", "cls+mean"])
+def test_maps_leave_registers_out_and_follow_the_readout(readout):
+    model = tiny_vit(reg_tokens=3, readout=readout, layer_scale=True)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, attention = model.forward_features(x, return_attention=True)
+    flow = torch.eye(20).expand(2, -1, -1)
+    for block in attention.mean(2).unbind(1):
+        flow = (block / 2 + torch.eye(20) / 2) @ flow
+    patches = flow[:, 4:].sum(1) / 16
+    expected = {"cls": flow[:, 0], "mean": patches, "cls+mean": (flow[:, 0] + patches) / 2}[readout]
+    got = maps.attention_rollout(model, x)
+    assert torch.allclose(got.flatten(1), expected[:, 4:], atol=1e-6)
+    cam = maps.grad_cam(model, x)
+    assert cam.shape == (2, 4, 4) and cam.any()
+
+
 def changed_parts(model):
     """[(name, the weights that differ from the model's)] of every step of `maps.randomised`."""
     before = {n: p.clone() for n, p in model.state_dict().items()}

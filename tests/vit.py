@@ -380,3 +380,47 @@ def test_ensemble_is_the_mean_of_probabilities():
 def test_sizes_out_of_proportion_are_refused(changes):
     with pytest.raises(InputError):
         vit.build_model({"kind": "vit", **small_vit().config, **changes})
+
+
+@pytest.mark.parametrize("readout", ["cls", "mean", "cls+mean"])
+def test_readout(readout):
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(32, 8, 3, 2, 12, 2, 3, reg_tokens=2, readout=readout).eval()
+    x = torch.rand(2, 3, 32, 32)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 1 + 2 + 16, 12)
+    mean = sum(tokens[:, i] for i in range(3, 19)) / 16
+    expected = {"cls": tokens[:, 0], "mean": mean, "cls+mean": torch.cat([tokens[:, 0], mean], 1)}[readout]
+    assert torch.allclose(model.features(x), expected, atol=1e-6)
+    assert torch.allclose(model(x), model.head(expected), atol=1e-6)
+    rebuilt = vit.build_model({"kind": "vit", **model.config})
+    rebuilt.load_state_dict(model.state_dict())
+
+
+def test_layer_scale_and_registers_reach_every_parameter():
+    model = randomise(vit.VisionTransformer(32, 8, 3, 2, 12, 2, 3, layer_scale=True, reg_tokens=2))
+    model(torch.rand(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(readout="all"),
+        dict(readout=["cls"]),
+        dict(reg_tokens=-1),
+        dict(reg_tokens=True),
+        dict(layer_scale=1),
+    ],
+)
+def test_wrong_extras_are_refused(config):
+    with pytest.raises(InputError):
+        vit.build_model({"kind": "vit", "img_size": 32, "patch_size": 8, **config})
+
+
+def test_a_plain_vit_is_described_as_before():
+    """Run folders of earlier versions know nothing of LayerScale, registers and readout."""
+    assert (
+        not {"layer_scale", "reg_tokens", "readout"}
+        & vit.VisionTransformer(32, 8, 3, 2, 12, 2, 3).config.keys()
+    )
