@@ -275,7 +275,8 @@ def _load(config, root, index, part):
     masks = None
     if config.input != "full":
         what = f"{part} images in {root}"
-        masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256)
+        fate = "these are left out" if config.input == "pair" else "these are shown as they are"
+        masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256, fate)
     kept = index.take(found.rows) if len(found.rows) < len(index.files) else index
     about = dict(patients=kept.patients, levels=found.levels, masks=masks)
     return Subset(kept.files, kept.targets, found.images, found.rows, **about), kept, found.sizes

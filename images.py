@@ -278,7 +278,7 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(os.path.join(root, file))] for file in files]])
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
-    info = _valid_cache(path, key, verify)
+    info = valid_cache(path, key, verify)
     if info is None:
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
@@ -306,7 +306,7 @@ def _stamp(path):
     return [about.st_size, about.st_mtime_ns]
 
 
-def _valid_cache(path, key, verify):
+def valid_cache(path, key, verify):
     """The cache's side file if it belongs to `key` and the array is intact, else None.
 
     Every byte is read if `verify`, or if the file is not the one that was written here (it was copied, say);
@@ -356,11 +356,8 @@ def _build_cache(path, key, root, files, size, resize):
     # Decoding releases the interpreter lock, so threads use every core; `map` keeps the order, and the
     # window keeps memory constant however many images there are.
     with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
-        array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=(len(files), size, size))
+        array = allocate(tmp, (len(files), size, size))
         windows = (files[begin : begin + 512] for begin in range(0, len(files), 512))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
-            with open(tmp, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(tmp))
         results = itertools.chain.from_iterable(pool.map(one, window) for window in windows)
         for i, result in enumerate(_progress(results, len(files), f"decoding {path.name}")):
             if isinstance(result, str):
@@ -372,11 +369,26 @@ def _build_cache(path, key, root, files, size, resize):
                 kept.append(i)
         array.flush()
         del array
-        info = {"key": key, "crc32": _crc32(tmp), "sample": _sample(tmp), "files": len(files)}
-        info |= {"kept": kept, "bad": bad, "levels": levels}
-        for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
-            info[side] = [min(values), max(values)]
-    info["stamp"] = _stamp(path)
+    info = {"key": key, "files": len(files), "kept": kept, "bad": bad, "levels": levels}
+    for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
+        info[side] = [min(values), max(values)]
+    return seal(path, info)
+
+
+def allocate(path, shape):
+    """A new uint8 array of zeros on disk, memory-mapped. OSError if there is no room for it: without that, a
+    full disk would kill the process later."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
+
+def seal(path, info):
+    """Write the side file of the array at `path`: `info`, which has its key, and what `valid_cache` compares;
+    returns all of it."""
+    info = {**info, "crc32": _crc32(path), "sample": _sample(path), "stamp": _stamp(path)}
     write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info
 

@@ -8,14 +8,14 @@ A source of masks is one of
 Masks are kept beside the decoded images, one bit a pixel.
 """
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Pace, atomic_path, check_regular, read_json, say, sha256, write_json
+from common import InputError, Pace, atomic_path, check_regular, say, sha256
+from images import allocate, seal, valid_cache
 from lungs import heuristic_mask, load_net, plausible
 from tensors import load_arrays
 
@@ -87,44 +87,32 @@ def unpack(packed):
     return np.unpackbits(packed, axis=-1, count=packed.shape[-2]).view(bool)
 
 
-def load_masks(source, found, files, what, expected):
+def load_masks(source, found, files, what, expected, fate="these are shown as they are"):
     """The packed masks of images, memory-mapped read-only: uint8 [N, S, ceil(S / 8)], a row for each row of
     found.images (images.Decoded); those that could not be read stay empty.
 
     Kept beside the images; a cache that belongs to other images or another source is made again. Says how
     many images have no plausible lungs; `what` ("train images in DIR") is for messages. InputError if the
-    source is not that with the fingerprint `expected`."""
+    source is not that with the fingerprint `expected`. `fate` says what becomes of images without lungs."""
     check_source(source, expected)
     path = found.path.with_name(f"{found.path.stem}-{sha256(str(source))[:8]}.lungs.npy")
     key = sha256([expected, found.crc32, files])
-    if not _valid(path, key):
-        _make(path, key, source, found, files, f"lung masks of {what}")
+    info = valid_cache(path, key, verify=False)
+    if info is None:
+        info = _make(path, key, source, found, files, f"lung masks of {what}")
     masks = np.load(path, mmap_mode="r", allow_pickle=False)
-    missing = len(found.rows) - read_json(path.with_suffix(".json"))["plausible"]
+    missing = len(found.rows) - info["plausible"]
     if missing:
-        say(f"note: no lungs found on {missing} of {len(found.rows)} {what}")
+        say(f"note: no lungs found on {missing} of {len(found.rows)} {what}; {fate}")
     return masks
 
 
-def _valid(path, key):
-    """Whether the masks at `path` are there, intact and belong to `key`."""
-    try:
-        about = read_json(path.with_suffix(".json"))
-        if about["key"] == key and about["crc32"] == zlib.crc32(path.read_bytes()):
-            return True
-        say(f"masks {path} are stale or damaged: making them again")
-    except (InputError, OSError, KeyError, TypeError):
-        pass  # absent or unreadable
-    return False
-
-
 def _make(path, key, source, found, files, title):
-    """Find the lungs on every readable image and write the cache."""
+    """Find the lungs on every readable image and write the cache; returns its side file's content."""
     side, rows, pace, count = found.images.shape[-1], found.rows, Pace(), 0
     masks_of = open_source(source, side)
     with atomic_path(path) as tmp:
-        shape = (len(found.images), side, (side + 7) // 8)
-        array = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.uint8, shape=shape)
+        array = allocate(tmp, (len(found.images), side, (side + 7) // 8))
         for begin in range(0, len(rows), 64):
             some = rows[begin : begin + 64]
             masks = masks_of(found.images[some], [files[r] for r in some])
@@ -133,8 +121,7 @@ def _make(path, key, source, found, files, title):
             pace.step(begin + len(some), len(rows), f"{title}: {begin + len(some)} of {len(rows)}")
         array.flush()
         del array
-        crc = zlib.crc32(Path(tmp).read_bytes())
-    write_json(path.with_suffix(".json"), {"key": key, "crc32": crc, "plausible": count})
+    return seal(path, {"key": key, "plausible": count})
 
 
 def finder_of(config, device="cpu"):
