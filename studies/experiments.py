@@ -24,6 +24,7 @@ corruptions change. The test images are counted, not opened. With --against-test
 correlation of each signal with the test results that calibrate.py has left: read it after the choice.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def against_test(rows, runs):
     test = [run.calibration()["test"]["at_rec"] for run in runs]
     names = [k for k, v in rows[0].items() if isinstance(v, float) and k != "minutes"]
     columns = {name: [row[name] for row in rows] for name in names}
-    for name in rows[0]["corruptions"]:
+    for name in rows[0].get("corruptions", ()):
         columns[f"AUROC under {name}"] = [row["corruptions"][name][0] for row in rows]
     lines = [
         f"\n| signal ({len(runs)} runs) | rho with test AUROC | rho with test specificity @Rec |",
@@ -85,6 +86,12 @@ def parse():
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     nih_help = "a folder of NIH ChestX-ray14: images/ and sample_labels.csv"
     parser.add_argument("--nih", default=None, metavar="DIR", help=nih_help)
+    parser.add_argument(
+        "--corruptions",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the figures under corruptions, which take longest",
+    )
     parser.add_argument(
         "--against-test",
         action="store_true",
@@ -105,7 +112,7 @@ def main():
         )
     rows = {}
     for run in runs:
-        row = rows[run] = signals(run, *sets.of(run), device)
+        row = rows[run] = signals(run, *sets.of(run), device, args.corruptions)
         shown = {name: value for name, value in row.items() if name != "corruptions"}
         if len(rows) == 1:
             print(f"| run | {' | '.join(shown)} |\n| --- |{' ---: |' * len(shown)}")

@@ -154,17 +154,23 @@ VALIDATION = {
     "corruptions": dict.fromkeys(corruptions(), [REAL]),
 }
 NIH = {"NIH AUROC": REAL}
+BORDERS = {name: REAL for name in ("val AUROC", "borrowed AUROC", "control AUROC")}
+
+
+def border_figures(score, val):
+    """The figures of BORDERS of a Scorer on a Subset."""
+    y, images = val.targets, val.pixels()
+    shown = {"val AUROC": None}  # the pixels of the Subset itself
+    shown |= {f"{n} AUROC": borrow_borders(images, y, n == "borrowed") for n in ("borrowed", "control")}
+    return {name: float(roc_auc_score(y, score(val, pixels))) for name, pixels in shown.items()}
 
 
 def validation_figures(score, val):
     """The figures of VALIDATION of a Scorer on a Subset; "corruptions" holds AUROC, specificity and recall of
     each."""
-    y, images = val.targets, val.pixels()
-    p = score(val)
-    threshold, _, _ = choose_threshold_by_min_recall(y, p, MIN_RECALL)
-    borrowed, control = (
-        roc_auc_score(y, score(val, borrow_borders(images, y, other))) for other in (True, False)
-    )
+    y = val.targets
+    borders = border_figures(score, val)
+    threshold, _, _ = choose_threshold_by_min_recall(y, score(val), MIN_RECALL)
     # All images without the finding and every third with it: the specificity is what varies.
     some = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
     rows = {}
@@ -174,14 +180,14 @@ def validation_figures(score, val):
         rows[name] = [roc_auc_score(some.targets, q), (~called[~sick]).mean(), called[sick].mean()]
     auroc, specificity, recall = (float(v) for v in np.mean(list(rows.values()), axis=0))
     return {
-        "val AUROC": float(roc_auc_score(y, p)),
+        "val AUROC": borders["val AUROC"],
         "corrupted AUROC": auroc,
         "corrupted spec": specificity,
         "corrupted recall": recall,
         "worst": min(rows, key=lambda name: sum(rows[name][1:])),
-        "borrowed AUROC": float(borrowed),
-        "control AUROC": float(control),
-        "choice": float((borrowed + (specificity + recall) / 2) / 2),
+        "borrowed AUROC": borders["borrowed AUROC"],
+        "control AUROC": borders["control AUROC"],
+        "choice": (borders["borrowed AUROC"] + (specificity + recall) / 2) / 2,
         "corruptions": {name: [round(float(v), 4) for v in row] for name, row in rows.items()},
     }
 
@@ -202,16 +208,21 @@ def kept_figures(score, part, subset, compute, spec):
         kept = {}
     if mismatches(kept.get(part), {"key": str, "figures": spec}) or kept[part]["key"] != key:
         kept = {
-            name: kept[name] for name in ("validation", "nih") if name in kept
+            name: kept[name] for name in ("validation", "borders", "nih") if name in kept
         }  # no part of older versions
         kept[part] = {"key": key, "figures": compute(score, subset)}
         common.write_json(path, kept)
     return kept[part]["figures"]
 
 
-def signals(run, val, nih, device):
-    """{signal: value} of a finished run on its validation Subset and that of load_nih (or None)."""
+def signals(run, val, nih, device, corrupted=True):
+    """{signal: value} of a finished run on its validation Subset and that of load_nih (or None); those of the
+    corruptions, which take longest, only if `corrupted`."""
     score = Scorer(run, device)
+    if not corrupted:
+        found = kept_figures(score, "borders", val, border_figures, BORDERS)
+        found = found | (kept_figures(score, "nih", nih, nih_figures, NIH) if nih is not None else {})
+        return {**found, "minutes": run.results["minutes"]}
     found = dict(kept_figures(score, "validation", val, validation_figures, VALIDATION))
     after = {name: found.pop(name) for name in ("choice", "corruptions")}
     if nih is not None:

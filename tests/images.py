@@ -530,7 +530,9 @@ def load_small(config, **changes):
     root = Path(config.data_dir)
     files = sorted(p.relative_to(root).as_posix() for p in root.glob("train/*/*"))
     settings = dict(size=config.img_size, resize="squash", cache_dir=config.cache_dir, skip_bad=False)
-    pixels, rows, levels, sizes, *_ = images.load_images(root, files, **{**settings, "name": "train", **changes})
+    pixels, rows, levels, sizes, *_ = images.load_images(
+        root, files, **{**settings, "name": "train", **changes}
+    )
     assert rows.dtype == np.int64 and pixels.dtype == np.uint8
     assert sizes == {"width": [20, 20], "height": [20, 20]}  # of the originals
     expected = [(image.mean() / 255, image.std() / 255) for image in pixels[rows]]
