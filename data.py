@@ -274,6 +274,8 @@ def _load(config, root, index, part):
     )
     masks = None
     if config.input != "full":
+        if config.lungs.endswith(".npz") and config.resize != "squash":
+            raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
         what = f"{part} images in {root}"
         fate = "these are left out" if config.input == "pair" else "these are shown as they are"
         masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256, fate)

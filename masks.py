@@ -3,8 +3,9 @@
 A source of masks is one of
     lung_unet.safetensors   weights of train_lungs.py; the project's own lie beside this file
     heuristic               lungs.heuristic_mask, which needs no training
-    FILE.npz                masks made before: uint8 `masks` [N, H, W/8] (packed bits), `names` and perhaps
-                            bool `confident` [N]; for training and studies, as new images are not in it
+    FILE.npz                masks made before, of images squashed to squares: uint8 `masks` [N, S, S/8]
+                            (packed bits), `names` and perhaps bool `confident` [N]; for training and studies,
+                            as new images are not in it
 Masks are kept beside the decoded images, one bit a pixel.
 """
 
@@ -65,7 +66,9 @@ class Finder:
                 f"{source} holds the masks of certain images, not a way to find lungs on others: train with "
                 f"--lungs {SHIPPED} for that"
             )
-        self.device = torch.device(device)
+        self.device = torch.device(
+            "cpu" if torch.device(device).type == "mps" else device
+        )  # no antialiasing there
         self.net = None if found == HEURISTIC else load_net(found).to(self.device)
 
     @torch.inference_mode()

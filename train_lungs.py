@@ -2,10 +2,11 @@
 
     python train_lungs.py --masks MASKS.npz
 
-MASKS.npz holds uint8 `masks` [N, H, W/8] (numpy.packbits), `names` of the images, relative to --data-dir, and
-perhaps bool `confident`; images without a certain mask are left out. No class is read. Writes checkpoint.pth,
-last.pth, results.json and lung_unet.safetensors (half precision) to outputs/lungs. Copy the last one over the
-project's own, or name it with --lungs. The default recipe takes about 20 minutes on one CPU core.
+MASKS.npz holds uint8 `masks` [N, S, S/8] (numpy.packbits) of images squashed to squares, their `names`,
+relative to --data-dir, and perhaps bool `confident`; images without a certain mask are left out. No class is
+read. Writes checkpoint.pth, last.pth, results.json and lung_unet.safetensors (half precision) to
+outputs/lungs. Copy the last one over the project's own, or name it with --lungs. The default recipe
+took 13 minutes on two CPU cores without AVX512-BF16.
 """
 
 from dataclasses import replace

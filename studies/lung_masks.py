@@ -5,8 +5,9 @@
 For the U-Net and the heuristic: Dice and intersection over union with the masks of MASKS.npz (see
 train_lungs.py) on validation and test images, by group of file names. For these and for MASKS.npz: AUROC of a
 logistic regression that sees only the mask, in place, cut to its own box, or its area, and of convex and
-dilated masks. Writes contours of 40 test images to DIR/contours.png, red the U-Net's, green those of
-MASKS.npz. No model is chosen here; the test images are read for these tables.
+dilated masks, which are written to DIR/convex.npz and DIR/dilated.npz for --lungs. Writes contours of 40
+test images to DIR/contours.png, red the U-Net's, green those of MASKS.npz. No model is chosen here; the test
+images are read for these tables.
 """
 
 import re
@@ -178,7 +179,11 @@ def main():
     targets = {part: subset.targets for part, subset in true.items()}
     found = {name: {p: small(s.lungs()) for p, s in parts.items()} for name, parts in sets.items()}
     for change in (convex, dilated):
-        found[f"U-Net, {change.__name__}"] = {p: change(m) for p, m in found["U-Net"].items()}
+        changed = found[f"U-Net, {change.__name__}"] = {p: change(m) for p, m in found["U-Net"].items()}
+        files = [file for part in PARTS for file in sets["U-Net"][part].files]
+        packed = np.concatenate([masks.pack(changed[part]) for part in PARTS])
+        with common.atomic_path(Path(args.work, f"{change.__name__}.npz")) as tmp, open(tmp, "wb") as file:
+            np.savez_compressed(file, masks=packed, names=np.array(files))
     print(alone_table(found, targets))
 
 
