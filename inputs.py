@@ -88,7 +88,7 @@ def normalise(x, mode):
     if mode == "equalise":
         levels = x.flatten(1).long()  # (B, S*S)
         ones = torch.ones_like(levels, dtype=torch.float32)
-        counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, ones)
+        counts = torch.zeros(x.shape[0], 256, device=x.device).scatter_add(1, levels, ones)
         ranks = (counts.cumsum(1) - counts / 2) / levels.shape[
             1
         ]  # (B, 256): mid-rank of each grey level, in (0, 1)

@@ -168,7 +168,7 @@ class Exported(torch.nn.Module):
 
 def export(scorer, path):
     """Write an ONNX file with preprocessing and thresholds in its metadata; InputError if it disagrees by >
-    1e-4."""
+    1e-4 (with lung masks inside: 1e-3)."""
     try:
         import onnx
         import onnxruntime
@@ -226,7 +226,7 @@ def export(scorer, path):
                 float(np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max())
                 for x in (probe, probe[:1])
             )
-        if not worst <= 1e-4:
+        if not worst <= (1e-4 if net is None else 1e-3):  # a pixel on the lungs' edge may change sides
             raise common.InputError(
                 f"the exported model differs from PyTorch by {worst:.1e}: nothing was written"
             )

@@ -294,7 +294,8 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
 def looks(tmp_path_factory, flags):
     """Calibrated runs that see the lungs by the shipped U-Net: linear (masked-crop), scratch (masked)."""
     cwd = tmp_path_factory.mktemp("looks")
-    succeed("train_linear", *flags[:4], "--img-size", 64, "--input", "masked-crop", cwd=cwd)
+    how = ("--input", "masked-crop", "--normalise", "equalise")
+    succeed("train_linear", *flags[:4], "--img-size", 64, *how, cwd=cwd)
     scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
     succeed("train_scratch", *flags, *scratch, cwd=cwd)
     succeed("calibrate", "--min-recall", 0.9, cwd=cwd)
@@ -337,7 +338,7 @@ def test_onnx_of_a_masked_run_finds_the_lungs_itself(looks, synthetic):
     rows = predict_rows(looks, "--run", "outputs/linear", *files)
     pixels = np.stack([images.decode(file, 64) for file in files])[:, None]
     got = session.run(None, {"image": pixels.astype(np.float32) / 255})[0]
-    assert got == pytest.approx([float(row["p_pneumonia"]) for row in rows], abs=1e-4)
+    assert got == pytest.approx([float(row["p_pneumonia"]) for row in rows], abs=1e-3)
 
 
 def test_a_run_refuses_another_source_of_masks(looks, tmp_path, synthetic):
