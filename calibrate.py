@@ -27,10 +27,10 @@ import plan
 from device import add_device_argument, pick_device
 from inputs import Inputs
 from intervals import reported_interval
+from models import Ensemble
 from operating import Rule, evaluate
 from run import WITHOUT_CLASSES, Run, find_runs
 from tables import find_table
-from vit import Ensemble
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}

@@ -115,8 +115,8 @@ class Run:
         allocated."""
         import torch
 
+        from models import build_model
         from tensors import check_state_dict, load_tensors
-        from vit import build_model
 
         weights = load_tensors(self.checkpoint)
         check_state_dict(weights, self.checkpoint)

@@ -22,8 +22,8 @@ import engine
 import plan
 import recipe
 from inputs import Inputs
+from models import PixelLinear
 from objective import Supervised
-from vit import PixelLinear
 
 
 def fit(features, targets, C, task):

@@ -12,7 +12,7 @@ from PIL import Image
 import common
 import explain
 import maps
-import vit
+import models
 from augment import gaussian_blur
 from inputs import Inputs
 from run import Run
@@ -24,10 +24,10 @@ GREY = Inputs((0.0,), (1.0,), CPU)
 
 
 def ensemble_of(*members):
-    """A vit.Ensemble of models, each ViT with a scaling of its own."""
+    """A models.Ensemble of models, each ViT with a scaling of its own."""
     means = [[0.5 - 0.1 * i] * m.in_chans for i, m in enumerate(members)]
     stds = [[0.5 + 0.1 * i] * m.in_chans for i, m in enumerate(members)]
-    model = vit.Ensemble([{"kind": m.kind, **m.config} for m in members], means, stds)
+    model = models.Ensemble([{"kind": m.kind, **m.config} for m in members], means, stds)
     for own, member in zip(model.members, members):
         own.load_state_dict(member.state_dict())
     return model.eval()
@@ -118,7 +118,7 @@ def test_explaining_leaves_the_model_as_it_was():
 def test_map_of_an_ensemble_is_the_mean_of_its_members_maps(method):
     """Each scaled to sum 1, on the grid of the smallest patches; a member without patches does not count."""
     fine, coarse = tiny_vit(1), tiny_vit(2, patch_size=16, in_chans=1)
-    model = ensemble_of(fine, coarse, vit.PixelLinear(side=8))
+    model = ensemble_of(fine, coarse, models.PixelLinear(side=8))
     grey = torch.rand(5, 1, 32, 32)
     x_fine, x_coarse, _ = model.scaled(grey)
     assert x_fine.shape[1] == 3 and not torch.equal(x_fine[:, :1], x_coarse)
@@ -130,7 +130,7 @@ def test_map_of_an_ensemble_is_the_mean_of_its_members_maps(method):
         got = maps.compute(method, model, grey, 0, target)
         assert want.max() > 0.05 and torch.allclose(got, want, atol=1e-6)
     assert [m.embed_dim for m in maps.transformers(model)] == [24, 24] and len(maps.transformers(fine)) == 1
-    assert maps.transformers(vit.PixelLinear()) == []
+    assert maps.transformers(models.PixelLinear()) == []
 
 
 # ---------------------------------------------------------------- are they true?
@@ -207,7 +207,7 @@ def test_randomised_weights_change_cumulatively_and_leave_the_model():
 
 
 def test_randomised_members_of_an_ensemble_go_in_step():
-    steps = changed_parts(ensemble_of(tiny_vit(1, depth=3), tiny_vit(2), vit.PixelLinear(side=8)))
+    steps = changed_parts(ensemble_of(tiny_vit(1, depth=3), tiny_vit(2), models.PixelLinear(side=8)))
     assert [name for name, _ in steps] == ["head", "block 2", "block 1", "block 0", "patches"]
     heads = {f"members.{i}.head.{name}" for i in range(3) for name in ("weight", "bias")}
     assert steps[0][1] == heads

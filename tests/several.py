@@ -15,10 +15,10 @@ from PIL import Image
 
 import engine
 from inputs import Inputs
+from models import Ensemble, PixelLinear
 from predict import Exported
 from run import Run
 from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed, tables
-from vit import Ensemble, PixelLinear
 
 CLASSES = ("Normal", "Round One", "Square")
 FINDINGS = ("No Finding", "Round", "Square")

@@ -12,6 +12,7 @@ import timm
 import torch
 
 import engine
+import models
 import vit
 from common import InputError
 from tests.shared import CPU, randomise, small_vit
@@ -223,8 +224,8 @@ def test_other_image_sizes(size, tokens):
         lambda: vit.build_vit("scratch", num_heads=7),
         lambda: vit.build_vit("scratch", num_classes=0),
         lambda: vit.build_vit("resnet50"),
-        lambda: vit.build_model({"kind": "forest"}),
-        lambda: vit.build_model({}),
+        lambda: models.build_model({"kind": "forest"}),
+        lambda: models.build_model({}),
         lambda: small_vit()(torch.zeros(1, 3, 16, 20)),
         lambda: small_vit()(torch.zeros(1, 1, 16, 16)),
         lambda: small_vit()(torch.zeros(3, 16, 16)),
@@ -236,16 +237,16 @@ def test_vit_errors(make):
 
 
 def test_build_model_from_config_after_json():
-    for model in (small_vit(img_size=(16, 8)), vit.PixelLinear(4)):
+    for model in (small_vit(img_size=(16, 8)), models.PixelLinear(4)):
         kind = "vit" if isinstance(model, vit.VisionTransformer) else "linear"
-        again = vit.build_model(json.loads(json.dumps({"kind": kind, **model.config}))).eval()
+        again = models.build_model(json.loads(json.dumps({"kind": kind, **model.config}))).eval()
         again.load_state_dict(model.state_dict())
         x = torch.randn(2, model.in_chans, 16, 8)
         assert torch.equal(again(x), model(x))
 
 
 def test_pixel_linear_by_hand():
-    model = vit.PixelLinear(side=2)
+    model = models.PixelLinear(side=2)
     x = torch.arange(32.0).view(2, 1, 4, 4)
     expected = [[2.5, 4.5, 10.5, 12.5], [18.5, 20.5, 26.5, 28.5]]  # means of 2x2 cells
     assert model.features(x).tolist() == expected
@@ -316,7 +317,7 @@ def test_masked_loss_of_an_image_does_not_depend_on_its_batch():
 def every_model():
     """(model, images) of every kind that has classes."""
     yield small_vit(), torch.rand(3, 3, 16, 16)
-    yield vit.PixelLinear(8), torch.rand(3, 1, 16, 16)
+    yield models.PixelLinear(8), torch.rand(3, 1, 16, 16)
 
 
 def test_model_contract():
@@ -329,7 +330,7 @@ def test_model_contract():
         assert names[-1] == "head" and parts[-1] is model.head and len(set(names)) == len(names)
         assert model.features(x).shape == (3, model.head.in_features)
         assert (
-            vit.build_model(json.loads(json.dumps({"kind": model.kind, **model.config}))).config
+            models.build_model(json.loads(json.dumps({"kind": model.kind, **model.config}))).config
             == model.config
         )
 
@@ -339,11 +340,11 @@ def test_ensemble_is_the_mean_of_probabilities():
     config."""
     torch.manual_seed(0)
     members = [randomise(small_vit(in_chans=1), i).eval() for i in range(2)] + [
-        randomise(vit.PixelLinear(8), 3)
+        randomise(models.PixelLinear(8), 3)
     ]
     configs = [{"kind": m.kind, **m.config} for m in members]
     means, stds = [[0.5], [0.2], [0.0]], [[0.5], [0.1], [1.0]]
-    model = vit.Ensemble(configs, means, stds).eval()
+    model = models.Ensemble(configs, means, stds).eval()
     for own, member in zip(model.members, members):
         own.load_state_dict(member.state_dict())
         own.head.weight.data *= 30  # saturates float32 probabilities
@@ -354,11 +355,11 @@ def test_ensemble_is_the_mean_of_probabilities():
     expected = torch.stack(parts).mean(0)
     assert torch.allclose(found.softmax(1), expected, atol=1e-6)
     assert torch.allclose(found, expected.log(), atol=1e-4)
-    again = vit.build_model(json.loads(json.dumps({"kind": "ensemble", **model.config}))).eval()
+    again = models.build_model(json.loads(json.dumps({"kind": "ensemble", **model.config}))).eval()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
     with pytest.raises(InputError, match="two or more"):
-        vit.Ensemble(configs[:1], means[:1], stds[:1])
+        models.Ensemble(configs[:1], means[:1], stds[:1])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_ensemble_is_the_mean_of_probabilities():
 )
 def test_sizes_out_of_proportion_are_refused(changes):
     with pytest.raises(InputError):
-        vit.build_model({"kind": "vit", **small_vit().config, **changes})
+        models.build_model({"kind": "vit", **small_vit().config, **changes})
 
 
 @pytest.mark.parametrize("readout", ["cls", "mean", "cls+mean"])
@@ -393,7 +394,7 @@ def test_readout(readout):
     expected = {"cls": tokens[:, 0], "mean": mean, "cls+mean": torch.cat([tokens[:, 0], mean], 1)}[readout]
     assert torch.allclose(model.features(x), expected, atol=1e-6)
     assert torch.allclose(model(x), model.head(expected), atol=1e-6)
-    rebuilt = vit.build_model({"kind": "vit", **model.config})
+    rebuilt = models.build_model({"kind": "vit", **model.config})
     rebuilt.load_state_dict(model.state_dict())
 
 
@@ -415,7 +416,7 @@ def test_layer_scale_and_registers_reach_every_parameter():
 )
 def test_wrong_extras_are_refused(config):
     with pytest.raises(InputError):
-        vit.build_model({"kind": "vit", "img_size": 32, "patch_size": 8, **config})
+        models.build_model({"kind": "vit", "img_size": 32, "patch_size": 8, **config})
 
 
 def test_a_plain_vit_is_described_as_before():
