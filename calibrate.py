@@ -114,7 +114,7 @@ def make_ensemble(folders, out, overwrite):
         )
     first = runs[0]
     for other in runs:
-        if other.kind not in ("vit", "linear"):
+        if other.kind not in ("vit", "linear", "cnn"):
             raise common.InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
         names = ("img_size", "resize", "normalise", "classes", "input", "lungs_sha256")
         differ = [n for n in names if getattr(other.config, n) != getattr(first.config, n)]

@@ -19,9 +19,9 @@ SYNTHETIC_DIR = "Data/synthetic"
 SYNTHETIC_PX = 96  # side of a model's input: small, so that the first command ends soon on any machine
 
 
-def prepare(args, patch=1):
-    """Draw or download the data that the parsed data flags ask for; fills in --data-dir and --img-size, the
-    latter by the multiple of `patch` that is nearest to the usual size.
+def prepare(args, size=lambda usual: usual):
+    """Draw or download the data that the parsed data flags ask for; fills in --data-dir, and --img-size by
+    what `size` makes of the usual one.
 
     InputError, before any work, for flags that do not go together and a --cache-dir that is a file."""
     if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
@@ -30,7 +30,7 @@ def prepare(args, patch=1):
         raise InputError("--demo brings its own data: leave out --data-dir, --labels and --download")
     if args.img_size is None:
         usual = SYNTHETIC_PX if args.demo else DataConfig().img_size
-        args.img_size = max(1, round(usual / patch)) * patch
+        args.img_size = size(usual)
     if args.demo:
         args.data_dir = SYNTHETIC_DIR
         make_synthetic(SYNTHETIC_DIR)

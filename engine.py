@@ -16,7 +16,7 @@ from tqdm import tqdm
 import data
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
 from device import autocast, device_name, gather, processes, stop_requests, versions
-from optimiser import learning_rate, parameter_groups
+from optimiser import learning_rate, parameter_groups, plateau_factor
 from recipe import differences
 from split import epoch_order
 
@@ -71,7 +71,10 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     features = torch.cat(features).to(inputs.device)  # (views * N, D)
     all_targets = np.concatenate([train.targets] * len(outputs))
     targets = torch.from_numpy(all_targets).to(inputs.device)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=recipe.weight_decay)
+    decay = recipe.weight_decay if recipe.head_decay is None else recipe.head_decay
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
+    say_stage(model, stage)
+    model.head.train()
     for epoch in range(stage.epochs):
         order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance)
         total = 0.0
@@ -89,8 +92,19 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
         )
     seconds = time.perf_counter() - started
     say(f"head alone, {stage.epochs} epochs on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
+    model.head.eval()
     with torch.no_grad():
         return mean, model.head(features[: len(train)]).cpu()
+
+
+def say_stage(model, stage, backbone_lr_scale=1.0):
+    """A line on what a Stage trains, and at what rate."""
+    head = stage.trains == "head"
+    count, total = (sum(p.numel() for p in m.parameters()) for m in (model.head if head else model, model))
+    rate = f"lr {stage.lr:.1e}"
+    rate += f", below the head {stage.lr * backbone_lr_scale:.1e}" if backbone_lr_scale != 1 else ""
+    what = "the head alone" if head else "everything"
+    say(f"stage: {what}, {stage.epochs} epochs, {count:,} of {total:,} parameters, {rate}")
 
 
 class Loop:
@@ -167,7 +181,7 @@ class Loop:
             torch.manual_seed(
                 recipe.seed + self.rank * 1_000_003
             )  # other augmentations than the first process's
-        groups = parameter_groups(model, recipe.weight_decay)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
         self.average = (
             AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
@@ -238,7 +252,11 @@ class Loop:
 
     def _done(self):
         epoch, recipe = self.state["epoch"], self.recipe
-        waited = epoch - self.state["best_epoch"] >= recipe.patience and "patience" not in self.plan.unused
+        last = self.state["best_epoch"]
+        if recipe.stop_on == "loss" and self.state["history"]:
+            losses = [row["val_loss"] for row in self.state["history"]]
+            last = losses.index(min(losses)) + 1
+        waited = epoch - last >= recipe.patience and "patience" not in self.plan.unused
         return epoch >= recipe.epochs or epoch * self.steps >= self.total or waited
 
     def _interrupted(self, signum):
@@ -277,7 +295,10 @@ class Loop:
         recipe = self.recipe
         step = self.state["epoch"] * self.steps + self.state["step"]
         warmup = min(recipe.warmup_epochs * self.steps, self.total)
-        return learning_rate(step, self.total, warmup, recipe.lr, recipe.schedule)
+        peak = recipe.lr
+        if recipe.schedule == "plateau":
+            peak *= plateau_factor([self.objective.merit(row) for row in self.state["history"]])
+        return learning_rate(step, self.total, warmup, peak, recipe.schedule, recipe.min_lr)
 
     def _train_epoch(self, source, stop):
         """Run the rest of the epoch in `state`; returns whether to stop.
@@ -305,7 +326,7 @@ class Loop:
             for index in batches[state["step"] :]:
                 state["lr"] = self._rate()
                 for group in self.optimizer.param_groups:
-                    group["lr"] = state["lr"]
+                    group["lr"] = state["lr"] * group.get("lr_scale", 1.0)  # absent in older last.pth
                 self.optimizer.zero_grad(set_to_none=True)
                 running[0] += self.backward(source, index)
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)

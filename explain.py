@@ -51,13 +51,17 @@ class Explainer:
 
     def __init__(self, run, device, *, methods, layer=-1, target=None, finding=None):
         self.run, self.config, self.methods, self.layer = run, run.config, methods, layer
-        model = run.model() if run.kind in ("vit", "ensemble") else None
-        vits = maps.transformers(model) if model else []
-        if not vits:
-            raise common.InputError(f"{run} has no Vision Transformer: there are no patches to explain")
-        depth = min(len(vit.blocks) for vit in vits)
-        if not -depth <= layer < depth:
+        model = run.model() if run.kind in ("vit", "cnn", "ensemble") else None
+        parts = maps.explainable(model) if model else []
+        if not parts:
+            raise common.InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
+        depth = min((len(part.blocks) for part in parts if part.kind == "vit"), default=None)
+        if depth is not None and not -depth <= layer < depth:
             raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
+        if depth is None:  # attention is a transformer's
+            self.methods = [method for method in methods if method != "rollout"]
+            if not self.methods:
+                raise common.InputError(f"{run} has no attention to roll out: --method gradcam")
         self.calibration, task = run.calibration(), run.task
         if finding is not None and finding not in task.findings:
             raise common.InputError(f"--finding {finding} is not one of {', '.join(task.findings)}")

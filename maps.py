@@ -25,9 +25,11 @@ BATCH = {"gradcam": 16, "rollout": 4}  # images at once: rollout keeps the atten
 STEPS = 15  # points of a deletion or insertion curve
 
 
-def transformers(model):
-    """The Vision Transformers that make up a model: itself, members of an ensemble, or none."""
-    return [m for m in _members(model) if m.kind == "vit"]
+def explainable(model, method="gradcam"):
+    """The Vision Transformers and, for Grad-CAM, CNNs that make up a model: itself, members of an ensemble,
+    or none."""
+    kinds = ("vit", "cnn") if method == "gradcam" else ("vit",)
+    return [m for m in _members(model) if m.kind in kinds]
 
 
 def _members(model):
@@ -53,7 +55,8 @@ def as_answer(target):
 
 
 def grad_cam(model, x, target=1, layer=-1):
-    """Grad-CAM of logit `target` of a VisionTransformer at the output of blocks[layer].norm1.
+    """Grad-CAM of logit `target` of a VisionTransformer at the output of blocks[layer].norm1, or of a Cnn at
+    its last feature map.
 
     x: scaled images [B, C, H, W] -> float32 [B, h, w]. Channel weights are the mean gradient over the patch
     tokens; [CLS] and registers are left out; ReLU. The model runs in eval mode and is left as it was (mode,
@@ -65,7 +68,8 @@ def grad_cam(model, x, target=1, layer=-1):
         kept.append(output if output.requires_grad else output.requires_grad_())
         return kept[0]
 
-    handle = model.blocks[layer].norm1.register_forward_hook(keep)
+    place = model.tap if model.kind == "cnn" else model.blocks[layer].norm1
+    handle = place.register_forward_hook(keep)
     try:
         with _eval_mode(model), torch.enable_grad():
             score = (
@@ -74,6 +78,9 @@ def grad_cam(model, x, target=1, layer=-1):
             (gradient,) = torch.autograd.grad(score, kept[0])
     finally:
         handle.remove()
+    if model.kind == "cnn":  # (B, D, h, w)
+        weight = gradient.mean((2, 3), keepdim=True)
+        return (kept[0].detach() * weight).sum(1).relu().float()
     tokens, gradient = kept[0].detach()[:, model.prefix :], gradient[:, model.prefix :]  # (B, h*w, D)
     weighted = tokens * gradient.mean(dim=1, keepdim=True)
     return weighted.sum(-1).relu().unflatten(1, model.grid_size).float()
@@ -105,13 +112,15 @@ def rollout(attention):
 
 
 def compute(method, model, x, layer=-1, target=1):
-    """Maps float32 [B, h, w] by one of METHODS, of a VisionTransformer or of an Ensemble that has one.
+    """Maps float32 [B, h, w] by one of METHODS, of a VisionTransformer, a Cnn (Grad-CAM only), or an Ensemble
+    that has one.
 
     x: the model's inputs [B, C, H, W], as Inputs.scale gives them. `layer` and `target` matter to Grad-CAM
     only. If members of an ensemble differ in patch size, the map has the grid of the smallest patches.
     """
     if model.kind == "ensemble":
-        pairs = [(m, part) for m, part in zip(model.members, model.scaled(x)) if m.kind == "vit"]
+        chosen = explainable(model, method)
+        pairs = [(m, part) for m, part in zip(model.members, model.scaled(x)) if m in chosen]
         maps = [compute(method, m, part, layer, target) for m, part in pairs]
         grid = max(m.shape[1:] for m in maps)
         maps = [F.interpolate(m.unsqueeze(1), size=grid, mode="area")[:, 0] for m in maps]
@@ -166,7 +175,8 @@ def randomised(model):
         for module in itertools.chain.from_iterable(part.modules() for _, part in filter(None, step)):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         yield name, model
 
 

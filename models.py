@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cnn import Cnn
 from common import InputError
 from lungs import LungNet
 from vit import MaskedAutoencoder, VisionTransformer
@@ -108,9 +109,9 @@ def check_config(config):
 
 def build_model(config):
     """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
-    "ensemble" | "lungs", **its keywords}. InputError for an unknown kind or a size that is out of all
+    "ensemble" | "lungs" | "cnn", **its keywords}. InputError for an unknown kind or a size that is out of all
     proportion."""
-    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet)}
+    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn)}
     config = dict(config)
     kind = config.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:

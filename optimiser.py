@@ -1,22 +1,60 @@
-"""What AdamW is given: the learning rate of each step, and which parameters decay."""
+"""What AdamW is given: the learning rate of each step and layer, and which parameters decay."""
 
 import math
 
+PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
 
-def learning_rate(step, total, warmup, peak, schedule="cosine"):
+
+def learning_rate(step, total, warmup, peak, schedule="cosine", floor=0.0):
     """Rate at 0-based `step` of `total`: linear from peak/warmup to peak over `warmup` steps, then
-    "cosine" to 0 at `total` (Loshchilov and Hutter 2017, arXiv:1608.03983) or "constant"."""
+    "cosine" to `floor` at `total` (Loshchilov and Hutter 2017, arXiv:1608.03983), else `peak`."""
     if step < warmup:
         return peak * min(1.0, (step + 1) / warmup)
-    if schedule == "constant":
+    if schedule != "cosine":
         return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(model, weight_decay):
-    """Two groups: weight decay on matrices and kernels; none on biases, norms, cls_token, pos_embed."""
-    decay, plain = [], []
+def plateau_factor(merits):
+    """What a learning rate is multiplied by after epochs of these merits: it halves whenever more than two
+    epochs in a row brought nothing better (torch's ReduceLROnPlateau with threshold 0)."""
+    best, waited, factor = -math.inf, 0, 1.0
+    for merit in merits:
+        best, waited = (merit, 0) if merit > best else (best, waited + 1)
+        if waited > PLATEAU_PATIENCE:
+            factor, waited = factor * PLATEAU_FACTOR, 0
+    return factor
+
+
+def rate_scales(model, backbone=1.0, layer_decay=1.0):
+    """{parameter name: factor of its learning rate}: for the head 1; for everything else `backbone` times
+    layer_decay ** d, d layers below the head (Clark et al. 2020, arXiv:2003.10555; Bao et al. 2022,
+    arXiv:2106.08254).
+
+    A parameter outside model.layers() belongs to the last layer below the head if it is a norm's, else to the
+    first: [CLS], positions."""
+    layers = [module for _, module in model.layers()]
+    depth = {id(p): i for i, module in enumerate(layers) for p in module.parameters()}
+    top, scales = len(layers) - 1, {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim <= 1 or name.endswith(("_token", "pos_embed")) else decay).append(p)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        layer = depth.get(id(p), max(0, top - 1) if name.startswith("norm.") else 0)
+        scales[name] = 1.0 if layer == top else backbone * layer_decay ** (top - layer)
+    return scales
+
+
+def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
+    """Groups for an optimiser, each with its "weight_decay" and its "lr_scale" (see rate_scales): weight
+    decay on matrices and kernels; none on biases, norms, tokens and pos_embed."""
+    one_rate = backbone == layer_decay == 1
+    scales = {} if one_rate else rate_scales(model, backbone, layer_decay)
+    groups = {}
+    for decays in (True, False):
+        for name, p in model.named_parameters():
+            plain = p.ndim <= 1 or name.endswith(("_token", "pos_embed"))
+            if p.requires_grad and plain != decays:
+                groups.setdefault((decays, scales.get(name, 1.0)), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay * decays, "lr_scale": scale}
+        for (decays, scale), params in groups.items()
+    ]

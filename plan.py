@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from device import (
     seed_everything,
     versions,
 )
-from engine import Loop, fit_head
+from engine import Loop, fit_head, say_stage
 from inputs import Inputs
 from objective import Supervised, with_both_classes
 from run import Run
@@ -67,9 +68,9 @@ def run_from_args(args, suffix=""):
     return run
 
 
-def plans_from_args(parser, defaults, patch_of=lambda args: 1):
-    """Parse the command line -> (args, [Plan, ...]), one a seed. `patch_of(args)`: the patch size, which the
-    default of --img-size is a multiple of.
+def plans_from_args(parser, defaults, size=lambda args, usual: usual):
+    """Parse the command line -> (args, [Plan, ...]), one a seed. `size(args, usual)`: the default of
+    --img-size where other models take `usual`.
 
     Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
     asked to. With --seeds and --resume, seeds not begun are begun.
@@ -80,9 +81,8 @@ def plans_from_args(parser, defaults, patch_of=lambda args: 1):
     runs = [run_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
     device = pick_device(args.device)
     amp = fast_bf16(device) if args.amp is None else args.amp
-    patch = patch_of(args)
     with first_process_first():  # nothing is written before every process has checked the flags and folders
-        demo.prepare(args, patch)
+        demo.prepare(args, partial(size, args))
         config = data.DataConfig.from_args(args)
     if config.task.kind == "sigmoid" and recipe.balance not in ("weights", "none"):
         raise InputError(
@@ -143,6 +143,8 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
             loop.state["head_seconds"] = time.perf_counter() - started
             if not recipe.epochs:
                 loop.keep_head(loss, outputs, stage)
+    if recipe.freeze_epochs and recipe.epochs:
+        say_stage(model, recipe.stages[-1], recipe.backbone_lr_scale)
     return loop.fit(train_set, val_set)
 
 

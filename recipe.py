@@ -14,6 +14,7 @@ from split import BALANCES
 RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
 STEPS = Number(int, 0, 2**31)
+SCHEDULES = ("cosine", "constant", "plateau")
 
 
 class Stage(NamedTuple):
@@ -39,12 +40,25 @@ class Recipe:
     weight_decay: float = flag(
         0.05, "of AdamW; not on biases, norms, [CLS], positions", Number(float, 0, 100), "X"
     )
-    schedule: str = "cosine"
+    schedule: str = flag(
+        "cosine",
+        "of the learning rate after the warm-up; plateau: halved when nothing gets better",
+        SCHEDULES,
+    )
+    min_lr: float = 0.0  # where cosine ends
+    backbone_lr_scale: float = flag(1.0, "learning rate of all but the head, times this", RATE, "X")
+    layer_decay: float = flag(
+        1.0,
+        "learning rate of each layer, as a share of the next one's, in (0, 1]",
+        Number(float, 0, 1, True),
+        "X",
+    )
     warmup_epochs: float = 1.0
     clip: float = 1.0
     watch: str = flag(
         "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
     )
+    stop_on: str = "best"  # what patience waits for: a new best epoch, or a lower validation "loss"
     patience: int = flag(5, "stop after N epochs without a better one", COUNT, "N")
     max_steps: int = flag(
         None,
@@ -71,6 +85,7 @@ class Recipe:
     drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
     freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
     head_lr: float = flag(1e-3, "learning rate of that stage", RATE, "X")
+    head_decay: float = None  # weight decay of that stage; None: weight_decay
     probe_views: int = flag(
         0, "in that stage, augmented views of each image beside itself", Number(int, 0, 1000), "N"
     )
@@ -84,7 +99,17 @@ class Recipe:
         return [*head, Stage("all", self.epochs, self.lr)]
 
 
-SUPERVISED = ("watch", "patience", "label_smoothing", "balance", "patch_drop", "drop_path", "drop_rate")
+SUPERVISED = (
+    "layer_decay",
+    "backbone_lr_scale",
+    "watch",
+    "patience",
+    "label_smoothing",
+    "balance",
+    "patch_drop",
+    "drop_path",
+    "drop_rate",
+)
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
 
@@ -170,7 +195,8 @@ def parse(parser, defaults, argv=None):
             "--epochs 0 trains nothing"
             + (": give --freeze-epochs for a linear probe" if "freeze_epochs" in values else "")
         )
-    return args, replace(Recipe(), **values), parse_augment(args.augment)
+    fixed = {k: v for k, v in chosen.items() if k in flags and not hasattr(args, k)}  # no flag of their own
+    return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
 
 
 def to_json(recipe, augment, amp, unused=()):

@@ -53,10 +53,12 @@ def main():
         group.add_argument(f"--{name}", type=kind, nargs=3, default=None, metavar="X", help=text)
     recipe.add_arguments(parser, DEFAULTS)
 
-    def patch_of(args):
-        return npz_loader.config_from_npz(args.weights)["patch_size"]
+    def size(args, usual):
+        """The multiple of the patch that is nearest to the usual size."""
+        patch = npz_loader.config_from_npz(args.weights)["patch_size"]
+        return max(1, round(usual / patch)) * patch
 
-    args, plans = plan.plans_from_args(parser, DEFAULTS, patch_of)
+    args, plans = plan.plans_from_args(parser, DEFAULTS, size)
 
     shape = npz_loader.config_from_npz(args.weights)
     for p in plans:

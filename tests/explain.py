@@ -129,8 +129,8 @@ def test_map_of_an_ensemble_is_the_mean_of_its_members_maps(method):
         want = sum(m / m.sum((1, 2), keepdim=True).clamp(min=1e-12) for m in (a, b)) / 2
         got = maps.compute(method, model, grey, 0, target)
         assert want.max() > 0.05 and torch.allclose(got, want, atol=1e-6)
-    assert [m.embed_dim for m in maps.transformers(model)] == [24, 24] and len(maps.transformers(fine)) == 1
-    assert maps.transformers(models.PixelLinear()) == []
+    assert [m.embed_dim for m in maps.explainable(model)] == [24, 24] and len(maps.explainable(fine)) == 1
+    assert maps.explainable(models.PixelLinear()) == []
 
 
 # ---------------------------------------------------------------- are they true?

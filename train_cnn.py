@@ -1,0 +1,81 @@
+"""Fine-tune a convolutional network of timm in two stages: first the head, then everything, gently.
+
+    python train_cnn.py --model tf_efficientnet_lite0 --weights weights/tf_efficientnet_lite0.safetensors
+
+--model is any CNN of timm (pip install timm). Weights come from a file, or with --pretrained from timm's own
+download; without either they are random. Input size and scaling are those of timm's weights. Writes
+checkpoint.pth, last.pth and results.json to outputs/cnn.
+"""
+
+import cnn
+import common
+import data
+import plan
+import recipe
+
+# The settings of earlier work on this set; EXPERIMENTS.md has what the default was made on.
+TWO_STAGES = dict(
+    freeze_epochs=5,
+    head_lr=1e-4,
+    head_decay=0.0,
+    epochs=15,
+    lr=3e-5,
+    backbone_lr_scale=1 / 6,
+    weight_decay=0.01,
+    warmup_epochs=0.0,
+    min_lr=1e-7,
+    label_smoothing=0.1,
+    watch="accuracy",
+    stop_on="loss",
+)
+BATCH = {"convnextv2_base": 16, "tf_efficientnetv2_m": 16, "tf_efficientnetv2_l": 8}  # else 32
+
+
+def defaults(name):
+    """The Defaults for a model of timm."""
+    common_part = {**TWO_STAGES, "batch_size": BATCH.get(name, 32)}
+    return recipe.Defaults(
+        out="outputs/cnn",
+        recipes={
+            "default": {**common_part, "augment": "strong"},
+            "paper": {**common_part, "augment": "plain"},
+        },
+        unused=("drop_rate", "patch_drop", *recipe.MASKED),
+    )
+
+
+def main():
+    early = common.Parser(None, add_help=False)  # the model decides the default of --batch-size
+    early.add_argument("--model", default="convnextv2_tiny")
+    chosen = defaults(early.parse_known_args()[0].model)
+    parser = common.Parser(__doc__)
+    data.add_arguments(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="a CNN of timm")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument("--weights", metavar="PATH", help="its weights, a timm .pth or .safetensors")
+    weights.add_argument("--pretrained", action="store_true", help="let timm download its weights")
+    recipe.add_arguments(parser, chosen)
+
+    def size(args, usual):
+        return usual if args.demo else cnn.usual_size(args.model)
+
+    args, plans = plan.plans_from_args(parser, chosen, size)
+    for p in plans:
+        p.seed()
+        model = cnn.Cnn(args.model, p.config.task.outputs, p.recipe.drop_path)
+        more = {}
+        if args.weights:
+            more["weights"] = cnn.load_weights(model, args.weights)
+        elif args.pretrained:
+            more["weights"] = cnn.download(model)
+        else:
+            common.say(
+                f"note: {args.model} starts from random weights; --weights or --pretrained name others"
+            )
+        mean, std = model.scaling
+        plan.train(p, model, name=args.model, mean=mean, std=std, **more)
+
+
+if __name__ == "__main__":
+    common.start(main)
