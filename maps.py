@@ -183,7 +183,7 @@ def randomised(model):
 def regions(maps, lungs):
     """Share of maps [N, h, w] on the lungs, masks bool [N, S, S], and on the outer tenth of the image, with
     the areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image,
-    "border_..."}."""
+    "border_..."}. An image without a mask is left out of the lungs' figures, unless none has one."""
     side = lungs.shape[-1]
     border = np.ones((side, side), bool)
     border[side // 10 : side - side // 10, side // 10 : side - side // 10] = False
@@ -194,10 +194,12 @@ def regions(maps, lungs):
         masks = lung, border
         shares.append([(full * mask).sum() for mask in masks])
         areas.append([mask.mean() for mask in masks])
+    known = lungs.any(axis=(1, 2))
+    rows = {"lung": known if known.any() else ~known, "border": np.ones(len(lungs), bool)}
     out = {}
-    for i, name in enumerate(("lung", "border")):
-        out[f"{name}_share"] = mean_interval(np.array(shares)[:, i])
-        out[f"{name}_area"] = float(np.array(areas)[:, i].mean())
+    for i, name in enumerate(rows):
+        out[f"{name}_share"] = mean_interval(np.array(shares)[rows[name], i])
+        out[f"{name}_area"] = float(np.array(areas)[rows[name], i].mean())
     return out
 
 

@@ -167,6 +167,12 @@ def test_regions_of_maps():
     even = maps.regions(np.ones((4, 20, 20), np.float32), lungs)
     assert even["border_share"]["mean"] == pytest.approx(0.36, abs=1e-3)
     assert even["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3)
+    lungs[0] = False  # no mask is known of this one
+    some = maps.regions(np.ones((4, 20, 20), np.float32), lungs)
+    assert some["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3) and some["lung_area"] == pytest.approx(
+        0.3
+    )
+    assert maps.regions(edge, lungs & False)["lung_area"] == 0
 
 
 @pytest.mark.parametrize("readout", ["cls", "mean", "cls+mean"])
