@@ -20,6 +20,9 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from skimage import data as pictures
+from skimage import img_as_ubyte
 from skimage.measure import label
 from skimage.morphology import convex_hull_image, dilation, disk
 from sklearn.linear_model import LogisticRegression
@@ -33,11 +36,15 @@ import common
 import data
 import lungs
 import masks
+from images import to_square
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 PARTS = ("train", "val", "test")
+PICTURES = "camera coins moon page text brick grass gravel clock cell shepp_logan_phantom horse checkerboard "
+PICTURES += "astronaut coffee cat rocket colorwheel immunohistochemistry retina hubble_deep_field"
+PICTURES = PICTURES.split()  # those that scikit-image ships
 SMALL = 128  # px, of convex and dilated masks
 
 
@@ -158,6 +165,15 @@ def contours(subset, true, path, count=40):
     plt.close(figure)
 
 
+def refused(finder):
+    """(on how many pictures of scikit-image, none a radiograph, the finder finds no lungs; of how many)."""
+    found = []
+    for name in PICTURES:
+        picture = Image.fromarray(img_as_ubyte(getattr(pictures, name)()))
+        found.append(finder(to_square(picture.convert("L"), 224, "squash")[None])[0])
+    return int((~lungs.plausible(np.stack(found))).sum()), len(found)
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--data-dir", default=data.DEFAULT_DIR, metavar="DIR", help="the images")
@@ -173,6 +189,11 @@ def main():
         sets[name] = load(config, source)
         seconds, count = time.perf_counter() - begin, sum(map(len, sets[name].values()))
         print(f"masks of {name}: {seconds:.1f} s for {count} images")
+    print(
+        "no lungs found on {} of {} pictures that are no radiographs".format(
+            *refused(masks.Finder(args.unet))
+        )
+    )
     true = sets["people"]
     contours(sets["U-Net"]["test"], true["test"], Path(args.work, "contours.png"))
     print(overlap_table({name: sets[name] for name in ("U-Net", "heuristic")}, true), "\n", flush=True)

@@ -14,7 +14,7 @@ from PIL import Image
 import common
 import data
 import demo
-from studies import kermany, signals
+from studies import kermany, lung_masks, signals
 from studies.nih import load_nih
 from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
 
@@ -246,3 +246,25 @@ def test_studies_run_as_scripts_from_anywhere(tmp_path):
     )
     assert done.returncode == 2 and "no finished runs under nowhere" in done.stderr
     refused(cli("studies.kermany", cwd=tmp_path), "--stamps --border is required")
+
+
+def test_overlap_of_masks_and_their_shapes():
+    rng = np.random.default_rng(0)
+    found, truth = rng.random((2, 5, 12, 12)) > 0.5
+    dice, iou = lung_masks.overlaps(found, truth)
+    for a, b, d, i in zip(found, truth, dice, iou):
+        pairs = list(zip(a.ravel(), b.ravel()))
+        both, either = sum(x and y for x, y in pairs), sum(x or y for x, y in pairs)
+        assert i == pytest.approx(both / either) and d == pytest.approx(2 * i / (1 + i))
+    ring = np.zeros((1, 40, 40), bool)
+    ring[0, 5:30, 5:30] = True
+    ring[0, 10:20, 10:30] = False
+    hull = lung_masks.convex(ring)
+    assert hull[0, 5:30, 5:30].all() and not hull[0, :4].any()
+    grown = lung_masks.dilated(ring)
+    assert (grown & ring == ring).all() and grown[0, 3, 15] and not grown[0, 2, 15]
+    assert [lung_masks.group(f) for f in ("a/person1_virus_2.jpeg", "b/IM-1.jpeg", "NORMAL2-IM-3.jpeg")] == [
+        "virus",
+        "NORMAL, IM-",
+        "NORMAL, NORMAL2-",
+    ]
