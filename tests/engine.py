@@ -364,6 +364,41 @@ def test_best_epoch_and_patience(tmp_path):
     assert same_tensors(kept, states[1]) and not same_tensors(kept, states[3])
 
 
+def test_patience_can_wait_for_the_loss(tmp_path, monkeypatch):
+    """The AUROC gets better in every epoch, the loss only until the second: two more end the run."""
+    losses, aurocs = iter([0.5, 0.4, 0.45, 0.42, 0.3, 0.2]), iter([0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+    real = engine.Loop._validate
+    monkeypatch.setattr(engine.Loop, "_validate", lambda *a: {**real(*a), "val_loss": next(losses)})
+    objective = ToyObjective(watch=lambda: next(aurocs))
+    results = toy_fit(tmp_path, epochs=6, objective=objective, patience=2, stop_on="loss")
+    assert len(results["history"]) == 4 and results["best_epoch"] == 4
+
+
+def test_plateau_halves_the_rate_of_every_group(tmp_path):
+    """After three epochs without a better one the rate is half; below the head it is a tenth."""
+    aurocs, seen = iter([0.9, 0.8, 0.8, 0.8, 0.8]), []
+    loop = toy_loop(
+        tmp_path,
+        objective=ToyObjective(watch=lambda: next(aurocs)),
+        epochs=5,
+        schedule="plateau",
+        warmup_epochs=0.0,
+        backbone_lr_scale=0.1,
+    )
+    real = loop._train_epoch
+
+    def watched(*args):
+        done = real(*args)
+        seen.append(sorted({group["lr"] for group in loop.optimizer.param_groups}))
+        return done
+
+    loop._train_epoch = watched
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        loop.fit(toy_subset(40, 0), toy_subset(20, 1))
+    assert [rates[-1] for rates in seen] == pytest.approx([1e-3] * 4 + [5e-4])
+    assert all(rates == pytest.approx([rates[-1] / 10, rates[-1]]) for rates in seen)
+
+
 def test_every_image_once_an_epoch_in_a_new_order(tmp_path, monkeypatch):
     seen, real = [], data.Batches.get
 
