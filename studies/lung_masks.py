@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -37,6 +38,7 @@ import data
 import lungs
 import masks
 from images import to_square
+from inputs import Inputs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -174,6 +176,29 @@ def refused(finder):
     return int((~lungs.plausible(np.stack(found))).sum()), len(found)
 
 
+def speeds(subset, unet, count=640):
+    """Markdown: images a second of processor time, on one thread, of making masks and of batches that use
+    them."""
+    torch.set_num_threads(1)
+    lines, pixels = ["| step | images/s |", "| --- | ---: |"], subset.pixels(np.arange(count))
+
+    def add(name, work, images=count):
+        work(torch.arange(32))  # warm-up
+        begin = time.process_time()
+        for chunk in torch.arange(images).split(32):
+            work(chunk)
+        lines.append(f"| {name} | {images / (time.process_time() - begin):.0f} |")
+
+    for name, source, images in (("U-Net", unet, count), ("heuristic", masks.HEURISTIC, 64)):
+        finder = masks.Finder(source)
+        add(f"masks by the {name}", partial(lambda find, chunk: find(pixels[chunk.numpy()]), finder), images)
+    for look in lungs.LOOKS:
+        inputs = Inputs((0.5,) * 3, (0.5,) * 3, torch.device("cpu"), look=look)
+        batches = data.Batches(subset, inputs)
+        add(f"a batch, --input {look}", partial(lambda i, b, chunk: i.scale(b.get(chunk).x), inputs, batches))
+    return "\n".join(lines)
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--data-dir", default=data.DEFAULT_DIR, metavar="DIR", help="the images")
@@ -181,8 +206,11 @@ def main():
     parser.add_argument("--masks", required=True, metavar="NPZ", help="the true masks")
     parser.add_argument("--unet", default=masks.SHIPPED, metavar="PATH", help="weights of train_lungs.py")
     parser.add_argument("--work", default="outputs", metavar="DIR", help="where contours.png is written")
+    parser.add_argument("--speed", action="store_true", help="print images a second instead")
     args = parser.parse_args()
     config = data.DataConfig(args.data_dir, cache_dir=args.cache_dir)
+    if args.speed:
+        return print(speeds(load(config, args.unet)["train"], args.unet))
     sets = {}
     for name, source in (("people", args.masks), ("U-Net", args.unet), ("heuristic", masks.HEURISTIC)):
         begin = time.perf_counter()
