@@ -88,26 +88,6 @@ class LungNet(nn.Module):
         return ((large > 0) & sure).float()
 
 
-class Segmentation:
-    """What train_lungs.py minimises: LungNet's own loss. The epoch with the greatest mean Dice is best."""
-
-    @staticmethod
-    def losses(outputs, targets):
-        return outputs[:, 0]
-
-    @staticmethod
-    def weights(targets):
-        return torch.ones(len(targets), device=targets.device)
-
-    @staticmethod
-    def watch(targets, outputs, side="val"):
-        return {f"{side}_dice": float((outputs[:, 1] / outputs[:, 2].clamp(min=1)).mean())}
-
-    @staticmethod
-    def merit(row):
-        return row["val_dice"]
-
-
 def load_net(path):
     """LungNet with the weights in a .safetensors file, float32, in eval mode. InputError if it is no such
     file."""

@@ -75,3 +75,15 @@ class Reconstruction:
     @staticmethod
     def merit(row):
         return -row["val_loss"]
+
+
+class Segmentation(Reconstruction):
+    """The loss of lungs.LungNet, which computes it itself; the greatest mean Dice on validation is best."""
+
+    @staticmethod
+    def watch(targets, outputs, side="val"):
+        return {f"{side}_dice": float((outputs[:, 1] / outputs[:, 2].clamp(min=1)).mean())}
+
+    @staticmethod
+    def merit(row):
+        return row["val_dice"]

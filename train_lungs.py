@@ -19,6 +19,7 @@ import lungs
 import masks
 import plan
 import recipe
+from objective import Segmentation
 
 DEFAULTS = recipe.Defaults(
     out="outputs/lungs",
@@ -60,7 +61,7 @@ def main():
         p = replace(p, config=replace(p.config, **source))
         p.seed()
         model = lungs.LungNet()
-        plan.train(p, model, name="lungs", mean=(0.0,), std=(1.0,), objective=lungs.Segmentation)
+        plan.train(p, model, name="lungs", mean=(0.0,), std=(1.0,), objective=Segmentation)
         export(p.run)
 
 

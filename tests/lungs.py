@@ -17,6 +17,7 @@ import masks
 from augment import Augment
 from common import InputError
 from inputs import Inputs
+from objective import Segmentation
 from tests.shared import cli, predict_rows, read_json, refused, succeed
 
 SHARED = Path(__file__).resolve().parents[1].with_name("shared")
@@ -102,8 +103,8 @@ def test_lung_net_learns_and_every_parameter_has_a_gradient():
         if step == 0:
             assert all(p.grad is not None and p.grad.any() for p in net.parameters())
         optimizer.step()
-    row = lungs.Segmentation.watch(None, outputs.detach())
-    assert row["val_dice"] > 0.85 and lungs.Segmentation.merit(row) == row["val_dice"]
+    row = Segmentation.watch(None, outputs.detach())
+    assert row["val_dice"] > 0.85 and Segmentation.merit(row) == row["val_dice"]
 
 
 def test_lung_net_does_not_depend_on_exposure():
