@@ -21,8 +21,9 @@ class Supervised:
 
     The AUROC is the mean over the findings that have both classes."""
 
-    def __init__(self, task, class_weights=None, label_smoothing=0.0, watched="auroc"):
-        self.losses = partial(task.losses, class_weights=class_weights, label_smoothing=label_smoothing)
+    def __init__(self, task, class_weights=None, label_smoothing=0.0, watched="auroc", focal_gamma=0.0):
+        how = dict(label_smoothing=label_smoothing, focal_gamma=focal_gamma)
+        self.losses = partial(task.losses, class_weights=class_weights, **how)
         self.weights = partial(task.weights, class_weights=class_weights)
         self.task, self.watched = task, watched
 

@@ -115,7 +115,8 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         weights = None
         if recipe.balance == "weights":
             weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
-        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch)
+        gamma = recipe.focal_gamma if recipe.loss == "focal" else 0.0
+        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, gamma)
         objective.columns(task.truth(val_set.targets))  # an error before training, not after an epoch of it
         say_unwatched(task, val_set)
     meta = {

@@ -73,6 +73,8 @@ class Recipe:
         BELOW_ONE,
         "X",
     )
+    loss: str = flag("ce", "cross-entropy, or focal loss", ("ce", "focal"))
+    focal_gamma: float = flag(2.0, "exponent of the focal loss", Number(float, 0, 100), "X")
     label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
     balance: str = flag(
         "weights",
@@ -102,6 +104,8 @@ class Recipe:
 SUPERVISED = (
     "layer_decay",
     "backbone_lr_scale",
+    "loss",
+    "focal_gamma",
     "watch",
     "patience",
     "label_smoothing",

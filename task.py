@@ -3,6 +3,7 @@
 Everything that chooses thresholds or draws tables works on such columns, one at a time.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,25 +146,33 @@ class Task:
         counts = np.bincount(targets, minlength=self.outputs)
         return (len(targets) / (self.outputs * np.maximum(counts, 1))).astype(np.float32)
 
-    def losses(self, logits, targets, class_weights=None, label_smoothing=0.0):
+    def losses(self, logits, targets, class_weights=None, label_smoothing=0.0, focal_gamma=0.0):
         """The loss of every image: logits [B, K], targets [B] or [B, K] -> tensor [B].
 
         softmax: cross-entropy times the class weight. sigmoid: the sum over the known findings of binary
-        cross-entropy, its positive part times `class_weights`; unknown findings add nothing. A batch's loss
-        is the sum of these over the sum of `weights`, whoever computes which part of it."""
+        cross-entropy, its positive part times `class_weights`; unknown findings add nothing. With
+        `focal_gamma` each term is multiplied by (1 - p) ** gamma, p the probability of what is true: the
+        focal loss (Lin et al. 2017, arXiv:1708.02002). A batch's loss is the sum of these over the sum of
+        `weights`, whoever computes which part of it."""
         from torch.nn import functional as F  # here, not above: reports need no torch
 
         if self.kind == "sigmoid":
             known = targets >= 0
-            wanted = targets.clamp(min=0).to(logits.dtype)
-            wanted = wanted * (1 - label_smoothing) + label_smoothing / 2
+            true = targets.clamp(min=0).to(logits.dtype)
+            wanted = true * (1 - label_smoothing) + label_smoothing / 2
             each = F.binary_cross_entropy_with_logits(
                 logits, wanted, pos_weight=class_weights, reduction="none"
             )
+            if focal_gamma:
+                each = each * (logits * (1 - 2 * true)).sigmoid() ** focal_gamma
             return (each * known).sum(dim=1)
-        return F.cross_entropy(
+        each = F.cross_entropy(
             logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
         )
+        if focal_gamma:
+            others = logits.scatter(1, targets.unsqueeze(1), -math.inf)  # 1 - p without loss of digits
+            each = each * (others.logsumexp(1) - logits.logsumexp(1)).exp() ** focal_gamma
+        return each
 
     def weights(self, targets, class_weights=None):
         """What each image counts for in the mean loss: targets [B] or [B, K] -> tensor [B]; sigmoid: the

@@ -96,3 +96,33 @@ def test_logits_are_averaged_over_views():
     assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
     pixels = np.array([[[0, 51], [102, 255]]], np.uint8)
     assert inputs.grey(pixels).flatten().tolist() == pytest.approx([0, 0.2, 0.4, 1.0])
+
+
+def test_focal_loss_is_torchvisions():
+    """Of two classes and of findings, without weights; gamma 0 is cross-entropy."""
+    from torchvision.ops import sigmoid_focal_loss
+
+    rng = torch.Generator().manual_seed(0)
+    logits, findings = torch.randn(20, 3, generator=rng) * 3, torch.randint(0, 2, (20, 3), generator=rng)
+    several, two, three = Task(("a", "b", "c"), "sigmoid"), Task(), Task(("a", "b", "c"))
+    for gamma in (0.5, 2.0):
+        expected = sigmoid_focal_loss(logits, findings.float(), alpha=-1, gamma=gamma).sum(1)
+        assert torch.allclose(several.losses(logits, findings, focal_gamma=gamma), expected, atol=1e-6)
+        y = findings[:, 0]
+        expected = sigmoid_focal_loss(logits[:, 1] - logits[:, 0], y.float(), alpha=-1, gamma=gamma)
+        two_sided = torch.stack([0 * logits[:, 0], logits[:, 1] - logits[:, 0]], 1)
+        got = two.losses(two_sided, y, focal_gamma=gamma)
+        assert torch.allclose(got, expected, atol=1e-6)
+        p = logits.softmax(1)[:, 2]  # of three classes, by the paper's formula
+        got = three.losses(logits, torch.full((20,), 2), focal_gamma=gamma)
+        assert torch.allclose(got, -((1 - p) ** gamma) * p.log(), atol=1e-5)
+    unknown = torch.full((20, 3), -1)
+    assert not several.losses(logits, unknown, focal_gamma=2.0).any()
+
+
+def test_focal_loss_has_finite_gradients():
+    sure = torch.tensor([[-60.0, 60.0], [-60.0, 60.0]])  # once right, once wrong
+    for task, y in ((Task(), [1, 0]), (Task(("a", "b"), "sigmoid"), [[0, 1], [1, 0]])):
+        logits = sure.clone().requires_grad_()
+        task.losses(logits, torch.tensor(y), focal_gamma=2.0).sum().backward()
+        assert torch.isfinite(logits.grad).all()
