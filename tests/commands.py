@@ -257,3 +257,13 @@ def test_image_size_follows_the_patch(synthetic, cache, tmp_path):
     odd = ("--data-dir", synthetic, "--img-size", 60, "--out", "o")
     done = cli("train_pretrained", *flags, *odd, cwd=tmp_path)
     refused(done, "60", "patch size 14", "take 56")
+
+
+def test_focal_loss_reaches_training(flags, tmp_path):
+    """Near p = 1/2 the focal loss is about a quarter of the cross-entropy."""
+    losses = []
+    for name, extra in (("ce", ()), ("focal", ("--loss", "focal", "--focal-gamma", 2))):
+        argv = ("--max-steps", 1, "--no-amp", "--out", name, *extra)
+        succeed("train_scratch", *flags, *argv, cwd=tmp_path)
+        losses.append(read_json(tmp_path, name, "results.json")["history"][0]["train_loss"])
+    assert 0.1 * losses[0] < losses[1] < 0.5 * losses[0]
