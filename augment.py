@@ -92,6 +92,26 @@ class Augment:
         return torch.cat([x.clamp(0, 1), where], dim=1) if where.shape[1] else x.clamp(0, 1)
 
 
+class Mix:
+    """torchvision's MixUp (Zhang et al. 2018, arXiv:1710.09412) and CutMix (Yun et al. 2019,
+    arXiv:1905.04899) of whole batches, with these alphas; where both are above 0, one of them at random.
+
+    Returns (mixed images, share): each image keeps `share` of itself, the rest comes from the image before it
+    in the batch (torch.roll), and so does its loss: losses are linear in the targets, so this is the loss of
+    soft targets, for classes and findings alike."""
+
+    def __init__(self, mixup=0.0, cutmix=0.0):
+        from torchvision.transforms import v2  # slow to import, seldom needed
+
+        self.kinds = [kind(alpha=a) for kind, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
+
+    def __call__(self, x):
+        kind = self.kinds[int(torch.randint(len(self.kinds), ()))]
+        kind.num_classes = len(x)  # every image a class of its own: its share is read from the soft labels
+        mixed, soft = kind(x, torch.arange(len(x), device=x.device))
+        return mixed, float(soft[0, 0])
+
+
 # ---------------------------------------------------------------- the flag
 
 PRESETS = {

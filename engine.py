@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
+from augment import Mix
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
 from device import autocast, device_name, gather, processes, stop_requests, versions
 from optimiser import learning_rate, parameter_groups, plateau_factor
@@ -122,6 +123,9 @@ class Loop:
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
         self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
+        self.mix = (
+            Mix(self.recipe.mixup, self.recipe.cutmix) if self.recipe.mixup or self.recipe.cutmix else None
+        )
         self.seen = []  # (positions, outputs) of the epoch's training images, on the device
 
     # ------------------------------------------------------------ start and resume
@@ -375,14 +379,19 @@ class Loop:
         for i, index in enumerate(chunks):
             batch = source.get(index)
             with torch.no_grad():
-                x = self.inputs.scale(self.plan.augment(batch.x))
+                x, share = self.inputs.scale(self.plan.augment(batch.x)), 1.0
+                if self.mix:
+                    x, share = self.mix(x)
             wait = self.net.no_sync() if self.number > 1 and i < len(chunks) - 1 else nullcontext()
             with wait:
                 with autocast(self.device, self.inputs.amp):
                     outputs = self.net(x)
                 if len(mine):
                     self.seen.append((index, outputs.detach().float()))
-                part = self.objective.losses(outputs.float(), batch.target).sum() / total * bool(len(mine))
+                losses = share * self.objective.losses(outputs.float(), batch.target)
+                if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
+                    losses += (1 - share) * self.objective.losses(outputs.float(), batch.target.roll(1, 0))
+                part = losses.sum() / total * bool(len(mine))
                 (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
             result += part.detach()
         return result

@@ -75,6 +75,8 @@ class Recipe:
     )
     loss: str = flag("ce", "cross-entropy, or focal loss", ("ce", "focal"))
     focal_gamma: float = flag(2.0, "exponent of the focal loss", Number(float, 0, 100), "X")
+    mixup: float = flag(0.0, "MixUp of batches, alpha; 0: none", Number(float, 0, 100), "A")
+    cutmix: float = flag(0.0, "CutMix of batches, alpha; 0: none", Number(float, 0, 100), "A")
     label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
     balance: str = flag(
         "weights",
@@ -106,6 +108,8 @@ SUPERVISED = (
     "backbone_lr_scale",
     "loss",
     "focal_gamma",
+    "mixup",
+    "cutmix",
     "watch",
     "patience",
     "label_smoothing",

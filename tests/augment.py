@@ -14,6 +14,7 @@ import scipy.ndimage
 import scipy.special
 import scipy.stats
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 import augment
@@ -353,3 +354,34 @@ def test_augment_flag():
             augment.parse_augment(text)
         assert "\n" not in str(error.value)
     assert set(augment.UNITS) == set(vars(strong))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mix_is_torchvisions_with_soft_targets(kind):
+    """The same images, and the loss of torchvision's soft targets."""
+    from torchvision.transforms import v2
+
+    x, y = torch.rand(6, 1, 16, 16), torch.tensor([0, 1, 1, 2, 0, 1])
+    logits, shares = torch.randn(6, 3), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        torch.randint(1, ())  # the choice between the kinds
+        peer = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[kind](alpha=0.7, num_classes=3)
+        expected, soft = peer(x, y)
+        torch.manual_seed(seed)
+        mixed, share = augment.Mix(**{kind: 0.7})(x)
+        assert torch.equal(mixed, expected)
+        want = F.cross_entropy(logits, soft, reduction="none")
+        hard = [F.cross_entropy(logits, t, reduction="none") for t in (y, y.roll(1, 0))]
+        assert torch.allclose(share * hard[0] + (1 - share) * hard[1], want, atol=1e-5)
+        shares.add(round(share, 3))
+    assert len(shares) > 4
+
+
+def test_mix_of_both_kinds_and_of_one_image():
+    torch.manual_seed(0)
+    x, both = torch.rand(4, 1, 16, 16), augment.Mix(0.5, 0.5)
+    kinds = {bool((torch.isin(both(x)[0], x)).all()) for _ in range(12)}
+    assert kinds == {True, False}  # CutMix moves pixels, MixUp makes new ones
+    alone, share = augment.Mix(0.5)(x[:1])
+    assert torch.allclose(alone, x[:1]) and share == pytest.approx(1)

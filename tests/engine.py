@@ -35,6 +35,7 @@ from run import Run
 from task import Task
 from tests.shared import (
     CPU,
+    NONE,
     REPO,
     cli,
     load_pth,
@@ -397,6 +398,25 @@ def test_plateau_halves_the_rate_of_every_group(tmp_path):
         loop.fit(toy_subset(40, 0), toy_subset(20, 1))
     assert [rates[-1] for rates in seen] == pytest.approx([1e-3] * 4 + [5e-4])
     assert all(rates == pytest.approx([rates[-1] / 10, rates[-1]]) for rates in seen)
+
+
+def test_mixed_batches_have_the_loss_of_soft_targets(tmp_path):
+    """The loss of a step is that of the soft targets."""
+    objective = ToyObjective(label_smoothing=0.0)
+    loop = toy_loop(tmp_path / "a", objective=objective, mixup=0.5, cutmix=0.5, augment=Augment(**NONE))
+    loop.prepare(40)
+    train = toy_subset(40, 0)
+    torch.manual_seed(3)
+    loop.net.eval()
+    loss = loop.backward(data.Batches(train, INPUTS), torch.arange(8))
+    torch.manual_seed(3)
+    batch = data.Batches(train, INPUTS).get(torch.arange(8))
+    mixed, share = loop.mix(INPUTS.scale(batch.x))
+    soft = share * F.one_hot(batch.target, 2) + (1 - share) * F.one_hot(batch.target.roll(1, 0), 2)
+    with torch.no_grad():
+        assert float(loss) == pytest.approx(float(F.cross_entropy(loop.model(mixed), soft)), rel=1e-5)
+    whole = toy_fit(tmp_path / "b", mixup=0.5, epochs=2)
+    assert whole["recipe"]["mixup"] == 0.5 and len(whole["history"]) == 2
 
 
 def test_every_image_once_an_epoch_in_a_new_order(tmp_path, monkeypatch):
