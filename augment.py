@@ -112,6 +112,30 @@ class Mix:
         return mixed, float(soft[0, 0])
 
 
+class RandAugment:
+    """torchvision's RandAugment (Cubuk et al. 2020, arXiv:1909.13719), drawn anew for every image: `ops` of
+    its 14 changes, each of `magnitude` (0 to 30), one after the other.
+
+    Images [B, C, S, S] in [0, 1], the first channel grey; the others, masks, are only moved along."""
+
+    MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+    def __init__(self, ops, magnitude):
+        from torchvision.transforms import v2  # slow to import, seldom needed
+
+        class Changes(v2.RandAugment):
+            def _apply_image_or_video_transform(self, image, name, *args, **kwargs):
+                apply = super()._apply_image_or_video_transform
+                if name in RandAugment.MOVES:
+                    return apply(image, name, *args, **kwargs)
+                return torch.cat([apply(image[:1], name, *args, **kwargs), image[1:]])
+
+        self.change = Changes(ops, magnitude, interpolation="bilinear", fill=0.0)
+
+    def __call__(self, x):
+        return torch.stack([self.change(image) for image in x]).clamp(0, 1)
+
+
 # ---------------------------------------------------------------- the flag
 
 PRESETS = {
@@ -150,6 +174,16 @@ def add_augment_argument(parser, default):
         + ", ".join(f"{name} ({unit})" for name, unit in UNITS.items())
         + "; for instance strong,rotate=10,noise=0",
     )
+
+
+def parse_randaugment(text):
+    """ "2,9" -> the same text, checked; "" is none. InputError unless it is a number of changes, 1 to 14, and
+    a magnitude, 0 to 30."""
+    ops, _, magnitude = text.partition(",")
+    good = ops.isdecimal() and magnitude.isdecimal() and 1 <= int(ops) <= 14 and int(magnitude) <= 30
+    if text and not good:
+        raise InputError(f"--randaugment {text[:40]}: give N,M, for instance 2,9, N in 1 to 14, M in 0 to 30")
+    return text
 
 
 def parse_augment(text):

@@ -2,8 +2,13 @@
 
 Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
 pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
+
+    python data.py --statistics DIR
+
+prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
 """
 
+import math
 import mmap
 import zlib
 from dataclasses import asdict, dataclass
@@ -15,11 +20,12 @@ import torch
 from sklearn.model_selection import train_test_split
 
 import index as indices
+import lungs
 import masks as lung_masks
 import tables
-from common import InputError, Number, add_flags, check_fields, flag, say, sha256
+from common import InputError, Number, Parser, add_flags, check_fields, flag, say, sha256, start
 from images import RESIZES, load_images
-from inputs import MODES
+from inputs import MODES, Inputs
 from lungs import LOOKS
 from split import POOLED, cut, cut_test, say_shared, undersampled
 from task import CLASSES, Task
@@ -152,6 +158,19 @@ def add_arguments(parser):
     """The data flags that every training script shares."""
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
+    _add_choices(group)
+    group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
+    group.add_argument(
+        "--download",
+        nargs="?",
+        const=KAGGLE,
+        metavar="OWNER/NAME",
+        help=f"fetch a Kaggle set into --data-dir first ({KAGGLE} unless named)",
+    )
+
+
+def _add_choices(group):
+    """The flags that choose classes, findings and fractions."""
     group.add_argument("--findings", metavar="A,B,...", help="ask these findings of --labels (default: all)")
     group.add_argument(
         "--healthy", metavar="CLASS", help="the healthy class (default: normal, healthy, no finding)"
@@ -162,14 +181,6 @@ def add_arguments(parser):
         nargs=3,
         metavar=("TRAIN", "VAL", "TEST"),
         help="where no split is published (default: 0.6 0.2 0.2 pooled, 0.7 0.1 0.2 of a table)",
-    )
-    group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
-    group.add_argument(
-        "--download",
-        nargs="?",
-        const=KAGGLE,
-        metavar="OWNER/NAME",
-        help=f"fetch a Kaggle set into --data-dir first ({KAGGLE} unless named)",
     )
 
 
@@ -396,6 +407,17 @@ def input_range(subset):
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(("mean", "std"))}
 
 
+def statistics(subset, inputs):
+    """(mean, standard deviation) of all pixels that a model is shown of a Subset, before scaling: floats in
+    [0, 1], the same for every channel. Random changes are left out."""
+    sums, batches = np.zeros(2), Batches(subset, inputs)
+    for index in torch.arange(len(subset)).split(64):
+        grey = lungs.cover(batches.get(index).x).double()
+        sums += [float(grey.sum()), float(grey.square().sum())]
+    mean, square = sums / (len(subset) * subset.images[0].size)
+    return mean, math.sqrt(max(0.0, square - mean**2))
+
+
 # ---------------------------------------------------------------- batches on the device
 
 
@@ -428,3 +450,24 @@ class Batches:
         if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
             file.madvise(mmap.MADV_DONTNEED)
         return Batch(x, self.targets[index.to(self.inputs.device)])
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--statistics", metavar="DIR", required=True, help="data folder; see train_scratch.py"
+    )
+    group = parser.add_argument_group("data")
+    add_flags(group, DataConfig, leave_out=("data_dir",))
+    _add_choices(group)
+    args = parser.parse_args()
+    args.data_dir = args.statistics
+    config = DataConfig.from_args(args)
+    train = load_train_val(config, say)[0]
+    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise, look=config.input)
+    mean, std = statistics(train, shown)
+    print(f"{len(train)} training images, {config.img_size} px: mean {mean:.4f}, std {std:.4f}")
+
+
+if __name__ == "__main__":
+    start(main)

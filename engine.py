@@ -379,7 +379,7 @@ class Loop:
         for i, index in enumerate(chunks):
             batch = source.get(index)
             with torch.no_grad():
-                x, share = self.inputs.scale(self.plan.augment(batch.x)), 1.0
+                x, share = self.inputs.scale(self.plan.change(batch.x)), 1.0
                 if self.mix:
                     x, share = self.mix(x)
             wait = self.net.no_sync() if self.number > 1 and i < len(chunks) - 1 else nullcontext()

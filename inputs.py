@@ -7,9 +7,12 @@ import torch
 
 import lungs
 from augment import tta_views
+from common import InputError, Number
 from device import autocast, fast_bf16
 
 MODES = ("none", "standard", "equalise")
+AUTO = "auto"
+SCALING = {"mean": Number(float, -1000, 1000), "std": Number(float, 0, 1000, above=True)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,29 @@ class Inputs:
         """Grey on the device -> what the model's head reads, float32 [B, D]."""
         with autocast(self.device, self.amp):
             return model.features(self.scale(grey)).float()
+
+
+def add_scaling_arguments(group):
+    """--mean and --std."""
+    for name in SCALING:
+        text = f"input {name}, 3 numbers, or auto: of the training pixels (default: the weights' own)"
+        group.add_argument(f"--{name}", nargs="+", default=None, metavar="X", help=text)
+
+
+def chosen_scaling(args, mean, std):
+    """(mean, std) as --mean and --std say, else as given: 3 floats each, or AUTO. InputError for anything
+    else."""
+    chosen = []
+    for (name, kind), usual in zip(SCALING.items(), (mean, std)):
+        values = getattr(args, name)
+        try:
+            numbers = values if values in (None, [AUTO]) else [float(v) for v in values]
+        except ValueError:
+            numbers = []
+        if values not in (None, [AUTO]) and not (len(numbers) == 3 and all(map(kind.contains, numbers))):
+            raise InputError(f"--{name} {' '.join(values)[:60]}: give 3 numbers in {kind}, or {AUTO}")
+        chosen.append(usual if values is None else AUTO if values == [AUTO] else numbers)
+    return tuple(chosen)
 
 
 def normalise(x, mode):

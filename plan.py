@@ -10,7 +10,7 @@ import torch
 import data
 import demo
 import recipe as recipes
-from augment import Augment
+from augment import Augment, RandAugment
 from common import FORMAT, InputError, command_line, say, tell
 from device import (
     device_name,
@@ -22,7 +22,7 @@ from device import (
     versions,
 )
 from engine import Loop, fit_head, say_stage
-from inputs import Inputs
+from inputs import AUTO, Inputs
 from objective import Supervised, with_both_classes
 from run import Run
 from split import POOLED
@@ -45,6 +45,11 @@ class Plan:
     def seed(self):
         """Seed everything that is random, before the model is built."""
         seed_everything(self.recipe.seed, self.deterministic)
+
+    def change(self, x):
+        """The random changes of training images: what lungs.show gives -> the same shape."""
+        x, more = self.augment(x), self.recipe.randaugment
+        return RandAugment(*map(int, more.split(",")))(x) if more else x
 
 
 def run_from_args(args, suffix=""):
@@ -103,14 +108,19 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
 def train(plan, model, *, name, mean, std, objective=None, **more):
     """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
 
-    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel;
-    `more` is copied into results.json. Without an `objective` it is the classes of the data.
+    `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel, or
+    AUTO: that of the training pixels; `more` is copied into results.json. Without an `objective` it is the
+    classes of the data.
     """
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
     recipe, task = plan.recipe, plan.config.task
-    inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, plan.config.normalise)
-    inputs = replace(inputs, look=plan.config.input)
+    how = dict(normalise=plan.config.normalise, look=plan.config.input)
+    if AUTO in (mean, std):
+        found = data.statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
+        mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
+        tell(f"training pixels: mean {found[0]:.4f}, std {found[1]:.4f}")
+    inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
     if objective is None:
         weights = None
         if recipe.balance == "weights":
@@ -139,7 +149,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta)
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
-            how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.augment)
+            how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.change)
             loss, outputs = fit_head(model, train_set, stage, **how)
             loop.state["head_seconds"] = time.perf_counter() - started
             if not recipe.epochs:

@@ -5,7 +5,7 @@ import argparse
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
-from augment import add_augment_argument, parse_augment
+from augment import add_augment_argument, parse_augment, parse_randaugment
 from common import COUNT, SEED, InputError, Number, Parser, add_flags, flag
 from device import add_device_argument
 from objective import WATCHED
@@ -77,6 +77,9 @@ class Recipe:
     focal_gamma: float = flag(2.0, "exponent of the focal loss", Number(float, 0, 100), "X")
     mixup: float = flag(0.0, "MixUp of batches, alpha; 0: none", Number(float, 0, 100), "A")
     cutmix: float = flag(0.0, "CutMix of batches, alpha; 0: none", Number(float, 0, 100), "A")
+    randaugment: str = flag(
+        "", "after --augment: N random changes of magnitude M, 0 to 30", parse_randaugment, "N,M"
+    )
     label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
     balance: str = flag(
         "weights",
@@ -110,6 +113,7 @@ SUPERVISED = (
     "focal_gamma",
     "mixup",
     "cutmix",
+    "randaugment",
     "watch",
     "patience",
     "label_smoothing",

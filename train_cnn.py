@@ -10,6 +10,7 @@ checkpoint.pth, last.pth and results.json to outputs/cnn.
 import cnn
 import common
 import data
+import inputs
 import plan
 import recipe
 
@@ -52,6 +53,7 @@ def main():
     data.add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="a CNN of timm")
+    inputs.add_scaling_arguments(group)
     weights = group.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="PATH", help="its weights, a timm .pth or .safetensors")
     weights.add_argument("--pretrained", action="store_true", help="let timm download its weights")
@@ -73,7 +75,7 @@ def main():
             common.say(
                 f"note: {args.model} starts from random weights; --weights or --pretrained name others"
             )
-        mean, std = model.scaling
+        mean, std = inputs.chosen_scaling(args, *model.scaling)
         plan.train(p, model, name=args.model, mean=mean, std=std, **more)
 
 

@@ -14,6 +14,7 @@ trains the head alone on frozen features: a linear probe.
 
 import common
 import data
+import inputs
 import npz_loader
 import plan
 import recipe
@@ -28,8 +29,6 @@ DEFAULTS = recipe.Defaults(
     },
     unused=("drop_rate", *recipe.MASKED),
 )
-SCALE = common.Number(float, -1000, 1000)
-SPREAD = common.Number(float, 0, 1000, above=True)
 
 
 def main():
@@ -48,9 +47,7 @@ def main():
         default="cls",
         help="what the head reads: [CLS], the mean patch token, or both",
     )
-    for name, kind in (("mean", SCALE), ("std", SPREAD)):
-        text = f"input {name} (default: the weights' own)"
-        group.add_argument(f"--{name}", type=kind, nargs=3, default=None, metavar="X", help=text)
+    inputs.add_scaling_arguments(group)
     recipe.add_arguments(parser, DEFAULTS)
 
     def size(args, usual):
@@ -72,13 +69,14 @@ def main():
             readout=args.readout,
         )
         report = npz_loader.load_npz(model, args.weights)
+        mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
         common.tell(npz_loader.describe(report))
         plan.train(
             p,
             model,
             name=npz_loader.architecture_name(model.config),
-            mean=args.mean or report["mean"],
-            std=args.std or report["std"],
+            mean=mean,
+            std=std,
             weights={k: report[k] for k in ("path", "sha256", "source", "resized", "reset", "dropped")},
         )
 

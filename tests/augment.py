@@ -385,3 +385,43 @@ def test_mix_of_both_kinds_and_of_one_image():
     assert kinds == {True, False}  # CutMix moves pixels, MixUp makes new ones
     alone, share = augment.Mix(0.5)(x[:1])
     assert torch.allclose(alone, x[:1]) and share == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- RandAugment
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_randaugment_is_torchvisions_image_by_image(channels):
+    from torchvision.transforms import v2
+
+    x = torch.rand(4, channels, 24, 24)
+    peer = v2.RandAugment(2, 9, interpolation="bilinear", fill=0.0)
+    torch.manual_seed(0)
+    expected = torch.stack([peer(image[:1]) for image in x]).clamp(0, 1)
+    torch.manual_seed(0)
+    got = augment.RandAugment(2, 9)(x)
+    assert torch.equal(got[:, :1], expected) and got.shape == x.shape
+    assert not torch.equal(got, x)
+
+
+def test_randaugment_moves_masks_and_changes_nothing_else_of_them():
+    rand = augment.RandAugment(1, 25).change
+    image = torch.from_numpy(demo.draw_radiograph(np.random.default_rng(0), side=32) / 255).float()
+    twice = torch.stack([image, image])
+    moved = []
+    for name, (magnitudes, _) in rand._AUGMENTATION_SPACE.items():
+        found = magnitudes(31, 32, 32)
+        size = 0.0 if found is None else float(found[25])
+        out = rand._apply_image_or_video_transform(twice, name, size, "bilinear", rand._fill)
+        if torch.equal(out[1], image):
+            continue
+        assert torch.equal(out[1], out[0]), name
+        moved.append(name)
+    assert tuple(moved) == augment.RandAugment.MOVES
+
+
+def test_randaugment_flag():
+    assert augment.parse_randaugment("2,9") == "2,9" and augment.parse_randaugment("") == ""
+    for text in ("2", "2,", "0,9", "2,31", "a,9", "2,9,1", "-1,9", "2, 9", "15,1"):
+        with pytest.raises(InputError, match="--randaugment"):
+            augment.parse_randaugment(text)

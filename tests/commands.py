@@ -1,6 +1,7 @@
 """Tests of commands."""
 
 import importlib
+import re
 import shutil
 import time
 
@@ -267,3 +268,18 @@ def test_focal_loss_reaches_training(flags, tmp_path):
         succeed("train_scratch", *flags, *argv, cwd=tmp_path)
         losses.append(read_json(tmp_path, name, "results.json")["history"][0]["train_loss"])
     assert 0.1 * losses[0] < losses[1] < 0.5 * losses[0]
+
+
+def test_scaling_by_the_training_pixels(flags, tiny_npz, tmp_path):
+    """data.py --statistics prints what --mean auto --std auto take; RandAugment beside them."""
+    said = succeed("data", "--statistics", flags[1], *flags[2:], cwd=tmp_path).out
+    mean, std = (float(x) for x in re.search(r"mean (0\.\d+), std (0\.\d+)", said).groups())
+    argv = ("train_pretrained", *flags, "--weights", tiny_npz, "--max-steps", 1, "--randaugment", "2,9")
+    succeed(*argv, "--mean", "auto", "--std", "0.5", "0.5", "0.25", cwd=tmp_path)
+    results = read_json(tmp_path, "outputs/pretrained/results.json")
+    assert results["mean"] == pytest.approx([mean] * 3, abs=1e-4) and results["std"] == [0.5, 0.5, 0.25]
+    assert results["recipe"]["randaugment"] == "2,9" and 0.05 < std < 0.5
+    for bad in (["auto", "0.5"], ["0.5"], ["0", "0", "nan"], ["half"]):
+        refused(cli(*argv, "--out", "o", "--mean", *bad, cwd=tmp_path), "--mean", "3 numbers", "auto")
+    refused(cli("data", "--statistics", "nowhere", cwd=tmp_path), "nowhere")
+    refused(cli("data", cwd=tmp_path), "--statistics")

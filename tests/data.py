@@ -327,3 +327,15 @@ def test_damaged_settings_are_one_line(key, value):
     with pytest.raises(InputError) as error:
         data.DataConfig.from_json({**good, key: value})
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_statistics_are_those_of_the_training_pixels(small_set):
+    train, _, _ = data.load_train_val(small_set)
+    for mode in ("none", "equalise"):
+        shown = Inputs((0.0,), (1.0,), CPU, normalise=mode)
+        pixels = shown.grey(train.pixels()).double()
+        expected = (float(pixels.mean()), float(pixels.std(correction=0)))
+        assert data.statistics(train, shown) == pytest.approx(expected, abs=1e-7)
