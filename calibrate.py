@@ -74,7 +74,7 @@ def score(run, sets, *, device, batch_size, tta=None):
         tta,
         inputs.normalise,
     ]
-    about += [] if inputs.look == "full" else [inputs.look, run.config.lungs_sha256]
+    about += [inputs.look, run.config.lungs_sha256] if inputs.needs_lungs else []
     key = common.sha256([*about, [data.pixel_fingerprint(s) for s in sets]])
     name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
     try:
@@ -114,9 +114,9 @@ def make_ensemble(folders, out, overwrite):
         )
     first = runs[0]
     for other in runs:
-        if other.kind not in ("vit", "linear", "cnn"):
+        if other.kind not in ("vit", "linear", "cnn", "hybrid"):
             raise common.InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
-        names = ("img_size", "resize", "normalise", "classes", "input", "lungs_sha256")
+        names = ("img_size", "resize", "normalise", "classes", "input", "lungs_sha256", "reads_lungs")
         differ = [n for n in names if getattr(other.config, n) != getattr(first.config, n)]
         differ += (
             ["split"]

@@ -20,7 +20,6 @@ import torch
 from sklearn.model_selection import train_test_split
 
 import index as indices
-import lungs
 import masks as lung_masks
 import tables
 from common import InputError, Number, Parser, add_flags, check_fields, flag, say, sha256, start
@@ -78,8 +77,14 @@ class DataConfig:
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
-    lungs_sha256: str = ""  # of the source of masks, where --input needs them
+    lungs_sha256: str = ""  # of the source of masks, where they are needed
+    reads_lungs: bool = False  # the model is given the masks themselves, too
     undersample: bool = False  # pooled splits: as many images of each class as of the rarest, before the cut
+
+    @property
+    def needs_lungs(self):
+        """Whether the images must come with masks of the lungs."""
+        return self.input != "full" or self.reads_lungs
 
     @property
     def task(self):
@@ -111,7 +116,7 @@ class DataConfig:
         """Parsed flags -> DataConfig; the classes are those found. InputError if there are none."""
         values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
         values["fractions"] = check_fractions(values.get("fractions") or ())
-        if values.get("input", "full") != "full":
+        if values.get("input", "full") != "full" or values.get("reads_lungs"):
             values["lungs_sha256"] = lung_masks.fingerprint(values["lungs"])
         if values.get("labels"):
             values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
@@ -284,7 +289,7 @@ def _load(config, root, index, part):
         verify=config.verify_cache,
     )
     masks = None
-    if config.input != "full":
+    if config.needs_lungs:
         if config.lungs.endswith(".npz") and config.resize != "squash":
             raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
         what = f"{part} images in {root}"
@@ -412,7 +417,7 @@ def statistics(subset, inputs):
     [0, 1], the same for every channel. Random changes are left out."""
     sums, batches = np.zeros(2), Batches(subset, inputs)
     for index in torch.arange(len(subset)).split(64):
-        grey = lungs.cover(batches.get(index).x).double()
+        grey = inputs.cover(batches.get(index).x)[:, :1].double()
         sums += [float(grey.sum()), float(grey.square().sum())]
     mean, square = sums / (len(subset) * subset.images[0].size)
     return mean, math.sqrt(max(0.0, square - mean**2))
@@ -439,7 +444,7 @@ class Batches:
 
     def get(self, index):
         """Positions `index` (int64 tensor [B] on the CPU) -> Batch."""
-        masks = self.subset.lungs(index.numpy()) if self.inputs.look != "full" else None
+        masks = self.subset.lungs(index.numpy()) if self.inputs.needs_lungs else None
         if self.resident is not None:
             index = index.to(self.inputs.device)
             return Batch(self.inputs.grey(self.resident[index], masks), self.targets[index])

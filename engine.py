@@ -18,7 +18,7 @@ from augment import Mix
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
 from device import autocast, device_name, gather, processes, stop_requests, versions
 from optimiser import learning_rate, parameter_groups, plateau_factor
-from recipe import differences
+from recipe import THAWED, differences
 from split import epoch_order
 
 # ---------------------------------------------------------------- prediction
@@ -100,11 +100,12 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
 
 def say_stage(model, stage, backbone_lr_scale=1.0):
     """A line on what a Stage trains, and at what rate."""
-    head = stage.trains == "head"
-    count, total = (sum(p.numel() for p in m.parameters()) for m in (model.head if head else model, model))
+    part = model.head if stage.trains == "head" else model
+    count = sum(p.numel() for p in part.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     rate = f"lr {stage.lr:.1e}"
     rate += f", below the head {stage.lr * backbone_lr_scale:.1e}" if backbone_lr_scale != 1 else ""
-    what = "the head alone" if head else "everything"
+    what = {"head": "the head alone", "neck": "all but the stem", "all": "everything"}[stage.trains]
     say(f"stage: {what}, {stage.epochs} epochs, {count:,} of {total:,} parameters, {rate}")
 
 
@@ -126,6 +127,7 @@ class Loop:
         self.mix = (
             Mix(self.recipe.mixup, self.recipe.cutmix) if self.recipe.mixup or self.recipe.cutmix else None
         )
+        self.frozen = None  # whether the stem of a hybrid is, known from the first epoch on
         self.seen = []  # (positions, outputs) of the epoch's training images, on the device
 
     # ------------------------------------------------------------ start and resume
@@ -179,8 +181,7 @@ class Loop:
     def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
         recipe, model = self.recipe, self.model.to(self.device)
-        ids = [self.device] if self.device.type == "cuda" else None
-        self.net = DistributedDataParallel(model, ids) if self.number > 1 else model
+        self._share()
         if self.rank:
             torch.manual_seed(
                 recipe.seed + self.rank * 1_000_003
@@ -193,6 +194,21 @@ class Loop:
         self.kept = self.average.module if self.average else model  # what is validated and saved
         self.steps = math.ceil(count / recipe.batch_size)
         self.total = min(recipe.epochs * self.steps, recipe.max_steps or math.inf)
+
+    def _share(self):
+        """The model as it is trained, shared by all processes."""
+        ids = [self.device] if self.device.type == "cuda" else None
+        self.net = DistributedDataParallel(self.model, ids) if self.number > 1 else self.model
+
+    def _enter_stage(self):
+        """Freeze the stem, or let it be trained, as the epoch that comes asks for."""
+        recipe, epoch = self.recipe, self.state["epoch"]
+        frozen = epoch < recipe.frozen_epochs
+        if recipe.frozen_epochs and frozen != self.frozen:
+            self.frozen = frozen
+            self.model.freeze(frozen)
+            self._share()  # DistributedDataParallel must know what has a gradient
+            say_stage(self.model, recipe.stages[0 if frozen else -1])
 
     def _begin(self):
         """The content of results.json, new or from where the run was stopped; an earlier run's files are
@@ -299,7 +315,8 @@ class Loop:
         recipe = self.recipe
         step = self.state["epoch"] * self.steps + self.state["step"]
         warmup = min(recipe.warmup_epochs * self.steps, self.total)
-        peak = recipe.lr
+        thawed = recipe.frozen_epochs and self.state["epoch"] >= recipe.frozen_epochs
+        peak = recipe.lr * (THAWED if thawed else 1.0)
         if recipe.schedule == "plateau":
             peak *= plateau_factor([self.objective.merit(row) for row in self.state["history"]])
         return learning_rate(step, self.total, warmup, peak, recipe.schedule, recipe.min_lr)
@@ -309,6 +326,7 @@ class Loop:
 
         The processes agree on that, so that none waits for one that has left."""
         state, epoch, size = self.state, self.state["epoch"], self.recipe.batch_size
+        self._enter_stage()
         self.net.train()
         targets = source.subset.targets
         order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, targets, self.recipe.balance))

@@ -51,14 +51,15 @@ class Explainer:
 
     def __init__(self, run, device, *, methods, layer=-1, target=None, finding=None):
         self.run, self.config, self.methods, self.layer = run, run.config, methods, layer
-        model = run.model() if run.kind in ("vit", "cnn", "ensemble") else None
+        model = run.model() if run.kind in ("vit", "cnn", "hybrid", "ensemble") else None
         parts = maps.explainable(model) if model else []
         if not parts:
             raise common.InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
-        depth = min((len(part.blocks) for part in parts if part.kind == "vit"), default=None)
+        stems = [getattr(part, "stem", part) for part in parts if part.kind != "cnn"]
+        depth = min((len(stem.blocks) for stem in stems), default=None)
         if depth is not None and not -depth <= layer < depth:
             raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
-        if depth is None:  # attention is a transformer's
+        if not maps.explainable(model, "rollout"):  # of a hybrid no token of the stem collects what is read
             self.methods = [method for method in methods if method != "rollout"]
             if not self.methods:
                 raise common.InputError(f"{run} has no attention to roll out: --method gradcam")
@@ -97,9 +98,10 @@ class Explainer:
         return scores
 
     def shown(self, subset, index):
-        """What the model sees of these positions: float32 [n, 1, S, S] in [0, 1]."""
-        masks = subset.lungs(index) if self.exact.look != "full" else None
-        return lungs.cover(self.exact.grey(subset.pixels(index), masks))
+        """What the model sees of these positions: float32 [n, 1, S, S] in [0, 1], and the lungs if it reads
+        them (Inputs.cover)."""
+        masks = subset.lungs(index) if self.exact.needs_lungs else None
+        return self.exact.cover(self.exact.grey(subset.pixels(index), masks))
 
     def lung_masks(self, subset, index, source):
         """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
@@ -113,7 +115,7 @@ class Explainer:
 
     def row(self, file, grey, score, *more):
         """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`).
-        grey: what the model sees, [1, 1, S, S]."""
+        grey: what the model sees of one image, see `shown`."""
         x = self.exact.scale(grey)
         found = [maps.compute(m, self.model, x, self.layer, self.answer)[0] for m in self.methods]
         called = [self.classes[int(score >= threshold)] for threshold in (0.5, self.threshold)]

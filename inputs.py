@@ -20,10 +20,12 @@ class Inputs:
     """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one
     of MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape
     whose logits are averaged (test-time augmentation), none for the image itself; `look`: what of an image
-    the model is shown, one of lungs.LOOKS.
+    the model is shown, one of lungs.LOOKS; `reads_lungs`: whether the model is given the mask of the lungs,
+    too, as the last channel.
 
     "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
-    the model may look. Random changes and views move both channels together."""
+    the model may look; for a model that reads them, the lungs follow as one more channel. Random changes and
+    views move all channels together."""
 
     mean: tuple
     std: tuple
@@ -32,6 +34,12 @@ class Inputs:
     normalise: str = "none"
     views: tuple = ()
     look: str = "full"
+    reads_lungs: bool = False
+
+    @property
+    def needs_lungs(self):
+        """Whether images must come with masks of the lungs."""
+        return self.look != "full" or self.reads_lungs
 
     @classmethod
     def of_run(cls, results, device, tta=None):
@@ -46,6 +54,7 @@ class Inputs:
             results["data"].get("normalise", "none"),
             tuple(tta_views(**tta)) if tta else (),
             results["data"].get("input", "full"),
+            results["data"].get("reads_lungs", False),
         )
 
     def on(self, device):
@@ -53,22 +62,38 @@ class Inputs:
         return replace(self, device=torch.device(device), amp=False)
 
     def grey(self, pixels, masks=None):
-        """uint8 [B, S, S], array or tensor, and bool masks of the lungs, unless `look` is "full" -> grey on
-        the device."""
+        """uint8 [B, S, S], array or tensor, and bool masks of the lungs, where they are needed -> grey on the
+        device."""
         grey = normalise(torch.as_tensor(pixels).to(self.device), self.normalise)
-        if self.look == "full":
+        if not self.needs_lungs:
             return grey
-        masks = torch.as_tensor(masks).to(self.device).unsqueeze(1).float()
-        return lungs.show(grey, masks, self.look)
+        return self.shown(grey, torch.as_tensor(masks).to(self.device).unsqueeze(1).float())
+
+    def shown(self, grey, masks):
+        """[B, 1, S, S] in [0, 1] and masks of the lungs, 0 or 1, of the same shape -> grey."""
+        shown = lungs.show(grey, masks, self.look)
+        if not self.reads_lungs:
+            return shown
+        if self.look in ("crop", "masked-crop"):
+            masks = lungs.show(masks, masks, "crop")
+        return torch.cat([shown, masks], dim=1)
+
+    def cover(self, grey):
+        """Grey with all that the model may not see in one grey: [B, 1, S, S], and the lungs if it reads
+        them."""
+        if not self.reads_lungs:
+            return lungs.cover(grey)
+        return torch.cat([lungs.cover(grey[:, :-1]), grey[:, -1:]], dim=1)
 
     def scale(self, grey):
-        """Grey -> (grey - mean) / std with len(mean) channels, by repeating grey; what the model may not see
-        is covered first."""
+        """Grey -> (grey - mean) / std with len(mean) channels, by repeating grey, and the lungs as they are
+        if the model reads them; what the model may not see is covered first."""
         if self.look == "pair":
             return grey
-        grey = lungs.cover(grey)
+        grey = self.cover(grey)
         mean, std = (torch.tensor(v, device=grey.device, dtype=grey.dtype) for v in (self.mean, self.std))
-        return (grey - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+        scaled = (grey[:, :1] - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+        return torch.cat([scaled, grey[:, 1:]], dim=1) if self.reads_lungs else scaled
 
     def logits(self, model, grey):
         """Grey on the device -> float32 logits [B, K], averaged over the views."""

@@ -26,9 +26,9 @@ STEPS = 15  # points of a deletion or insertion curve
 
 
 def explainable(model, method="gradcam"):
-    """The Vision Transformers and, for Grad-CAM, CNNs that make up a model: itself, members of an ensemble,
-    or none."""
-    kinds = ("vit", "cnn") if method == "gradcam" else ("vit",)
+    """The Vision Transformers and, for Grad-CAM, CNNs and hybrids that make up a model: itself, members of an
+    ensemble, or none."""
+    kinds = ("vit", "cnn", "hybrid") if method == "gradcam" else ("vit",)
     return [m for m in _members(model) if m.kind in kinds]
 
 
@@ -55,8 +55,8 @@ def as_answer(target):
 
 
 def grad_cam(model, x, target=1, layer=-1):
-    """Grad-CAM of logit `target` of a VisionTransformer at the output of blocks[layer].norm1, or of a Cnn at
-    its last feature map.
+    """Grad-CAM of logit `target` of a VisionTransformer, or the stem of a Hybrid, at the output of
+    blocks[layer].norm1, or of a Cnn at its last feature map.
 
     x: scaled images [B, C, H, W] -> float32 [B, h, w]. Channel weights are the mean gradient over the patch
     tokens; [CLS] and registers are left out; ReLU. The model runs in eval mode and is left as it was (mode,
@@ -68,7 +68,8 @@ def grad_cam(model, x, target=1, layer=-1):
         kept.append(output if output.requires_grad else output.requires_grad_())
         return kept[0]
 
-    place = model.tap if model.kind == "cnn" else model.blocks[layer].norm1
+    vit = model.stem if model.kind == "hybrid" else model
+    place = model.tap if model.kind == "cnn" else vit.blocks[layer].norm1
     handle = place.register_forward_hook(keep)
     try:
         with _eval_mode(model), torch.enable_grad():
@@ -81,9 +82,9 @@ def grad_cam(model, x, target=1, layer=-1):
     if model.kind == "cnn":  # (B, D, h, w)
         weight = gradient.mean((2, 3), keepdim=True)
         return (kept[0].detach() * weight).sum(1).relu().float()
-    tokens, gradient = kept[0].detach()[:, model.prefix :], gradient[:, model.prefix :]  # (B, h*w, D)
+    tokens, gradient = kept[0].detach()[:, vit.prefix :], gradient[:, vit.prefix :]  # (B, h*w, D)
     weighted = tokens * gradient.mean(dim=1, keepdim=True)
-    return weighted.sum(-1).relu().unflatten(1, model.grid_size).float()
+    return weighted.sum(-1).relu().unflatten(1, vit.grid_size).float()
 
 
 @torch.no_grad()
@@ -138,12 +139,13 @@ def compute(method, model, x, layer=-1, target=1):
 def curves(probability, grey, ranks):
     """How a probability changes while patches are blurred (deletion) or uncovered from a blur (insertion).
 
-    probability: function of images like `grey` -> float64 [B]; grey: float32 [B, 1, S, S] in [0, 1]; ranks:
-    int64 [B, h, w], 0 for the most important patch, which goes first. Returns (deletion, insertion), float64
-    [B, STEPS], at 0 to 100% of the patches (Petsiuk et al. 2018, arXiv:1806.07421). The blur is a Gaussian of
-    a tenth of the side.
+    probability: function of images like `grey` -> float64 [B]; grey: float32 [B, 1, S, S] in [0, 1], further
+    channels are left as they are; ranks: int64 [B, h, w], 0 for the most important patch, which goes first.
+    Returns (deletion, insertion), float64 [B, STEPS], at 0 to 100% of the patches (Petsiuk et al. 2018,
+    arXiv:1806.07421). The blur is a Gaussian of a tenth of the side.
     """
-    blurred = gaussian_blur(grey, torch.full((len(grey),), grey.shape[-1] / 10, device=grey.device))
+    blurred = gaussian_blur(grey[:, :1], torch.full((len(grey),), grey.shape[-1] / 10, device=grey.device))
+    blurred = torch.cat([blurred, grey[:, 1:]], dim=1)
     counts = [round(share * ranks[0].numel()) for share in np.linspace(0, 1, STEPS)]
     scores = {"deletion": [], "insertion": []}
     for count in counts:
@@ -206,8 +208,8 @@ def regions(maps, lungs):
 def faithfulness(model, inputs, grey, lungs, methods, layer=-1, target=1):
     """Every test of the maps for class `target` -> JSON for explain.json.
 
-    grey: float32 [N, 1, S, S] in [0, 1], N >= 1, images as the model sees them, which it rightly calls
-    `target`; lungs: bool [N, S, S], the lungs on them. Returns {"images": N,
+    grey: float32 [N, 1 or 2, S, S], N >= 1, images as the model sees them (Inputs.cover), which it rightly
+    calls `target`; lungs: bool [N, S, S], the lungs on them. Returns {"images": N,
     "random" and each of `methods`: {"deletion", "insertion": mean_interval of the area under the curve}}. A
     method also has both areas minus those of random order, what `regions` gives, and "randomised": the mean
     rank correlation of its maps with those of each `randomised` model, on the first 8 images.

@@ -128,8 +128,8 @@ def _make(path, key, source, found, files, title):
 
 
 def finder_of(config, device="cpu"):
-    """The Finder that a run's DataConfig asks for; None where the model sees the full image."""
-    if config.input == "full":
+    """The Finder that a run's DataConfig asks for; None where no masks are needed."""
+    if not config.needs_lungs:
         return None
     check_source(config.lungs, config.lungs_sha256)
     return Finder(config.lungs, device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from cnn import Cnn
 from common import InputError
+from hybrid import Hybrid
 from lungs import LungNet
 from vit import MaskedAutoencoder, VisionTransformer
 
@@ -42,7 +43,8 @@ class PixelLinear(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1] -> logits (B, K).
+    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1], and masks of the lungs
+    as a second channel for members that read them -> logits (B, K).
 
     `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. Softmax
     of the logits (with `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
@@ -55,16 +57,20 @@ class Ensemble(nn.Module):
         self.config = dict(members=members, means=means, stds=stds)
         self.config |= dict(sigmoid=True) if sigmoid else {}
         self.in_chans = 1
+        self.reads_lungs = any(member.get("kind") == Hybrid.kind for member in members)
         self.members = nn.ModuleList(build_model(config) for config in members)
         if not len(self.members) == len(means) == len(stds) >= 2:
             raise InputError("an ensemble needs two or more members, each with its mean and std")
 
     def scaled(self, x):
-        """Grey (B, 1, H, W) -> the inputs of every member: a list of (B, C, H, W)."""
-        scalings = zip(self.config["means"], self.config["stds"])
-        return [
-            (x - x.new_tensor(m).view(1, -1, 1, 1)) / x.new_tensor(s).view(1, -1, 1, 1) for m, s in scalings
-        ]
+        """Grey, and masks where a member reads them -> the inputs of every member: a list of (B, C, H, W)."""
+        parts = []
+        for member, mean, std in zip(self.members, self.config["means"], self.config["stds"]):
+            mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+            image = (x[:, :1] - mean) / std
+            reads = getattr(member, "reads_lungs", False)
+            parts.append(torch.cat([image, x[:, 1:]], dim=1) if reads else image)
+        return parts
 
     def forward(self, x):
         logits = [member(part).float() for member, part in zip(self.members, self.scaled(x))]
@@ -88,6 +94,8 @@ LIMITS = dict(
     decoder_dim=16_384,
     decoder_depth=256,
     decoder_heads=256,
+    d_model=16_384,
+    token_grid=56,
 )
 
 
@@ -109,14 +117,15 @@ def check_config(config):
 
 def build_model(config):
     """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
-    "ensemble" | "lungs" | "cnn", **its keywords}. InputError for an unknown kind or a size that is out of all
-    proportion."""
-    kinds = {m.kind: m for m in (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn)}
+    "ensemble" | "lungs" | "cnn" | "hybrid", **its keywords}. InputError for an unknown kind or a size that is
+    out of all proportion."""
+    known = (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn, Hybrid)
+    kinds = {m.kind: m for m in known}
     config = dict(config)
     kind = config.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"unknown kind of model {kind!r}; known: {', '.join(kinds)}")
     check_config(config)
-    if kind == "mae":
-        check_config(config["encoder"])
+    for part in {"mae": ["encoder"], "hybrid": ["stem"]}.get(kind, ()):
+        check_config(config[part])
     return kinds[kind](**config)

@@ -22,6 +22,7 @@ from tensors import check_state_dict, listed, load_arrays, load_safetensors, loa
 from vit import CONFIGS, VisionTransformer
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"
+KEPT = ("path", "sha256", "source", "resized", "reset", "dropped")  # of the report, in results.json
 DOWNLOAD = "https://storage.googleapis.com/vit_models/imagenet21k+imagenet2012/ViT-B_16-224.npz"
 
 _MHA = "MultiHeadDotProductAttention_1"
@@ -47,6 +48,12 @@ _BLOCK = {
     "mlp.fc2.weight": "MlpBlock_3/Dense_1/kernel",
     "mlp.fc2.bias": "MlpBlock_3/Dense_1/bias",
 }
+
+
+def usual_size(args, usual):
+    """The default of --img-size for --weights: the multiple of the patch that is nearest to `usual`, px."""
+    patch = config_from_npz(args.weights)["patch_size"]
+    return max(1, round(usual / patch)) * patch
 
 
 def load_npz(model, path):

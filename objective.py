@@ -19,13 +19,31 @@ def with_both_classes(truth):
 class Supervised:
     """The loss of a Task; `watched`, one of WATCHED, chooses the best epoch.
 
-    The AUROC is the mean over the findings that have both classes."""
+    The AUROC is the mean over the findings that have both classes. To the loss of an image come, times
+    `segmentation` and `attention` and the image's weight, the two that a hybrid appends to its logits."""
 
-    def __init__(self, task, class_weights=None, label_smoothing=0.0, watched="auroc", focal_gamma=0.0):
+    def __init__(
+        self,
+        task,
+        class_weights=None,
+        label_smoothing=0.0,
+        watched="auroc",
+        *,
+        focal_gamma=0.0,
+        segmentation=0.0,
+        attention=0.0,
+    ):
         how = dict(label_smoothing=label_smoothing, focal_gamma=focal_gamma)
-        self.losses = partial(task.losses, class_weights=class_weights, **how)
+        self.task_losses = partial(task.losses, class_weights=class_weights, **how)
         self.weights = partial(task.weights, class_weights=class_weights)
-        self.task, self.watched = task, watched
+        self.task, self.watched, self.more = task, watched, (segmentation, attention)
+
+    def losses(self, outputs, targets):
+        """The loss of every image: outputs [B, K], of a hybrid in training [B, K + 2] -> tensor [B]."""
+        losses = self.task_losses(outputs[:, : self.task.outputs], targets)
+        for factor, column in zip(self.more, outputs[:, self.task.outputs :].unbind(1)):
+            losses = losses + factor * self.weights(targets) * column
+        return losses
 
     def columns(self, truth, side="val"):
         """The numbers of the findings whose AUROC exists; none on validation is an InputError."""
@@ -38,8 +56,9 @@ class Supervised:
         return found
 
     def watch(self, targets, outputs, side="val"):
-        """Targets [N] or [N, K], logits [N, K] on the CPU -> figures for the history. None where no finding
-        has both classes, which on validation is an InputError."""
+        """Targets [N] or [N, K], outputs [N, K or more] on the CPU -> figures for the history. None where no
+        finding has both classes, which on validation is an InputError."""
+        outputs = outputs[:, : self.task.outputs]
         truth, scores = self.task.truth(targets), self.task.scores(outputs)
         aurocs = []
         for k in self.columns(truth, side):

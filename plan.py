@@ -115,7 +115,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
     recipe, task = plan.recipe, plan.config.task
-    how = dict(normalise=plan.config.normalise, look=plan.config.input)
+    how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)
     if AUTO in (mean, std):
         found = data.statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
         mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
@@ -123,10 +123,11 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
     if objective is None:
         weights = None
-        if recipe.balance == "weights":
+        if recipe.balance in ("weights", "both"):
             weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
-        gamma = recipe.focal_gamma if recipe.loss == "focal" else 0.0
-        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, gamma)
+        how = dict(focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0)
+        how |= dict(segmentation=recipe.seg_weight, attention=recipe.attention_weight)
+        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, **how)
         objective.columns(task.truth(val_set.targets))  # an error before training, not after an epoch of it
         say_unwatched(task, val_set)
     meta = {

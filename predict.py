@@ -84,12 +84,16 @@ class Scorer:
         top = ["top_class"] if self.several and self.softmax else []
         self.columns = ("path", *top, *self.probabilities, *decisions, "note")
         self.finder = lung_masks.finder_of(self.config, device)
+        cut = self.config.input == "full"  # a model that is given the lungs beside the whole image
+        self.without_lungs = "no lungs found: " + (
+            "left and right were cut in the middle" if cut else "the whole image was used"
+        )
         self.model.to(device)
 
     @torch.inference_mode()
     def scores(self, images):
         """uint8 [B, S, S] -> (probabilities float64 [B, F], number of the greatest logit int [B], whether the
-        image is shown in full although the lungs were asked for, bool [B])."""
+        image has no lungs although they are needed, bool [B])."""
         masks = self.finder(images) if self.finder else None
         whole = ~lungs.plausible(masks) if self.finder else np.zeros(len(images), bool)
         logits = self.inputs.logits(self.model, self.inputs.grey(images, masks)).cpu().numpy()
@@ -135,17 +139,14 @@ class Scorer:
                         yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
                     *found_here, whole = next(found)
-                    notes = [
-                        unlike(*image, self.results),
-                        "no lungs found: the whole image was used" if whole else "",
-                    ]
+                    notes = [unlike(*image, self.results), self.without_lungs if whole else ""]
                     note = "; ".join(filter(None, notes))
                     yield dict(zip(self.columns, (name, *self.answers(*found_here), note)))
 
 
 class Exported(torch.nn.Module):
     """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B], of several findings [B, F]: scaling and
-    temperature inside, and where the model is shown a part of the image, exposure and the U-Net `net` too."""
+    temperature inside, and where the model needs the lungs, exposure and the U-Net `net` too."""
 
     def __init__(self, model, inputs, task, temperature, net=None):
         super().__init__()
@@ -155,7 +156,7 @@ class Exported(torch.nn.Module):
     def forward(self, image):
         if self.net is not None:
             grey = normalise((image[:, 0] * 255).round().to(torch.uint8), self.inputs.normalise)
-            image = lungs.show(grey, self.net.masks(image), self.inputs.look)
+            image = self.inputs.shown(grey, self.net.masks(image))
         task, logits = self.task, self.model(self.inputs.scale(image)) / self.temperature
         if task.kind == "softmax" and task.outputs == 2:
             return torch.sigmoid(logits[:, 1] - logits[:, 0])
@@ -207,8 +208,8 @@ def export(scorer, path):
             "findings": json.dumps(scorer.task.findings),
             "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
             f"files: {scorer.config.resize} to {size} px"
-            + (f", then inputs.normalise(..., {mode!r})" if look == "full" else ""),
-            "shown": look + ("" if look == "full" else ": exposure and lung masks inside the graph"),
+            + ("" if net else f", then inputs.normalise(..., {mode!r})"),
+            "shown": look + (": exposure and lung masks inside the graph" if net else ""),
             "mean": json.dumps(results["mean"]),
             "std": json.dumps(results["std"]),
             "scaling": "inside the graph",

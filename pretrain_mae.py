@@ -27,7 +27,7 @@ DEFAULTS = recipe.Defaults(
             warmup_epochs=4.0,
         )
     },
-    unused=recipe.SUPERVISED + recipe.TWO_STAGES,
+    unused=recipe.SUPERVISED + recipe.TWO_STAGES + recipe.HYBRID,
 )
 
 

@@ -15,10 +15,12 @@ RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
 STEPS = Number(int, 0, 2**31)
 SCHEDULES = ("cosine", "constant", "plateau")
+THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before
 
 
 class Stage(NamedTuple):
-    """A part of training. trains: "head" or "all"; epochs; lr: peak learning rate."""
+    """A part of training. trains: "head", "neck" (all but the stem of a hybrid) or "all"; epochs; lr: peak
+    learning rate."""
 
     trains: str
     epochs: int
@@ -96,6 +98,16 @@ class Recipe:
     probe_views: int = flag(
         0, "in that stage, augmented views of each image beside itself", Number(int, 0, 1000), "N"
     )
+    frozen_epochs: int = flag(
+        0,
+        "of --epochs, the first N train all but the stem; then everything, at a fifth of the rate",
+        Number(int, 0, 2**20),
+        "N",
+    )
+    seg_weight: float = flag(0.0, "weight of the loss of the predicted lung mask", Number(float, 0, 1e6), "W")
+    attention_weight: float = flag(
+        0.0, "weight of the attention paid to other things than lungs", Number(float, 0, 1e6), "W"
+    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -103,7 +115,11 @@ class Recipe:
     def stages(self):
         """The stages of training, in order."""
         head = [Stage("head", self.freeze_epochs, self.head_lr)] if self.freeze_epochs else []
-        return [*head, Stage("all", self.epochs, self.lr)]
+        if not self.frozen_epochs:
+            return [*head, Stage("all", self.epochs, self.lr)]
+        frozen = min(self.epochs, self.frozen_epochs)
+        rest = [Stage("all", self.epochs - frozen, self.lr * THAWED)] if self.epochs > frozen else []
+        return [*head, Stage("neck", frozen, self.lr), *rest]
 
 
 SUPERVISED = (
@@ -124,6 +140,7 @@ SUPERVISED = (
 )
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
+HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
 
 
 class Defaults(NamedTuple):

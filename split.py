@@ -7,7 +7,7 @@ from common import InputError
 from index import patient_id
 
 POOLED = ("pooled", "pooled-image")
-BALANCES = ("weights", "sampler", "undersample", "undersample-once", "none")
+BALANCES = ("weights", "sampler", "both", "undersample", "undersample-once", "none")
 
 
 def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None):
@@ -149,13 +149,14 @@ def epoch_order(seed, epoch, targets, balance="none"):
     """The positions of an epoch, int64 [M], in order: a function of (seed, epoch) alone, so that a resumed
     epoch continues in the same order.
 
-    "sampler": N drawn with replacement, every class alike; "undersample": as many of each class as the rarest
-    has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all once."""
+    "sampler" and "both": N drawn with replacement, every class alike; "undersample": as many of each class as
+    the rarest has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all
+    once."""
     rng, targets = np.random.default_rng([seed, epoch]), np.asarray(targets)
     if balance in ("weights", "none"):
         return rng.permutation(len(targets))
     classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
-    if balance == "sampler":
+    if balance in ("sampler", "both"):
         picks, order = rng.integers(len(classes), size=len(targets)), np.empty(len(targets), dtype=np.int64)
         for k, members in enumerate(classes):
             order[picks == k] = rng.choice(members, (picks == k).sum())

@@ -27,7 +27,7 @@ DEFAULTS = recipe.Defaults(
         "default": dict(augment="strong", epochs=3, freeze_epochs=30, lr=3e-5, ema=0.99),
         "paper": dict(augment="plain", epochs=10, lr=1e-4),
     },
-    unused=("drop_rate", *recipe.MASKED),
+    unused=("drop_rate", *recipe.MASKED, *recipe.HYBRID),
 )
 
 
@@ -50,13 +50,7 @@ def main():
     inputs.add_scaling_arguments(group)
     recipe.add_arguments(parser, DEFAULTS)
 
-    def size(args, usual):
-        """The multiple of the patch that is nearest to the usual size."""
-        patch = npz_loader.config_from_npz(args.weights)["patch_size"]
-        return max(1, round(usual / patch)) * patch
-
-    args, plans = plan.plans_from_args(parser, DEFAULTS, size)
-
+    args, plans = plan.plans_from_args(parser, DEFAULTS, npz_loader.usual_size)
     shape = npz_loader.config_from_npz(args.weights)
     for p in plans:
         p.seed()
@@ -77,7 +71,7 @@ def main():
             name=npz_loader.architecture_name(model.config),
             mean=mean,
             std=std,
-            weights={k: report[k] for k in ("path", "sha256", "source", "resized", "reset", "dropped")},
+            weights={k: report[k] for k in npz_loader.KEPT},
         )
 
 

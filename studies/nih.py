@@ -49,7 +49,7 @@ def load_nih(folder, config):
         name="images",
     )
     rows, masks = found.rows, None
-    if config.input != "full":
+    if config.needs_lungs:
         what = f"images in {folder}"
         masks = lung_masks.load_masks(config.lungs, found, files, what, config.lungs_sha256)
     return data.Subset([files[r] for r in rows], targets[rows], found.images, rows, masks=masks)

@@ -137,7 +137,7 @@ class Scorer:
         images with their names and targets, and VERSION."""
         results, inputs = self.run.results, self.inputs
         how = [results["model_config"], inputs.mean, inputs.std, inputs.normalise, inputs.amp, VERSION]
-        how += [] if inputs.look == "full" else [inputs.look, self.run.config.lungs_sha256]
+        how += [inputs.look, self.run.config.lungs_sha256] if inputs.needs_lungs else []
         return common.sha256([self.run.checkpoint_sha256, how, data.pixel_fingerprint(subset)])
 
 

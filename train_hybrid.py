@@ -1,0 +1,88 @@
+"""Train the two-lung hybrid: a pretrained ViT as stem, then a small transformer that reads left and right.
+
+    python train_hybrid.py --weights weights/ViT-B_16.npz
+
+The stem's feature map is cut at the mean x of each image's lung mask (--lungs), mirrored views cut the
+mirrored mask. First all but the stem is trained, then everything at a fifth of the rate. Any weights that
+train_pretrained.py reads will do. Writes checkpoint.pth, last.pth and results.json to outputs/hybrid.
+"""
+
+import common
+import data
+import inputs
+import npz_loader
+import plan
+import recipe
+from hybrid import Hybrid
+
+# The settings of earlier work on this set, its learning rate halved when validation AUROC stands still.
+COMMON = dict(
+    lr=3e-4,
+    frozen_epochs=3,
+    schedule="plateau",
+    balance="both",
+    label_smoothing=0.1,
+    patience=5,
+    warmup_epochs=0.0,
+)
+DEFAULTS = recipe.Defaults(
+    out="outputs/hybrid",
+    recipes={
+        "default": {**COMMON, "augment": "strong", "epochs": 6, "ema": 0.99},
+        "paper": {**COMMON, "augment": "plain", "epochs": 15},
+    },
+    unused=(*recipe.TWO_STAGES, *recipe.MASKED),
+)
+
+
+def add_model_arguments(parser):
+    """The flags of the hybrid itself."""
+    group = parser.add_argument_group("model")
+    text = "Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face"
+    group.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
+    inputs.add_scaling_arguments(group)
+    sizes = dict(
+        d_model=(192, "channels behind the stem, a multiple of 12"),
+        token_grid=(4, "tokens a side of each lung's part"),
+        depth=(2, "blocks that read each part"),
+    )
+    for name, (usual, text) in sizes.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=common.COUNT, default=usual, metavar="N", help=text)
+    text = "let the query read the tokens of the whole map too"
+    group.add_argument("--global-tokens", action="store_true", help=text)
+
+
+def main():
+    parser = common.Parser(__doc__)
+    data.add_arguments(parser)
+    add_model_arguments(parser)
+    recipe.add_arguments(parser, DEFAULTS)
+    parser.set_defaults(reads_lungs=True)
+
+    args, plans = plan.plans_from_args(parser, DEFAULTS, npz_loader.usual_size)
+    shape = npz_loader.config_from_npz(args.weights)
+    for p in plans:
+        p.seed()
+        rates = dict(drop_path_rate=p.recipe.drop_path, patch_drop_rate=0.0)
+        model = Hybrid(
+            {**shape, **rates, "num_classes": 1, "img_size": p.config.img_size},
+            num_classes=p.config.task.outputs,
+            d_model=args.d_model,
+            token_grid=args.token_grid,
+            depth=args.depth,
+            num_heads=4,
+            drop_rate=p.recipe.drop_rate,
+            global_tokens=args.global_tokens,
+            segment=p.recipe.seg_weight > 0,
+        )
+        report = npz_loader.load_npz(model.stem, args.weights)
+        mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
+        common.tell(npz_loader.describe(report))
+        name = f"hybrid-{npz_loader.architecture_name(model.stem.config)}"
+        weights = {k: report[k] for k in npz_loader.KEPT}
+        plan.train(p, model, name=name, mean=mean, std=std, weights=weights)
+
+
+if __name__ == "__main__":
+    common.start(main)
