@@ -205,7 +205,7 @@ def test_bad_sizes():
 
 
 @pytest.fixture(scope="module")
-def run(flags, tiny_npz, tmp_path_factory):
+def hybrids(flags, tiny_npz, tmp_path_factory):
     """A folder with a calibrated hybrid of two seeds, with all options."""
     cwd = tmp_path_factory.mktemp("hybrid")
     argv = ("train_hybrid", *flags, "--weights", tiny_npz, "--batch-size", 16, "--d-model", 24)
@@ -216,8 +216,8 @@ def run(flags, tiny_npz, tmp_path_factory):
     return cwd
 
 
-def test_stages_of_the_script(run, flags, tiny_npz, tmp_path):
-    results = read_json(run, "outputs/hybrid-seed0/results.json")
+def test_stages_of_the_script(hybrids, flags, tiny_npz, tmp_path):
+    results = read_json(hybrids, "outputs/hybrid-seed0/results.json")
     rates = [row["lr"] for row in results["history"]]
     assert rates == pytest.approx([3e-4, 6e-5, 6e-5])
     assert results["model_config"]["global_tokens"] and results["data"]["reads_lungs"]
@@ -228,36 +228,36 @@ def test_stages_of_the_script(run, flags, tiny_npz, tmp_path):
     npz_loader.load_npz(stem, tiny_npz)
     kept = {n: v for n, v in stem.state_dict().items() if not n.startswith("head.")}
     assert all(torch.equal(weights[f"stem.{n}"], v) for n, v in kept.items())
-    later = load_pth(run, "outputs/hybrid-seed0/last.pth")["model"]
+    later = load_pth(hybrids, "outputs/hybrid-seed0/last.pth")["model"]
     assert not torch.equal(later["stem.blocks.0.attn.qkv.weight"], kept["blocks.0.attn.qkv.weight"])
 
 
-def test_other_scripts_follow(run, synthetic, tmp_path):
+def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     folder = "outputs/hybrid-seed0"
-    rows = predict_rows(run, "--run", folder, synthetic / "test")
-    scores = np.load(run / folder / "scores.npz", allow_pickle=False)
+    rows = predict_rows(hybrids, "--run", folder, synthetic / "test")
+    scores = np.load(hybrids / folder / "scores.npz", allow_pickle=False)
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(sorted(scores["test_p1"]), abs=1e-6)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "black.png")
-    (row,) = predict_rows(run, "--run", folder, tmp_path / "black.png")
+    (row,) = predict_rows(hybrids, "--run", folder, tmp_path / "black.png")
     assert "no lungs found: left and right were cut in the middle" in row["note"]
     assert 0 <= float(row["p_pneumonia"]) <= 1
-    succeed("calibrate", "--run", folder, "--min-recall", 0.9, "--tta-flip", cwd=run)
-    succeed("explain", "--run", folder, "--tests", 2, cwd=run)
-    assert "gradcam" in read_json(run, folder, "explain/explain.json")
-    refused(cli("explain", "--run", folder, "--method", "rollout", cwd=run), "no attention")
+    succeed("calibrate", "--run", folder, "--min-recall", 0.9, "--tta-flip", cwd=hybrids)
+    succeed("explain", "--run", folder, "--tests", 2, cwd=hybrids)
+    assert "gradcam" in read_json(hybrids, folder, "explain/explain.json")
+    refused(cli("explain", "--run", folder, "--method", "rollout", cwd=hybrids), "no attention")
     both = ("outputs/hybrid-seed0", "outputs/hybrid-seed1")
-    succeed("calibrate", "--ensemble", *both, "--out", "outputs/both", "--min-recall", 0.9, cwd=run)
-    rows = predict_rows(run, "--run", "outputs/both", synthetic / "test")
-    single = [np.load(run / one / "scores.npz", allow_pickle=False)["test_p1"] for one in both]
+    succeed("calibrate", "--ensemble", *both, "--out", "outputs/both", "--min-recall", 0.9, cwd=hybrids)
+    rows = predict_rows(hybrids, "--run", "outputs/both", synthetic / "test")
+    single = [np.load(hybrids / one / "scores.npz", allow_pickle=False)["test_p1"] for one in both]
     expected = sorted(np.mean(single, axis=0))
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(expected, abs=1e-6)
-    assert "hybrid" in succeed("compare", cwd=run).out
+    assert "hybrid" in succeed("compare", cwd=hybrids).out
 
 
-def test_onnx_has_the_lungs_inside(run):
+def test_onnx_has_the_lungs_inside(hybrids):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    done = succeed("predict", "--export", "m.onnx", "--run", "outputs/hybrid-seed0", cwd=run)
+    done = succeed("predict", "--export", "m.onnx", "--run", "outputs/hybrid-seed0", cwd=hybrids)
     assert "differs from PyTorch by at most" in done.out
 
 
