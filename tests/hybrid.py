@@ -103,7 +103,7 @@ def test_cross_attention_is_torchs():
 # ---------------------------------------------------------------- the losses
 
 
-def test_losses_by_hand():
+def test_lung_losses_by_hand():
     """Segmentation against NumPy; attention: its share off the lungs."""
     model, x = made(segment=True).train(), shown()
     model.head[0].p = 0.0
