@@ -31,6 +31,7 @@ from models import Ensemble
 from operating import Rule, evaluate
 from run import WITHOUT_CLASSES, Run, find_runs
 from tables import find_table
+from track import Tracker, add_track_argument
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
@@ -291,6 +292,7 @@ def parse():
     )
     group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    add_track_argument(group)
     group = parser.add_argument_group("images")
     group.add_argument(
         "--tta", action="store_true", help="average over small shifts and zooms; a row of its own"
@@ -351,6 +353,9 @@ def main():
             "command": common.command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
+        tracker = Tracker(args.track, run)
+        tracker.calibrated(result)
+        tracker.close()
         mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
         title = f"{run}{' with TTA' if tta else ''}{mark}"
         (show_several if "findings" in result else show)(title, result)

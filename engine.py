@@ -20,6 +20,7 @@ from device import autocast, device_name, gather, processes, stop_requests, vers
 from optimiser import learning_rate, parameter_groups, plateau_factor
 from recipe import THAWED, differences
 from split import epoch_order
+from track import Tracker
 
 # ---------------------------------------------------------------- prediction
 
@@ -150,6 +151,21 @@ class Loop:
             return self.run.results
         self.prepare(len(epoch_order(self.recipe.seed, 0, train.targets, self.recipe.balance)))
         results, history = self._begin(), self.state["history"]
+        self.tracker = Tracker(() if self.rank else self.plan.track, self.run)
+        self.tracker.begin(self.meta)
+        try:
+            self._train(train, val, results)
+        finally:
+            self.tracker.close()
+        best = history[results["best_epoch"] - 1]
+        tell(
+            f"best epoch {results['best_epoch']}: {_figures(best)}; {results['minutes']:.1f} min; "
+            f"wrote {self.run}/checkpoint.pth and results.json"
+        )
+        return results
+
+    def _train(self, train, val, results):
+        """The epochs that are left."""
         source = data.Batches(train, self.inputs)
         with stop_requests() as stop:
             if self.recipe.epochs == 0 and not self.state["epoch"]:
@@ -166,12 +182,7 @@ class Loop:
                 self._end_epoch(train, val, results, started)
         results["finished"] = True
         self._write(results)
-        best = history[results["best_epoch"] - 1]
-        tell(
-            f"best epoch {results['best_epoch']}: {_figures(best)}; {results['minutes']:.1f} min; "
-            f"wrote {self.run}/checkpoint.pth and results.json"
-        )
-        return results
+        self.tracker.end(results)
 
     def keep_head(self, loss, outputs, stage):
         """Take what `fit_head` returns for the only epoch there is: a linear probe."""
@@ -304,6 +315,8 @@ class Loop:
             self._save_model()
         results.update(best_epoch=self.state["best_epoch"], minutes=self._minutes())
         self._write(results)
+        number, recipe = self.state["epoch"], self.recipe
+        self.tracker.epoch(number, row, 1 + (number > recipe.frozen_epochs > 0) + (recipe.freeze_epochs > 0))
         name = f"epoch {self.state['epoch']}/{self.recipe.epochs}" if self.recipe.epochs else "head alone"
         tell(
             f"{name}: train loss {row['train_loss']:.4f}, {_figures(row)}{' *' if better else ''}, "

@@ -41,6 +41,7 @@ class Plan:
     resume: bool = False
     deterministic: bool = False
     unused: tuple = ()
+    track: tuple = ()
 
     def seed(self):
         """Seed everything that is random, before the model is built."""
@@ -100,7 +101,12 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
         resume = args.resume and (run.folder / "last.pth").exists()
         seeded = replace(recipe, seed=seed)
         plans.append(
-            Plan(seeded, augment, config, run, device, amp, resume, args.deterministic, defaults.unused)
+            Plan(
+                *(seeded, augment, config, run, device, amp, resume),
+                deterministic=args.deterministic,
+                unused=defaults.unused,
+                track=tuple(args.track),
+            )
         )
     return args, plans
 

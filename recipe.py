@@ -10,6 +10,7 @@ from common import COUNT, SEED, InputError, Number, Parser, add_flags, flag
 from device import add_device_argument
 from objective import WATCHED
 from split import BALANCES
+from track import add_track_argument
 
 RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
@@ -191,7 +192,7 @@ def add_arguments(parser, defaults):
 
 
 def add_run_arguments(parser, out):
-    """--out and --overwrite; returns their group."""
+    """--out, --overwrite and --track; returns their group."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--out",
@@ -200,6 +201,7 @@ def add_run_arguments(parser, out):
         help=f"run folder (default: {out}, with -demo appended for --demo)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    add_track_argument(group)
     parser.set_defaults(default_out=out, resume=False)
     return group
 

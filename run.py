@@ -5,6 +5,7 @@ checkpoint.pth                             weights of the best epoch, tensors on
 last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 explain/                                   left by explain.py
+track.json, tensorboard/                   left by --track
 
 What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
 torch is imported only by the methods that need it.
@@ -190,7 +191,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["checkpoint.pth", "last.pth", "results.json"] if weights else []
+        names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
         self.__dict__.pop("results", None)
@@ -256,6 +257,19 @@ class Run:
                     f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
                 )
         return arrays
+
+    def tracked(self):
+        """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
+        path = self.folder / "track.json"
+        found = read_json(path) if path.exists() else {}
+        if mismatches(found, dict.fromkeys(found, str) if isinstance(found, dict) else {"": str}):
+            raise InputError(f"{path} is damaged: delete it")
+        return found
+
+    def save_tracked(self, references):
+        """Write track.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "track.json", references)
 
     def explained(self):
         """explain.json of explain.py, or None if there is none."""

@@ -24,6 +24,7 @@ import recipe
 from inputs import Inputs
 from models import PixelLinear
 from objective import Supervised
+from track import Tracker
 
 
 def fit(features, targets, C, task):
@@ -110,6 +111,10 @@ def main():
         "history": [row],
     }
     plan.save_run(run, model, results)
+    tracker = Tracker(args.track, run)
+    tracker.begin({k: results[k] for k in ("model", "data", "split", "recipe")})
+    tracker.end(results)
+    tracker.close()
     common.tell(
         f"logistic regression on 32x32 pixels: val AUROC {row['val_auroc']:.4f}; "
         f"wrote {run}/checkpoint.pth and results.json"
