@@ -2,6 +2,7 @@
 and explanation all go through it, so that an image has one score whoever asks."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -111,22 +112,23 @@ def add_scaling_arguments(group):
     """--mean and --std."""
     for name in SCALING:
         text = f"input {name}, 3 numbers, or auto: of the training pixels (default: the weights' own)"
-        group.add_argument(f"--{name}", nargs="+", default=None, metavar="X", help=text)
+        kind = partial(_auto_or, SCALING[name])
+        group.add_argument(f"--{name}", type=kind, nargs="+", default=None, metavar="X", help=text)
+
+
+def _auto_or(kind, text):
+    return text if text == AUTO else kind(text)
 
 
 def chosen_scaling(args, mean, std):
     """(mean, std) as --mean and --std say, else as given: 3 floats each, or AUTO. InputError for anything
     else."""
     chosen = []
-    for (name, kind), usual in zip(SCALING.items(), (mean, std)):
+    for name, usual in zip(SCALING, (mean, std)):
         values = getattr(args, name)
-        try:
-            numbers = values if values in (None, [AUTO]) else [float(v) for v in values]
-        except ValueError:
-            numbers = []
-        if values not in (None, [AUTO]) and not (len(numbers) == 3 and all(map(kind.contains, numbers))):
-            raise InputError(f"--{name} {' '.join(values)[:60]}: give 3 numbers in {kind}, or {AUTO}")
-        chosen.append(usual if values is None else AUTO if values == [AUTO] else numbers)
+        if values not in (None, [AUTO]) and (len(values) != 3 or AUTO in values):
+            raise InputError(f"--{name} {' '.join(map(str, values))[:60]}: give 3 numbers, or {AUTO}")
+        chosen.append(usual if values is None else AUTO if values == [AUTO] else values)
     return tuple(chosen)
 
 

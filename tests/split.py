@@ -222,7 +222,7 @@ def test_epoch_order(balance):
     assert not np.array_equal(orders[0], epoch_order(4, 0, TARGETS, balance))
     if balance in ("weights", "none"):
         assert all(sorted(order) == list(range(75)) for order in orders)
-    elif balance == "sampler":
+    elif balance in ("sampler", "both"):
         assert all(len(order) == 75 for order in orders)
         assert np.abs(counts.mean(axis=0) - 25).max() < 4 * np.sqrt(75 * 2 / 9 / 400)  # 4 standard errors
         drawn = np.bincount(np.concatenate(orders), minlength=75)
