@@ -24,6 +24,7 @@ import common
 import data
 import engine
 import plan
+import shift
 from device import add_device_argument, pick_device
 from inputs import Inputs
 from intervals import reported_interval
@@ -49,10 +50,10 @@ class Sets:
         self.loaded = {}
 
     def of(self, config, fingerprint):
-        """(validation, test); InputError if the split is not the one with this fingerprint."""
+        """(training, validation, test); InputError if the split is not the one with this fingerprint."""
         if config not in self.loaded:
-            _, val, split = data.load_train_val(config)
-            self.loaded[config] = (val, data.load_test(config)), split["fingerprint"]
+            train, val, split = data.load_train_val(config)
+            self.loaded[config] = (train, val, data.load_test(config)), split["fingerprint"]
         sets, found = self.loaded[config]
         if found != fingerprint:
             raise common.InputError(
@@ -65,8 +66,42 @@ class Sets:
 def score(run, sets, *, device, batch_size, tta=None):
     """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged.
 
-    `tta`: None, or {"flip": bool} for test-time augmentation."""
+    Sets: training, validation, test. Where it is missing, what new images are held against (shift.py) is
+    written too. `tta`: None, or {"flip": bool} for test-time augmentation."""
+    train, *sides = sets
     inputs = Inputs.of_run(run.results, device, tta)
+    key, reference_key = keys(run, inputs, sides, tta)
+    name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
+    scores, learnt = kept_scores(run, name, key), has_reference(run, name, reference_key)
+    if scores and learnt:
+        return scores
+    how = dict(output=inputs.logits_and_features, batch_size=batch_size)
+    K, parts = run.task.outputs, dict(zip(PARTS, sides))
+    model.to(device)
+
+    def outputs(subset, what):
+        return engine.predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
+
+    found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
+    if not learnt:
+        some = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]))
+        usual, val = outputs(some, "training features"), found["val"]
+        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients)
+        run.save_reference({"key": np.array(reference_key), **arrays}, name)
+    if scores is None:
+        scores = {"key": np.array(key)}
+        for part, subset in parts.items():
+            scores |= {
+                f"{part}_files": np.array(subset.files),
+                f"{part}_labels": subset.targets,
+                f"{part}_logits": found[part][:, :K],
+                f"{part}_patients": np.array(subset.patients),
+            }
+    return scores
+
+
+def keys(run, inputs, sides, tta):
+    """What the scores of validation and test depend on, and what the reference does, as checksums."""
     about = [
         run.checkpoint_sha256,
         run.results["mean"],
@@ -76,8 +111,21 @@ def score(run, sets, *, device, batch_size, tta=None):
         inputs.normalise,
     ]
     about += [inputs.look, run.config.lungs_sha256] if inputs.needs_lungs else []
-    key = common.sha256([*about, [data.pixel_fingerprint(s) for s in sets]])
-    name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
+    prints = [data.pixel_fingerprint(s) for s in sides]
+    return common.sha256([*about, prints]), common.sha256([*about, prints[0], shift.VERSION])
+
+
+def has_reference(run, name, key):
+    """Whether a run has the reference with this key."""
+    try:
+        return run.reference(name, key) is not None
+    except common.InputError as error:
+        common.say(f"{error}; it is made again now")
+        return False
+
+
+def kept_scores(run, name, key):
+    """The scores that a run has, if they have this key; else None."""
     try:
         kept = run.scores(name)
         if "key" in kept and str(kept["key"]) == key:
@@ -85,17 +133,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     except common.InputError as error:
         if "does not exist" not in str(error):
             common.say(f"{error}: scoring again")
-    model.to(device)
-    scores = {"key": np.array(key)}
-    for part, subset in zip(PARTS, sets):
-        logits = engine.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} {part}")
-        scores |= {
-            f"{part}_files": np.array(subset.files),
-            f"{part}_labels": subset.targets,
-            f"{part}_logits": logits.numpy(),
-            f"{part}_patients": np.array(subset.patients),
-        }
-    return scores
+    return None
 
 
 # ---------------------------------------------------------------- an ensemble as a run
@@ -337,8 +375,8 @@ def main():
         config = data.DataConfig.from_json({**run.results["data"], **moved})
         if args.labels:
             config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
-        pair = sets.of(config, run.results["split"]["fingerprint"])
-        scores = score(run, pair, device=device, batch_size=args.batch_size, tta=tta)
+        three = sets.of(config, run.results["split"]["fingerprint"])
+        scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
         try:
             result, p1 = evaluate(scores, rule, run.task)
         except common.InputError as error:

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from entries import families
+from evidence import batch_blocks, unique
 from intervals import difference_of_means, mean_auroc_draws
 from operating import LEAST
 from render import Heading, Paragraph, Table
@@ -16,7 +17,6 @@ from report import (
     missing_blocks,
     size_and_time,
     split_blocks,
-    unique,
     with_interval,
 )
 
@@ -28,7 +28,7 @@ def section(entries, shown):
     blocks = main_blocks(entries) + finding_blocks(shown) + promise_blocks(shown)
     if entries[0].task.kind == "softmax":
         blocks += class_blocks(shown)
-    return blocks + pair_blocks(shown) + method_blocks(entries)
+    return blocks + pair_blocks(shown) + batch_blocks(entries) + method_blocks(entries)
 
 
 def span(figure):

@@ -102,6 +102,19 @@ class Inputs:
             parts = [model(self.scale(view(grey))).float() for view in self.views or [lambda x: x]]
         return torch.stack(parts).mean(0)
 
+    def logits_and_features(self, model, grey):
+        """Grey on the device -> `logits` and, beside them, what the heads read of the first view: float32
+        [B, K + D]; of an ensemble, one member after the other."""
+        heads = [member.head for member in getattr(model, "members", [model])]
+        kept = {head: [] for head in heads}
+        hooks = [h.register_forward_pre_hook(lambda head, x: kept[head].append(x[0])) for h in heads]
+        try:
+            logits = self.logits(model, grey)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([logits, *(kept[head][0].float() for head in heads)], dim=1)
+
     def features(self, model, grey):
         """Grey on the device -> what the model's head reads, float32 [B, D]."""
         with autocast(self.device, self.amp):

@@ -4,12 +4,15 @@
 
 PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG (8 and 16 bit, grey or colour), and
 DICOM (needs the package pydicom). Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
-decision@0.5, decision@Rec, note; where there are several findings, top_class (the most probable of K
-classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without a threshold) for each.
+decision@0.5, decision@Rec, typicality, note; where there are several findings, top_class (the most probable
+of K classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without a threshold) for each.
 Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
 file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
-`note` also says when brightness, contrast, colour or size is unlike the training images. In folders only
-files with the extensions of images are looked at. Memory does not grow with the number of files.
+`typicality` is the share of validation images at least as odd, and `note` says when it is 0.01 or less, or
+brightness, contrast, colour or size is unlike the training images. The last line on stderr says whether all
+images together are like validation (shift.py says how); --summary writes that to a file, and --keep to the
+run, for compare.py. In folders only files with the extensions of images are looked at. Memory does not grow
+with the number of files.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -32,8 +35,10 @@ import common
 import demo
 import lungs
 import masks as lung_masks
+import shift
 from device import add_device_argument, pick_device
 from images import find_files, read_image
+from index import patient_id
 from inputs import Inputs, normalise
 from run import Run
 
@@ -82,7 +87,8 @@ class Scorer:
         self.probabilities = [f"p_{word}" for word in words]
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
         top = ["top_class"] if self.several and self.softmax else []
-        self.columns = ("path", *top, *self.probabilities, *decisions, "note")
+        self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
+        self.reference, self.batch = run.reference("tta" if tta else ""), shift.Batch()
         self.finder = lung_masks.finder_of(self.config, device)
         cut = self.config.input == "full"  # a model that is given the lungs beside the whole image
         self.without_lungs = "no lungs found: " + (
@@ -92,20 +98,43 @@ class Scorer:
 
     @torch.inference_mode()
     def scores(self, images):
-        """uint8 [B, S, S] -> (probabilities float64 [B, F], number of the greatest logit int [B], whether the
-        image has no lungs although they are needed, bool [B])."""
+        """uint8 [B, S, S] -> (probabilities float64 [B, F], logits [B, K], whether the image has no lungs
+        although they are needed, bool [B], features float32 [B, D])."""
         masks = self.finder(images) if self.finder else None
         whole = ~lungs.plausible(masks) if self.finder else np.zeros(len(images), bool)
-        logits = self.inputs.logits(self.model, self.inputs.grey(images, masks)).cpu().numpy()
+        outputs = self.inputs.logits_and_features(self.model, self.inputs.grey(images, masks)).cpu().numpy()
+        logits, features = outputs[:, : self.task.outputs], outputs[:, self.task.outputs :]
         scores = self.task.scores(logits, self.temperature)
         if not np.isfinite(scores).all():
             raise common.InputError(
                 "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
             )
-        return scores, logits.argmax(axis=1), whole
+        return scores, logits, whole, features
+
+    def called(self, scores):
+        """Whom the model calls sick by its first finding, bool [N]: scores [N, F]."""
+        threshold = next(iter(self.thresholds.values()))
+        return scores[:, 0] >= (0.5 if threshold is None else threshold)
+
+    def typicalities(self, names, scores, logits, features):
+        """The typicality of every image, float [B], or None each without a reference; they join the batch."""
+        if self.reference is None:
+            return [None] * len(names)
+        found, places = self.reference.place(features)
+        values = zip(names, map(patient_id, names), found, places, logits, self.called(scores))
+        for row in values:
+            self.batch.add(*row)
+        return found.tolist()
+
+    def verdict(self):
+        """Whether all images so far are like validation, as JSON; None without a reference."""
+        if self.reference is None:
+            return None
+        usual = self.called(self.task.scores(self.reference.logits, self.temperature))
+        return self.reference.judge(self.batch, usual)
 
     def answers(self, scores, top):
-        """The cells between path and note: probabilities and decisions of one image, scores [F]."""
+        """The cells of one image from the top class to the decisions: scores [F]."""
         scores, thresholds = scores.tolist(), list(self.thresholds.values())
         if self.several:
             called = [None if t is None else "yes" if p >= t else "no" for p, t in zip(scores, thresholds)]
@@ -133,15 +162,29 @@ class Scorer:
                 images, names, chunk = list(reading), chunk, following
                 reading = pool.map(read, following)  # the next batch is decoded while this one is scored
                 good = [i for i in images if not isinstance(i, str)]
-                found = iter(zip(*self.scores(np.stack([i[0] for i in good]))) if good else ())
+                found = self.found([n for n, i in zip(names, images) if not isinstance(i, str)], good)
                 for name, image in zip(names, images):
                     if isinstance(image, str):
                         yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
-                    *found_here, whole = next(found)
-                    notes = [unlike(*image, self.results), self.without_lungs if whole else ""]
+                    cells, typicality, whole = next(found)
+                    odd = typicality is not None and typicality <= shift.ODD
+                    notes = [
+                        unlike(*image, self.results),
+                        f"odd: typicality {typicality:.4f}" if odd else "",
+                        self.without_lungs if whole else "",
+                    ]
                     note = "; ".join(filter(None, notes))
-                    yield dict(zip(self.columns, (name, *self.answers(*found_here), note)))
+                    yield dict(zip(self.columns, (name, *cells, typicality, note)))
+
+    def found(self, names, images):
+        """Yield (cells of `answers`, typicality, whether no lungs were found) of images as read_image gives
+        them."""
+        if images:
+            scores, logits, whole, features = self.scores(np.stack([image[0] for image in images]))
+            typicality = self.typicalities(names, scores, logits, features)
+            cells = map(self.answers, scores, logits.argmax(axis=1))
+            yield from zip(cells, typicality, whole)
 
 
 class Exported(torch.nn.Module):
@@ -244,12 +287,39 @@ def parse():
     parser.add_argument(
         "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
     )
+    parser.add_argument("--summary", metavar="FILE.json", help="write the verdict on all images together")
+    parser.add_argument(
+        "--keep", metavar="NAME", help="keep that verdict in the run under this name, for compare.py"
+    )
     parser.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(parser)
     args = parser.parse_args()
+    if args.keep is not None and not re.fullmatch(r"[\w-][\w. -]{0,59}", args.keep):
+        raise common.InputError(
+            f"--keep {args.keep[:60]!r}: a name of letters, digits, dots and dashes, please"
+        )
+    if args.summary:
+        common.check_regular(args.summary)
     if bool(args.paths) == bool(args.export):
         raise common.InputError("give either PATHS to score or --export FILE.onnx")
     return args
+
+
+def report(scorer, args, counts):
+    """Say the verdict on all images together, and write it where --summary and --keep ask for it."""
+    verdict = scorer.verdict()
+    if verdict is None:
+        common.say(f"note: {scorer.run} was calibrated by an older version: run calibrate.py for typicality")
+        if args.summary or args.keep:
+            raise common.InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")
+        return
+    common.say(shift.sentence(verdict))
+    about = {"run": str(scorer.run), "checkpoint": scorer.run.checkpoint_sha256, "paths": args.paths[:20]}
+    about |= {**counts, **verdict}
+    if args.summary:
+        common.write_json(args.summary, about)
+    if args.keep:
+        scorer.run.save_batch(args.keep, about)
 
 
 def main():
@@ -277,6 +347,7 @@ def main():
     common.say(f"{count} files: {bad} unreadable, {odd} unlike the training images")
     if not count:
         raise common.InputError("no image files in " + ", ".join(args.paths))
+    report(scorer, args, {"images": count, "unreadable": bad})
     if bad:
         raise common.InputError(f"{bad} of {count} files could not be read; their rows say why")
 

@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 
 import common
-from entries import METHODS, POINTS, families, missing_ensembles
+from entries import POINTS, families, missing_ensembles
+from evidence import batch_blocks, map_blocks, unique
 from intervals import compare_at_thresholds, reported_interval, wilson_interval
 from metrics import predictive_values
 from render import Code, Heading, Paragraph, Table, printable
@@ -21,12 +22,7 @@ def section(entries, shown):
     blocks = main_blocks(entries) + shift_blocks(entries)
     for part in (interval_blocks, pair_blocks, probability_blocks, predictive_blocks, subgroup_blocks):
         blocks += part(shown)
-    return blocks + map_blocks(entries) + method_blocks(entries)
-
-
-def unique(values, join="; "):
-    """Different texts in the order in which they come, joined."""
-    return join.join(dict.fromkeys(map(str, values)))
+    return blocks + batch_blocks(entries) + map_blocks(entries) + method_blocks(entries)
 
 
 def interval(low, high):
@@ -229,37 +225,6 @@ def subgroup_blocks(entries):
     text = "Test recall @Rec by cause, as the file names tell it; 95% Wilson intervals."
     head = ["Model", *(f"Recall, {cause}" for cause in causes.values())]
     return [Heading(3, "Subgroups"), Paragraph(text), Table(head, rows)]
-
-
-def map_blocks(entries):
-    """Whether the maps of explain.py can be believed."""
-    rows, made_on = [], []
-    for e, report in ((e, e.explained) for e in entries):
-        for method, name in METHODS.items():
-            if not report or method not in report:
-                continue
-            r = report[method]
-            minus = [r[f"{k}_minus_random"] for k in ("deletion", "insertion")]
-            cells = ["{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**span) for span in minus]
-            for k in ("lung", "border"):
-                span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**r[f"{k}_share"])
-                cells.append(f"{span} of {r[f'{k}_area']:.2f}")
-            cells += [f"{r['randomised'][i]['rank_correlation']:.2f}" for i in (0, -1)]
-            rows.append([f"{e.name}, {name}", *cells])
-            side = "test" if report.get("split") == "test" else "validation"
-            made_on.append(f"{side} images rightly called {report.get('target', e.finding)}")
-    if not rows:
-        return []
-    text = (
-        f"From explain.py, on {unique(made_on)}. Deletion (lower is better) and insertion (higher is "
-        "better): area under the score curve, minus that of random order; where the interval holds 0, the "
-        "map ranks patches no better than chance. On the lungs, on the border: how much of the map falls on "
-        "the lung fields (a heuristic mask) and on the outer tenth of the image, of what an even map would "
-        "put there. Head redrawn, all redrawn: rank correlation with the map after the weights of the head, "
-        "or all weights, are drawn at random; a map that stays the same does not show what was learnt."
-    )
-    head = ["Map", "Deletion", "Insertion", "On the lungs", "On the border", "Head redrawn", "All redrawn"]
-    return [Heading(3, "Does it look at lungs or at letters?"), Paragraph(text), Table(head, rows)]
 
 
 def shared_text(entry):

@@ -4,6 +4,8 @@ results.json                               settings, data, history
 checkpoint.pth                             weights of the best epoch, tensors only
 last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+reference[-tta].npz                        left by calibrate.py: what new images are held against
+batches/                                   left by predict.py --keep
 explain/                                   left by explain.py
 track.json, tensorboard/                   left by --track
 
@@ -28,7 +30,7 @@ from common import (
     sha256,
     write_json,
 )
-from schema import mismatches, wrong_calibration, wrong_results
+from schema import BATCH, mismatches, wrong_calibration, wrong_results
 from task import Task
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -191,6 +193,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
+        names += ["reference.npz", "reference-tta.npz"]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
@@ -257,6 +260,36 @@ class Run:
                     f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
                 )
         return arrays
+
+    def save_reference(self, arrays, name=""):
+        """Write reference.npz: the arrays of shift.learn and their key."""
+        with atomic_path(self.folder / f"reference{_dash(name)}.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, **arrays)
+
+    def reference(self, name="", key=None):
+        """The shift.Reference of reference.npz; None if there is none, or none with this key. InputError if
+        it is damaged."""
+        from shift import Reference
+        from tensors import load_arrays
+
+        path = self.folder / f"reference{_dash(name)}.npz"
+        if not path.exists():
+            return None
+        arrays = load_arrays(path)
+        return None if key is not None and str(arrays.get("key")) != key else Reference(arrays, path)
+
+    def save_batch(self, name, verdict):
+        """Write batches/NAME.json."""
+        write_json(self.folder / "batches" / f"{name}.json", {"format": FORMAT, **verdict})
+
+    def batches(self):
+        """{name: verdict} of batches/. InputError if one is damaged."""
+        found = {}
+        for path in sorted(self.folder.glob("batches/*.json")):
+            found[path.stem] = read_json(path)
+            if wrong := mismatches(found[path.stem], BATCH):
+                raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)[:200]}")
+        return found
 
     def tracked(self):
         """{tracker: by what name it knows this run}, of track.json; empty if there is none."""

@@ -88,6 +88,20 @@ def mismatches(value, spec, name=""):
     return [] if isinstance(value, spec) and not (spec is str and "\0" in value) else [name]
 
 
+# What batches/NAME.json of a run holds.
+BATCH = {
+    "images": NATURAL,
+    "patients": NATURAL,
+    "checkpoint": str,
+    "verdict": str,
+    "says": str,
+    "called_in_validation": SHARE,
+    "odd": (int, float, type(None)),
+    "called": (int, float, type(None)),
+    "p_joint": (int, float, type(None)),
+}
+
+
 def wrong_results(results):
     """Names of what is missing or wrong in a results.json."""
     wrong = mismatches(results, RESULTS)

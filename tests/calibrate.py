@@ -93,7 +93,11 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     state["head.bias"] *= -1
     torch.save(state, out / "checkpoint.pth")
     succeed("calibrate", "--run", out, "--min-recall", 0.5, cwd=own_runs)
-    assert scored == [1, 1] and np.allclose(p1(), 1 - before, atol=1e-5)  # both logits negated
+    assert scored == [1, 1, 1] and np.allclose(p1(), 1 - before, atol=1e-5)  # both logits negated
+    (out / "reference.npz").write_bytes(b"")
+    scored.clear()
+    succeed("calibrate", "--run", out, cwd=own_runs)
+    assert len(scored) == 2 and Run(out).reference() is not None  # validation and training features
     for damaged in (path.read_bytes()[:500], b""):
         scored.clear()
         path.write_bytes(damaged)

@@ -223,7 +223,7 @@ def predict_rows(folder, *argv, code=0):
     """Rows of predict.py's CSV."""
     done = cli("predict", *argv, cwd=folder)
     assert done.code == code, done.err
-    assert done.out.splitlines()[0] == "path,p_pneumonia,decision@0.5,decision@Rec,note"
+    assert done.out.splitlines()[0] == "path,p_pneumonia,decision@0.5,decision@Rec,typicality,note"
     return list(csv.DictReader(io.StringIO(done.out)))
 
 
