@@ -1,0 +1,130 @@
+"""How often is a batch called shifted, if it is like validation and if it is not?
+
+    python studies/typicality.py --run outputs/pretrained --nih NIH_DIR
+
+False alarms: half of the validation patients make the reference, batches are drawn from the other half.
+Power: batches from the official test set, from another hospital (--nih; studies/nih.py says what is in it),
+and from corrupted validation images, each with the whole of validation as the reference. Prints markdown: the
+share of draws called shifted with its 95% interval (Wilson), and of single images called odd.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+import data  # noqa: E402
+import engine  # noqa: E402
+import masks as lung_masks  # noqa: E402
+import shift  # noqa: E402
+from device import add_device_argument, pick_device  # noqa: E402
+from inputs import Inputs  # noqa: E402
+from intervals import wilson_interval  # noqa: E402
+from run import Run  # noqa: E402
+from studies.nih import load_nih  # noqa: E402
+from studies.signals import corruptions  # noqa: E402
+
+SIZES = (20, 50, 100, 250)
+
+
+class Outputs:
+    """What a calibrated run makes of images: logits and features, whose they are, whom it calls sick."""
+
+    def __init__(self, run, device):
+        self.run, self.inputs = run, Inputs.of_run(run.results, device)
+        self.model, self.task = run.model().to(device), run.task
+        calibration = run.calibration()
+        self.temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
+        self.threshold = next(iter(run.findings(calibration).values()))["threshold"]
+
+    def of(self, subset, what):
+        """(features [N, D], logits [N, K], patients [N]) of a Subset."""
+        how = dict(output=self.inputs.logits_and_features, progress=what)
+        found = engine.predict(self.model, subset, self.inputs, **how).numpy()
+        K = self.task.outputs
+        return found[:, K:], found[:, :K], np.array(subset.patients)
+
+    def called(self, logits):
+        return self.task.scores(logits, self.temperature)[:, 0] >= self.threshold
+
+    def changed(self, subset, change):
+        """The Subset after a change of its pixels."""
+        pixels = np.stack([change(image) for image in subset.pixels()])
+        finder, masks = lung_masks.finder_of(self.run.config), None
+        if finder:
+            masks = lung_masks.pack(np.concatenate([finder(part) for part in np.array_split(pixels, 16)]))
+        about = dict(patients=subset.patients, masks=masks)
+        return data.Subset(subset.files, subset.targets, pixels, np.arange(len(pixels)), **about)
+
+
+def draw(known, outputs, found, rng, n):
+    """The verdict of a Reference on one image each of n patients drawn from (features, logits, patients)."""
+    features, logits, patients = found
+    some = shift.one_each(patients, int(rng.integers(2**31)))[:n]
+    typicality, places = known.place(features[some])
+    batch = shift.Batch()
+    for i, row in enumerate(zip(typicality, places, logits[some], outputs.called(logits[some]))):
+        batch.add(str(i), str(i), *row)
+    return known.judge(batch, outputs.called(known.logits))
+
+
+def false_alarms(usual, val, outputs, draws, n):
+    """How many of `draws` batches of n validation patients are called shifted, if they can be had."""
+    rng, features, logits, patients = np.random.default_rng(n), *val
+    names, shifted = np.unique(patients), 0
+    if n > len(names) // 2:
+        return None
+    for _ in range(draws):
+        here = np.isin(patients, rng.permutation(names)[: len(names) // 2])
+        known = shift.Reference(shift.learn(usual, features[here], logits[here], patients[here]), "")
+        batch = [v[~here] for v in val]
+        shifted += draw(known, outputs, batch, rng, n)["verdict"] == "shifted"
+    return shifted
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder")
+    parser.add_argument("--nih", metavar="DIR", help="images of another hospital")
+    parser.add_argument("--draws", type=common.COUNT, default=300, metavar="N", help="batches of each size")
+    parser.add_argument("--corrupted", type=common.COUNT, default=300, metavar="N", help="images to corrupt")
+    add_device_argument(parser)
+    args = parser.parse_args()
+    outputs = Outputs(Run(args.run), pick_device(args.device))
+    config, rng = outputs.run.config, np.random.default_rng(0)
+    train, val, _ = data.load_train_val(config, common.say)
+    some = np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING])
+    usual = outputs.of(train.take(some), "training")[0]
+    found = {
+        "validation": outputs.of(val, "validation"),
+        "official test": outputs.of(data.load_test(config), "test"),
+    }
+    if args.nih:
+        found["another hospital"] = outputs.of(load_nih(args.nih, config), "nih")
+    few = val.take(np.sort(rng.permutation(len(val))[: args.corrupted]))
+    for name, change in corruptions().items():
+        found[f"validation, {name}"] = outputs.of(outputs.changed(few, change), name)
+    features, logits, patients = found["validation"]
+    known = shift.Reference(shift.learn(usual, features, logits, patients), "")
+    print("| images | odd | " + " | ".join(f"{n} patients" for n in SIZES) + " |")
+    print("| --- | ---: |" + " ---: |" * len(SIZES))
+    for name, batch in found.items():
+        cells = [f"{100 * (known.place(batch[0])[0] <= shift.ODD).mean():.1f}%"]
+        for n in SIZES:
+            if name == "validation":
+                count = false_alarms(usual, batch, outputs, args.draws, n)
+            elif n > len(set(batch[2])):
+                count = None
+            else:
+                verdicts = [draw(known, outputs, batch, rng, n)["verdict"] for _ in range(args.draws)]
+                count = verdicts.count("shifted")
+            low, high = wilson_interval(count, args.draws) if count is not None else (0, 0)
+            cells.append("-" if count is None else f"{count / args.draws:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    common.start(main)
