@@ -23,6 +23,7 @@ import numpy as np
 import common
 import data
 import engine
+import hospital
 import plan
 import shift
 from device import add_device_argument, pick_device
@@ -331,6 +332,14 @@ def parse():
     group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
     add_track_argument(group)
+    group = parser.add_argument_group("another hospital")
+    group.add_argument(
+        "--site", metavar="DIR", help="choose thresholds anew on its labelled images: a folder a class"
+    )
+    group.add_argument("--name", metavar="WHERE", help="what predict.py --site is to call these")
+    group.add_argument(
+        "--report", action="store_true", help="with --site: hold out half of the patients, too"
+    )
     group = parser.add_argument_group("images")
     group.add_argument(
         "--tta", action="store_true", help="average over small shifts and zooms; a row of its own"
@@ -349,6 +358,9 @@ def parse():
     args = parser.parse_args()
     if bool(args.ensemble) != bool(args.out) or args.ensemble and args.run:
         raise common.InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
+    if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
+        raise common.InputError("--site DIR and --name WHERE belong together, without --ensemble")
+    common.check_name("--name", args.name)
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
@@ -366,6 +378,8 @@ def main():
     device, sets, promised = pick_device(args.device), Sets(), False
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
     name = "tta" if tta else ""
+    if args.site:
+        return hospital.calibrate(args, rule, device, tta)
     if args.ensemble:
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite).folder]
     for run in find_runs(args.runs_dir, args.run):

@@ -212,6 +212,12 @@ def flag(default, help, kind=None, metavar=None):
     return dataclasses.field(default=default, metadata=about)
 
 
+def check_name(flag, name):
+    """InputError unless a name given by a flag, if any, can be part of a file name."""
+    if name is not None and not re.fullmatch(r"[\w-][\w. -]{0,59}", name):
+        raise InputError(f"{flag} {name[:60]!r}: give a name of letters, digits, dots and dashes")
+
+
 def add_flags(group, cls, leave_out=(), **defaults):
     """A flag for every `flag` field of a dataclass but those in `leave_out`; `defaults` replace the fields'
     own."""

@@ -144,7 +144,7 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     if groups is None:
         draws = np.sort(p[y == 1])[None]
     else:
-        draws = _one_image_per_patient(p[y == 1], check_groups(groups, y)[y == 1])
+        draws = one_image_per_patient(p[y == 1], check_groups(groups, y)[y == 1])
     n = draws.shape[1]
     tails = binom.cdf(np.arange(n), n, 1 - min_recall)  # index k - 1
     allowed = np.flatnonzero(tails <= 1 - confidence)
@@ -162,7 +162,7 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     return float(thr), tp / int(y.sum()), tp / int(called.sum())
 
 
-def _one_image_per_patient(scores, patients, draws=201):
+def one_image_per_patient(scores, patients, draws=201):
     """One random score [M] of each of P patients [M], `draws` times: float64 [draws, P], each row
     ascending."""
     _, codes = np.unique(patients, return_inverse=True)

@@ -123,7 +123,7 @@ def _evaluate_finding(sides, everyone, rule):
     thresholds, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
     found, draws = {"threshold": thresholds["at_rec"]}, {}
     for side, s in sides.items():
-        found[side], draws[side] = _summarize(s, everyone[side], thresholds, rule)
+        found[side], draws[side] = summarize(s, everyone[side], thresholds, rule)
         if guarantee["threshold"] is not None:
             guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
     found["guarantee"] = guarantee
@@ -161,7 +161,7 @@ def _choose_thresholds(y, p, patients, rule):
     return thresholds, guarantee
 
 
-def _summarize(side, everyone, thresholds, rule):
+def summarize(side, everyone, thresholds, rule):
     """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
     y, p, values = side.truth, side.p1, list(thresholds.values())
     weights = bootstrap_weights(everyone, rule.bootstrap)

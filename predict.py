@@ -67,11 +67,18 @@ class Scorer:
 
     `thresholds`: {finding: threshold @Rec, or None where there were too few images for one}."""
 
-    def __init__(self, run, device, tta):
+    def __init__(self, run, device, tta, site=None):
         self.model = run.model()
         calibration = run.calibration("tta" if tta else "")
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
         self.thresholds = {n: f.get("threshold") for n, f in run.findings(calibration).items()}
+        self.guaranteed = None  # the threshold of a site, of a single finding
+        if site:
+            found = run.site(site, "tta" if tta else "")["findings"]
+            self.thresholds = {name: found[name].get("threshold") for name in self.thresholds}
+            if len(found) == 1:
+                (only,) = found.values()
+                self.guaranteed = only.get("guaranteed")
         self.temperature = float(calibration["temperature"]) if calibration["temperature_applied"] else 1.0
         try:
             self.inputs = Inputs.of_run(self.results, device, calibration["tta"] if tta else None)
@@ -86,6 +93,7 @@ class Scorer:
             words = list(self.thresholds)
         self.probabilities = [f"p_{word}" for word in words]
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
+        decisions += ["decision@Guar"] if self.guaranteed is not None else []
         top = ["top_class"] if self.several and self.softmax else []
         self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
         self.reference, self.batch = run.reference("tta" if tta else ""), shift.Batch()
@@ -141,7 +149,8 @@ class Scorer:
             return [*([self.task.classes[top]] if self.softmax else []), *scores, *called]
         finding = self.task.findings[0]
         words = self.task.classes if self.softmax else (f"no {finding}", finding)
-        return [scores[0], *(words[int(scores[0] >= t)] for t in (0.5, thresholds[0]))]
+        points = [0.5, thresholds[0], *([] if self.guaranteed is None else [self.guaranteed])]
+        return [scores[0], *(words[int(scores[0] >= t)] for t in points)]
 
     def rows(self, paths, batch_size):
         """Yield a dict of `columns` for every path, in order; unreadable files have None for scores and
@@ -282,6 +291,9 @@ def parse():
     parser = common.Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="files, folders or globs")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
+    parser.add_argument(
+        "--site", metavar="WHERE", help="decide by the thresholds that calibrate.py --site made for WHERE"
+    )
     parser.add_argument("--tta", action="store_true", help="test-time augmentation, as by calibrate.py --tta")
     parser.add_argument("--jsonl", action="store_true", help="JSON lines instead of CSV")
     parser.add_argument(
@@ -294,10 +306,8 @@ def parse():
     parser.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(parser)
     args = parser.parse_args()
-    if args.keep is not None and not re.fullmatch(r"[\w-][\w. -]{0,59}", args.keep):
-        raise common.InputError(
-            f"--keep {args.keep[:60]!r}: a name of letters, digits, dots and dashes, please"
-        )
+    common.check_name("--keep", args.keep)
+    common.check_name("--site", args.site)
     if args.summary:
         common.check_regular(args.summary)
     if bool(args.paths) == bool(args.export):
@@ -324,7 +334,7 @@ def report(scorer, args, counts):
 
 def main():
     args = parse()
-    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta)
+    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site)
     if scorer.results["synthetic"]:
         common.say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
     if args.export:

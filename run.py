@@ -6,6 +6,7 @@ last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/                                   left by predict.py --keep
+sites/                                     left by calibrate.py --site
 explain/                                   left by explain.py
 track.json, tensorboard/                   left by --track
 
@@ -30,7 +31,7 @@ from common import (
     sha256,
     write_json,
 )
-from schema import BATCH, mismatches, wrong_calibration, wrong_results
+from schema import BATCH, SITE, mismatches, wrong_calibration, wrong_results, wrong_site_finding
 from task import Task
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -194,6 +195,7 @@ class Run:
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
         names += ["reference.npz", "reference-tta.npz"]
+        names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
@@ -277,6 +279,29 @@ class Run:
             return None
         arrays = load_arrays(path)
         return None if key is not None and str(arrays.get("key")) != key else Reference(arrays, path)
+
+    def save_site(self, site, thresholds, name=""):
+        """Write sites/SITE.json: thresholds for another hospital."""
+        write_json(self.folder / "sites" / f"{site}{_dash(name)}.json", {"format": FORMAT, **thresholds})
+
+    def site(self, site, name=""):
+        """sites/SITE.json, checked. InputError if absent, damaged, or made for another checkpoint."""
+        path = self.folder / "sites" / f"{site}{_dash(name)}.json"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+            raise InputError(
+                f"{self} has no thresholds for the site {site!r} (there is {known}): make them with "
+                f"calibrate.py --site DIR --name {site!r}{' --tta' if name else ''}"
+            )
+        found = read_json(path)
+        check_format(found, path)
+        wrong = mismatches(found, SITE) or [n for n in self.task.findings if n not in found["findings"]]
+        wrong += [n for n, f in found["findings"].items() if wrong_site_finding(f)] if not wrong else []
+        if wrong:
+            raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
+        if found["checkpoint"] != self.checkpoint_sha256:
+            raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
+        return found
 
     def save_batch(self, name, verdict):
         """Write batches/NAME.json."""

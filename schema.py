@@ -102,6 +102,21 @@ BATCH = {
 }
 
 
+# What sites/NAME.json of a run holds.
+SITE = {"site": str, "checkpoint": str, "images": NATURAL, "findings": dict, "shipped": dict}
+
+
+def wrong_site_finding(value):
+    """Names of what is wrong in what a site says of one finding."""
+    if mismatches(value, {"why_not": str}) == []:
+        return []
+    wrong = mismatches(value, {"threshold": SHARE})
+    for name in ("mean", "guaranteed"):
+        found = value.get(name, "absent") if isinstance(value, dict) else "absent"
+        wrong += [] if found is None or SHARE.contains(found) else [name]
+    return wrong
+
+
 def wrong_results(results):
     """Names of what is missing or wrong in a results.json."""
     wrong = mismatches(results, RESULTS)

@@ -1,0 +1,200 @@
+"""Tests of hospital: promises by closed form and by simulation, and the commands around them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from scipy.stats import beta, binom
+
+import demo
+import hospital
+from common import InputError
+from metrics import choose_threshold_with_guarantee
+from operating import Rule
+from tests.shared import cli, predict_rows, read_json, refused, succeed
+
+RULE = Rule(bootstrap=200)
+
+
+def made_up(n, seed, images=1):
+    """(truth, scores, patients) of n patients with the finding and as many without, `images` of each."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat([0, 1], n * images)
+    centre = np.repeat(rng.normal(size=2 * n), images) + 1.5 * y
+    p = 1 / (1 + np.exp(-centre - 0.3 * rng.normal(size=len(y))))
+    return y, p, np.repeat(np.arange(2 * n), images).astype(str)
+
+
+@pytest.mark.parametrize("floor, confidence", [(0.95, 0.95), (0.9, 0.95), (0.95, 0.9), (0.99, 0.5)])
+def test_needed_is_the_least_number(floor, confidence):
+    n = hospital.needed(floor, confidence)
+    assert floor**n <= 1 - confidence < floor ** (n - 1)
+    y, p, patients = made_up(n, 0)
+    choose_threshold_with_guarantee(y, p, floor, confidence, patients)
+    few = (y == 0) | (np.cumsum(y) <= n - 1)
+    with pytest.raises(InputError, match=f"at least {n} are needed"):
+        choose_threshold_with_guarantee(y[few], p[few], floor, confidence, patients[few])
+
+
+def test_what_too_few_can_promise_instead_is_what_they_can():
+    """Asked for just that, the guaranteed threshold exists; asked for a little more, it does not."""
+    y, p, patients = made_up(30, 1)
+    found = hospital.choose(y, p, patients, RULE)
+    assert found["guaranteed"] is None and found["needed"] == 59 and found["positive_patients"] == 30
+    less = found["instead"]
+    assert (less["floor"], less["confidence"]) == pytest.approx((0.05 ** (1 / 30), 1 - 0.95**30))
+    for how in ((less["floor"] - 1e-6, 0.95), (0.95, less["confidence"] - 1e-6)):
+        choose_threshold_with_guarantee(y, p, *how, patients)
+    for how in ((less["floor"] + 1e-6, 0.95), (0.95, less["confidence"] + 1e-6)):
+        with pytest.raises(InputError):
+            choose_threshold_with_guarantee(y, p, *how, patients)
+
+
+def test_no_threshold_of_a_fixed_list_beats_the_guaranteed_one():
+    """Testing thresholds fixed beforehand, without correction, passes none above @Guar: nothing is lost."""
+    for seed in range(20):
+        y, p, patients = made_up(120, seed)
+        guaranteed = hospital.choose(y, p, patients, RULE)["guaranteed"]
+        candidates = np.random.default_rng(seed).random(50)
+        misses = np.array([(p[y == 1] < t).sum() for t in candidates])
+        passed = candidates[binom.cdf(misses, 120, 0.05) <= 0.05]
+        assert len(passed) == 0 or passed.max() <= guaranteed
+
+
+def test_recall_at_the_mean_threshold_is_kept_on_average():
+    """Uniform scores: the k-th smallest of n is Beta(k, n + 1 - k), so the mean recall is 1 - k / (n + 1)."""
+    rng, recalls = np.random.default_rng(0), {}
+    for n in (19, 30, 60):
+        values = [1 - hospital.conformal_threshold(rng.random(n), np.arange(n), 0.95) for _ in range(300)]
+        k = int(0.05 * (n + 1))
+        expected, spread = beta.mean(k, n + 1 - k), beta.std(k, n + 1 - k)
+        assert np.mean(values) == pytest.approx(1 - expected, abs=4 * spread / np.sqrt(300))
+        recalls[n] = np.mean(values)
+    assert min(recalls.values()) > 0.94
+    assert hospital.conformal_threshold(rng.random(18), np.arange(18), 0.95) is None
+    assert hospital.needed_on_average(0.95) == 19 and hospital.needed_on_average(0.9) == 9
+
+
+def test_guaranteed_threshold_holds_where_recall_first_does_not():
+    """A reduced form of the study: 300 draws of 80 local patients, true recall known."""
+    below = {"threshold": 0, "guaranteed": 0}
+    everyone = made_up(20_000, 99)
+    sick = np.sort(everyone[1][everyone[0] == 1])
+    for seed in range(300):
+        found = hospital.choose(*made_up(80, seed), RULE)
+        for name in below:
+            below[name] += np.searchsorted(sick, found[name]) / len(sick) > 0.05
+    assert below["guaranteed"] <= binom.ppf(0.999, 300, 0.05) and below["threshold"] > 90
+
+
+def test_too_few_for_any_threshold():
+    y, p, patients = made_up(4, 0)
+    assert "5 of each are needed" in hospital.choose(y, p, patients, RULE)["why_not"]
+    assert hospital.held_out(*made_up(6, 0), 0.5, RULE) is None
+
+
+def test_halves_have_whole_patients_and_both_kinds():
+    y, p, patients = made_up(31, 0, images=3)
+    here, there = hospital.halves(patients, y)
+    assert not set(patients[here]) & set(patients[there]) and len(here) + len(there) == len(y)
+    assert abs((y[here] == 1).sum() - (y[there] == 1).sum()) <= 3 and len(set(y[here])) == 2
+
+
+def test_held_out_figures_are_of_the_other_half():
+    y, p, patients = made_up(80, 3, images=2)
+    here, there = hospital.halves(patients, y)
+    found = hospital.held_out(y, p, patients, 0.5, RULE)
+    thr = hospital.choose(y[here], p[here], patients[here], RULE)["threshold"]
+    row = found["points"]["at_rec"]
+    assert row["thr"] == thr and row["recall"] == pytest.approx((p[there] >= thr)[y[there] == 1].mean())
+    shipped = found["points"]["at_shipped"]
+    assert shipped["specificity"] == pytest.approx((p[there] < 0.5)[y[there] == 0].mean())
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory):
+    """Labelled images of another hospital."""
+    root = tmp_path_factory.mktemp("clinic") / "elsewhere"
+    demo.make_synthetic(root, train=20, test=120)
+    return root / "test"
+
+
+def test_a_site_from_labels_to_decisions(own_runs, clinic):
+    argv = (
+        "calibrate",
+        "--run",
+        "outputs/linear",
+        "--site",
+        clinic,
+        "--name",
+        "our clinic",
+        "--bootstrap",
+        100,
+    )
+    done = succeed(*argv, "--report", "--min-recall", 0.9, cwd=own_runs)
+    assert "needed at our clinic: 29 patients" in done.out and "as shipped" in done.out
+    found = read_json(own_runs, "outputs/linear/sites/our clinic.json")
+    only = found["findings"]["PNEUMONIA"]
+    assert found["images"] == 120 and only["guaranteed"] <= only["threshold"]
+    assert "chosen on half" in done.out and set(only["held_out"]["points"]) >= {"at_rec", "at_shipped"}
+    rows = predict_rows_at(own_runs, clinic, "our clinic")
+    for point, name in (("Rec", "threshold"), ("Guar", "guaranteed")):
+        for row in rows:
+            assert (row[f"decision@{point}"] == "PNEUMONIA") == (float(row["p_pneumonia"]) >= only[name])
+    before = predict_rows(own_runs, clinic, "--run", "outputs/linear")  # the shipped ones stay
+    shipped = read_json(own_runs, "outputs/linear/calibration.json")["threshold"]
+    assert all((r["decision@Rec"] == "PNEUMONIA") == (float(r["p_pneumonia"]) >= shipped) for r in before)
+    refused(
+        cli("predict", clinic, "--run", "outputs/linear", "--site", "x", cwd=own_runs), "'x'", "our clinic"
+    )
+    path = own_runs / "outputs/linear/sites/our clinic.json"
+    for change in ({"findings": {}}, {"findings": {"PNEUMONIA": {"threshold": 7}}}, {"checkpoint": "0" * 64}):
+        path.write_text(json.dumps({**found, **change}))
+        done = cli("predict", clinic, "--run", "outputs/linear", "--site", "our clinic", cwd=own_runs)
+        refused(done, "our clinic.json")
+
+
+def predict_rows_at(folder, images, site):
+    import csv
+    import io
+
+    done = succeed("predict", images, "--run", "outputs/linear", "--site", site, cwd=folder)
+    return list(csv.DictReader(io.StringIO(done.out)))
+
+
+def test_a_site_with_few_images_is_told_what_it_can_have(own_runs, clinic, tmp_path):
+    few = tmp_path / "few"
+    for kind in ("NORMAL", "PNEUMONIA"):
+        (few / kind).mkdir(parents=True)
+        for path in sorted((clinic / kind).iterdir())[:8]:
+            shutil.copy(path, few / kind)
+    argv = ("calibrate", "--run", "outputs/linear", "--site", few, "--name", "few")
+    done = succeed(*argv, "--report", cwd=own_runs)
+    assert "no @Guar: needs 59 patients with PNEUMONIA" in done.out and "no @Mean: needs 19" in done.out
+    assert "These can promise a recall of" in done.out
+    refused(cli(*argv, "--guarantee", 0.95, cwd=own_runs), "at least 59 are needed")
+    for path in sorted((few / "NORMAL").iterdir())[2:]:
+        path.unlink()
+    done = cli(*argv[:-1], "fewer", cwd=own_runs)
+    assert done.code == 2 and "too few labelled images" in done.err and "5 of each are needed" in done.out
+    assert not (own_runs / "outputs/linear/sites/fewer.json").exists()
+
+
+def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):
+    argv = ("calibrate", "--run", "outputs/linear")
+    refused(cli(*argv, "--site", clinic, cwd=own_runs), "--site DIR and --name WHERE")
+    refused(cli(*argv, "--site", clinic, "--name", "../x", cwd=own_runs), "--name '../x'")
+    refused(cli(*argv, "--report", cwd=own_runs), "--site DIR and --name WHERE")
+    refused(cli(*argv, "--site", tmp_path, "--name", "x", cwd=own_runs), "NORMAL does not exist")
+    refused(cli(*argv, "--site", synthetic / "train", "--name", "x", cwd=own_runs), "96 images", "trained")
+    other = tmp_path / "other"
+    shutil.copytree(clinic, other)
+    (other / "PNEUMONIA").rename(other / "EDEMA")
+    refused(cli(*argv, "--site", other, "--name", "x", cwd=own_runs), "PNEUMONIA does not exist", "EDEMA")
+    table = tmp_path / "t.csv"
+    table.write_text("path,patient,Edema\na.png,1,0\n")
+    refused(cli(*argv, "--site", clinic, "--name", "x", "--labels", table, cwd=own_runs), "no --labels")
