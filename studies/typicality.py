@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules lie one folder up
 
-import common  # noqa: E402
-import data  # noqa: E402
-import engine  # noqa: E402
-import masks as lung_masks  # noqa: E402
-import shift  # noqa: E402
-from device import add_device_argument, pick_device  # noqa: E402
-from inputs import Inputs  # noqa: E402
-from intervals import wilson_interval  # noqa: E402
-from run import Run  # noqa: E402
-from studies.nih import load_nih  # noqa: E402
-from studies.signals import corruptions  # noqa: E402
+import common
+import data
+import engine
+import masks as lung_masks
+import shift
+from device import add_device_argument, pick_device
+from inputs import Inputs
+from intervals import wilson_interval
+from run import Run
+from studies.nih import load_nih
+from studies.signals import corruptions
 
 SIZES = (20, 50, 100, 250)
 

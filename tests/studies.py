@@ -268,3 +268,50 @@ def test_overlap_of_masks_and_their_shapes():
         "NORMAL, IM-",
         "NORMAL, NORMAL2-",
     ]
+
+
+# ---------------------------------------------------------------- another hospital
+
+
+def table_rows(text):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"][
+        2:
+    ]
+
+
+def test_typicality_study_on_the_drawn_set(own_bench, monkeypatch):
+    from studies import typicality
+
+    monkeypatch.setattr(typicality, "SIZES", (20,))
+    argv = ("studies.typicality", "--run", "outputs/linear", "--draws", 5, "--corrupted", 20)
+    rows = table_rows(succeed(*argv, cwd=own_bench).out)
+    assert [r[0] for r in rows[:2]] == ["validation", "official test"]
+    assert len(rows) == 2 + len(signals.corruptions())
+    assert all(0 <= float(r[1].rstrip("%")) <= 100 for r in rows)
+    assert (
+        float(rows[0][2].split()[0]) <= 0.4 < float(rows[1][2].split()[0])
+    )  # its test set is another machine's
+
+
+def test_sites_study_by_hand(own_bench, monkeypatch):
+    from studies import sites
+
+    monkeypatch.setattr(sites, "SIZES", (25,))
+    argv = ("studies.sites", "--run", "outputs/linear", "--draws", 20)
+    rows = {r[2]: r for r in table_rows(succeed(*argv, cwd=own_bench).out)}
+    assert rows["as shipped"][3] == "1.00" and rows["@Guar"][3] == "0.00" and rows["@Guar"][4] == "-"
+    assert float(rows["@Rec"][4]) > 0.1
+
+
+def test_draws_of_a_site_use_the_other_images():
+    from operating import Rule
+    from studies import sites
+
+    rng = np.random.default_rng(0)
+    y, patients = np.repeat([0, 1], 60), np.arange(120).astype(str)
+    p = np.clip(0.5 + 0.4 * (y - 0.5) + rng.normal(0, 0.2, 120), 0, 1)
+    found = sites.draws(y, p, patients, 0.5, Rule(), 40, 30)
+    recall, specificity = np.mean(found["shipped"], axis=0)
+    assert recall == pytest.approx((p[y == 1] >= 0.5).mean(), abs=0.03)
+    assert specificity == pytest.approx((p[y == 0] < 0.5).mean(), abs=0.03)
+    assert found["guaranteed"] == [] and len(found["threshold"]) == 30
