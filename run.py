@@ -7,6 +7,7 @@ scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
+monitor/                                   left by monitor.py
 explain/                                   left by explain.py
 track.json, tensorboard/                   left by --track
 
