@@ -6,12 +6,22 @@ False alarms: half of the validation patients make the reference, batches are dr
 Power: batches from the official test set, from another hospital (--nih; studies/nih.py says what is in it),
 and from corrupted validation images, each with the whole of validation as the reference. Prints markdown: the
 share of draws called shifted with its 95% interval (Wilson), and of single images called odd.
+
+    python studies/typicality.py --run outputs/pretrained --distances
+
+compares distances instead, on training images alone: each source of the Kermany set (IM-, NORMAL2-, bacteria,
+virus) is left out in turn, and the AUROC of its images against others that the distance has not seen is
+printed.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
+from sklearn.covariance import LedoitWolf
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules lie one folder up
 
@@ -85,17 +95,82 @@ def false_alarms(usual, val, outputs, draws, n):
     return shifted
 
 
+# ---------------------------------------------------------------- which distance
+
+
+def source(file):
+    """The source of a file of the Kermany set, by its name."""
+    match = re.search(r"(NORMAL2|IM|bacteria|virus)", Path(file).name)
+    return match[0] if match else "other"
+
+
+def mahalanobis(x, y):
+    return LedoitWolf().fit(x).mahalanobis
+
+
+def class_mahalanobis(x, y):
+    """The distance to the nearest class mean, with one covariance within all classes."""
+    means = np.stack([x[y == k].mean(axis=0) for k in np.unique(y)])
+    fitted = LedoitWolf(assume_centered=True).fit(x - means[np.searchsorted(np.unique(y), y)])
+    return lambda z: np.min([fitted.mahalanobis(z - mean) for mean in means], axis=0)
+
+
+def neighbours(x, y):
+    """The distance to the tenth neighbour."""
+    fitted = NearestNeighbors(n_neighbors=10).fit(x)
+    return lambda z: fitted.kneighbors(z)[0][:, -1]
+
+
+def white_neighbours(x, y):
+    """The same where the features have unit covariance."""
+    values, axes = np.linalg.eigh(LedoitWolf().fit(x).covariance_)
+    found = neighbours(x @ axes / np.sqrt(values), y)
+    return lambda z: found(z @ axes / np.sqrt(values))
+
+
+DISTANCES = {
+    "Mahalanobis": mahalanobis,
+    "Mahalanobis to the nearest class": class_mahalanobis,
+    "tenth neighbour": neighbours,
+    "tenth neighbour, unit covariance": white_neighbours,
+}
+
+
+def compare_distances(features, targets, files):
+    """Print the AUROC of each left-out source, by distance."""
+    names, half = np.array([source(f) for f in files]), np.arange(len(files)) % 2 == 0
+    sources = sorted(set(names))
+    print("| distance | " + " | ".join(f"without {s}" for s in sources) + " | mean |")
+    print("| --- |" + " ---: |" * (len(sources) + 1))
+    for title, distance in DISTANCES.items():
+        aurocs = []
+        for left_out in sources:
+            known = names != left_out
+            far = distance(features[known & half], targets[known & half])
+            seen, unseen = far(features[known & ~half]), far(features[~known])
+            truth = np.repeat([0, 1], [len(seen), len(unseen)])
+            aurocs.append(roc_auc_score(truth, np.concatenate([seen, unseen])))
+        print(f"| {title} | " + " | ".join(f"{a:.3f}" for a in (*aurocs, np.mean(aurocs))) + " |", flush=True)
+
+
+# ---------------------------------------------------------------- batches
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--nih", metavar="DIR", help="images of another hospital")
     parser.add_argument("--draws", type=common.COUNT, default=300, metavar="N", help="batches of each size")
     parser.add_argument("--corrupted", type=common.COUNT, default=300, metavar="N", help="images to corrupt")
+    parser.add_argument("--distances", action="store_true", help="compare distances on training images")
     add_device_argument(parser)
     args = parser.parse_args()
     outputs = Outputs(Run(args.run), pick_device(args.device))
     config, rng = outputs.run.config, np.random.default_rng(0)
     train, val, _ = data.load_train_val(config, common.say)
+    if args.distances:
+        few = train.take(np.sort(rng.permutation(len(train))[: 2 * shift.TRAINING]))
+        return compare_distances(outputs.of(few, "training")[0].astype(float), few.targets, few.files)
     some = np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING])
     usual = outputs.of(train.take(some), "training")[0]
     found = {

@@ -293,6 +293,23 @@ def test_typicality_study_on_the_drawn_set(own_bench, monkeypatch):
     )  # its test set is another machine's
 
 
+def test_distances_see_a_source_that_lies_elsewhere(capsys):
+    from studies import typicality
+
+    rng = np.random.default_rng(0)
+    files = [f"train/NORMAL/IM-{i:04d}-0001.jpeg" for i in range(80)]
+    files += [f"train/NORMAL/NORMAL2-IM-{i:04d}-0001.jpeg" for i in range(80)]
+    files += [f"train/PNEUMONIA/person{i}_virus_1.jpeg" for i in range(80)]
+    features = rng.normal(size=(240, 5))
+    features[80:160] += 6  # NORMAL2 lies far from the others
+    typicality.compare_distances(features, np.repeat([0, 0, 1], 80), files)
+    rows = table_rows(capsys.readouterr().out)
+    assert len(rows) == len(typicality.DISTANCES)
+    for row in rows:
+        assert float(row[2]) > 0.99 and abs(float(row[3]) - 0.5) < 0.2
+        assert float(row[4]) == pytest.approx(np.mean([float(x) for x in row[1:4]]), abs=1e-3)
+
+
 def test_sites_study_by_hand(own_bench, monkeypatch):
     from studies import sites
 
