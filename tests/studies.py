@@ -332,3 +332,21 @@ def test_draws_of_a_site_use_the_other_images():
     assert recall == pytest.approx((p[y == 1] >= 0.5).mean(), abs=0.03)
     assert specificity == pytest.approx((p[y == 0] < 0.5).mean(), abs=0.03)
     assert found["guaranteed"] == [] and len(found["threshold"]) == 30
+
+
+def test_speed_of_the_arms_is_printed(tmp_path):
+    argv = (
+        "studies.arms",
+        "--arms",
+        "regnety_004",
+        "two-lung hybrid on Ti/16",
+        "--batch-size",
+        2,
+        "--repeats",
+        1,
+    )
+    rows = table_rows(succeed(*argv, cwd=tmp_path).out)
+    assert [r[0] for r in rows] == ["regnety_004", "two-lung hybrid on Ti/16"]
+    for row in rows:
+        assert all(float(row[i]) > 0 for i in (1, 2, 4, 5))
+        assert float(row[3].split()[0]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.2)
