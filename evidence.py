@@ -3,6 +3,7 @@ tests of its maps. No torch, no drawing."""
 
 from common import say
 from entries import METHODS
+from intervals import in_short
 from render import Heading, Paragraph, Table
 
 
@@ -23,7 +24,7 @@ def batch_blocks(entries):
                 f"{100 * found[k]:.1f}%" if found[k] is not None else "-" for k in ("odd", "called")
             )
             usual = f"{100 * found['called_in_validation']:.1f}%"
-            joint = "-" if found["p_joint"] is None else f"{found['p_joint']:.3f}"
+            joint = in_short(found["p_joint"])
             counts = [str(found[k]) for k in ("images", "patients")]
             rows.append([f"{e.name}: {name}", *counts, odd, called, usual, joint, found["says"]])
     if not rows:

@@ -257,6 +257,11 @@ def reported_interval(row, key):
     return found["wilson"] if low == high and "wilson" in found else found["bootstrap"]
 
 
+def in_short(p):
+    """A p-value, or None, as text."""
+    return "-" if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed=0):
     """Model a minus model b on the same images, each at its own threshold.
 

@@ -19,6 +19,7 @@ from scipy.stats import betabinom
 from sklearn.covariance import LedoitWolf
 
 from common import InputError
+from intervals import in_short
 
 VERSION = 1  # raise it when what is learnt changes
 ODD = 0.01  # an image of this typicality or less is odd
@@ -125,7 +126,7 @@ def sentence(verdict):
     if not verdict["patients"]:
         return "no image could be read: nothing can be said of these"
     p = verdict["p"]
-    tests = ", ".join(f"{name} {'-' if p[name] is None else format(p[name], '.3f')}" for name in p)
+    tests = ", ".join(f"{name} {in_short(value)}" for name, value in p.items())
     return (
         f"{verdict['says']}; {verdict['patients']} patients, {100 * verdict['odd']:.1f}% odd (validation "
         f"{100 * ODD:.0f}%), {100 * verdict['called']:.0f}% called sick (validation "
