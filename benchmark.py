@@ -34,6 +34,7 @@ import torch
 
 import common
 import data
+import dataconfig
 import demo
 import engine
 from device import add_device_argument, device_name, fast_bf16, keep_freed_memory, pick_device, versions
@@ -297,7 +298,7 @@ def process_growth(args, work):
 def parse():
     """The command line; `device` and `amp` are decided here."""
     parser = common.Parser(__doc__)
-    parser.add_argument("--data-dir", default=data.DEFAULT_DIR, help="folder with train/ and test/")
+    parser.add_argument("--data-dir", default=dataconfig.DEFAULT_DIR, help="folder with train/ and test/")
     parser.add_argument(
         "--originals",
         default=None,

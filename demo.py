@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from common import InputError, say
-from data import DEFAULT_DIR, KAGGLE, DataConfig
+from dataconfig import DEFAULT_DIR, KAGGLE, DataConfig
 from index import find_root
 from task import CLASSES
 

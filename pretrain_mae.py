@@ -10,7 +10,7 @@ last.pth and results.json. On one CPU core with AVX512-BF16 the 90 epochs take a
 """
 
 import common
-import data
+import dataconfig
 import plan
 import recipe
 from objective import Reconstruction
@@ -33,7 +33,7 @@ DEFAULTS = recipe.Defaults(
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"

@@ -83,7 +83,7 @@ class Run:
     @cached_property
     def config(self):
         """The DataConfig of the run."""
-        from data import DataConfig
+        from dataconfig import DataConfig
 
         return DataConfig.from_json(self.results["data"])
 

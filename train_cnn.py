@@ -9,7 +9,7 @@ checkpoint.pth, last.pth and results.json to outputs/cnn.
 
 import cnn
 import common
-import data
+import dataconfig
 import inputs
 import plan
 import recipe
@@ -50,7 +50,7 @@ def main():
     early.add_argument("--model", default="convnextv2_tiny")
     chosen = defaults(early.parse_known_args()[0].model)
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="a CNN of timm")
     inputs.add_scaling_arguments(group)

@@ -8,7 +8,7 @@ train_pretrained.py reads will do. Writes checkpoint.pth, last.pth and results.j
 """
 
 import common
-import data
+import dataconfig
 import inputs
 import npz_loader
 import plan
@@ -55,7 +55,7 @@ def add_model_arguments(parser):
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     add_model_arguments(parser)
     recipe.add_arguments(parser, DEFAULTS)
     parser.set_defaults(reads_lungs=True)

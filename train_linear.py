@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 import data
+import dataconfig
 import demo
 import engine
 import plan
@@ -59,7 +60,7 @@ def fold(fitted, scaler, both=False):
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     penalty = common.Number(float, 1e-12, 1e12)
     parser.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"

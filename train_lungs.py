@@ -14,7 +14,7 @@ from dataclasses import replace
 from safetensors.torch import save_file
 
 import common
-import data
+import dataconfig
 import lungs
 import masks
 import plan
@@ -49,7 +49,7 @@ def export(run):
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     group = parser.add_argument_group("lungs")
     group.add_argument("--masks", required=True, metavar="NPZ", help="the true lung masks")
     parser.set_defaults(img_size=lungs.SIDE)

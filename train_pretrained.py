@@ -13,7 +13,7 @@ trains the head alone on frozen features: a linear probe.
 """
 
 import common
-import data
+import dataconfig
 import inputs
 import npz_loader
 import plan
@@ -33,7 +33,7 @@ DEFAULTS = recipe.Defaults(
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",

@@ -10,7 +10,7 @@ that is calibrate.py's job.
 """
 
 import common
-import data
+import dataconfig
 import plan
 import recipe
 from run import Run
@@ -29,7 +29,7 @@ DEFAULTS = recipe.Defaults(
 
 def main():
     parser = common.Parser(__doc__)
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help="architecture")
     group.add_argument(

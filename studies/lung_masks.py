@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import common
 import data
+import dataconfig
 import lungs
 import masks
 from images import to_square
@@ -201,7 +202,7 @@ def speeds(subset, unet, count=640):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("--data-dir", default=data.DEFAULT_DIR, metavar="DIR", help="the images")
+    parser.add_argument("--data-dir", default=dataconfig.DEFAULT_DIR, metavar="DIR", help="the images")
     parser.add_argument("--cache-dir", default="Data/cache", metavar="DIR", help="decoded images and masks")
     parser.add_argument("--masks", required=True, metavar="NPZ", help="the true masks")
     parser.add_argument("--unet", default=masks.SHIPPED, metavar="PATH", help="weights of train_lungs.py")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import common
 import data
+import dataconfig
 import tables
 from benchmark import peak_resident
 from operating import Rule, evaluate
@@ -60,7 +61,9 @@ def main():
     parser = common.Parser(__doc__)
     parser.add_argument("table", metavar="CSV", help="the NIH table")
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for images and cache")
-    parser.add_argument("--img-size", type=data.IMG_SIZE, default=32, metavar="PX", help="side of the cache")
+    parser.add_argument(
+        "--img-size", type=dataconfig.IMG_SIZE, default=32, metavar="PX", help="side of the cache"
+    )
     args = parser.parse_args()
     work, last = Path(args.work), (time.perf_counter(), time.process_time())
 

@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import data
+import dataconfig
 import split
 from common import InputError
 from index import find_root, list_images, patient_id
@@ -52,7 +53,7 @@ def test_any_other_name_is_a_patient_of_its_own():
         "train/NORMAL/IM.png",
     ]
     assert len({patient_id(n) for n in names}) == len(names)
-    files = [f"train/{c}/{i}.png" for c in data.CLASSES for i in range(12)]
+    files = [f"train/{c}/{i}.png" for c in dataconfig.CLASSES for i in range(12)]
     labels = np.arange(24) // 12
     _, plain = split_train_val(files, labels, "image")
     _, val = split_train_val(files, labels, "patient")
@@ -282,7 +283,7 @@ def test_pixel_fingerprint_sees_names_labels_pixels_and_order(small_set):
     "names, unknown", [(["a", "b", "c"], 3), (["IM-0001-0001", "b", "person1_virus_2"], 1)]
 )
 def test_names_that_tell_no_patient_are_counted(tmp_path, names, unknown):
-    touch(tmp_path, *(f"train/{c}/{n}.png" for c in data.CLASSES for n in names))
+    touch(tmp_path, *(f"train/{c}/{n}.png" for c in dataconfig.CLASSES for n in names))
     index = list_images(tmp_path, "train")
     assert index.unknown == 2 * unknown and len(index.files) == len(index.patients) == 2 * len(names)
 

@@ -16,6 +16,7 @@ from hypothesis import settings
 from PIL import Image
 
 import data
+import dataconfig
 import demo
 from tests.shared import cli, google_arrays, succeed
 
@@ -94,7 +95,7 @@ def bench(tmp_path_factory):
 def small_set(tmp_path):
     """A data folder of its own: 12 + 12 training and 3 + 3 test PNGs, each of one grey value."""
     for split, count in (("train", 12), ("test", 3)):
-        for k, name in enumerate(data.CLASSES):
+        for k, name in enumerate(dataconfig.CLASSES):
             folder = tmp_path / "set" / split / name
             folder.mkdir(parents=True)
             for i in range(count):

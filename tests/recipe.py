@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 import common
-import data
+import dataconfig
 import recipe
 from augment import PRESETS
 from common import InputError
@@ -18,7 +18,7 @@ SCRIPTS = ("train_scratch", "train_pretrained", "pretrain_mae")
 def parsed(script, *argv):
     """A script's command line -> (args, Recipe, Augment)."""
     parser = common.Parser("doc")
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     defaults = importlib.import_module(script).DEFAULTS
     recipe.add_arguments(parser, defaults)
     return recipe.parse(parser, defaults, list(argv))
@@ -58,7 +58,7 @@ def test_help_shows_the_recipe_that_is_named(script, capsys, monkeypatch):
 def test_flags_of_a_script_are_few(script):
     """A parser that grows past reading is what this house wants to avoid."""
     parser = common.Parser("doc")
-    data.add_arguments(parser)
+    dataconfig.add_arguments(parser)
     recipe.add_arguments(parser, importlib.import_module(script).DEFAULTS)
     assert len(parser._actions) <= 54
 
