@@ -4,11 +4,11 @@
 
 LOG.csv has a row for each image, in the order in which the truth became known: path, score (predict.py's
 p_FINDING), diagnosis (the name of the class or finding, of its absence, or 1 and 0), and perhaps patient and
-time (as 2026-11-23, which sorts as text). The first image of each patient counts. Prints recall and
-specificity so far with 95% confidence sequences, which hold at all times at once, and draws them over time to
-RUN/monitor/. If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the
-floor, that ever happens with a chance of at most 5%, however long one watches (betting.py). --site WHERE
-takes the thresholds of calibrate.py --site.
+time (as 2026-11-23, which sorts as text). The first image of each patient counts; without that column, file
+names tell the patient, as in training. Prints recall and specificity so far with 95% confidence sequences,
+which hold at all times at once, and draws them over time to RUN/monitor/. If recall >= the floor is refuted,
+it says when, and the exit code is 3. Where recall is at the floor, that ever happens with a chance of at most
+5%, however long one watches (betting.py). --site WHERE takes the thresholds of calibrate.py --site.
 """
 
 import sys
@@ -19,6 +19,7 @@ import numpy as np
 
 import betting
 import common
+from index import patient_id
 from run import Run
 from tables import clean_patient, numbered, open_table
 
@@ -70,7 +71,7 @@ def read_log(path, threshold, words):
             raise common.InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
         seen.add(cell["path"])
         last = cell.get("time", "")
-        patient = clean_patient(cell.get("patient", "")) or cell["path"]
+        patient = clean_patient(cell.get("patient", "")) or patient_id(cell["path"])
         if patient in patients:
             left_out += 1
             continue

@@ -85,6 +85,9 @@ def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path):
     assert "of 30 patients without PNEUMONIA" in done.out and "10 further images" in done.out
     assert "not refuted so far" in done.err
     assert (own_runs / "outputs/linear/monitor/validation.png").stat().st_size > 10_000
+    named = [f"x/person{i // 2}_virus_{i}.jpeg,{above},1" for i in range(6)]
+    done = succeed(*argv, log_of(tmp_path / "names.csv", named), cwd=own_runs)
+    assert "of 3 patients with PNEUMONIA" in done.out  # as the file names tell
     rows += [f"c{i}.png,{below},1,r{i},2026-03-01" for i in range(8)]
     done = cli(*argv, log_of(tmp_path / "log.csv", rows, head), cwd=own_runs)
     assert done.code == 3 and "ALARM: recall >= 0.95 was refuted at patient" in done.err
