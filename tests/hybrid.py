@@ -15,7 +15,7 @@ from lungs import LEAST
 from objective import Supervised
 from split import epoch_order
 from task import Task
-from tests.shared import CPU, cli, load_pth, predict_rows, randomise, read_json, refused, succeed
+from tests.shared import CPU, cli, copy_set, load_pth, predict_rows, randomise, read_json, refused, succeed
 from vit import VisionTransformer
 
 STEM = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=1)
@@ -238,6 +238,7 @@ def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     scores = np.load(hybrids / folder / "scores.npz", allow_pickle=False)
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(sorted(scores["test_p1"]), abs=1e-6)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "black.png")
+    assert "cut in the middle" in cut_in_the_middle(hybrids, synthetic, tmp_path)
     (row,) = predict_rows(hybrids, "--run", folder, tmp_path / "black.png")
     assert "no lungs found: left and right were cut in the middle" in row["note"]
     assert 0 <= float(row["p_pneumonia"]) <= 1
@@ -252,6 +253,16 @@ def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     expected = sorted(np.mean(single, axis=0))
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(expected, abs=1e-6)
     assert "hybrid" in succeed("compare", cwd=hybrids).out
+
+
+def cut_in_the_middle(folder, synthetic, tmp_path):
+    """What training says of a set with a black image."""
+    root = copy_set(synthetic, tmp_path)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(root / "train/NORMAL/black.png")
+    results = read_json(folder, "outputs/hybrid-seed0/results.json")
+    argv = ("train_hybrid", "--data-dir", root, "--cache-dir", tmp_path / "c", "--img-size", 32)
+    argv = (*argv, "--weights", results["weights"]["path"], "--max-steps", 1, "--epochs", 1)
+    return succeed(*argv, "--out", "outputs/black", cwd=tmp_path).err
 
 
 def test_onnx_has_the_lungs_inside(hybrids):
