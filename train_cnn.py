@@ -14,8 +14,8 @@ import inputs
 import plan
 import recipe
 
-# The settings of earlier work on this set. The default differs in its augmentation, that of ViT-Ti/16; the two
-# were not compared on a CNN.
+# The settings of earlier work on this set. The default differs in its augmentation, that of ViT-Ti/16; no run
+# compared the two on a CNN.
 TWO_STAGES = dict(
     freeze_epochs=5,
     head_lr=1e-4,
