@@ -8,6 +8,7 @@ pixels reach a model: never file names, sizes, or original widths and heights, w
 prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
 """
 
+import hashlib
 import math
 import mmap
 import zlib
@@ -25,7 +26,7 @@ from common import InputError, Parser, add_flags, say, sha256, start
 from dataconfig import DataConfig, add_choices
 from images import load_images
 from inputs import Inputs
-from split import POOLED, cut, cut_test, say_shared, undersampled
+from split import POOLED, cut, cut_test, image_weights, say_shared, undersampled
 
 
 class Subset:
@@ -35,12 +36,13 @@ class Subset:
     memory-mapped and shared between subsets; `rows` int64 [N] into it;
     `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
     each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
-    packed (lungs.pack), where a model needs them.
+    packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
     """
 
-    def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None):
+    def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None, sources=None):
         self.files, self.targets, self.images, self.rows = files, targets, images, rows
         self.masks = masks
+        self.sources = np.zeros(len(files), np.int64) if sources is None else sources
         self.patients = [indices.patient_id(f) for f in files] if patients is None else patients
         self._levels = levels
 
@@ -58,7 +60,7 @@ class Subset:
         """The Subset of these positions."""
         files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
         levels = None if self._levels is None else self._levels[index]
-        about = dict(patients=patients, levels=levels, masks=self.masks)
+        about = dict(patients=patients, levels=levels, masks=self.masks, sources=self.sources[index])
         return Subset(files, self.targets[index], self.images, self.rows[index], **about)
 
     def pixels(self, index=slice(None)):
@@ -74,10 +76,11 @@ class Subset:
 
 class Batch(NamedTuple):
     """x: what the model is shown, float32 [B, 1 or 2, S, S] (lungs.show); target: int64 [B] or int8 [B, K];
-    both on the device."""
+    weight: float32 [B] (split.image_weights); all on the device."""
 
     x: torch.Tensor
     target: torch.Tensor
+    weight: torch.Tensor
 
 
 # ---------------------------------------------------------------- the data set
@@ -113,7 +116,7 @@ def open_index(config):
     return (root, index, *cut_test(index, config))
 
 
-def _load(config, root, index, part):
+def load(config, root, index, part):
     """(Subset of an Index, the sizes of the originals, which positions were readable)."""
     usual = not config.labels and config.split in ("patient", "image") and (index.part == part).all()
     name = part if usual else f"{part}-{sha256(index.files)[:8]}"
@@ -145,7 +148,7 @@ def load_test(config):
     """The test Subset. Only calibrate.py, and explain.py and studies on request, may ask for it: this opens
     the images."""
     root, index, _, test, _ = open_index(config)
-    return _load(config, root, index.take(test), "test")[0]
+    return load(config, root, index.take(test), "test")[0]
 
 
 def load_site(config, folder, labels="", patients=""):
@@ -165,7 +168,7 @@ def load_site(config, folder, labels="", patients=""):
         index = index._replace(part=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index)
-    return _load(config, root, index, "site images")[0]
+    return load(config, root, index, "site images")[0]
 
 
 def load_train_val(config, tell=print):
@@ -178,7 +181,7 @@ def load_train_val(config, tell=print):
     """
     root, index, others, test, test_from = open_index(config)
     test_index = index.take(test)
-    everything, kept, sizes = _load(config, root, index.take(others), "train")
+    everything, kept, sizes = load(config, root, index.take(others), "train")
     if config.split == "published" and (kept.part == "val").any():
         positions = np.flatnonzero(kept.part == "train"), np.flatnonzero(kept.part == "val")
     else:
@@ -200,6 +203,16 @@ def load_train_val(config, tell=print):
     if config.split == "patient" and config.task.kind == "softmax":
         _say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
     return train, val, info
+
+
+def same_images(here, there):
+    """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
+
+    def prints(subset):
+        return [hashlib.blake2b(subset.images[row].tobytes(), digest_size=16).digest() for row in subset.rows]
+
+    known = {p for subset in there for p in prints(subset)}
+    return [file for file, p in zip(here.files, prints(here)) if p in known]
 
 
 def describe(config, root, train, val, test, kept, test_from):
@@ -295,9 +308,11 @@ class Batches:
     not grow with the number of images (the system's file cache still holds them).
     """
 
-    def __init__(self, subset, inputs):
+    def __init__(self, subset, inputs, balance="none"):
         self.subset, self.inputs = subset, inputs
         self.targets = torch.from_numpy(subset.targets).to(inputs.device)
+        weights = image_weights(subset.targets, subset.sources, balance)
+        self.weights = torch.from_numpy(weights).to(inputs.device)
         self.resident, self.taken = None, 0
         size = len(subset) * subset.images[0].nbytes
         if inputs.device.type == "cuda" and size < torch.cuda.mem_get_info(inputs.device)[0] / 2:
@@ -308,14 +323,17 @@ class Batches:
         masks = self.subset.lungs(index.numpy()) if self.inputs.needs_lungs else None
         if self.resident is not None:
             index = index.to(self.inputs.device)
-            return Batch(self.inputs.grey(self.resident[index], masks), self.targets[index])
+            grey = self.inputs.grey(self.resident[index], masks)
+            return Batch(grey, self.targets[index], self.weights[index])
         pixels = self.subset.images[self.subset.rows[index.numpy()]]
         x = self.inputs.grey(pixels, masks)
         self.taken += 1
-        file = getattr(self.subset.images, "_mmap", None)
-        if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
-            file.madvise(mmap.MADV_DONTNEED)
-        return Batch(x, self.targets[index.to(self.inputs.device)])
+        for part in getattr(self.subset.images, "parts", [self.subset.images]):
+            file = getattr(part, "_mmap", None)
+            if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
+        index = index.to(self.inputs.device)
+        return Batch(x, self.targets[index], self.weights[index])
 
 
 def main():

@@ -60,6 +60,8 @@ class DataConfig:
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
+    also: tuple = ()  # DIR or DIR:LABELS.csv of other hospitals, for training
+    also_unlabelled: tuple = ()
     lungs_sha256: str = ""  # of the source of masks, where they are needed
     reads_lungs: bool = False  # the model is given the masks themselves, too
     undersample: bool = False  # pooled splits: as many images of each class as of the rarest, before the cut
@@ -99,6 +101,8 @@ class DataConfig:
         """Parsed flags -> DataConfig; the classes are those found. InputError if there are none."""
         values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
         values["fractions"] = check_fractions(values.get("fractions") or ())
+        for name in ("also", "also_unlabelled"):
+            values[name] = tuple(getattr(args, name, None) or ())
         if values.get("input", "full") != "full" or values.get("reads_lungs"):
             values["lungs_sha256"] = lung_masks.fingerprint(values["lungs"])
         if values.get("labels"):
@@ -116,7 +120,7 @@ class DataConfig:
     def from_json(cls, value):
         """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
         try:
-            lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions")}
+            lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions", "also", "also_unlabelled")}
             config = cls(**{**value, **lists})
         except (KeyError, TypeError) as error:
             raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
@@ -142,11 +146,14 @@ def check_fractions(values):
     return tuple(values)
 
 
-def add_arguments(parser):
-    """The data flags that every training script shares."""
+def add_arguments(parser, also=True):
+    """The data flags that every training script shares; `also`: images of other hospitals, too."""
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
     add_choices(group)
+    about = "labelled images of another hospital join training: folders of the classes, or a table"
+    if also:
+        group.add_argument("--also", nargs="+", default=[], metavar="DIR[:LABELS.csv]", help=about)
     group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
     group.add_argument(
         "--download",

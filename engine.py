@@ -19,7 +19,7 @@ from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tel
 from device import autocast, device_name, gather, processes, stop_requests, versions
 from optimiser import learning_rate, parameter_groups, plateau_factor
 from recipe import THAWED, differences
-from split import epoch_order
+from split import epoch_order, image_weights
 from track import Tracker
 
 # ---------------------------------------------------------------- prediction
@@ -47,10 +47,10 @@ def predict(model, subset, inputs, *, output=None, batch_size=64, progress=None)
 # ---------------------------------------------------------------- training
 
 
-def total_weight(objective, targets):
-    """What the losses of a batch are divided by; above 0 also where no label is known, so that their sum 0
-    stays 0."""
-    return objective.weights(targets).sum().clamp(min=1e-6)
+def total_weight(objective, targets, weights=1.0):
+    """What the losses of a batch, times the images' own `weights` [B], are divided by; above 0 also where no
+    label is known, so that their sum 0 stays 0."""
+    return (objective.weights(targets) * weights).sum().clamp(min=1e-6)
 
 
 def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
@@ -71,18 +71,20 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     outputs = [inputs.features] + [view] * recipe.probe_views
     features = [predict(model, train, inputs, output=o, progress="features") for o in outputs]
     features = torch.cat(features).to(inputs.device)  # (views * N, D)
-    all_targets = np.concatenate([train.targets] * len(outputs))
+    all_targets, origin = (np.concatenate([v] * len(outputs)) for v in (train.targets, train.sources))
+    weights = torch.from_numpy(image_weights(all_targets, origin, recipe.balance)).to(inputs.device)
     targets = torch.from_numpy(all_targets).to(inputs.device)
     decay = recipe.weight_decay if recipe.head_decay is None else recipe.head_decay
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
     say_stage(model, stage)
     model.head.train()
     for epoch in range(stage.epochs):
-        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance)
+        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance, origin)
         total = 0.0
         for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
-            y = targets[index]
-            loss = objective.losses(model.head(features[index]), y).sum() / total_weight(objective, y)
+            y, w = targets[index], weights[index]
+            losses = objective.losses(model.head(features[index]), y) * w
+            loss = losses.sum() / total_weight(objective, y, w)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -142,14 +144,16 @@ class Loop:
             say(f"{self.run} is finished: nothing is left to do, and nothing was changed")
         return results["finished"]
 
-    def fit(self, train, val):
-        """Train on Subset `train`, validate on Subset `val` -> the content of results.json.
+    def fit(self, train, val, others=None):
+        """Train on Subset `train`, validate on Subset `val` -> the content of results.json. `others`: {name:
+        Subset} whose figures are told beside those of `val`, and choose nothing.
 
         InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
         request, after saving."""
         if self.plan.resume and self.finished():
             return self.run.results
-        self.prepare(len(epoch_order(self.recipe.seed, 0, train.targets, self.recipe.balance)))
+        self.others = others or {}
+        self.prepare(len(self._order(0, train)))
         results, history = self._begin(), self.state["history"]
         self.tracker = Tracker(() if self.rank else self.plan.track, self.run)
         self.tracker.begin(self.meta)
@@ -166,7 +170,7 @@ class Loop:
 
     def _train(self, train, val, results):
         """The epochs that are left."""
-        source = data.Batches(train, self.inputs)
+        source = data.Batches(train, self.inputs, self.recipe.balance)
         with stop_requests() as stop:
             if self.recipe.epochs == 0 and not self.state["epoch"]:
                 self._end_epoch(train, val, results, time.perf_counter())
@@ -183,6 +187,9 @@ class Loop:
         results["finished"] = True
         self._write(results)
         self.tracker.end(results)
+
+    def _order(self, epoch, train):
+        return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
 
     def keep_head(self, loss, outputs, stage):
         """Take what `fit_head` returns for the only epoch there is: a linear probe."""
@@ -341,8 +348,7 @@ class Loop:
         state, epoch, size = self.state, self.state["epoch"], self.recipe.batch_size
         self._enter_stage()
         self.net.train()
-        targets = source.subset.targets
-        order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, targets, self.recipe.balance))
+        order = torch.from_numpy(self._order(epoch, source.subset))
         self.seen = self.seen if state["step"] else []
         batches = order.split(size)[: self.total - epoch * self.steps]
         look = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
@@ -402,7 +408,8 @@ class Loop:
         """Add the gradient of this process's part of the batch `whole` (positions, int64 [B]); returns its
         part of the batch's loss, detached: the parts of all processes add up to it."""
         mine = whole[self.rank :: self.number]
-        total = total_weight(self.objective, source.targets[whole.to(self.device)])
+        there = whole.to(self.device)
+        total = total_weight(self.objective, source.targets[there], source.weights[there])
         chunks = (mine if len(mine) else whole[:1]).split(
             math.ceil(max(1, len(mine)) / self.recipe.accumulate)
         )
@@ -419,9 +426,10 @@ class Loop:
                     outputs = self.net(x)
                 if len(mine):
                     self.seen.append((index, outputs.detach().float()))
-                losses = share * self.objective.losses(outputs.float(), batch.target)
+                losses = share * self.objective.losses(outputs.float(), batch.target) * batch.weight
                 if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
-                    losses += (1 - share) * self.objective.losses(outputs.float(), batch.target.roll(1, 0))
+                    other, weight = batch.target.roll(1, 0), batch.weight.roll(1, 0)
+                    losses += (1 - share) * self.objective.losses(outputs.float(), other) * weight
                 part = losses.sum() / total * bool(len(mine))
                 (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
             result += part.detach()
@@ -432,15 +440,7 @@ class Loop:
 
         Figures of the training images are of the outputs that training saw: augmented, and weights on their
         way."""
-        mine = predict(
-            self.kept,
-            val.take(np.arange(self.rank, len(val), self.number)),
-            self.inputs,
-            progress="validation",
-        )
-        outputs = mine.new_empty(len(val), mine.shape[1])
-        for rank, part in enumerate(gather(mine)):
-            outputs[rank :: self.number] = part
+        outputs = self._outputs(val)
         targets = torch.from_numpy(val.targets).to(self.device)
         losses = self.objective.losses(outputs.to(self.device), targets)
         loss = float(losses.sum() / self.objective.weights(targets).sum())
@@ -452,7 +452,20 @@ class Loop:
         index, logits = (torch.cat(v) for v in zip(*(part for rank in gather(self._seen()) for part in rank)))
         watched |= self.objective.watch(train.targets[index.numpy()], logits, "train")
         mean = self.state["loss_sum"] / self.state["step"]
-        return {"train_loss": mean, "val_loss": loss, **watched, "lr": self.state["lr"]}
+        row = {"train_loss": mean, "val_loss": loss, **watched, "lr": self.state["lr"]}
+        if self.others:
+            parts = ((n, o.targets, self._outputs(o, n)) for n, o in self.others.items())
+            row["others"] = {n: self.objective.watch(t, o, "held_out") for n, t, o in parts}
+        return row
+
+    def _outputs(self, subset, name="validation"):
+        """What the kept weights give for a Subset, of which every process takes its share; on the CPU."""
+        mine = subset.take(np.arange(self.rank, len(subset), self.number))
+        mine = predict(self.kept, mine, self.inputs, progress=name)
+        outputs = mine.new_empty(len(subset), mine.shape[1])
+        for rank, part in enumerate(gather(mine)):
+            outputs[rank :: self.number] = part
+        return outputs
 
     def _seen(self):
         """What was seen of the epoch so far, on the CPU: [(positions, outputs)]."""
@@ -495,4 +508,7 @@ def _figures(row):
     """A history entry's validation figures as text."""
     more = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
     parts = [f", {name} {row[key]:.4f}" for key, name in more.items() if key in row]
+    for name, found in row.get("others", {}).items():
+        auroc = found.get("held_out_auroc")
+        parts += [] if auroc is None else [f", {name} AUROC {auroc:.4f}"]
     return f"val loss {row['val_loss']:.4f}" + "".join(parts)

@@ -11,7 +11,6 @@ Bates 2023, arXiv:2107.07511, section 1), has a recall of at least the floor on 
 one. It needs 19 patients for 0.95.
 """
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ import numpy as np
 
 import data
 import engine
+import sources
 from common import InputError, command_line, say
 from inputs import Inputs
 from intervals import reported_interval
@@ -101,16 +101,6 @@ def halves(patients, y, seed=0):
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def same_images(here, there):
-    """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
-
-    def prints(subset):
-        return [hashlib.blake2b(subset.images[row].tobytes(), digest_size=16).digest() for row in subset.rows]
-
-    known = {p for subset in there for p in prints(subset)}
-    return [file for file, p in zip(here.files, prints(here)) if p in known]
-
-
 def scored(run, subset, device, tta, batch_size):
     """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
     also returned {finding: threshold or None}, apply to."""
@@ -174,7 +164,8 @@ def calibrate(args, rule, device, tta):
         config = data.DataConfig.from_json({**run.results["data"], **moved})
         site = data.load_site(config, args.site, args.labels or "", args.patients or "")
         train, val, _ = data.load_train_val(config, say)
-        if twins := same_images(site, (train, val)):
+        train = sources.join(config, train, val, say)[0]
+        if twins := data.same_images(site, (train, val)):
             raise InputError(
                 f"--site {args.site}: {len(twins)} images, {', '.join(twins[:3])} and so on, are among those "
                 f"that {run} was trained and validated on: they can promise nothing"

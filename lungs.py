@@ -16,6 +16,10 @@ LOOKS = ("full", "crop", "masked", "masked-crop", "outside")  # what a model can
 SIDE = 128  # px, of the images that the U-Net and the heuristic look at
 LEAST, MOST = 0.05, 0.75  # the area of a mask that can be lungs, as a share of the image
 UNSURE = 0.4  # 99.9% of the Kermany training images are below 0.38, half of other pictures above 0.4
+CUT, DARK = (
+    0.45,
+    16,
+)  # an image with less than this share above this grey level shows lungs alone, if on black
 MARGIN = 0.05  # around the lungs' box, as a share of its sides
 GREY = 0.5  # what is put in the place of the pixels that a model does not see
 
@@ -171,6 +175,25 @@ def crop(x, box):
     return F.grid_sample(
         x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False
     )
+
+
+def already_cut(image):
+    """The mask of an image that shows lungs alone on black, as some published sets do: uint8 [S, S] -> bool
+    [S, S], or None for any other image. The U-Net, which has seen whole chests only, takes such black for
+    air."""
+    from scipy.ndimage import label
+
+    lit = image > DARK
+    edge = max(1, image.shape[0] // 32)
+    frame = np.ones_like(lit)
+    frame[edge:-edge, edge:-edge] = False
+    if lit[frame].mean() > 0.1 or not LEAST < lit.mean() < CUT:
+        return None
+    parts, _ = label(lit)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    lungs = (sizes > 0.01 * image.size)[parts]  # markers beside the lungs are smaller
+    return lungs if plausible(lungs) else None
 
 
 def plausible(masks):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common import InputError, Pace, atomic_path, check_regular, say, sha256
 from images import allocate, seal, valid_cache
-from lungs import heuristic_mask, load_net, plausible
+from lungs import already_cut, heuristic_mask, load_net, plausible
 from tensors import load_arrays
 
 SHIPPED = "lung_unet.safetensors"
@@ -75,9 +75,15 @@ class Finder:
     def __call__(self, pixels):
         """uint8 [B, S, S] -> bool [B, S, S], True on the lungs; a numpy array."""
         if self.net is None:
-            return np.stack([heuristic_mask(image) for image in pixels])
-        grey = torch.from_numpy(np.array(pixels)).to(self.device).unsqueeze(1).float() / 255
-        return self.net.masks(grey)[:, 0].bool().cpu().numpy()
+            masks = np.stack([heuristic_mask(image) for image in pixels])
+        else:
+            grey = torch.from_numpy(np.array(pixels)).to(self.device).unsqueeze(1).float() / 255
+            masks = self.net.masks(grey)[:, 0].bool().cpu().numpy()
+        for i, image in enumerate(pixels):
+            cut = already_cut(image)
+            if cut is not None:
+                masks[i] = cut
+        return masks
 
 
 def pack(masks):

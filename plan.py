@@ -10,6 +10,7 @@ import torch
 import data
 import demo
 import recipe as recipes
+import sources
 from augment import Augment, RandAugment
 from common import FORMAT, InputError, command_line, say, tell
 from device import (
@@ -90,10 +91,13 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     with first_process_first():  # nothing is written before every process has checked the flags and folders
         demo.prepare(args, partial(size, args))
         config = data.DataConfig.from_args(args)
-    if config.task.kind == "sigmoid" and recipe.balance not in ("weights", "none"):
+    by_source = recipe.balance.startswith("sources")
+    if config.task.kind == "sigmoid" and not by_source and recipe.balance not in ("weights", "none"):
         raise InputError(
-            f"--balance {recipe.balance} needs one class an image; with --labels: weights or none"
+            f"--balance {recipe.balance} needs one class an image; with --labels: weights, none, or sources"
         )
+    if by_source and not config.also:
+        raise InputError(f"--balance {recipe.balance} is for images of several hospitals: give --also DIR")
     if config.split in POOLED and recipe.balance == "undersample-once":  # test is balanced too
         config = replace(config, undersample=True)
     plans = []
@@ -120,6 +124,8 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
     """
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
+        train_set, others, also = sources.join(plan.config, train_set, val_set, tell)
+        split |= {"also": also} if also else {}
     recipe, task = plan.recipe, plan.config.task
     how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)
     if AUTO in (mean, std):
@@ -163,7 +169,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
                 loop.keep_head(loss, outputs, stage)
     if recipe.freeze_epochs and recipe.epochs:
         say_stage(model, recipe.stages[-1], recipe.backbone_lr_scale)
-    return loop.fit(train_set, val_set)
+    return loop.fit(train_set, val_set, others)
 
 
 def say_unwatched(task, val):

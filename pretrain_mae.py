@@ -1,12 +1,13 @@
-"""Pretrain the encoder of the scratch ViT without labels: a masked autoencoder on the training images alone.
+"""Pretrain the encoder of the scratch ViT without labels: a masked autoencoder.
 
     python pretrain_mae.py --epochs 90
     python train_scratch.py --init outputs/mae
 
 Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a
-step costs about a third of a supervised one. Uses neither labels nor other data. Of the validation images
-only the reconstruction loss is read, which chooses the epoch. Writes checkpoint.pth (encoder and decoder),
-last.pth and results.json. On one CPU core with AVX512-BF16 the 90 epochs take an hour and a quarter.
+step costs about a third of a supervised one. Uses no labels; with --also-unlabelled it learns from images of
+other hospitals, too. Of the validation images only the reconstruction loss is read, which chooses the epoch.
+Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one CPU core with AVX512-BF16 the
+90 epochs take an hour and a quarter.
 """
 
 import common
@@ -38,6 +39,8 @@ def main():
     group.add_argument(
         "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
     )
+    about = "images of other hospitals, all under a folder, join training"
+    group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
 

@@ -87,7 +87,7 @@ class Recipe:
     balance: str = flag(
         "weights",
         "rare classes: weigh the loss by inverse frequency, sample every class alike, or as many images of "
-        "each as of the rarest, drawn anew in every epoch or once",
+        "each as of the rarest, drawn anew in every epoch or once; sources: each class of each --also alike",
         BALANCES,
     )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")

@@ -7,7 +7,10 @@ from common import InputError
 from index import patient_id
 
 POOLED = ("pooled", "pooled-image")
-BALANCES = ("weights", "sampler", "both", "undersample", "undersample-once", "none")
+BALANCES = (
+    *("weights", "sampler", "both", "undersample", "undersample-once", "none"),
+    *("sources", "sources-sampler"),
+)
 
 
 def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None):
@@ -145,18 +148,38 @@ def undersampled(targets, seed):
     return np.sort(np.concatenate([rng.choice(c, least, replace=False) for c in classes]))
 
 
-def epoch_order(seed, epoch, targets, balance="none"):
+def groups(targets, sources):
+    """A number for every class of every source, int64 [N]; of findings, of which an image may have several,
+    for every source."""
+    pairs = np.asarray(sources) if np.ndim(targets) == 2 else np.stack([sources, targets])
+    return np.unique(pairs, axis=-1, return_inverse=True)[1].reshape(-1)
+
+
+def image_weights(targets, sources, balance):
+    """What an image's loss counts for beside its class weight, float32 [N], 1 on average: with "sources" that
+    every group adds up to the same, otherwise 1."""
+    if balance != "sources":
+        return np.ones(len(targets), dtype=np.float32)
+    group = groups(targets, sources)
+    counts = np.bincount(group)
+    return (len(group) / (len(counts) * counts[group])).astype(np.float32)
+
+
+def epoch_order(seed, epoch, targets, balance="none", sources=None):
     """The positions of an epoch, int64 [M], in order: a function of (seed, epoch) alone, so that a resumed
     epoch continues in the same order.
 
-    "sampler" and "both": N drawn with replacement, every class alike; "undersample": as many of each class as
+    "sampler" and "both": N drawn with replacement, every class alike; "sources-sampler": every class of every
+    source; "undersample": as many of each class as
     the rarest has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all
     once."""
     rng, targets = np.random.default_rng([seed, epoch]), np.asarray(targets)
-    if balance in ("weights", "none"):
+    if balance in ("weights", "none", "sources"):
         return rng.permutation(len(targets))
+    if balance == "sources-sampler":
+        targets = groups(targets, sources)
     classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
-    if balance in ("sampler", "both"):
+    if balance in ("sampler", "both", "sources-sampler"):
         picks, order = rng.integers(len(classes), size=len(targets)), np.empty(len(targets), dtype=np.int64)
         for k, members in enumerate(classes):
             order[picks == k] = rng.choice(members, (picks == k).sum())

@@ -22,6 +22,7 @@ import demo
 import engine
 import plan
 import recipe
+import sources
 from inputs import Inputs
 from models import PixelLinear
 from objective import Supervised
@@ -76,6 +77,8 @@ def main():
             f"--img-size must be a multiple of 32 here, such as {nearest}; got {config.img_size}"
         )
     train, val, split = data.load_train_val(config, common.tell)
+    train, others, also = sources.join(config, train, val, common.tell)
+    split |= {"also": also} if also else {}
 
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
@@ -94,6 +97,8 @@ def main():
         targets = torch.from_numpy(subset.targets)
         row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
         row |= Supervised(task).watch(subset.targets, logits, name)
+    watched = ((n, o, engine.predict(model, o, inputs)) for n, o in others.items())
+    row |= {"others": {n: Supervised(task).watch(o.targets, x, "held_out") for n, o, x in watched}}
     results = {
         "model": "linear",
         "model_config": {"kind": "linear", **model.config},

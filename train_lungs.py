@@ -49,7 +49,7 @@ def export(run):
 
 def main():
     parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    dataconfig.add_arguments(parser, also=False)
     group = parser.add_argument_group("lungs")
     group.add_argument("--masks", required=True, metavar="NPZ", help="the true lung masks")
     parser.set_defaults(img_size=lungs.SIDE)

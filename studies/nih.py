@@ -13,10 +13,9 @@ from images import load_images
 PNEUMONIA_LIKE = {"Pneumonia", "Consolidation", "Infiltration"}
 
 
-def load_nih(folder, config):
-    """The images in `folder`/images, prepared as the DataConfig `config` says: a Subset of those whose only
-    finding in `folder`/sample_labels.csv is "No Finding" (target 0) and of those with one of PNEUMONIA_LIKE
-    (target 1).
+def list_nih(folder):
+    """(files, targets int64, patients) of the images in `folder`/images whose only finding in
+    `folder`/sample_labels.csv is "No Finding" (target 0) and of those with one of PNEUMONIA_LIKE (target 1).
 
     Listed images that are not there are passed over. InputError if the list cannot be read, or if either
     group is empty."""
@@ -28,7 +27,7 @@ def load_nih(folder, config):
                 findings, name = set((row["Finding Labels"] or "").split("|")), f"images/{row['Image Index']}"
                 sick = bool(findings & PNEUMONIA_LIKE)
                 if (sick or findings == {"No Finding"}) and Path(folder, name).is_file():
-                    found[sick].append(name)
+                    found[sick].append((name, row["Patient ID"]))
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise common.InputError(
             f"--nih: {path} is not a readable list of NIH findings ({type(error).__name__}: {error})"
@@ -38,7 +37,13 @@ def load_nih(folder, config):
             f"--nih: of the images listed in {path}, {folder}/images holds {len(found[0])} without a finding "
             f"and {len(found[1])} with pneumonia, consolidation or infiltration; both groups are needed"
         )
-    files, targets = found[0] + found[1], np.repeat([0, 1], [len(found[0]), len(found[1])])
+    files, patients = zip(*found[0], *found[1])
+    return list(files), np.repeat([0, 1], [len(found[0]), len(found[1])]), list(patients)
+
+
+def load_nih(folder, config):
+    """The images of `list_nih`, prepared as the DataConfig `config` says: a Subset."""
+    files, targets, patients = list_nih(folder)
     found = load_images(
         folder,
         files,
@@ -52,4 +57,5 @@ def load_nih(folder, config):
     if config.needs_lungs:
         what = f"images in {folder}"
         masks = lung_masks.load_masks(config.lungs, found, files, what, config.lungs_sha256)
-    return data.Subset([files[r] for r in rows], targets[rows], found.images, rows, masks=masks)
+    about = dict(patients=[patients[r] for r in rows], masks=masks)
+    return data.Subset([files[r] for r in rows], targets[rows], found.images, rows, **about)
