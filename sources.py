@@ -100,10 +100,10 @@ def _classes(table, folder, classes):
     index = tables.read_table(table, folder, (*found.values(), *healthy))
     diseases = index.targets[:, : len(found)]
     well = (diseases == 0).all(axis=1)
+    sick = ((diseases == 1).sum(axis=1) == 1) & (diseases >= 0).all(axis=1)
     if healthy:
         well &= index.targets[:, -1] == 1
-    sick = (diseases == 1).sum(axis=1) == 1
-    sick &= (diseases >= 0).all(axis=1)
+        sick &= index.targets[:, -1] != 1
     kept = np.flatnonzero(well | sick)
     if len(kept) < len(well):
         out = len(well) - len(kept)

@@ -252,7 +252,7 @@ def test_load_train_val(small_set, capsys):
     assert "(train, val, test) = (19, 5, 6)" in capsys.readouterr().out
     test = data.load_test(small_set)
     assert test.targets.tolist() == [0, 0, 0, 1, 1, 1]
-    x, y = data.Batches(test, Inputs((0.5,), (0.5,), CPU)).get(torch.tensor([5, 0, 1]))
+    x, y, _ = data.Batches(test, Inputs((0.5,), (0.5,), CPU)).get(torch.tensor([5, 0, 1]))
     assert x.dtype == torch.float32 and x.shape == (3, 1, 16, 16) and y.tolist() == [1, 0, 0]
     assert x[:, 0, 3, 3].tolist() == pytest.approx([120 / 255, 0, 10 / 255])
     again = data.load_train_val(small_set)[2]

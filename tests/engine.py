@@ -479,7 +479,7 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
     optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
     for epoch in range(3):
         for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
-            x, y = data.Batches(train, INPUTS).get(index)
+            x, y, _ = data.Batches(train, INPUTS).get(index)
             optimizer.zero_grad()
             F.cross_entropy(slow((x - 0.5) / 0.5), y).backward()
             optimizer.step()

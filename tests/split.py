@@ -215,14 +215,15 @@ TARGETS = np.repeat([0, 1, 2], [5, 20, 50])
 
 @pytest.mark.parametrize("balance", BALANCES)
 def test_epoch_order(balance):
-    orders = [epoch_order(3, epoch, TARGETS, balance) for epoch in range(400)]
+    origin = np.zeros(75, int)
+    orders = [epoch_order(3, epoch, TARGETS, balance, origin) for epoch in range(400)]
     counts = np.array([np.bincount(TARGETS[order], minlength=3) for order in orders])
-    assert np.array_equal(orders[7], epoch_order(3, 7, TARGETS, balance))
+    assert np.array_equal(orders[7], epoch_order(3, 7, TARGETS, balance, origin))
     assert not np.array_equal(orders[0], orders[1]) and orders[0].dtype == np.int64
-    assert not np.array_equal(orders[0], epoch_order(4, 0, TARGETS, balance))
-    if balance in ("weights", "none"):
+    assert not np.array_equal(orders[0], epoch_order(4, 0, TARGETS, balance, origin))
+    if balance in ("weights", "none", "sources"):
         assert all(sorted(order) == list(range(75)) for order in orders)
-    elif balance in ("sampler", "both"):
+    elif balance in ("sampler", "both", "sources-sampler"):
         assert all(len(order) == 75 for order in orders)
         assert np.abs(counts.mean(axis=0) - 25).max() < 4 * np.sqrt(75 * 2 / 9 / 400)  # 4 standard errors
         drawn = np.bincount(np.concatenate(orders), minlength=75)
