@@ -6,25 +6,32 @@ The official test set and another hospital (--nih; studies/nih.py says what is i
 and again about n images, whole patients, are drawn, thresholds are chosen on them (hospital.py), and applied
 to all other images of the site. Prints markdown: the share of draws in which a threshold could be chosen; of
 these, the share whose recall on the others is below the floor; and mean recall and specificity there.
+
+"borrowed" is the greatest of ten thresholds fixed beforehand on validation (their recalls there: LISTED) that
+passes the local test of @Guar. Such thresholds are nested, so testing them from the least one up needs no
+correction (fixed sequence; Angelopoulos et al. 2021, arXiv:2110.01052). None can lie above @Guar.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 import common
 import hospital
 from device import add_device_argument, pick_device
-from metrics import summarize_at_threshold
+from metrics import one_image_per_patient, summarize_at_threshold
 from operating import Rule
 from run import Run
 from studies.nih import load_nih
 
 SIZES = (25, 50, 100, 200, 400)
 POINTS = {"shipped": "as shipped", "threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}
+POINTS["borrowed"] = "borrowed"
+LISTED = (0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 1.0)
 
 
 def official_test(run):
@@ -42,7 +49,28 @@ def another_hospital(run, folder, device):
     return truth[:, 0].astype(int), scores[:, 0], np.asarray(site.patients), next(iter(shipped.values()))
 
 
-def draws(y, p, patients, shipped, rule, n, count):
+def listed(run):
+    """The thresholds that LISTED stands for, ascending: validation scores of sick images."""
+    arrays = run.scores()
+    sick = np.sort(arrays["val_p1"][run.task.truth(arrays["val_labels"])[:, 0] == 1])
+    return sorted({float(sick[int((1 - recall) * len(sick) + 1e-9)]) for recall in LISTED})
+
+
+def borrowed(candidates, scores, patients, rule):
+    """The greatest of ascending candidates that pass, one after the other; None if the first does not.
+
+    A candidate passes if so few of the local sick patients (`scores` [N] of their images) lie below it that a
+    recall at the floor would seldom do that. One image a patient is drawn 201 times, as for @Guar."""
+    images, best = one_image_per_patient(scores, patients), None
+    for candidate in candidates:
+        missed = np.sort((images < candidate).sum(axis=1))[len(images) // 2]
+        if binom.cdf(missed, images.shape[1], 1 - rule.min_recall) > 1 - rule.confidence:
+            break
+        best = candidate
+    return best
+
+
+def draws(y, p, patients, shipped, rule, n, count, candidates=()):
     """{point: [(recall, specificity) on the other images, of each draw in which there is a threshold]}."""
     rng, names, out = np.random.default_rng(n), np.unique(patients), {point: [] for point in POINTS}
     of_patient = {name: np.flatnonzero(patients == name) for name in names}
@@ -54,6 +82,9 @@ def draws(y, p, patients, shipped, rule, n, count):
             local += of_patient[name].tolist()
         others = np.setdiff1d(np.arange(len(y)), local)
         found = {"shipped": shipped, **hospital.choose(y[local], p[local], patients[local], rule)}
+        sick = np.array(local)[y[local] == 1]
+        if len(sick):
+            found["borrowed"] = borrowed(candidates, p[sick], patients[sick], rule)
         for point in POINTS:
             if found.get(point) is not None:
                 row = summarize_at_threshold(y[others], p[others], found[point])
@@ -69,6 +100,7 @@ def main():
     add_device_argument(parser)
     args = parser.parse_args()
     run, rule = Run(args.run), Rule()
+    candidates = listed(run)
     sites = {"official test": official_test(run)}
     if args.nih:
         sites["another hospital"] = another_hospital(run, args.nih, pick_device(args.device))
@@ -78,7 +110,7 @@ def main():
         for n in SIZES:
             if n > 0.8 * len(site[0]):
                 continue
-            for point, values in draws(*site, rule, n, args.draws).items():
+            for point, values in draws(*site, rule, n, args.draws, candidates).items():
                 cells = [f"{len(values) / args.draws:.2f}"]
                 if values:
                     recall, specificity = np.array(values).T

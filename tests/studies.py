@@ -10,6 +10,7 @@ import pytest
 import sklearn.metrics
 import torch
 from PIL import Image
+from scipy.stats import binom
 
 import common
 import data
@@ -274,7 +275,7 @@ def test_overlap_of_masks_and_their_shapes():
 
 
 def table_rows(text):
-    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"][
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"][
         2:
     ]
 
@@ -332,6 +333,74 @@ def test_draws_of_a_site_use_the_other_images():
     assert recall == pytest.approx((p[y == 1] >= 0.5).mean(), abs=0.03)
     assert specificity == pytest.approx((p[y == 0] < 0.5).mean(), abs=0.03)
     assert found["guaranteed"] == [] and len(found["threshold"]) == 30
+
+
+def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
+    """The greatest of the list that does, so a list fixed beforehand saves no local patient."""
+    import hospital
+    from operating import Rule
+    from studies import sites
+
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        y, p, patients = np.repeat([0, 1], 100), rng.random(200), np.arange(200).astype(str)
+        candidates = np.sort(rng.random(20) ** 3)
+        guaranteed = hospital.choose(y, p, patients, Rule())["guaranteed"]
+        found = sites.borrowed(candidates, p[y == 1], patients[y == 1], Rule())
+        below = candidates[candidates <= guaranteed]
+        assert found == (below[-1] if len(below) else None)
+    assert sites.borrowed(candidates, p[150:], patients[150:], Rule()) is None  # 50 patients cannot promise
+
+
+def test_promises_are_kept_in_simulation(monkeypatch, capsys):
+    from studies import promises
+
+    monkeypatch.setattr(promises.shift, "DRAWS", 99)
+    for name, few in (("BATCHES", (20,)), ("LOCAL", (40, 100)), ("RECALLS", (0.95, 0.8)), ("SICK", 400)):
+        monkeypatch.setattr(promises, name, few)
+    promises.notice(20)
+    promises.promise(200)
+    promises.watch(100)
+    rows = [r for r in table_rows(capsys.readouterr().out) if r[0][:1].isdigit()]
+    (n, alarms), *local = rows[:7]
+    assert n == "20" and float(alarms.split()[0]) <= binom.ppf(0.9999, 20, 0.05) / 20
+    found = {(r[0], r[1]): r[2:] for r in local}
+    assert float(found["100", "@Guar"][0].split()[0]) <= binom.ppf(0.9999, 200, 0.05) / 200
+    assert found["40", "@Guar"] == ["-", "-"] and float(found["100", "@Mean"][1]) > 0.94
+    assert 0.3 < float(found["100", "@Rec"][0].split()[0]) < 0.7
+    floor, low = rows[7:]
+    assert float(floor[1].split()[0]) <= binom.ppf(0.9999, 100, 0.05) / 100
+    assert low[1].startswith("1.000") and 10 < float(low[2]) < 40
+
+
+def test_adapt_study_on_drawn_hospitals(bench, tmp_path):
+    """Tables for --also, whole patients on one side, then a row for a run."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for place in ("nih/images", "rsna/images"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(48):
+            pixels = rng.integers(60 + 40 * (i % 3 == 0), 200, (40, 40)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / place / f"{i:02d}.png")
+    lines = ["Image Index,Finding Labels,Patient ID"]
+    lines += [f"{i:02d}.png,{'Pneumonia' if i % 3 == 0 else 'No Finding'},{i // 2}" for i in range(48)]
+    (tmp_path / "nih/sample_labels.csv").write_text("\n".join(lines))
+    groups = ("lung_opacity", "normal", "abnormal_no_opacity")
+    lines = [f"images/{i:02d}.png,{i},{groups[i % 3]},{int(i % 3 == 0)}" for i in range(48)]
+    (tmp_path / "rsna/labels.csv").write_text("\n".join(["path,patient,group,pneumonia", *lines]))
+    there = ("--nih", tmp_path / "nih", "--rsna", tmp_path / "rsna", "--tables", tmp_path / "tables")
+    done = succeed("studies.adapt", *there, cwd=bench)
+    assert "nih_learn.csv: " in done.out and "8 with pneumonia" in done.out
+    sides = [(tmp_path / f"tables/nih_{s}.csv").read_text().splitlines()[1:] for s in ("learn", "held")]
+    ours, theirs = ({line.split(",")[1] for line in side} for side in sides)
+    assert len(sides[0]) + len(sides[1]) == 48 and not ours & theirs
+    flags = ("--data-dir", bench / "xray", "--img-size", 32, "--out", tmp_path / "run", "--input", "crop")
+    also = [f"{tmp_path}/{name}:{tmp_path}/tables/{name}_learn.csv" for name in ("nih", "rsna")]
+    succeed("train_linear", *flags, "--also", *also, cwd=bench)
+    succeed("calibrate", "--run", tmp_path / "run", "--bootstrap", 200, cwd=bench)
+    rows = table_rows(succeed("studies.adapt", *there, "--run", tmp_path / "run", cwd=bench).out)
+    assert len(rows) == 1 and len(rows[0]) == 9 and all(0 <= float(c.split()[0]) <= 1 for c in rows[0][1:])
 
 
 def test_speed_of_the_arms_is_printed(tmp_path):
