@@ -334,7 +334,7 @@ def parse():
     add_track_argument(group)
     group = parser.add_argument_group("another hospital")
     group.add_argument(
-        "--site", metavar="DIR", help="choose thresholds anew on its labelled images: a folder a class"
+        "--site", metavar="DIR", help="choose thresholds anew on its images: a folder a class, or --labels"
     )
     group.add_argument("--name", metavar="WHERE", help="what predict.py --site is to call these")
     group.add_argument(

@@ -151,26 +151,6 @@ def load_test(config):
     return load(config, root, index.take(test), "test")[0]
 
 
-def load_site(config, folder, labels="", patients=""):
-    """The Subset of another hospital's labelled images, prepared as `config` says: folders of the classes, or
-    for findings a table `labels`; `patients`: a table path,patient. InputError where classes or findings are
-    not those of `config`."""
-    folder = Path(folder)
-    if bool(labels) != bool(config.labels):
-        needs = "a table of findings (--labels)" if config.labels else "a folder for each class, no --labels"
-        raise InputError(f"--site {folder}: this run was trained on {needs.split(' (')[0]}: give {needs}")
-    if labels:
-        root = folder
-        index = tables.read_table(str(tables.find_table(labels, folder)), root, config.classes)
-    else:
-        root, folder = folder.resolve().parent, folder.resolve()
-        index = indices.list_images(root, folder.name, config.classes)
-        index = index._replace(part=np.full(len(index.files), "site"))
-    if patients:
-        index = tables.read_patients(patients, index)
-    return load(config, root, index, "site images")[0]
-
-
 def load_train_val(config, tell=print):
     """(train, val) Subsets and `info`, the JSON description of the split; `tell`s the split in a line.
 

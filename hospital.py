@@ -162,7 +162,7 @@ def calibrate(args, rule, device, tta):
     for run in find_runs(args.runs_dir, args.run):
         moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
         config = data.DataConfig.from_json({**run.results["data"], **moved})
-        site = data.load_site(config, args.site, args.labels or "", args.patients or "")
+        site = sources.load_site(config, args.site, args.labels or "", args.patients or "")
         train, val, _ = data.load_train_val(config, say)
         train = sources.join(config, train, val, say)[0]
         if twins := data.same_images(site, (train, val)):

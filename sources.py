@@ -55,6 +55,25 @@ def read(text, config):
     return root.parent, indices.list_images(root.parent, root.name, config.classes)
 
 
+def load_site(config, folder, labels="", patients=""):
+    """The Subset of another hospital's labelled images, prepared as `config` says: folders of the classes, or
+    the images of a table `labels`, as for --also; `patients`: a table path,patient. InputError where classes
+    or findings are not those of `config`."""
+    if config.task.kind == "sigmoid" and not labels:
+        raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
+    if labels:
+        root, table = Path(folder), tables.find_table(labels, folder)
+        how = _findings if config.task.kind == "sigmoid" else _classes
+        index = how(table, root, config.classes)
+    else:
+        place = Path(folder).resolve()
+        root, index = place.parent, indices.list_images(place.parent, place.name, config.classes)
+    index = index._replace(part=np.full(len(index.files), "site"))
+    if patients:
+        index = tables.read_patients(patients, index)
+    return data.load(config, root, index, "site images")[0]
+
+
 def read_unlabelled(text, config):
     """(root, Index) of one --also-unlabelled: every image under a folder; the targets mean nothing."""
     folder = Path(text)
@@ -77,7 +96,7 @@ def _findings(table, folder, findings):
     """The Index of a table for a task of findings; what the table does not ask is unknown."""
     found = _columns(table, findings)
     if not found:
-        raise InputError(f"--also {folder}:{table}: it has none of the findings {', '.join(findings)}")
+        raise InputError(f"{table}: it has none of the findings {', '.join(findings)}")
     index = tables.read_table(table, folder, tuple(found.values()))
     targets = np.full((len(index.files), len(findings)), -1, dtype=np.int8)
     targets[:, [findings.index(name) for name in found]] = index.targets
@@ -93,7 +112,7 @@ def _classes(table, folder, classes):
     found = _columns(table, classes[1:])
     if absent := [name for name in classes[1:] if name not in found]:
         raise InputError(
-            f"--also {folder}:{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has "
+            f"{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has "
             f"{', '.join(tables.table_findings(table))}"
         )
     healthy = [name for name in tables.table_findings(table) if is_healthy(name) or name == classes[0]][:1]
@@ -112,7 +131,7 @@ def _classes(table, folder, classes):
     index = index._replace(targets=number).take(kept)
     for k, name in enumerate(classes):
         if not (index.targets == k).any():
-            raise InputError(f"--also {folder}:{table}: no image is {name}: every class needs some")
+            raise InputError(f"{table}: no image is {name}: every class needs some")
     return index
 
 

@@ -184,6 +184,21 @@ def test_a_site_with_few_images_is_told_what_it_can_have(own_runs, clinic, tmp_p
     assert not (own_runs / "outputs/linear/sites/fewer.json").exists()
 
 
+def test_a_table_instead_of_folders_gives_the_same_thresholds(own_runs, clinic, tmp_path):
+    names = [path.relative_to(clinic) for path in sorted(clinic.rglob("*.jpeg"))]
+    rows = [f"{name},{name.stem},{int(name.parts[0] == 'PNEUMONIA')}" for name in names]
+    (tmp_path / "t.csv").write_text("\n".join(["path,patient,Pneumonia", *rows]))
+    (tmp_path / "p.csv").write_text(
+        "\n".join(["path,patient", *(f"{clinic.name}/{n},{n.stem}" for n in names)])
+    )
+    argv = ("calibrate", "--run", "outputs/linear", "--site", clinic, "--name")
+    succeed(*argv, "folders", "--patients", tmp_path / "p.csv", cwd=own_runs)
+    succeed(*argv, "table", "--labels", tmp_path / "t.csv", cwd=own_runs)
+    a, b = (read_json(own_runs / f"outputs/linear/sites/{n}.json") for n in ("folders", "table"))
+    assert len(names) == a["images"] == b["images"]
+    assert a["findings"] == b["findings"]
+
+
 def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):
     argv = ("calibrate", "--run", "outputs/linear")
     refused(cli(*argv, "--site", clinic, cwd=own_runs), "--site DIR and --name WHERE")
@@ -197,4 +212,5 @@ def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):
     refused(cli(*argv, "--site", other, "--name", "x", cwd=own_runs), "PNEUMONIA does not exist", "EDEMA")
     table = tmp_path / "t.csv"
     table.write_text("path,patient,Edema\na.png,1,0\n")
-    refused(cli(*argv, "--site", clinic, "--name", "x", "--labels", table, cwd=own_runs), "no --labels")
+    wanted = (*argv, "--site", clinic, "--name", "x", "--labels", table)
+    refused(cli(*wanted, cwd=own_runs), "t.csv: it needs a column for PNEUMONIA", "it has Edema")
