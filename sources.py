@@ -71,7 +71,7 @@ def load_site(config, folder, labels="", patients=""):
     index = index._replace(part=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index)
-    return data.load(config, root, index, "site images")[0]
+    return data.load(config, root, index, "site")[0]
 
 
 def read_unlabelled(text, config):

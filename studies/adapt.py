@@ -66,7 +66,7 @@ def held_out(run, place, table, device):
     """(truth [N], scores [N], patients [N], groups [N], the run's threshold) on the held-out half of a
     hospital."""
     root, index = sources.read(f"{place}:{table}", run.config)
-    subset = data.load(run.config, root, index, "held-out images")[0]
+    subset = data.load(run.config, root, index, "held-out")[0]
     truth, scores, shipped = hospital.scored(run, subset, device, None, 64)
     head, rows = tables.open_table(table)
     group = {row[head.index("path")]: row[head.index("group")] for row in rows}

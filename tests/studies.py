@@ -4,6 +4,8 @@ import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -419,3 +421,27 @@ def test_speed_of_the_arms_is_printed(tmp_path):
     for row in rows:
         assert all(float(row[i]) > 0 for i in (1, 2, 4, 5))
         assert float(row[3].split()[0]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.2)
+
+
+def test_the_story_of_another_hospital(own_bench, tmp_path, monkeypatch):
+    """The README's commands, one after the other, on a drawn hospital."""
+    from studies import story
+
+    def run(argv, **how):  # in this process, which is faster
+        done = cli(Path(argv[1]).stem, *argv[2:], cwd=own_bench)
+        return SimpleNamespace(returncode=done.code, stdout=done.out, stderr=done.err)
+
+    monkeypatch.setattr(story.subprocess, "run", run)
+    (tmp_path / "nih/images").mkdir(parents=True)
+    lines = ["Image Index,Finding Labels,Patient ID"]
+    for i, path in enumerate(sorted((own_bench / "xray/test").rglob("*.jpeg"))):
+        shutil.copy(path, tmp_path / f"nih/images/{i:02d}.jpeg")
+        lines.append(f"{i:02d}.jpeg,{'Pneumonia' if 'PNEUMONIA' in str(path) else 'No Finding'},{i}")
+    (tmp_path / "nih/sample_labels.csv").write_text("\n".join(lines))
+    argv = ("studies.story", "--run", "outputs/linear", "--nih", tmp_path / "nih", "--out", tmp_path / "told")
+    done = succeed(*argv, "--tried", 45, "--labelled", 40, "--less", 0.8, cwd=own_bench)
+    assert done.out.count("exit code") == 6 and "patients" in done.out.split("$ python")[1]
+    assert "no @Guar: needs 59 patients" in done.out and "@Guar" in done.out.split("--min-recall")[-1]
+    log = list(csv.DictReader(open(tmp_path / "told/LOG.csv")))
+    assert len(log) == 15 and {r["diagnosis"] for r in log} == {"0", "1"}
+    refused(cli(*argv, cwd=own_bench), "told is there already")
