@@ -1,6 +1,7 @@
 """Tests of studies/: signals of runs, and the looks at the Kermany set."""
 
 import csv
+import importlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from scipy.stats import binom
 import common
 import data
 import demo
+import recipe
 from studies import kermany, lung_masks, signals
 from studies.nih import load_nih
 from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
@@ -445,3 +447,55 @@ def test_the_story_of_another_hospital(own_bench, tmp_path, monkeypatch):
     log = list(csv.DictReader(open(tmp_path / "told/LOG.csv")))
     assert len(log) == 15 and {r["diagnosis"] for r in log} == {"0", "1"}
     refused(cli(*argv, cwd=own_bench), "told is there already")
+
+
+def test_every_row_of_the_matrix_is_a_command_its_script_takes(monkeypatch, capsys, tmp_path):
+    """Flags are parsed by the scripts' own parsers; nothing is trained."""
+    import plan
+    from studies import matrix
+
+    class Parsed(Exception):
+        pass
+
+    def stop(parser, defaults, size=None):
+        recipe.parse(parser, defaults)
+        raise Parsed
+
+    monkeypatch.setattr(plan, "plans_from_args", stop)
+    argv = ["matrix.py", "lungs", "arms", "accuracy", "--nih", "N"]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = matrix.parse()
+    rows = [row for part in args.parts for row in matrix.PARTS[part]()]
+    folders = {}
+    for row in rows:
+        for folder, (train, *others) in matrix.commands(row, args):
+            assert folders.setdefault(folder, train) == train and len(others) == 2  # a folder, one recipe
+            monkeypatch.setattr(sys, "argv", train)
+            with pytest.raises(Parsed):
+                importlib.import_module(row.script).main()
+    assert len(folders) > 60
+
+
+def test_matrix_trains_what_is_not_there_and_skips_what_is(own_bench, tiny_npz, monkeypatch):
+    from studies import matrix
+
+    calls = []
+
+    def run(argv, **how):  # in this process, which is faster
+        calls.append(Path(argv[1]).stem)
+        script = argv[1].relative_to(matrix.SCRIPTS).with_suffix("").as_posix().replace("/", ".")
+        done = cli(script, *argv[2:], cwd=own_bench)
+        return SimpleNamespace(returncode=done.code)
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    monkeypatch.setattr(matrix, "TI", tiny_npz.name)
+    argv = ("studies.matrix", "lungs", "--data-dir", "xray", "--weights-dir", tiny_npz.parent, "--out", "m")
+    argv += ("--only", "ti16-probe-full")
+    more = ("--", "--img-size", 32, "--freeze-epochs", 1)
+    rows = table_rows(succeed(*argv, *more, cwd=own_bench).out)
+    assert [r[0] for r in rows] == ["ti16-probe-full"] and calls == ["train_pretrained", "calibrate"]
+    assert 0 <= float(rows[0][2].split()[0]) <= 1
+    again = table_rows(succeed(*argv, *more, cwd=own_bench).out)
+    assert again == rows and len(calls) == 2
+    done = succeed(*argv[:-1], "ti16-probe-(crop|full)", "--", "--img-size", 7, cwd=own_bench)
+    assert "exit code 2" in done.err and len(table_rows(done.out)) == 1 and calls[2:] == ["train_pretrained"]

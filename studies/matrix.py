@@ -1,0 +1,205 @@
+"""Train, calibrate and tabulate the runs of the large tables, one after the other.
+
+    python studies/matrix.py lungs --data-dir DIR --weights-dir W --nih NIH_DIR --out outputs/matrix
+    python studies/matrix.py arms accuracy --dry-run
+
+What is finished is skipped, what was stopped goes on. The parts:
+
+- lungs: each arm with each --input (RESULTS.md, What a model sees);
+- arms: the default and the paper recipe of each arm that has weights; and CNNs from random weights for two
+  epochs, which shows that they run and nothing else;
+- accuracy: the candidates of EXPERIMENTS.md, section 20.
+
+--dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names; what follows --
+goes to every training script (`-- --max-steps 5`). On one GPU this takes minutes, on two CPU cores days.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
+
+import common
+from intervals import reported_interval
+from run import Run
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+LOOKS = ("full", "crop", "masked", "masked-crop", "outside")
+TI, DINO = "ViT-Ti_16-224.npz", "dinov2_vits14.safetensors"
+LITE = "tf_efficientnet_lite0.safetensors"
+PROBE = "--freeze-epochs 100 --epochs 0"
+RANDOM = "resnet50 densenet121 regnety_004 convnextv2_tiny tf_efficientnetv2_s".split()
+
+
+class Row(NamedTuple):
+    """A run: its name, the training script, its flags as text, the file of weights, or "", and the seeds."""
+
+    name: str
+    script: str
+    flags: str = ""
+    weights: str = ""
+    seeds: tuple = (0,)
+
+
+def lungs():
+    """Every arm with every --input; three seeds where the recipe is a candidate for the default."""
+    rows = []
+    for look in LOOKS:
+        seeds = (0,) if look == "outside" else (0, 1, 2)
+        for name, weights in (("ti16", TI), ("dinov2", DINO)):
+            rows.append(Row(f"{name}-probe-{look}", "train_pretrained", f"--input {look} {PROBE}", weights))
+            rows.append(Row(f"{name}-{look}", "train_pretrained", f"--input {look}", weights, seeds))
+        rows.append(Row(f"scratch-{look}", "train_scratch", f"--input {look}", "", seeds))
+    return rows
+
+
+def arms():
+    """The default and the paper recipe of each arm; the hybrid and its stem with three seeds."""
+    rows = []
+    for recipe in ("default", "paper"):
+        flags, seeds = f"--recipe {recipe}", (0, 1, 2) if recipe == "default" else (0,)
+        rows.append(Row(f"ti16-{recipe}", "train_pretrained", flags, TI, seeds))
+        rows.append(Row(f"hybrid-{recipe}", "train_hybrid", flags, TI, seeds))
+        rows.append(Row(f"dinov2-{recipe}", "train_pretrained", flags, DINO))
+        rows.append(Row(f"lite0-{recipe}", "train_cnn", f"--model tf_efficientnet_lite0 {flags}", LITE))
+    # the stem as the hybrid trains it: the same rates, epochs, sampling and loss
+    stem = "--freeze-epochs 30 --epochs 3 --lr 6e-5 --schedule plateau --balance both --label-smoothing 0.1"
+    rows.append(Row("stem-as-hybrid", "train_pretrained", stem, TI, (0, 1, 2)))
+    short = "--img-size 64 --freeze-epochs 1 --epochs 2"
+    return rows + [Row(f"random-{m}", "train_cnn", f"--model {m} {short}") for m in RANDOM]
+
+
+def accuracy():
+    """The candidates for the defaults, with three seeds each."""
+    three, rows = (0, 1, 2), []
+    zoom = "--augment strong,scale=0.6,translate=0.2"
+    for look in ("full", "masked-crop"):
+        see = f"--input {look}"
+        rows += [
+            Row(f"ti16-{look}", "train_pretrained", see, TI, three),
+            Row(f"ti16-{look}-smooth", "train_pretrained", f"{see} --label-smoothing 0.2", TI, three),
+            Row(f"ti16-{look}-zoom", "train_pretrained", f"{see} {zoom}", TI, three),
+            Row(f"dinov2-{look}", "train_pretrained", see, DINO, three),
+            Row(f"dinov2-{look}-decay", "train_pretrained", f"{see} --layer-decay 0.65", DINO, three),
+            Row(f"dinov2-{look}-mean", "train_pretrained", f"{see} --readout cls+mean", DINO, three),
+            Row(
+                f"dinov2-{look}-views",
+                "train_pretrained",
+                f"{see} {PROBE} --readout cls+mean --probe-views 8 --augment strong",
+                DINO,
+                three,
+            ),
+            Row(f"hybrid-{look}", "train_hybrid", see, TI, three),
+            Row(f"scratch-{look}", "train_scratch", see, "", three),
+        ]
+    rows.append(
+        Row("dinov2-masked-crop-336", "train_pretrained", "--input masked-crop --img-size 336", DINO, three)
+    )
+    return rows
+
+
+PARTS = {"lungs": lungs, "arms": arms, "accuracy": accuracy}
+
+
+def commands(row, args):
+    """(run folder, [training command, calibration, signals]) of each seed of a Row."""
+    for seed in row.seeds:
+        folder = Path(args.out, row.name if len(row.seeds) == 1 else f"{row.name}-seed{seed}")
+        train = [f"{row.script}.py", "--data-dir", args.data_dir, *shlex.split(row.flags)]
+        train += ["--weights", str(Path(args.weights_dir, row.weights))] if row.weights else []
+        train += ["--seed", str(seed), "--out", str(folder), *args.more]
+        steps = [train, ["calibrate.py", "--run", str(folder)]]
+        if args.nih:
+            how = ["--nih", args.nih] + ([] if args.corruptions else ["--no-corruptions"])
+            steps.append(["studies/experiments.py", "--run", str(folder), *how])
+        yield folder, steps
+
+
+def carry_out(folder, steps):
+    """Run what is not done yet; returns whether all of it went well."""
+    train, *others = steps
+    state = Run(folder)
+    todo = [] if state.begun and state.results["finished"] else [train + ["--resume"] * state.begun]
+    todo += [s for s in others if not ("calibrate.py" in s and not todo and "" in state.calibrated())]
+    for command in todo:
+        print(f"$ python {shlex.join(command)}", file=sys.stderr, flush=True)
+        with open(folder.parent / f"{folder.name}.log", "a", encoding="utf-8") as log:
+            argv = [sys.executable, SCRIPTS / command[0], *command[1:]]
+            code = subprocess.run(argv, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code:
+            common.say(f"note: exit code {code}, see {log.name}; the next row follows")
+            return False
+    return True
+
+
+COLUMNS = (
+    "run | val AUROC | test AUROC | test recall | specificity | accuracy | NIH AUROC | borrowed AUROC | min"
+)
+
+
+def line(folder):
+    """A run as a row of a markdown table, test figures at the recall-first threshold."""
+    run = Run(folder)
+    calibration = run.calibration()
+    first = next(iter(run.findings(calibration).values()))
+    val, test = first["val"]["at_rec"], first["test"]["at_rec"]
+    signals = {}
+    if (folder / "signals.json").exists():
+        for part in common.read_json(folder / "signals.json").values():
+            signals |= part["figures"]
+    spans = [
+        "{:.3f} [{:.3f}, {:.3f}]".format(test[k], *reported_interval(test, k)) for k in ("auroc", "recall")
+    ]
+    spans.append(
+        "{:.3f} [{:.3f}, {:.3f}]".format(test["specificity"], *reported_interval(test, "specificity"))
+    )
+    more = [f"{signals[k]:.3f}" if k in signals else "" for k in ("NIH AUROC", "borrowed AUROC")]
+    cells = [folder.name, f"{val['auroc']:.3f}", *spans, f"{test['acc']:.3f}", *more]
+    return f"| {' | '.join(cells)} | {run.results['minutes']:.1f} |"
+
+
+def parse():
+    parser = common.Parser(__doc__)
+    parser.add_argument("parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--data-dir", default="Data/chest_xray", metavar="DIR", help="the images")
+    parser.add_argument("--weights-dir", default="weights", metavar="DIR", help="where the weights lie")
+    parser.add_argument("--nih", metavar="DIR", help="another hospital, for studies/experiments.py")
+    parser.add_argument(
+        "--corruptions", action=argparse.BooleanOptionalAction, default=False, help="there, too"
+    )
+    parser.add_argument("--out", default="outputs/matrix", metavar="DIR", help="where the run folders go")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="a regular expression for names of rows"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
+    mine, more = sys.argv[1:], []
+    if "--" in mine:
+        mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
+    args = parser.parse_args(mine)
+    args.more = more
+    return args
+
+
+def main():
+    args = parse()
+    rows = {row.name: row for part in args.parts for row in PARTS[part]() if re.search(args.only, row.name)}
+    done = []
+    for row in rows.values():
+        for folder, steps in commands(row, args):
+            if args.dry_run:
+                print("\n".join(f"python {shlex.join(step)}" for step in steps))
+                continue
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            done += [folder] if carry_out(folder, steps) else []
+    if done:
+        print(f"| {COLUMNS} |\n| --- |{' ---: |' * COLUMNS.count('|')}")
+        print("\n".join(map(line, done)))
+
+
+if __name__ == "__main__":
+    common.start(main)
