@@ -16,6 +16,8 @@ each run, from its validation images:
 - NIH (with --nih DIR): AUROC of "No Finding" against pneumonia, consolidation or infiltration on images of
   another hospital, mostly of adults, from NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315). A different
   shift altogether.
+- panel (with --nih): the mean of the NIH AUROC and of (corrupted specificity + corrupted recall) / 2; and
+  whether the borrowed AUROC vetoes the run: the rule of EXPERIMENTS.md, section 20.
 - choice: the mean of the borrowed AUROC and of (corrupted specificity + corrupted recall) / 2. Recipes were
   once chosen by it, badly (see EXPERIMENTS.md); the recipe of ViT-Ti/16 is now chosen by the NIH AUROC.
 

@@ -27,7 +27,7 @@ def list_nih(folder):
                 findings, name = set((row["Finding Labels"] or "").split("|")), f"images/{row['Image Index']}"
                 sick = bool(findings & PNEUMONIA_LIKE)
                 if (sick or findings == {"No Finding"}) and Path(folder, name).is_file():
-                    found[sick].append((name, row["Patient ID"]))
+                    found[sick].append((name, row.get("Patient ID") or name))
     except (OSError, KeyError, ValueError, csv.Error) as error:
         raise common.InputError(
             f"--nih: {path} is not a readable list of NIH findings ({type(error).__name__}: {error})"

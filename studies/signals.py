@@ -21,6 +21,7 @@ from schema import REAL, mismatches
 
 VERSION = 1  # of everything below that decides a figure: raise it with any change of the corruptions
 MIN_RECALL = 0.95
+BORROWED_LEAST = 0.9  # a recipe whose AUROC with borrowed borders is below is not chosen
 
 
 # ---------------------------------------------------------------- changed images
@@ -197,6 +198,15 @@ def nih_figures(score, nih):
     return {"NIH AUROC": float(roc_auc_score(nih.targets, score(nih)))}
 
 
+def panel(found):
+    """The panel by which recipes are chosen (EXPERIMENTS.md, section 20) -> {"panel": the mean of the NIH
+    AUROC and of recall and specificity under corruptions at the unchanged threshold; "veto": "yes" if the
+    border of another child misleads the model, else "no"}."""
+    transfer = (found["corrupted spec"] + found["corrupted recall"]) / 2
+    veto = "yes" if found["borrowed AUROC"] < BORROWED_LEAST else "no"
+    return {"panel": (found["NIH AUROC"] + transfer) / 2, "veto": veto}
+
+
 def kept_figures(score, part, subset, compute, spec):
     """compute(score, subset), or what signals.json in the run folder holds of `part` if that was computed
     from the same model and images. `spec`: what the figures must look like, as for schema.mismatches. Other
@@ -227,4 +237,5 @@ def signals(run, val, nih, device, corrupted=True):
     after = {name: found.pop(name) for name in ("choice", "corruptions")}
     if nih is not None:
         found |= kept_figures(score, "nih", nih, nih_figures, NIH)
+        found |= panel(found)
     return {**found, "choice": after["choice"], "minutes": run.results["minutes"], **after}

@@ -170,6 +170,13 @@ def test_signals_of_another_nih_folder_are_its_own(own_bench, tmp_path):
     assert float(table_row(done.out)["NIH AUROC"]) == 1 - found[0]
 
 
+def test_panel_by_hand():
+    found = {"NIH AUROC": 0.7, "corrupted spec": 0.5, "corrupted recall": 0.9, "borrowed AUROC": 0.89}
+    assert signals.panel(found) == {"panel": pytest.approx(0.7), "veto": "yes"}
+    better = signals.panel({**found, "borrowed AUROC": 0.9, "NIH AUROC": 0.9})
+    assert better == {"panel": pytest.approx(0.8), "veto": "no"}
+
+
 def test_signals_are_computed_again_only_when_needed(own_bench, tmp_path, monkeypatch):
     """Counted by calls: the same again, other pixels, other corruptions, other weights, a damaged file."""
     calls = []
