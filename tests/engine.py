@@ -529,7 +529,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
     before, most, seen = resident(), 0.0, 0
     for _ in range(2):
         for index in torch.from_numpy(np.random.default_rng(0).permutation(50_000)).split(64):
-            x, _ = batches.get(index)
+            x = batches.get(index).x
             seen += round(float(x[:, 0, 0, 0].sum() * 255 / 7))
             most = max(most, resident() - before)
     assert seen == 1000 and most < 40
