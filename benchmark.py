@@ -36,7 +36,7 @@ import common
 import data
 import dataconfig
 import demo
-import engine
+import frozen
 from device import add_device_argument, device_name, fast_bf16, keep_freed_memory, pick_device, versions
 from index import find_root
 from run import Run
@@ -176,7 +176,7 @@ def loop_rows(args, small, large):
     """evaluate_scratch, epoch_scratch, epoch_scratch_originals: whole loops, data included."""
     plain, ours = small
     model, subset, (other, optimizer) = ours.model("scratch"), ours.load(), plain.model("scratch")
-    evaluate = partial(engine.predict, model, subset, ours.inputs), partial(plain.evaluate, other)
+    evaluate = partial(frozen.predict, model, subset, ours.inputs), partial(plain.evaluate, other)
     yield compare("evaluate_scratch", len(subset), *evaluate, args)
     for name, (plain, ours) in (("epoch_scratch", small), ("epoch_scratch_originals", large)):
         subset = ours.load()

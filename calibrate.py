@@ -22,7 +22,7 @@ import numpy as np
 
 import common
 import data
-import engine
+import frozen
 import hospital
 import plan
 import shift
@@ -81,7 +81,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     model.to(device)
 
     def outputs(subset, what):
-        return engine.predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
+        return frozen.predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
 
     found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
     if not learnt:

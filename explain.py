@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import common
 import data
-import engine
+import frozen
 import lungs
 import maps
 import masks as lung_masks
@@ -89,7 +89,7 @@ class Explainer:
 
     def scores(self, subset):
         """Probability of the finding, float64 [N], as calibrate.py gives it: no image may change sides."""
-        logits = engine.predict(self.model, subset, self.inputs).numpy()
+        logits = frozen.predict(self.model, subset, self.inputs).numpy()
         applied = self.calibration["temperature_applied"]
         scores = self.config.task.scores(logits, self.calibration["temperature"] if applied else 1.0)
         scores = scores[:, self.column]

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 import data
-import engine
+import frozen
 import sources
 from common import InputError, command_line, say
 from inputs import Inputs
@@ -106,7 +106,7 @@ def scored(run, subset, device, tta, batch_size):
     also returned {finding: threshold or None}, apply to."""
     calibration, inputs = run.calibration("tta" if tta else ""), Inputs.of_run(run.results, device, tta)
     model = run.model().to(device)
-    logits = engine.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
+    logits = frozen.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
     temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
     shipped = {name: f.get("threshold") for name, f in run.findings(calibration).items()}
     return run.task.truth(subset.targets), run.task.scores(logits, temperature), shipped

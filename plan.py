@@ -22,7 +22,8 @@ from device import (
     seed_everything,
     versions,
 )
-from engine import Loop, fit_head, say_stage
+from engine import Loop
+from frozen import fit_head, say_stage
 from inputs import AUTO, Inputs
 from objective import Supervised, with_both_classes
 from run import Run

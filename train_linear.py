@@ -19,7 +19,7 @@ import common
 import data
 import dataconfig
 import demo
-import engine
+import frozen
 import plan
 import recipe
 import sources
@@ -84,7 +84,7 @@ def main():
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
     inputs = replace(inputs, look=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
-    pooled = engine.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
+    pooled = frozen.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weight, bias = fit(pooled, train.targets, args.C, task)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight))
@@ -93,11 +93,11 @@ def main():
 
     row = {"lr": 0.0, "seconds": seconds}
     for name, subset in (("train", train), ("val", val)):
-        logits = engine.predict(model, subset, inputs)
+        logits = frozen.predict(model, subset, inputs)
         targets = torch.from_numpy(subset.targets)
         row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
         row |= Supervised(task).watch(subset.targets, logits, name)
-    watched = ((n, o, engine.predict(model, o, inputs)) for n, o in others.items())
+    watched = ((n, o, frozen.predict(model, o, inputs)) for n, o in others.items())
     row |= {"others": {n: Supervised(task).watch(o.targets, x, "held_out") for n, o, x in watched}}
     results = {
         "model": "linear",

@@ -17,6 +17,7 @@ from torchvision.models import VisionTransformer as PlainViT
 import common
 import data
 import engine
+import frozen
 from augment import Augment
 from images import load_images
 from inputs import Inputs
@@ -160,7 +161,7 @@ class Ours:
     def head(self, model, subset):
         """Train the head on frozen features."""
         with contextlib.redirect_stderr(io.StringIO()):
-            engine.fit_head(model, subset, HEAD, objective=self.objective, recipe=RECIPE, inputs=self.inputs)
+            frozen.fit_head(model, subset, HEAD, objective=self.objective, recipe=RECIPE, inputs=self.inputs)
 
 
 def enlarge(folder, target, count):

@@ -25,6 +25,7 @@ import timm
 import common
 import data
 import engine
+import frozen
 import workload
 from augment import Augment
 from cnn import Cnn
@@ -73,7 +74,7 @@ def ours(model, count, args, folder):
         loop.optimizer.step()
         loop.seen = []
 
-    return step, lambda: engine.predict(model, subset, inputs, batch_size=count)
+    return step, lambda: frozen.predict(model, subset, inputs, batch_size=count)
 
 
 def plain(name, count, args):

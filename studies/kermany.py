@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import common
 import data
-import engine
+import frozen
 from device import add_device_argument, fast_bf16, pick_device
 from index import find_classes, find_root
 from inputs import Inputs
@@ -88,7 +88,7 @@ def border_alone(train, weights, device, folds=5):
     subset = data.Subset(train.files, train.targets, images, np.arange(len(images)))
     scaling = tuple(report["mean"]), tuple(report["std"])
     inputs = Inputs(*scaling, device, fast_bf16(device))
-    features = engine.predict(model.to(device), subset, inputs, output=inputs.features, progress="features")
+    features = frozen.predict(model.to(device), subset, inputs, output=inputs.features, progress="features")
     p = cross_val_predict(
         make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced")),
         features.numpy(),

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 import common
 import data
-import engine
+import frozen
 import masks as lung_masks
 from augment import borrow_frame
 from inputs import Inputs
@@ -130,7 +130,7 @@ class Scorer:
                     [lung_masks.pack(self.finder(some)) for some in np.array_split(pixels, 16)]
                 )
             subset = data.Subset(subset.files, subset.targets, pixels, rows, masks=masks)
-        logits = engine.predict(self.model, subset, self.inputs, batch_size=128, progress=str(self.run))
+        logits = frozen.predict(self.model, subset, self.inputs, batch_size=128, progress=str(self.run))
         return self.task.scores(logits)[:, 0]
 
     def key(self, subset):

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules lie 
 
 import common
 import data
-import engine
+import frozen
 import masks as lung_masks
 import shift
 from device import add_device_argument, pick_device
@@ -53,7 +53,7 @@ class Outputs:
     def of(self, subset, what):
         """(features [N, D], logits [N, K], patients [N]) of a Subset."""
         how = dict(output=self.inputs.logits_and_features, progress=what)
-        found = engine.predict(self.model, subset, self.inputs, **how).numpy()
+        found = frozen.predict(self.model, subset, self.inputs, **how).numpy()
         K = self.task.outputs
         return found[:, K:], found[:, :K], np.array(subset.patients)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import common
-import engine
+import frozen
 import intervals
 import metrics
 import tensors
@@ -76,8 +76,8 @@ def test_scores_are_those_of_the_images(runs, synthetic):
 def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     """Another --min-recall scores nothing again; another checkpoint, or damaged scores, does."""
     out = own_runs / "outputs" / "pretrained"
-    path, scored, real = out / "scores.npz", [], engine.predict
-    monkeypatch.setattr(engine, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
+    path, scored, real = out / "scores.npz", [], frozen.predict
+    monkeypatch.setattr(frozen, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
 
     def p1():
         with np.load(path) as file:

@@ -24,6 +24,7 @@ import common
 import data
 import device
 import engine
+import frozen
 import optimiser
 import recipe
 from augment import PRESETS, Augment
@@ -155,7 +156,7 @@ def test_parameter_groups():
 def test_predict_keeps_order_and_mode():
     model = randomise(small_vit(in_chans=1, drop_rate=0.5, drop_path_rate=0.5)).train()
     subset = toy_subset(11, 0)
-    logits = engine.predict(model, subset, INPUTS, batch_size=4)
+    logits = frozen.predict(model, subset, INPUTS, batch_size=4)
     assert model.training and logits.dtype == torch.float32 and not logits.requires_grad
     model.eval()
     with torch.no_grad():
@@ -164,7 +165,7 @@ def test_predict_keeps_order_and_mode():
         )
     assert torch.allclose(logits, expected, atol=1e-5) and logits.std() > 0.1
     order = np.array([7, 2, 10])
-    assert torch.allclose(engine.predict(model, subset.take(order), INPUTS), expected[order], atol=1e-5)
+    assert torch.allclose(frozen.predict(model, subset.take(order), INPUTS), expected[order], atol=1e-5)
 
 
 def test_stop_requests():
@@ -475,7 +476,7 @@ def test_head_on_cached_features_equals_frozen_epochs(tmp_path):
     slow.load_state_dict(model.state_dict())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     stage, objective = recipe.Stage("head", 3, 1e-2), ToyObjective(label_smoothing=0.0)
-    engine.fit_head(model, train, stage, objective=objective, recipe=settings, inputs=INPUTS)
+    frozen.fit_head(model, train, stage, objective=objective, recipe=settings, inputs=INPUTS)
     optimizer = torch.optim.AdamW(slow.head.parameters(), lr=1e-2, weight_decay=0.05)
     for epoch in range(3):
         for index in torch.from_numpy(np.random.default_rng([3, epoch]).permutation(len(train))).split(8):
@@ -502,7 +503,7 @@ def test_probe_views_are_more_rows_of_the_table(tmp_path):
     for subset, own in ((train, settings), (tripled, replace(settings, probe_views=0))):
         model = randomise(small_vit(in_chans=1))
         how = dict(objective=objective, recipe=own, inputs=INPUTS)
-        loss, outputs = engine.fit_head(
+        loss, outputs = frozen.fit_head(
             model, subset, stage, augment=lambda x: (x * 255 / 2).floor() / 255, **how
         )
         heads.append((loss, outputs[:12], model.head.weight.detach()))

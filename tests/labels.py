@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError
-from engine import total_weight
+from frozen import total_weight
 from intervals import bootstrap_weights, compare_mean_auroc
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes

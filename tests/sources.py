@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import data
 import demo
 import engine
+import frozen
 import lungs
 import recipe
 import sources
@@ -203,7 +204,7 @@ def test_the_head_is_trained_with_the_same_weights():
     settings = replace(recipe.Recipe(), batch_size=24, balance="sources", weight_decay=0.0)
     model, plain = randomise(small_vit(in_chans=1)), randomise(small_vit(in_chans=1)).eval()
     stage = recipe.Stage("head", 1, 1e-2)
-    engine.fit_head(model, subset, stage, objective=Supervised(Task()), recipe=settings, inputs=INPUTS)
+    frozen.fit_head(model, subset, stage, objective=Supervised(Task()), recipe=settings, inputs=INPUTS)
     optimizer = torch.optim.AdamW(plain.head.parameters(), lr=1e-2, weight_decay=0.0)
     x = (torch.from_numpy(subset.images)[:, None].float() / 255 - 0.5) / 0.5
     weighted_mean(plain, x, torch.from_numpy(TARGETS), groups(TARGETS, ORIGIN)).backward()
@@ -251,7 +252,7 @@ def test_the_printed_figure_is_that_of_the_held_out_patients(trained):
         len(joined) == len(train) + about["elsewhere"]["train"] and (joined.sources[: len(train)] == 0).all()
     )
     assert not set(there.patients) & set(joined.patients)
-    logits = engine.predict(run.model(), there, Inputs.of_run(run.results, CPU)).numpy()
+    logits = frozen.predict(run.model(), there, Inputs.of_run(run.results, CPU)).numpy()
     best = run.results["history"][run.results["best_epoch"] - 1]["others"]["elsewhere"]
     found = Supervised(run.task).watch(there.targets, torch.from_numpy(logits), "held_out")
     assert found == pytest.approx(best, abs=1e-4)
