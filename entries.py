@@ -223,10 +223,20 @@ def names(run, suffix):
         name = ensemble_name(members, results["model_config"])
     name += " pretrained" if "weights" in results else ""
     name += ", masked pretraining" if "init" in results else ""
+    others = also_trained_on(results)
+    name += f", also on {', '.join(others)}" if others else ""
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")
     stem = re.sub(r"(-demo)?(-seed\d+)?$", "", folder)
     base = name + ("" if stem in USUAL else f" ({stem})") + end
     return base, name + ("" if folder.removesuffix("-demo") in USUAL else f" ({folder})") + end
+
+
+def also_trained_on(results):
+    """{name: number of images} of other hospitals that joined training."""
+    others = results["split"].get("also")
+    if not isinstance(others, dict):
+        return {}
+    return {n: o["train"] for n, o in others.items() if not mismatches(o, {"train": NATURAL})}
 
 
 def ensemble_name(members, config):

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 import common
-from entries import POINTS, families, missing_ensembles
+from entries import POINTS, also_trained_on, families, missing_ensembles
 from evidence import batch_blocks, map_blocks, unique
 from intervals import compare_at_thresholds, reported_interval, wilson_interval
 from metrics import predictive_values
@@ -305,12 +305,15 @@ def method_rows(entries, standard, prevalence, rule):
         exposure = d.get("normalise", "none")
         seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}")
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
+    also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}
+    others = ", ".join(f"{k} images of {n}" for n, k in also.items())
     rows = [
         ["Data", first.set + drawn],
         ["Reference standard", f"{standard}, as published"],
         ["Sizes", unique(map(sizes, entries), " / ")],
         ["Prevalence", prevalence],
         ["Partition", unique(map(partition, entries))],
+        *([["Other hospitals in training", others]] if others else []),
         ["Input", f"{unique(sorted(seen))}; pixels only"],
         [
             "Model selection",

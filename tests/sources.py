@@ -243,6 +243,13 @@ def test_other_hospitals_join_training_alone(trained, runs):
     assert all(np.array_equal(a[k], b[k]) for k in ("val_files", "test_files", "val_labels"))
 
 
+def test_the_report_says_who_else_was_trained_on(trained):
+    done = succeed("compare", cwd=trained[0])
+    also = read_json(trained[0] / "outputs/pretrained/results.json")["split"]["also"]["elsewhere"]
+    assert "pretrained, also on elsewhere" in done.out
+    assert f"| Other hospitals in training | {also['train']} images of elsewhere |" in done.out
+
+
 def test_the_printed_figure_is_that_of_the_held_out_patients(trained):
     run = Run(trained[0] / "outputs/pretrained")
     train, val, _ = data.load_train_val(run.config, lambda line: None)
