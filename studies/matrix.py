@@ -8,7 +8,8 @@ What is finished is skipped, what was stopped goes on. The parts:
 - lungs: each arm with each --input (RESULTS.md, What a model sees);
 - arms: the default and the paper recipe of each arm that has weights; and CNNs from random weights for two
   epochs, which shows that they run and nothing else;
-- accuracy: the candidates of EXPERIMENTS.md, section 20.
+- accuracy: the candidates of EXPERIMENTS.md, section 20. By its rule they are not scored on the test images:
+  there is no calibration, and the signals include the corruptions (give --nih for the panel).
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names; what follows --
 goes to every training script (`-- --max-steps 5`). On one GPU this takes minutes, on two CPU cores days.
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 from intervals import reported_interval
 from run import Run
+from studies.signals import panel
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 LOOKS = ("full", "crop", "masked", "masked-crop", "outside")
@@ -37,13 +39,16 @@ RANDOM = "resnet50 densenet121 regnety_004 convnextv2_tiny tf_efficientnetv2_s".
 
 
 class Row(NamedTuple):
-    """A run: its name, the training script, its flags as text, the file of weights, or "", and the seeds."""
+    """A run: its name, the training script, its flags as text, the file of weights, or "", and the seeds.
+
+    scored: whether calibrate.py reads the test images for it."""
 
     name: str
     script: str
     flags: str = ""
     weights: str = ""
     seeds: tuple = (0,)
+    scored: bool = True
 
 
 def lungs():
@@ -75,7 +80,7 @@ def arms():
 
 
 def accuracy():
-    """The candidates for the defaults, with three seeds each."""
+    """The candidates for the defaults, with three seeds each; chosen among before the test set is read."""
     three, rows = (0, 1, 2), []
     zoom = "--augment strong,scale=0.6,translate=0.2"
     for look in ("full", "masked-crop"):
@@ -100,7 +105,7 @@ def accuracy():
     rows.append(
         Row("dinov2-masked-crop-336", "train_pretrained", "--input masked-crop --img-size 336", DINO, three)
     )
-    return rows
+    return [row._replace(scored=False) for row in rows]
 
 
 PARTS = {"lungs": lungs, "arms": arms, "accuracy": accuracy}
@@ -113,9 +118,10 @@ def commands(row, args):
         train = [f"{row.script}.py", "--data-dir", args.data_dir, *shlex.split(row.flags)]
         train += ["--weights", str(Path(args.weights_dir, row.weights))] if row.weights else []
         train += ["--seed", str(seed), "--out", str(folder), *args.more]
-        steps = [train, ["calibrate.py", "--run", str(folder)]]
-        if args.nih:
-            how = ["--nih", args.nih] + ([] if args.corruptions else ["--no-corruptions"])
+        steps = [train] + ([["calibrate.py", "--run", str(folder)]] if row.scored else [])
+        if args.nih or not row.scored:
+            how = ["--nih", args.nih] if args.nih else []
+            how += [] if args.corruptions or not row.scored else ["--no-corruptions"]
             steps.append(["studies/experiments.py", "--run", str(folder), *how])
         yield folder, steps
 
@@ -138,29 +144,28 @@ def carry_out(folder, steps):
 
 
 COLUMNS = (
-    "run | val AUROC | test AUROC | test recall | specificity | accuracy | NIH AUROC | borrowed AUROC | min"
+    "run | val AUROC | test AUROC | test recall | specificity | accuracy | NIH AUROC | borrowed AUROC | panel"
+    " | min"
 )
 
 
 def line(folder):
-    """A run as a row of a markdown table, test figures at the recall-first threshold."""
-    run = Run(folder)
-    calibration = run.calibration()
-    first = next(iter(run.findings(calibration).values()))
-    val, test = first["val"]["at_rec"], first["test"]["at_rec"]
-    signals = {}
+    """A run as a row of a markdown table; test figures, if any, at the recall-first threshold."""
+    run, found = Run(folder), {}
     if (folder / "signals.json").exists():
         for part in common.read_json(folder / "signals.json").values():
-            signals |= part["figures"]
-    spans = [
-        "{:.3f} [{:.3f}, {:.3f}]".format(test[k], *reported_interval(test, k)) for k in ("auroc", "recall")
-    ]
-    spans.append(
-        "{:.3f} [{:.3f}, {:.3f}]".format(test["specificity"], *reported_interval(test, "specificity"))
-    )
-    more = [f"{signals[k]:.3f}" if k in signals else "" for k in ("NIH AUROC", "borrowed AUROC")]
-    cells = [folder.name, f"{val['auroc']:.3f}", *spans, f"{test['acc']:.3f}", *more]
-    return f"| {' | '.join(cells)} | {run.results['minutes']:.1f} |"
+            found |= part["figures"]
+    found |= panel(found) if {"NIH AUROC", "corrupted spec"} <= found.keys() else {}
+    results, test = run.results, [""] * 4
+    cells = [folder.name, f"{results['history'][results['best_epoch'] - 1]['val_auroc']:.3f}"]
+    if "" in run.calibrated():
+        first = next(iter(run.findings(run.calibration()).values()))["test"]["at_rec"]
+        names = ("auroc", "recall", "specificity")
+        test = ["{:.3f} [{:.3f}, {:.3f}]".format(first[k], *reported_interval(first, k)) for k in names]
+        test.append(f"{first['acc']:.3f}")
+    more = [f"{found[k]:.3f}" if k in found else "" for k in ("NIH AUROC", "borrowed AUROC", "panel")]
+    more[2] += " (veto)" if found.get("veto") == "yes" else ""
+    return f"| {' | '.join([*cells, *test, *more])} | {results['minutes']:.1f} |"
 
 
 def parse():
@@ -187,7 +192,10 @@ def parse():
 
 def main():
     args = parse()
-    rows = {row.name: row for part in args.parts for row in PARTS[part]() if re.search(args.only, row.name)}
+    rows = {}
+    for row in (row for part in args.parts for row in PARTS[part]()):
+        if re.search(args.only, row.name):
+            rows.setdefault(row.name, row)  # of two parts with the same row the first is meant
     done = []
     for row in rows.values():
         for folder, steps in commands(row, args):

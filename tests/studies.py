@@ -473,10 +473,14 @@ def test_every_row_of_the_matrix_is_a_command_its_script_takes(monkeypatch, caps
     monkeypatch.setattr(sys, "argv", argv)
     args = matrix.parse()
     rows = [row for part in args.parts for row in matrix.PARTS[part]()]
+    assert all(r.scored for r in matrix.lungs() + matrix.arms())
+    assert not any(r.scored for r in matrix.accuracy())  # candidates are chosen among without the test set
     folders = {}
     for row in rows:
         for folder, (train, *others) in matrix.commands(row, args):
-            assert folders.setdefault(folder, train) == train and len(others) == 2  # a folder, one recipe
+            assert folders.setdefault(folder, train) == train  # a folder, one recipe
+            assert len(others) == 1 + row.scored
+            assert any("calibrate.py" in step for step in others) == row.scored
             monkeypatch.setattr(sys, "argv", train)
             with pytest.raises(Parsed):
                 importlib.import_module(row.script).main()
