@@ -188,7 +188,7 @@ def make_ensemble(folders, out, overwrite):
             "mean": [0.0],
             "std": [1.0],
             "params": sum(r["params"] for r in results),
-            "minutes": sum(r["minutes"] + r.get("init", {}).get("minutes", 0) for r in results),
+            "minutes": sum(r.minutes for r in runs),
             "best_epoch": 0,
             "history": [],
         },

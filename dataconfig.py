@@ -164,6 +164,12 @@ def add_arguments(parser, also=True):
     )
 
 
+def add_unlabelled_argument(group):
+    """--also-unlabelled, for training that needs no labels."""
+    about = "images of other hospitals without labels, all under a folder, join training"
+    group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
+
+
 def add_choices(group):
     """The flags that choose classes, findings and fractions."""
     group.add_argument("--findings", metavar="A,B,...", help="ask these findings of --labels (default: all)")

@@ -30,11 +30,13 @@ class Loop:
 
     After an interruption (Ctrl-C, SIGTERM, kill -9) a resumed run goes on from last.pth; on a CPU the end is
     bit for bit that of an uninterrupted run. Under torchrun the batch is shared out among the processes
-    (DistributedDataParallel) and the first one writes. `meta` is copied into results.json.
+    (DistributedDataParallel) and the first one writes. `meta` is copied into results.json; a `teacher` takes
+    its share of the loss.
     """
 
-    def __init__(self, model, objective, plan, inputs, meta):
+    def __init__(self, model, objective, plan, inputs, meta, teacher=None):
         self.model, self.objective, self.plan, self.inputs, self.meta = model, objective, plan, inputs, meta
+        self.teacher = teacher
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
@@ -329,7 +331,8 @@ class Loop:
         for i, index in enumerate(chunks):
             batch = source.get(index)
             with torch.no_grad():
-                x, share = self.inputs.scale(self.plan.change(batch.x)), 1.0
+                grey, share = self.plan.change(batch.x), 1.0
+                x = self.inputs.scale(grey)
                 if self.mix:
                     x, share = self.mix(x)
             wait = self.net.no_sync() if self.number > 1 and i < len(chunks) - 1 else nullcontext()
@@ -342,7 +345,11 @@ class Loop:
                 if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
                     other, weight = batch.target.roll(1, 0), batch.weight.roll(1, 0)
                     losses += (1 - share) * self.objective.losses(outputs.float(), other) * weight
-                part = losses.sum() / total * bool(len(mine))
+                part = losses.sum() / total
+                if self.teacher:
+                    far = self.objective.imitation(outputs.float(), self.teacher(grey)).sum() / len(whole)
+                    part = (1 - self.teacher.share) * part + self.teacher.share * far
+                part = part * bool(len(mine))
                 (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
             result += part.detach()
         return result

@@ -35,7 +35,7 @@ NEEDED = {
     "split": {"shared_patients": NATURAL},
 }
 OPTIONAL = {
-    "init": {"minutes": Number(float, 0, 1e9)},
+    **{k: {"minutes": Number(float, 0, 1e9)} for k in ("init", "teacher")},
     "members": [{"run": str, "checkpoint": str}],
     "seed": NATURAL,
     "command": str,
@@ -109,7 +109,7 @@ class Entry:
             self._one_finding()
         self.min_recall = self.calibration["min_recall"]
         self.members = [m["checkpoint"] for m in self.results.get("members", [])]
-        self.minutes = self.results["minutes"] + self.results.get("init", {"minutes": 0})["minutes"]
+        self.minutes = run.minutes
         self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
         self.base, self.name = names(run, suffix)
         test = self.columns["test"]
@@ -223,6 +223,7 @@ def names(run, suffix):
         name = ensemble_name(members, results["model_config"])
     name += " pretrained" if "weights" in results else ""
     name += ", masked pretraining" if "init" in results else ""
+    name += ", taught" if "teacher" in results else ""
     others = also_trained_on(results)
     name += f", also on {', '.join(others)}" if others else ""
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")

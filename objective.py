@@ -45,6 +45,10 @@ class Supervised:
             losses = losses + factor * self.weights(targets) * column
         return losses
 
+    def imitation(self, outputs, wanted):
+        """How far every image's probabilities are from a teacher's: outputs, and its logits [B, K] -> [B]."""
+        return self.task.imitation(outputs[:, : self.task.outputs], wanted)
+
     def columns(self, truth, side="val"):
         """The numbers of the findings whose AUROC exists; none on validation is an InputError."""
         found = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
@@ -65,7 +69,7 @@ class Supervised:
             known = truth[:, k] >= 0
             aurocs.append(roc_auc_score(truth[known, k], scores[known, k]))
         if self.task.kind == "softmax":
-            right = np.asarray(outputs).argmax(axis=1) == np.asarray(targets)
+            right = (np.asarray(outputs).argmax(axis=1) == np.asarray(targets))[np.asarray(targets) >= 0]
         else:
             right = ((np.asarray(outputs) > 0) == (np.asarray(targets) == 1))[np.asarray(targets) >= 0]
         auroc = float(np.mean(aurocs)) if aurocs else None

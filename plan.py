@@ -93,10 +93,13 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
         demo.prepare(args, partial(size, args))
         config = data.DataConfig.from_args(args)
     by_source = recipe.balance.startswith("sources")
-    if config.task.kind == "sigmoid" and not by_source and recipe.balance not in ("weights", "none"):
-        raise InputError(
-            f"--balance {recipe.balance} needs one class an image; with --labels: weights, none, or sources"
-        )
+    unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
+    if (unclear == "--labels" or config.also_unlabelled) and not by_source:
+        if recipe.balance not in ("weights", "none"):
+            raise InputError(
+                f"--balance {recipe.balance} needs one class an image; "
+                f"with {unclear}: weights, none, or sources"
+            )
     if by_source and not config.also:
         raise InputError(f"--balance {recipe.balance} is for images of several hospitals: give --also DIR")
     if config.split in POOLED and recipe.balance == "undersample-once":  # test is balanced too
@@ -116,17 +119,20 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     return args, plans
 
 
-def train(plan, model, *, name, mean, std, objective=None, **more):
+def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more):
     """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
 
     `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel, or
     AUTO: that of the training pixels; `more` is copied into results.json. Without an `objective` it is the
-    classes of the data.
+    classes of the data. `teacher`: a Teacher, or None.
     """
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
         train_set, others, also = sources.join(plan.config, train_set, val_set, tell)
         split |= {"also": also} if also else {}
+    if teacher:
+        teacher.begin(split)
+        more["teacher"] = teacher.about()
     recipe, task = plan.recipe, plan.config.task
     how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)
     if AUTO in (mean, std):
@@ -160,7 +166,7 @@ def train(plan, model, *, name, mean, std, objective=None, **more):
         f"model: {name}, {count:,} parameters, {plan.config.img_size} px, on {device_name(plan.device)}, "
         f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
     )
-    started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta)
+    started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta, teacher)
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
             how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.change)

@@ -28,7 +28,7 @@ DEFAULTS = recipe.Defaults(
             warmup_epochs=4.0,
         )
     },
-    unused=recipe.SUPERVISED + recipe.TWO_STAGES + recipe.HYBRID,
+    unused=recipe.SUPERVISED + recipe.TWO_STAGES + recipe.HYBRID + recipe.TAUGHT,
 )
 
 
@@ -39,8 +39,7 @@ def main():
     group.add_argument(
         "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
     )
-    about = "images of other hospitals, all under a folder, join training"
-    group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
+    dataconfig.add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
 

@@ -109,6 +109,7 @@ class Recipe:
     attention_weight: float = flag(
         0.0, "weight of the attention paid to other things than lungs", Number(float, 0, 1e6), "W"
     )
+    teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher", Number(float, 0, 1), "W")
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -141,6 +142,7 @@ SUPERVISED = (
 )
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
+TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
 
 
@@ -237,8 +239,9 @@ def to_json(recipe, augment, amp, unused=()):
 
 
 # What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
-CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init")
-IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",), "init": ("run", "minutes")}
+CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
+IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
+IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
 
 
 def differences(old, new):

@@ -80,6 +80,12 @@ class Run:
         """ "vit", "linear", "ensemble", or one of WITHOUT_CLASSES."""
         return self.results["model_config"]["kind"]
 
+    @property
+    def minutes(self):
+        """Of training, of the pretraining it began from, and of its teacher's."""
+        parts = (self.results.get(k, {}) for k in ("init", "teacher"))
+        return self.results["minutes"] + sum(part.get("minutes", 0) for part in parts)
+
     @cached_property
     def config(self):
         """The DataConfig of the run."""

@@ -75,13 +75,13 @@ def load_site(config, folder, labels="", patients=""):
 
 
 def read_unlabelled(text, config):
-    """(root, Index) of one --also-unlabelled: every image under a folder; the targets mean nothing."""
+    """(root, Index) of one --also-unlabelled: every image under a folder; the targets are unknown."""
     folder = Path(text)
     if not folder.is_dir():
         raise InputError(f"--also-unlabelled {text}: there is no folder {folder}")
     files = [Path(f).relative_to(folder).as_posix() for f in find_files([str(folder)])]
     shape = (len(files), config.task.outputs) if config.task.kind == "sigmoid" else len(files)
-    targets = np.zeros(shape, np.int8 if config.task.kind == "sigmoid" else np.int64)
+    targets = np.full(shape, -1, np.int8 if config.task.kind == "sigmoid" else np.int64)
     unknown = np.zeros(len(files), dtype=bool)
     return folder, Index(files, targets, list(files), unknown, np.full(len(files), "", dtype="U5"))
 

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 class Task:
     """kind "softmax": an image is of one of K classes, the healthy one first. Its findings are the other
     classes and, where there are several, first of all "any disease", 1 - P(healthy). Targets are class
-    numbers, int64 [N].
+    numbers, int64 [N]; -1 unknown.
 
     kind "sigmoid": any number of K findings may be present. If "No Finding" is among them, "any finding",
     1 - P(No Finding), comes before them. Targets are int8 [N, K]: 1 present, 0 absent, -1 unknown.
@@ -120,6 +120,7 @@ class Task:
             derived = np.where(none >= 0, 1 - none, np.where(found, 1, -1))
             return np.concatenate([derived, truth], axis=1).astype(np.int8)
         truth = (targets[:, None] == np.arange(1, self.outputs)).astype(np.int8)
+        truth[targets < 0] = -1
         return (
             truth if self.outputs == 2 else np.concatenate([truth.max(axis=1, keepdims=True), truth], axis=1)
         )
@@ -143,17 +144,17 @@ class Task:
         if self.kind == "sigmoid":
             positives, negatives = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
             return np.where(positives * negatives, negatives / np.maximum(positives, 1), 1).astype(np.float32)
-        counts = np.bincount(targets, minlength=self.outputs)
-        return (len(targets) / (self.outputs * np.maximum(counts, 1))).astype(np.float32)
+        counts = np.bincount(targets[targets >= 0], minlength=self.outputs)
+        return (counts.sum() / (self.outputs * np.maximum(counts, 1))).astype(np.float32)
 
     def losses(self, logits, targets, class_weights=None, label_smoothing=0.0, focal_gamma=0.0):
         """The loss of every image: logits [B, K], targets [B] or [B, K] -> tensor [B].
 
-        softmax: cross-entropy times the class weight. sigmoid: the sum over the known findings of binary
-        cross-entropy, its positive part times `class_weights`; unknown findings add nothing. With
-        `focal_gamma` each term is multiplied by (1 - p) ** gamma, p the probability of what is true: the
-        focal loss (Lin et al. 2017, arXiv:1708.02002). A batch's loss is the sum of these over the sum of
-        `weights`, whoever computes which part of it."""
+        softmax: cross-entropy times the class weight; 0 where the class is unknown. sigmoid: the sum over the
+        known findings of binary cross-entropy, its positive part times `class_weights`; unknown findings add
+        nothing. With `focal_gamma` each term is multiplied by (1 - p) ** gamma, p the probability of what is
+        true: the focal loss (Lin et al. 2017, arXiv:1708.02002). A batch's loss is the sum of these over the
+        sum of `weights`, whoever computes which part of it."""
         from torch.nn import functional as F  # here, not above: reports need no torch
 
         if self.kind == "sigmoid":
@@ -166,19 +167,33 @@ class Task:
             if focal_gamma:
                 each = each * (logits * (1 - 2 * true)).sigmoid() ** focal_gamma
             return (each * known).sum(dim=1)
+        known, targets = targets >= 0, targets.clamp(min=0)
         each = F.cross_entropy(
             logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
         )
+        each = each * known
         if focal_gamma:
             others = logits.scatter(1, targets.unsqueeze(1), -math.inf)  # 1 - p without loss of digits
             each = each * (others.logsumexp(1) - logits.logsumexp(1)).exp() ** focal_gamma
         return each
 
+    def imitation(self, logits, wanted):
+        """How far every image's probabilities are from those of a teacher: logits and the teacher's, [B, K]
+        -> tensor [B], 0 where they agree. softmax: the Kullback-Leibler divergence from the teacher's;
+        sigmoid: its mean over the findings."""
+        from torch.nn import functional as F
+
+        if self.kind == "sigmoid":
+            p = wanted.sigmoid()
+            each = p * (F.logsigmoid(wanted) - F.logsigmoid(logits))
+            return (each + (1 - p) * (F.logsigmoid(-wanted) - F.logsigmoid(-logits))).mean(dim=1)
+        there = wanted.log_softmax(dim=1)
+        return (there.exp() * (there - logits.log_softmax(dim=1))).sum(dim=1)
+
     def weights(self, targets, class_weights=None):
         """What each image counts for in the mean loss: targets [B] or [B, K] -> tensor [B]; sigmoid: the
-        number of its known findings."""
+        number of its known findings; softmax: the weight of its class, 0 where that is unknown."""
         if self.kind == "sigmoid":
             return (targets >= 0).sum(dim=1).float()
-        if class_weights is None:
-            return targets.new_ones(targets.shape, dtype=None).float()
-        return class_weights[targets]
+        known = (targets >= 0).float()
+        return known if class_weights is None else class_weights[targets.clamp(min=0)] * known

@@ -42,7 +42,7 @@ def defaults(name):
             "default": {**common_part, "augment": "strong"},
             "paper": {**common_part, "augment": "plain"},
         },
-        unused=("drop_rate", "patch_drop", *recipe.MASKED, *recipe.HYBRID),
+        unused=("drop_rate", "patch_drop", *recipe.MASKED, *recipe.HYBRID, *recipe.TAUGHT),
     )
 
 

@@ -13,7 +13,9 @@ import common
 import dataconfig
 import plan
 import recipe
+from common import InputError
 from run import Run
+from teacher import Teacher
 from vit import CONFIGS, build_vit
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
@@ -35,8 +37,17 @@ def main():
     group.add_argument(
         "--init", default=None, metavar="DIR", help="start from the encoder pretrain_mae.py left in DIR"
     )
+    about = "learn the probabilities of this finished run, too, by --teacher-weight"
+    group.add_argument("--teacher", default=None, metavar="DIR", help=about)
+    dataconfig.add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
+    if args.also_unlabelled and not args.teacher:
+        raise InputError("--also-unlabelled: images without labels teach nothing: give --teacher, which does")
+    if args.teacher and (args.mixup or args.cutmix):
+        raise InputError("--teacher judges images one by one: leave out --mixup and --cutmix")
+    how = (plans[0].config, plans[0].device, plans[0].recipe.teacher_weight)
+    teacher = Teacher(Run(args.teacher), *how) if args.teacher else None
 
     for p in plans:
         p.seed()
@@ -49,7 +60,7 @@ def main():
             patch_drop_rate=p.recipe.patch_drop,
         )
         more = {"init": plan.load_encoder(model, Run(args.init), p.config)} if args.init else {}
-        plan.train(p, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, **more)
+        plan.train(p, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, teacher=teacher, **more)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,13 @@ LOOKS = ("full", "crop", "masked", "masked-crop", "outside")
 TI, DINO = "ViT-Ti_16-224.npz", "dinov2_vits14.safetensors"
 LITE = "tf_efficientnet_lite0.safetensors"
 PROBE = "--freeze-epochs 100 --epochs 0"
+TEACHER = "--teacher {out}/ti16-"
 RANDOM = "resnet50 densenet121 regnety_004 convnextv2_tiny tf_efficientnetv2_s".split()
 
 
 class Row(NamedTuple):
-    """A run: its name, the training script, its flags as text, the file of weights, or "", and the seeds.
+    """A run: its name, the training script, its flags as text ({out} and {nih} stand for those folders), the
+    file of weights, or "", and the seeds.
 
     scored: whether calibrate.py reads the test images for it."""
 
@@ -101,6 +103,22 @@ def accuracy():
             ),
             Row(f"hybrid-{look}", "train_hybrid", see, TI, three),
             Row(f"scratch-{look}", "train_scratch", see, "", three),
+            Row(f"scratch-{look}-taught", "train_scratch", f"{see} {TEACHER}{look}-seed0", "", three),
+            Row(
+                f"scratch-{look}-taught-nih",
+                "train_scratch",
+                f"{see} {TEACHER}{look}-seed0 --also-unlabelled {{nih}}",
+                "",
+                three,
+            ),
+            Row(f"mae-{look}-nih", "pretrain_mae", f"{see} --epochs 30 --also-unlabelled {{nih}}"),
+            Row(
+                f"scratch-{look}-mae-nih",
+                "train_scratch",
+                f"{see} --epochs 10 --init {{out}}/mae-{look}-nih",
+                "",
+                three,
+            ),
         ]
     rows.append(
         Row("dinov2-masked-crop-336", "train_pretrained", "--input masked-crop --img-size 336", DINO, three)
@@ -112,14 +130,19 @@ PARTS = {"lungs": lungs, "arms": arms, "accuracy": accuracy}
 
 
 def commands(row, args):
-    """(run folder, [training command, calibration, signals]) of each seed of a Row."""
+    """(run folder, [training command, calibration, signals]) of each seed of a Row; nothing for one that
+    needs --nih where there is none."""
+    if "{nih}" in row.flags and not args.nih:
+        common.say(f"note: {row.name} is left out: it needs --nih")
+        return
+    flags = shlex.split(row.flags.format(out=args.out, nih=args.nih))
     for seed in row.seeds:
         folder = Path(args.out, row.name if len(row.seeds) == 1 else f"{row.name}-seed{seed}")
-        train = [f"{row.script}.py", "--data-dir", args.data_dir, *shlex.split(row.flags)]
+        train = [f"{row.script}.py", "--data-dir", args.data_dir, *flags]
         train += ["--weights", str(Path(args.weights_dir, row.weights))] if row.weights else []
         train += ["--seed", str(seed), "--out", str(folder), *args.more]
         steps = [train] + ([["calibrate.py", "--run", str(folder)]] if row.scored else [])
-        if args.nih or not row.scored:
+        if row.script != "pretrain_mae" and (args.nih or not row.scored):
             how = ["--nih", args.nih] if args.nih else []
             how += [] if args.corruptions or not row.scored else ["--no-corruptions"]
             steps.append(["studies/experiments.py", "--run", str(folder), *how])
@@ -157,7 +180,8 @@ def line(folder):
             found |= part["figures"]
     found |= panel(found) if {"NIH AUROC", "corrupted spec"} <= found.keys() else {}
     results, test = run.results, [""] * 4
-    cells = [folder.name, f"{results['history'][results['best_epoch'] - 1]['val_auroc']:.3f}"]
+    auroc = results["history"][results["best_epoch"] - 1].get("val_auroc")  # none of an autoencoder
+    cells = [folder.name, "" if auroc is None else f"{auroc:.3f}"]
     if "" in run.calibrated():
         first = next(iter(run.findings(run.calibration()).values()))["test"]["at_rec"]
         names = ("auroc", "recall", "specificity")

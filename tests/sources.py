@@ -184,7 +184,7 @@ def test_the_loss_is_the_mean_over_groups(tmp_path):
     plain = randomise(small_vit(in_chans=1))
     loop = object.__new__(engine.Loop)
     loop.model = loop.net = model.eval()
-    loop.rank, loop.number, loop.device, loop.mix, loop.seen = 0, 1, CPU, None, []
+    loop.rank, loop.number, loop.device, loop.mix, loop.seen, loop.teacher = 0, 1, CPU, None, [], None
     loop.objective, loop.inputs = Supervised(Task()), INPUTS
     loop.recipe = replace(recipe.Recipe(), accumulate=3)
     loop.plan = type("P", (), {"change": staticmethod(lambda x: x)})

@@ -1,0 +1,55 @@
+"""A finished run whose probabilities another model learns, beside the labels."""
+
+import torch
+
+from common import InputError, say
+from inputs import Inputs
+from run import WITHOUT_CLASSES
+
+SHOWN = ("img_size", "resize", "input", "lungs_sha256", "normalise")
+
+
+class Teacher:
+    """What a finished run makes of the very images its student is shown, changed as they are (Hinton et al.
+    2015, arXiv:1503.02531; the same view for both: Beyer et al. 2022, arXiv:2106.05237). `share`, in [0, 1]:
+    the part of the loss that imitates it.
+
+    InputError unless the run is finished, answers the questions of `config`, a DataConfig, and is shown what
+    a model of `config` is.
+    """
+
+    def __init__(self, run, config, device, share):
+        there = run.config
+        if run.kind in WITHOUT_CLASSES or there.task != config.task:
+            tells = "nothing" if run.kind in WITHOUT_CLASSES else ", ".join(there.classes)
+            raise InputError(f"--teacher {run} tells {tells}; asked here: {', '.join(config.classes)}")
+        if not run.results["finished"]:
+            raise InputError(f"--teacher {run} is not finished: continue it with --resume")
+        if there.reads_lungs:
+            raise InputError(f"--teacher {run} reads masks of the lungs, which its student is not given")
+        if differ := [k for k in SHOWN if getattr(there, k) != getattr(config, k)]:
+            before = ", ".join(f"{k} {getattr(there, k)}, here {getattr(config, k)}" for k in differ)
+            raise InputError(f"--teacher {run} is shown something else than its student: {before}")
+        self.run, self.share = run, share
+        self.model, self.inputs = run.model().to(device), Inputs.of_run(run.results, device)
+
+    def begin(self, split):
+        """Say so. InputError unless the teacher was trained and validated on the images of `split`: others
+        might be among its student's validation images."""
+        if self.run.results["split"]["fingerprint"] != split["fingerprint"]:
+            raise InputError(
+                f"--teacher {self.run} was trained on another split of these images: validation here may "
+                "hold some that it learnt; train it with the same --data-dir, --split and --split-seed"
+            )
+        say(f"taught by {self.run}, {self.run.results['model']}: {self.share:g} of the loss")
+
+    @torch.no_grad()
+    def __call__(self, grey):
+        """Images as the student's Inputs.grey gives them -> logits, float32 [B, K]."""
+        return self.inputs.logits(self.model, grey)
+
+    def about(self):
+        """What results.json says of it."""
+        results = self.run.results
+        about = {"run": str(self.run), "checkpoint": self.run.checkpoint_sha256, "model": results["model"]}
+        return {**about, "minutes": self.run.minutes}
