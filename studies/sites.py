@@ -5,7 +5,8 @@
 The official test set and another hospital (--nih; studies/nih.py says what is in it) stand for sites. Again
 and again about n images, whole patients, are drawn, thresholds are chosen on them (hospital.py), and applied
 to all other images of the site. Prints markdown: the share of draws in which a threshold could be chosen; of
-these, the share whose recall on the others is below the floor; and mean recall and specificity there.
+these, the share whose recall on the others is below the floor, with a 95% Wilson interval over draws; and
+mean recall and specificity there, with the range of the middle 95% of the draws.
 
 "borrowed" is the greatest of ten thresholds fixed beforehand on validation (their recalls there: LISTED) that
 passes the local test of @Guar. Such thresholds are nested, so testing them from the least one up needs no
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 import hospital
 from device import add_device_argument, pick_device
+from intervals import wilson_interval
 from metrics import one_image_per_patient, summarize_at_threshold
 from operating import Rule
 from run import Run
@@ -92,6 +94,21 @@ def draws(y, p, patients, shipped, rule, n, count, candidates=()):
     return out
 
 
+def row(values, floor):
+    """The cells of [(recall, specificity), ...]: the share of recalls below the floor, mean recall, mean
+    specificity."""
+    if not values:
+        return ["-"] * 3
+    recall, specificity = np.array(values).T
+    below = int((recall < floor).sum())
+    lo, hi = wilson_interval(below, len(recall))
+    cells = [f"{below / len(recall):.3f} [{lo:.2f}, {hi:.2f}]"]
+    for figures in (recall, specificity):
+        lo, hi = np.quantile(figures, (0.025, 0.975))
+        cells.append(f"{figures.mean():.3f} [{lo:.2f}, {hi:.2f}]")
+    return cells
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder of two classes")
@@ -111,13 +128,7 @@ def main():
             if n > 0.8 * len(site[0]):
                 continue
             for point, values in draws(*site, rule, n, args.draws, candidates).items():
-                cells = [f"{len(values) / args.draws:.2f}"]
-                if values:
-                    recall, specificity = np.array(values).T
-                    cells += [f"{(recall < rule.min_recall).mean():.3f}", f"{recall.mean():.3f}"]
-                    cells += [f"{specificity.mean():.3f}"]
-                else:
-                    cells += ["-"] * 3
+                cells = [f"{len(values) / args.draws:.2f}", *row(values, rule.min_recall)]
                 print(f"| {name} | {n} | {POINTS[point]} | " + " | ".join(cells) + " |", flush=True)
 
 

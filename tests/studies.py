@@ -329,7 +329,17 @@ def test_sites_study_by_hand(own_bench, monkeypatch):
     argv = ("studies.sites", "--run", "outputs/linear", "--draws", 20)
     rows = {r[2]: r for r in table_rows(succeed(*argv, cwd=own_bench).out)}
     assert rows["as shipped"][3] == "1.00" and rows["@Guar"][3] == "0.00" and rows["@Guar"][4] == "-"
-    assert float(rows["@Rec"][4]) > 0.1
+    assert float(rows["@Rec"][4].split()[0]) > 0.1
+
+
+def test_a_row_of_the_sites_study():
+    from studies import sites
+
+    values = [(recall, 0.5) for recall in np.linspace(0.9, 1, 41)]  # 20 of 41 lie below 0.95
+    below, recall, specificity = sites.row(values, 0.95 - 1e-9)
+    assert below == "0.488 [0.34, 0.64]"  # by a calculator, Wilson's formula
+    assert recall == "0.950 [0.90, 1.00]" and specificity == "0.500 [0.50, 0.50]"
+    assert sites.row([], 0.95) == ["-"] * 3
 
 
 def test_draws_of_a_site_use_the_other_images():
