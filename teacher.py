@@ -2,7 +2,7 @@
 
 import torch
 
-from common import InputError, say
+from common import InputError, tell
 from inputs import Inputs
 from run import WITHOUT_CLASSES
 
@@ -41,7 +41,7 @@ class Teacher:
                 f"--teacher {self.run} was trained on another split of these images: validation here may "
                 "hold some that it learnt; train it with the same --data-dir, --split and --split-seed"
             )
-        say(f"taught by {self.run}, {self.run.results['model']}: {self.share:g} of the loss")
+        tell(f"taught by {self.run}, {self.run.results['model']}: {self.share:g} of the loss")
 
     @torch.no_grad()
     def __call__(self, grey):

@@ -152,7 +152,7 @@ def test_a_taught_run(school):
     cwd, flags = school
     teacher = ("--teacher", "outputs/pretrained")
     done = succeed("train_scratch", *flags, *SHORT, *teacher, "--out", "outputs/taught", cwd=cwd)
-    assert "taught by outputs/pretrained" in done.err
+    assert "taught by outputs/pretrained" in done.out
     results = read_json(cwd / "outputs/taught/results.json")
     assert results["teacher"]["model"] == read_json(cwd / "outputs/pretrained/results.json")["model"]
     assert Run(cwd / "outputs/taught").minutes == results["minutes"] + results["teacher"]["minutes"]
