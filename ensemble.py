@@ -1,0 +1,63 @@
+"""Several runs made one: a run folder whose probability is the mean of theirs."""
+
+import plan
+from common import InputError
+from models import Ensemble
+from run import Run, find_runs
+
+SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
+SAME = ("img_size", "resize", "normalise", "classes", "input", "lungs_sha256", "reads_lungs")
+
+
+def make_ensemble(folders, out, overwrite):
+    """Write the run `out` whose probability is the mean of those of the runs in `folders`; returns the Run.
+
+    InputError unless these are two or more finished runs on the same images in the same form."""
+    runs = find_runs(None, folders)
+    if len(runs) < 2:
+        raise InputError("--ensemble needs two or more different run folders")
+    run = Run(out)
+    if run.begun and not overwrite:
+        raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
+    first = runs[0]
+    for other in runs:
+        if other.kind not in SINGLE:
+            raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
+        differ = [n for n in SAME if getattr(other.config, n) != getattr(first.config, n)]
+        differ += (
+            ["split"]
+            if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]
+            else []
+        )
+        if differ:
+            raise InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
+    results = [r.results for r in runs]
+    model = Ensemble(
+        [r["model_config"] for r in results],
+        [r["mean"] for r in results],
+        [r["std"] for r in results],
+        sigmoid=first.task.kind == "sigmoid",
+    )
+    for member, r in zip(model.members, runs):
+        member.load_state_dict(r.model().state_dict())
+    plan.save_run(
+        run,
+        model,
+        {
+            **{k: results[0][k] for k in ("data", "split", "input_range", "synthetic") if k in results[0]},
+            "model": "ensemble",
+            "model_config": {"kind": model.kind, **model.config},
+            "members": [
+                {"run": str(r), "checkpoint": r.checkpoint_sha256, "model": r.results["model"]} for r in runs
+            ],
+            "recipe": {"amp": all(r["recipe"]["amp"] for r in results)},
+            "mean": [0.0],
+            "std": [1.0],
+            "params": sum(r["params"] for r in results),
+            "minutes": sum(r.minutes for r in runs),
+            "best_epoch": 0,
+            "history": [],
+        },
+    )
+    print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
+    return run
