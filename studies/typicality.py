@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.covariance import LedoitWolf
-from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules lie one folder up
@@ -32,7 +32,7 @@ import masks as lung_masks
 import shift
 from device import add_device_argument, pick_device
 from inputs import Inputs
-from intervals import wilson_interval
+from intervals import delong_interval, wilson_interval
 from run import Run
 from studies.nih import load_nih
 from studies.signals import corruptions
@@ -137,20 +137,24 @@ DISTANCES = {
 
 
 def compare_distances(features, targets, files):
-    """Print the AUROC of each left-out source, by distance."""
+    """Print the AUROC of each left-out source, by distance, with DeLong's 95% interval."""
     names, half = np.array([source(f) for f in files]), np.arange(len(files)) % 2 == 0
     sources = sorted(set(names))
     print("| distance | " + " | ".join(f"without {s}" for s in sources) + " | mean |")
     print("| --- |" + " ---: |" * (len(sources) + 1))
     for title, distance in DISTANCES.items():
-        aurocs = []
+        aurocs, cells = [], []
         for left_out in sources:
             known = names != left_out
             far = distance(features[known & half], targets[known & half])
             seen, unseen = far(features[known & ~half]), far(features[~known])
             truth = np.repeat([0, 1], [len(seen), len(unseen)])
-            aurocs.append(roc_auc_score(truth, np.concatenate([seen, unseen])))
-        print(f"| {title} | " + " | ".join(f"{a:.3f}" for a in (*aurocs, np.mean(aurocs))) + " |", flush=True)
+            score = rankdata(np.concatenate([seen, unseen]))
+            score /= len(score)  # of the same order as the distance, in (0, 1]
+            auroc, low, high = delong_interval(truth, score)
+            aurocs.append(auroc)
+            cells.append(f"{auroc:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"| {title} | {' | '.join(cells)} | {np.mean(aurocs):.3f} |", flush=True)
 
 
 # ---------------------------------------------------------------- batches
