@@ -35,7 +35,8 @@ NEEDED = {
     "split": {"shared_patients": NATURAL},
 }
 OPTIONAL = {
-    **{k: {"minutes": Number(float, 0, 1e9)} for k in ("init", "teacher")},
+    "init": {"minutes": Number(float, 0, 1e9)},
+    "teacher": {"minutes": Number(float, 0, 1e9), "run": str, "model": str},
     "members": [{"run": str, "checkpoint": str}],
     "seed": NATURAL,
     "command": str,

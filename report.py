@@ -307,6 +307,8 @@ def method_rows(entries, standard, prevalence, rule):
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}
     others = ", ".join(f"{k} images of {n}" for n, k in also.items())
+    taught = [e.results["teacher"] for e in entries if "teacher" in e.results]
+    teachers = sorted({f"{t['model']} ({t['run']})" for t in taught})
     rows = [
         ["Data", first.set + drawn],
         ["Reference standard", f"{standard}, as published"],
@@ -314,6 +316,7 @@ def method_rows(entries, standard, prevalence, rule):
         ["Prevalence", prevalence],
         ["Partition", unique(map(partition, entries))],
         *([["Other hospitals in training", others]] if others else []),
+        *([["Taught by", ", ".join(teachers)]] if teachers else []),
         ["Input", f"{unique(sorted(seen))}; pixels only"],
         [
             "Model selection",

@@ -164,7 +164,8 @@ def test_a_taught_run(school):
     histories = [read_json(cwd / "outputs" / n / "results.json")["history"] for n in runs]
     assert strip_time(histories[0]) == strip_time(histories[1])
     succeed("calibrate", "--bootstrap", 100, "--run", "outputs/taught", cwd=cwd)
-    assert "ViT scratch, taught" in succeed("compare", "--run", "outputs/taught", cwd=cwd).out
+    table = succeed("compare", "--run", "outputs/taught", cwd=cwd).out
+    assert "ViT scratch, taught" in table and "(outputs/pretrained) |" in table
     assert (
         "nothing is left to do"
         in succeed(
