@@ -17,6 +17,8 @@ from index import Index
 from split import cut
 from task import is_healthy
 
+EITHER = "--also or --also-unlabelled"
+
 
 def parse(text):
     """DIR or DIR:LABELS.csv -> (folder, path of the table or None). InputError if either is not there."""
@@ -24,7 +26,7 @@ def parse(text):
     if not colon or not table.lower().endswith(".csv"):
         folder, table = text, None
     if not Path(folder).is_dir():
-        raise InputError(f"--also {text}: there is no folder {folder}")
+        raise InputError(f"{EITHER} {text}: there is no folder {folder}")
     return Path(folder), tables.find_table(table, folder) if table else None
 
 
@@ -33,7 +35,7 @@ def names(texts):
     folders = [parse(text)[0].resolve() for text in texts]
     short = [f.name for f in folders]
     if len(set(map(str, folders))) < len(folders):
-        raise InputError("--also names a folder twice")
+        raise InputError(f"{EITHER} names a folder twice")
     return [f.name if short.count(f.name) == 1 else f.as_posix().strip("/") for f in folders]
 
 
@@ -232,7 +234,7 @@ def refuse_known(config, name, root, subset, val):
         if files:
             some = f"{len(files)} of its images, {', '.join(files[:3])} and so on"
             raise InputError(
-                f"--also {name}: {some}, are {what} images of {config.data_dir}: trained on them, a model "
+                f"{EITHER} {name}: {some}, are {what} images of {config.data_dir}: trained on them, a model "
                 "would know the answers"
             )
 

@@ -193,6 +193,7 @@ def line(folder):
 
 
 def parse():
+    """The command line; what follows -- is left as a list in `more`."""
     parser = common.Parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--data-dir", default="Data/chest_xray", metavar="DIR", help="the images")

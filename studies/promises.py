@@ -71,12 +71,14 @@ def share(count, total):
 
 
 def notice(draws):
+    """Print how often batches like validation are called shifted."""
     print("| patients | called shifted |\n| ---: | ---: |")
     for n in BATCHES:
         print(f"| {n} | {share(sum(called_shifted(seed, n) for seed in range(draws)), draws)} |", flush=True)
 
 
 def promise(draws):
+    """Print how often thresholds chosen on local patients have a true recall below the floor."""
     print("\n| local patients with it | threshold | recall below the floor | mean recall |")
     print("| ---: | --- | ---: | ---: |")
     for n in LOCAL:
@@ -91,6 +93,7 @@ def promise(draws):
 
 
 def watch(draws):
+    """Print how often, and after how many sick patients, a watched hospital raises the alarm."""
     print(f"\n| true recall | ever alarmed in {SICK} | after (median) | 95th percentile |")
     print("| ---: | ---: | ---: | ---: |")
     for recall in RECALLS:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,11 @@ from PIL import Image
 
 import common
 import data
+import engine
+import recipe
 import vit
+from objective import Supervised
+from task import Task
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -200,6 +205,17 @@ def toy_subset(count, seed, side=16):
     labels = np.arange(count) % 2
     images = (rng.uniform(0, 180, (count, side, side)) + 25 * labels[:, None, None]).astype(np.uint8)
     return data.Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
+
+
+def stepping_loop(model, inputs, accumulate=1, change=lambda x: x):
+    """A Loop of two classes that can take one step and nothing else; `change`: the augmentation."""
+    loop = object.__new__(engine.Loop)
+    loop.model = loop.net = model.eval()
+    loop.rank, loop.number, loop.device, loop.mix, loop.seen, loop.teacher = 0, 1, CPU, None, [], None
+    loop.objective, loop.inputs = Supervised(Task()), inputs
+    loop.recipe = replace(recipe.Recipe(), accumulate=accumulate)
+    loop.plan = SimpleNamespace(change=change)
+    return loop
 
 
 def copy_set(synthetic, tmp_path):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import data
 import demo
-import engine
 import frozen
 import lungs
 import recipe
@@ -21,7 +20,18 @@ from objective import Supervised
 from run import Run
 from split import epoch_order, groups, image_weights
 from task import Task
-from tests.shared import CPU, cli, randomise, read_json, refused, small_vit, succeed, touch, toy_subset
+from tests.shared import (
+    CPU,
+    cli,
+    randomise,
+    read_json,
+    refused,
+    small_vit,
+    stepping_loop,
+    succeed,
+    touch,
+    toy_subset,
+)
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
 
@@ -182,12 +192,7 @@ def test_the_loss_is_the_mean_over_groups(tmp_path):
     subset.targets, subset.sources = TARGETS, ORIGIN
     model = randomise(small_vit(in_chans=1))
     plain = randomise(small_vit(in_chans=1))
-    loop = object.__new__(engine.Loop)
-    loop.model = loop.net = model.eval()
-    loop.rank, loop.number, loop.device, loop.mix, loop.seen, loop.teacher = 0, 1, CPU, None, [], None
-    loop.objective, loop.inputs = Supervised(Task()), INPUTS
-    loop.recipe = replace(recipe.Recipe(), accumulate=3)
-    loop.plan = type("P", (), {"change": staticmethod(lambda x: x)})
+    loop = stepping_loop(model, INPUTS, accumulate=3)
     found = loop.backward(data.Batches(subset, INPUTS, "sources"), torch.arange(24))
     x = (torch.from_numpy(subset.images)[:, None].float() / 255 - 0.5) / 0.5
     wanted = weighted_mean(plain.eval(), x, torch.from_numpy(TARGETS), groups(TARGETS, ORIGIN))

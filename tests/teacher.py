@@ -1,8 +1,6 @@
 """Tests of teacher: a finished run whose probabilities another learns."""
 
 import shutil
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +10,6 @@ import torch.nn.functional as F
 
 import data
 import demo
-import engine
-import recipe
 from inputs import Inputs
 from objective import Supervised
 from run import Run
@@ -28,6 +24,7 @@ from tests.shared import (
     refused,
     same_tensors,
     small_vit,
+    stepping_loop,
     strip_time,
     succeed,
     toy_subset,
@@ -75,12 +72,7 @@ def test_an_unknown_class_counts_for_nothing():
 
 def taught_loop(model, share, accumulate=1):
     """A Loop that can take one step; its teacher is another small ViT."""
-    loop = object.__new__(engine.Loop)
-    loop.model = loop.net = model.eval()
-    loop.rank, loop.number, loop.device, loop.mix, loop.seen = 0, 1, CPU, None, []
-    loop.objective, loop.inputs = Supervised(Task()), INPUTS
-    loop.recipe = replace(recipe.Recipe(), accumulate=accumulate)
-    loop.plan = SimpleNamespace(change=lambda x: x.flip(-1))
+    loop = stepping_loop(model, INPUTS, accumulate, change=lambda x: x.flip(-1))
     knows = randomise(small_vit(in_chans=1), seed=5)
 
     def teacher(grey):
