@@ -163,17 +163,29 @@ def calibrate(args, rule, device, tta):
         moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
         config = data.DataConfig.from_json({**run.results["data"], **moved})
         site = sources.load_site(config, args.site, args.labels or "", args.patients or "")
-        train, val, _ = data.load_train_val(config, say)
-        train = sources.join(config, train, val, say)[0]
-        if twins := data.same_images(site, (train, val)):
-            raise InputError(
-                f"--site {args.site}: {len(twins)} images, {', '.join(twins[:3])} and so on, are among those "
-                f"that {run} was trained and validated on: they can promise nothing"
-            )
+        refuse_seen(run, site, args.site, moved)
         if len(set(site.patients)) == len(site):
             say("note: every image counts as a patient of its own; --patients CSV says otherwise")
         how = dict(device=device, tta=tta, batch_size=args.batch_size, report=args.report)
         promise(run, args.name, site, rule, **how)
+
+
+def refuse_seen(run, site, folder, moved):
+    """InputError if the Subset `site` holds images that the run, or one it was made from, was trained or
+    validated on. `moved`: settings of the data that are not as they were trained."""
+    for name, other in [(str(run), run), *run.forebears()]:
+        if other is None:
+            say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
+            continue
+        config = data.DataConfig.from_json({**other.results["data"], **moved})
+        train, val, _ = data.load_train_val(config, say)
+        train = sources.join(config, train, val, say)[0]
+        if twins := data.same_images(site, (train, val)):
+            by = str(run) if other is run else f"{name}, from which {run} was made,"
+            raise InputError(
+                f"--site {folder}: {len(twins)} images, {', '.join(twins[:3])} and so on, are among those "
+                f"that {by} was trained and validated on: they can promise nothing"
+            )
 
 
 def held_out_lines(found):

@@ -86,6 +86,20 @@ class Run:
         parts = (self.results.get(k, {}) for k in ("init", "teacher"))
         return self.results["minutes"] + sum(part.get("minutes", 0) for part in parts)
 
+    def forebears(self):
+        """The runs this one was made from, and those they were made from: the encoder it began with, its
+        teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as
+        it was."""
+        parts = [self.results[k] for k in ("init", "teacher") if k in self.results]
+        found = []
+        for part in parts + self.results.get("members", []):
+            if mismatches(part, {"run": str, "checkpoint": str}):
+                raise InputError(f"{self.folder / 'results.json'} is damaged: wrong init, teacher or members")
+            run = Run(part["run"])
+            there = run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == part["checkpoint"]
+            found += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
+        return found
+
     @cached_property
     def config(self):
         """The DataConfig of the run."""

@@ -177,6 +177,19 @@ def test_images_without_labels_join_a_taught_run(school, tmp_path_factory):
     assert "32 without labels" in done.out
     also = read_json(cwd / "outputs/more/results.json")["split"]["also"]
     assert [o["train"] for o in also.values()] == [32]
+    succeed("calibrate", "--bootstrap", 100, "--run", "outputs/more", cwd=cwd)
+    argv_site = ("calibrate", "--site", elsewhere / "train", "--name", "x", "--run")
+    refused(cli(*argv_site, "outputs/more", cwd=cwd), "are among those", "outputs/more was trained")
+    # a student of such a run has never been shown these images, but its teacher has
+    short = ("train_scratch", *flags, *SHORT, "--teacher", "outputs/more", "--out", "outputs/pupil")
+    succeed(*short, cwd=cwd)
+    succeed("calibrate", "--bootstrap", 100, "--run", "outputs/pupil", cwd=cwd)
+    done = cli(*argv_site, "outputs/pupil", cwd=cwd)
+    refused(done, "are among those", "outputs/more, from which outputs/pupil was made")
+    shutil.move(cwd / "outputs/more", cwd / "outputs/away")
+    done = cli(*argv_site, "outputs/pupil", cwd=cwd)
+    assert "outputs/more, which is not there any more" in done.err and "are among those" not in done.err
+    shutil.move(cwd / "outputs/away", cwd / "outputs/more")
     refused(cli(*argv, "--overwrite", cwd=cwd), "give --teacher")
     done = cli(*argv, "--overwrite", "--teacher", "outputs/pretrained", "--balance", "sampler", cwd=cwd)
     refused(done, "--balance sampler", "--also-unlabelled")
