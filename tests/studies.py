@@ -19,7 +19,8 @@ import common
 import data
 import demo
 import recipe
-from studies import kermany, lung_masks, signals
+from run import Run
+from studies import kermany, lung_masks, signals, unit
 from studies.nih import load_nih
 from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
 
@@ -32,6 +33,51 @@ def test_corruptions_keep_shape_and_change_the_image():
         out = change(image)
         assert out.shape == image.shape and out.dtype == np.uint8, name
         assert 1 < np.abs(out.astype(int) - image).mean() < 80, name
+
+
+def test_sharpness_is_taken_over_and_large_shapes_are_kept():
+    rng = np.random.default_rng(0)
+    image, donor = (demo.draw_radiograph(rng, sick=sick, shifted=sick, side=64) for sick in (False, True))
+    made = unit.sharpened_like(image, donor)
+
+    def amplitude(x):
+        return np.abs(np.fft.fftshift(np.fft.fft2(x)))
+
+    (of_made, ring), (of_donor, _), (of_image, _) = (
+        unit.radial_mean(amplitude(x)) for x in (made, donor, image)
+    )
+    whole = slice(3, 32)  # rings that lie in the image with both their halves
+    assert ring[32, 32] == 0 and ring[32, 40] == ring[24, 32] == 8
+    assert np.allclose(of_made[whole], of_donor[whole], rtol=1e-2)
+    assert not np.allclose(of_image[whole], of_donor[whole], rtol=0.2)
+    assert np.allclose(amplitude(made)[ring < 3], amplitude(image)[ring < 3])
+    assert np.allclose(unit.sharpened_like(image, image), image)
+
+
+def test_false_alarms_of_a_block_are_told_apart(tmp_path):
+    data_dir = tmp_path / "set"
+    demo.make_synthetic(data_dir, train=48, test=12, seed=1)
+    files = sorted((data_dir / "test/NORMAL").iterdir())
+    for number, path in zip((194, 195, 256, 257), files):
+        path.rename(path.with_name(f"NORMAL2-IM-0{number}-0001.jpeg"))
+    flags = ("--data-dir", data_dir, "--img-size", 32, "--cache-dir", tmp_path / "cache")
+    succeed("train_linear", *flags, cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, "--min-recall", 0.8, cwd=tmp_path)
+    rows = succeed("studies.unit", "--transplant", cwd=tmp_path).out.splitlines()
+    scores = Run(tmp_path / "outputs/linear").scores()
+    healthy = scores["test_files"][scores["test_labels"] == 0]
+    assert unit.in_block(healthy).sum() == 2
+    cells = rows[2].split(" | ")
+    assert cells[1].endswith(" of 2") and cells[2].endswith(f" of {len(healthy) - 2}")
+    table = [row.strip("| ").split(" | ") for row in rows if row.startswith("| the block")]
+    assert float(table[0][2]) == int(cells[1].split()[0]) / 2  # unchanged, they are called as calibrated
+    assert len([row for row in rows if row.startswith("| healthy validation")]) == 3
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "outputs/linear", other)
+    names = dict(np.load(other / "scores.npz"))
+    names["test_files"] = np.array([f"test/{k}.jpeg" for k in range(len(names["test_files"]))])
+    np.savez(other / "scores.npz", **names)
+    refused(cli("studies.unit", "--run", other, cwd=tmp_path), "official test images")
 
 
 def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
