@@ -53,20 +53,26 @@ def stamped(subset, template, least=0.75):
     return (correlation.flatten(1).amax(1) >= least).numpy()
 
 
-def count_stamps(train, val, test):
-    """Markdown: how many images of each class and split carry one of STAMPS.
+def templates(train):
+    """The STAMPS cut from training images: float32 tensors [h, w].
 
     InputError unless `train` holds the three images they are cut from, at 224 px."""
     names = [Path(f).stem for f in train.files]
     if train.images.shape[1] != 224 or not set(STAMPS) <= set(names):
         raise common.InputError("--stamps needs the training images of the Kermany set")
-    templates = []
+    found = []
     for name, (top, bottom, left, right) in STAMPS.items():
         image = train.pixels(names.index(name))
-        templates.append(torch.from_numpy(image[top:bottom, left:right].astype(np.float32)))
+        found.append(torch.from_numpy(image[top:bottom, left:right].astype(np.float32)))
+    return found
+
+
+def count_stamps(train, val, test):
+    """Markdown: how many images of each class and split carry one of STAMPS. InputError as for templates."""
+    parts = templates(train)
     lines = ["| images with the stamp | NORMAL | PNEUMONIA |", "| --- | ---: | ---: |"]
     for name, subset in (("train", train), ("validation", val), ("test", test)):
-        hit = np.any([stamped(subset, template) for template in templates], axis=0)
+        hit = np.any([stamped(subset, part) for part in parts], axis=0)
         cells = [f"{hit[subset.targets == k].sum()} of {(subset.targets == k).sum()}" for k in (0, 1)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -120,9 +120,9 @@ class Scorer:
     def model(self):
         return self.run.model().to(self.inputs.device)
 
-    def __call__(self, subset, pixels=None):
-        """Probability of the finding, float64 [N], of a Subset, or of other `pixels` uint8 [N, S, S] in its
-        place."""
+    def outputs(self, subset, pixels=None, output=None):
+        """The logits of a Subset, or of other `pixels` uint8 [N, S, S] in its place, float32 [N, 2] on the
+        CPU; or what `output` makes of them, as for frozen.predict."""
         if pixels is not None:
             rows, masks = np.arange(len(pixels)), None
             if self.finder:
@@ -130,8 +130,12 @@ class Scorer:
                     [lung_masks.pack(self.finder(some)) for some in np.array_split(pixels, 16)]
                 )
             subset = data.Subset(subset.files, subset.targets, pixels, rows, masks=masks)
-        logits = frozen.predict(self.model, subset, self.inputs, batch_size=128, progress=str(self.run))
-        return self.task.scores(logits)[:, 0]
+        how = dict(output=output, batch_size=128, progress=str(self.run))
+        return frozen.predict(self.model, subset, self.inputs, **how)
+
+    def __call__(self, subset, pixels=None):
+        """Probability of the finding, float64 [N], of images as for `outputs`."""
+        return self.task.scores(self.outputs(subset, pixels))[:, 0]
 
     def key(self, subset):
         """SHA-256 of all that decides the figures: weights, model, input scaling, exposure, precision, the
@@ -166,15 +170,18 @@ def border_figures(score, val):
     return {name: float(roc_auc_score(y, score(val, pixels))) for name, pixels in shown.items()}
 
 
+def some_to_corrupt(val):
+    """All images of a Subset without the finding and every third with it: the specificity is what varies."""
+    return val.take(np.flatnonzero((val.targets == 0) | (np.cumsum(val.targets) % 3 == 0)))
+
+
 def validation_figures(score, val):
     """The figures of VALIDATION of a Scorer on a Subset; "corruptions" holds AUROC, specificity and recall of
     each."""
     y = val.targets
     borders = border_figures(score, val)
     threshold, _, _ = choose_threshold_by_min_recall(y, score(val), MIN_RECALL)
-    # All images without the finding and every third with it: the specificity is what varies.
-    some = val.take(np.flatnonzero((y == 0) | (np.cumsum(y) % 3 == 0)))
-    rows = {}
+    some, rows = some_to_corrupt(val), {}
     for name, change in corruptions().items():
         q = score(some, np.stack([change(image) for image in some.pixels()]))
         called, sick = q >= threshold, some.targets == 1
