@@ -9,6 +9,7 @@ of a logistic regression that sees only the outer eighth of the training images,
 Vision Transformer, of any set of class folders (K classes: the mean AUROC of each against all others).
 """
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,13 @@ STAMPS = {
     "person1124_virus_1851": (213, 222, 209, 223),
     "person1125_virus_1852": (213, 222, 206, 223),
 }
+
+
+def group(file):
+    """The class and source that a file name of the Kermany set tells."""
+    name = Path(file).name
+    found = re.search(r"_(bacteria|virus)_", name)
+    return found[1] if found else "NORMAL, NORMAL2-" if name.startswith("NORMAL2") else "NORMAL, IM-"
 
 
 def stamped(subset, template, least=0.75):

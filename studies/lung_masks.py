@@ -10,7 +10,6 @@ test images to DIR/contours.png, red the U-Net's, green those of MASKS.npz. No m
 images are read for these tables.
 """
 
-import re
 import sys
 import time
 from dataclasses import replace
@@ -40,6 +39,7 @@ import lungs
 import masks
 from images import to_square
 from inputs import Inputs
+from studies.kermany import group
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -49,13 +49,6 @@ PICTURES = "camera coins moon page text brick grass gravel clock cell shepp_loga
 PICTURES += "astronaut coffee cat rocket colorwheel immunohistochemistry retina hubble_deep_field"
 PICTURES = PICTURES.split()  # those that scikit-image ships
 SMALL = 128  # px, of convex and dilated masks
-
-
-def group(file):
-    """The class and source that a file name of the Kermany set tells."""
-    name = Path(file).name
-    found = re.search(r"_(bacteria|virus)_", name)
-    return found[1] if found else "NORMAL, NORMAL2-" if name.startswith("NORMAL2") else "NORMAL, IM-"
 
 
 def load(config, source):

@@ -20,7 +20,7 @@ import data
 import demo
 import recipe
 from run import Run
-from studies import kermany, lung_masks, signals, unit
+from studies import errors, kermany, lung_masks, signals, unit
 from studies.nih import load_nih
 from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
 
@@ -78,6 +78,36 @@ def test_false_alarms_of_a_block_are_told_apart(tmp_path):
     names["test_files"] = np.array([f"test/{k}.jpeg" for k in range(len(names["test_files"]))])
     np.savez(other / "scores.npz", **names)
     refused(cli("studies.unit", "--run", other, cwd=tmp_path), "official test images")
+
+
+def test_errors_of_several_runs_are_counted_and_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    wrong, kinds = rng.random((3, 50)) < 0.4, np.repeat(["a", "b"], 25)
+    for row, part in zip(errors.tally(wrong, kinds).splitlines()[2:], (wrong[:, :25], wrong[:, 25:])):
+        often = [sum(column) for column in part.T]
+        counts = [f"{sum(often) / 3:.1f}", often.count(3), often.count(1) + often.count(2)]
+        assert row.strip("| ").split(" | ")[1:] == ["25", *map(str, counts)]
+
+    data_dir, out = tmp_path / "set", tmp_path / "outputs"
+    demo.make_synthetic(data_dir, train=48, test=12, seed=1)
+    for side in (32, 64):
+        flags = ("--data-dir", data_dir, "--img-size", side, "--cache-dir", tmp_path / "cache")
+        succeed("train_linear", *flags, "--out", out / f"of-{side}", cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, "--min-recall", 0.8, cwd=tmp_path)
+    printed = succeed("studies.errors", "--sheet", "errors.png", cwd=tmp_path).out
+    listed = " ".join(line for line in printed.splitlines() if "of all: " in line or "by all: " in line)
+    runs = [Run(out / f"of-{side}") for side in (32, 64)]
+    scores, wrong = runs[0].scores(), []
+    for run in runs:
+        sick = run.task.scores(run.scores()["test_logits"])[:, 0] >= run.calibration()["threshold"]
+        wrong.append(sick != (scores["test_labels"] == 1))
+    for file, always in zip(scores["test_files"], wrong[0] & wrong[1]):
+        assert (Path(file).stem in listed) == always
+    assert (tmp_path / "errors.png").exists() == (wrong[0] & wrong[1]).any()
+    names = dict(np.load(out / "of-64/scores.npz"))
+    names["test_files"] = names["test_files"][::-1]
+    np.savez(out / "of-64/scores.npz", **names)
+    refused(cli("studies.errors", cwd=tmp_path), "other test images")
 
 
 def test_load_nih_takes_clear_lungs_and_pneumonia_like_findings(tmp_path):
@@ -321,7 +351,7 @@ def test_overlap_of_masks_and_their_shapes():
     assert hull[0, 5:30, 5:30].all() and not hull[0, :4].any()
     grown = lung_masks.dilated(ring)
     assert (grown & ring == ring).all() and grown[0, 3, 15] and not grown[0, 2, 15]
-    assert [lung_masks.group(f) for f in ("a/person1_virus_2.jpeg", "b/IM-1.jpeg", "NORMAL2-IM-3.jpeg")] == [
+    assert [kermany.group(f) for f in ("a/person1_virus_2.jpeg", "b/IM-1.jpeg", "NORMAL2-IM-3.jpeg")] == [
         "virus",
         "NORMAL, IM-",
         "NORMAL, NORMAL2-",
