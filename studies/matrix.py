@@ -11,8 +11,9 @@ What is finished is skipped, what was stopped goes on. The parts:
 - accuracy: the candidates of EXPERIMENTS.md, section 20. By its rule they are not scored on the test images:
   there is no calibration, and the signals include the corruptions (give --nih for the panel).
 
---dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names; what follows --
-goes to every training script (`-- --max-steps 5`). On one GPU this takes minutes, on two CPU cores days.
+--dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
+seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this
+takes minutes, on two CPU cores days.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def commands(row, args):
         common.say(f"note: {row.name} is left out: it needs --nih")
         return
     flags = shlex.split(row.flags.format(out=args.out, nih=args.nih))
-    for seed in row.seeds:
+    for seed in (s for s in row.seeds if args.seeds is None or s in args.seeds):
         folder = Path(args.out, row.name if len(row.seeds) == 1 else f"{row.name}-seed{seed}")
         train = [f"{row.script}.py", "--data-dir", args.data_dir, *flags]
         train += ["--weights", str(Path(args.weights_dir, row.weights))] if row.weights else []
@@ -206,6 +207,7 @@ def parse():
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="a regular expression for names of rows"
     )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="of the rows' seeds, these alone")
     parser.add_argument("--dry-run", action="store_true", help="print the commands alone")
     mine, more = sys.argv[1:], []
     if "--" in mine:

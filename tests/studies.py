@@ -598,3 +598,13 @@ def test_matrix_trains_what_is_not_there_and_skips_what_is(own_bench, tiny_npz, 
     assert again == rows and len(calls) == 2
     done = succeed(*argv[:-1], "ti16-probe-(crop|full)", "--", "--img-size", 7, cwd=own_bench)
     assert "exit code 2" in done.err and len(table_rows(done.out)) == 1 and calls[2:] == ["train_pretrained"]
+
+
+@pytest.mark.parametrize(
+    "flags, seeds", [((), "012"), (("--seeds", "0"), "0"), (("--seeds", "2", "1"), "12")]
+)
+def test_matrix_takes_some_of_a_rows_seeds(flags, seeds, tmp_path):
+    argv = ("studies.matrix", "arms", "--dry-run", "--only", "^stem", *flags)
+    commands = succeed(*argv, cwd=tmp_path).out.splitlines()
+    trained = [c for c in commands if "train_pretrained" in c]
+    assert [c.rsplit("-seed", 1)[1] for c in trained] == list(seeds)
