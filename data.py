@@ -132,7 +132,7 @@ def load(config, root, index, part):
     )
     masks = None
     if config.needs_lungs:
-        if config.lungs.endswith(".npz") and config.resize != "squash":
+        if lung_masks.holds_masks(config.lungs) and config.resize != "squash":
             raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
         what = f"{part} images in {root}"
         fate = "these are left out" if config.input == "pair" else "these are shown as they are"

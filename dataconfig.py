@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import index as indices
 import masks as lung_masks
 import tables
-from common import InputError, Number, add_flags, check_fields, flag
+from common import InputError, Number, add_flags, check_fields, flag, say
 from images import RESIZES
 from inputs import MODES
 from lungs import LOOKS
@@ -105,6 +105,11 @@ class DataConfig:
             values[name] = tuple(getattr(args, name, None) or ())
         if values.get("input", "full") != "full" or values.get("reads_lungs"):
             values["lungs_sha256"] = lung_masks.fingerprint(values["lungs"])
+            if lung_masks.holds_masks(values["lungs"]) and values.get("input") != "pair":
+                say(
+                    f"note: {values['lungs']} holds the masks of certain images, so predict.py cannot show "
+                    f"others to this run; --lungs {lung_masks.SHIPPED} finds lungs on any"
+                )
         if values.get("labels"):
             values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
             wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]

@@ -229,10 +229,11 @@ def explain_files(explainer, paths):
         finder = lung_masks.finder_of(config)
         masks = lung_masks.pack(finder(images)) if finder else None
         subset = data.Subset(files, np.zeros_like(rows), images, rows, masks=masks)
+        whole = ~lungs.plausible(lung_masks.unpack(masks)) if finder else np.zeros(len(files), bool)
         for i, (name, score) in enumerate(zip(picture_names(files), explainer.scores(subset))):
-            file = files[i]
-            path = explainer.draw(name, [explainer.row(file, explainer.shown(subset, [i]), score)])
-            print(f"{file}: wrote {path}", flush=True)
+            file, note = files[i], ["no lungs found: shown as it is"] if whole[i] else []
+            path = explainer.draw(name, [explainer.row(file, explainer.shown(subset, [i]), score, *note)])
+            print("; ".join([f"{file}: wrote {path}", *note]), flush=True)
     if len(read) < len(paths):
         raise common.InputError(
             f"{len(paths) - len(read)} of {len(paths)} files could not be read: see the lines above"

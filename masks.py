@@ -39,6 +39,11 @@ def find_source(source):
     return path
 
 
+def holds_masks(source):
+    """Whether a source holds the masks of certain images, and cannot find lungs on others."""
+    return str(source).endswith(".npz")
+
+
 def fingerprint(source):
     """SHA-256 of all that decides the masks of a source."""
     found = find_source(source)
@@ -61,7 +66,7 @@ class Finder:
 
     def __init__(self, source, device="cpu"):
         found = find_source(source)
-        if found != HEURISTIC and found.suffix == ".npz":
+        if holds_masks(source):
             raise InputError(
                 f"{source} holds the masks of certain images, not a way to find lungs on others: train with "
                 f"--lungs {SHIPPED} for that"
@@ -112,14 +117,15 @@ def load_masks(source, found, files, what, expected, fate="these are shown as th
     masks = np.load(path, mmap_mode="r", allow_pickle=False)
     missing = len(found.rows) - info["plausible"]
     if missing:
-        say(f"note: no lungs found on {missing} of {len(found.rows)} {what}; {fate}")
+        lacking = f"{source} has no certain mask for" if holds_masks(source) else "no lungs found on"
+        say(f"note: {lacking} {missing} of {len(found.rows)} {what}; {fate}")
     return masks
 
 
 def _make(path, key, source, found, files, title):
     """Find the lungs on every readable image and write the cache; returns its side file's content."""
     side, rows, pace, count = found.images.shape[-1], found.rows, Pace(), 0
-    masks_of = open_source(source, side)
+    masks_of = open_source(source, side, [files[r] for r in rows], title)
     with atomic_path(path) as tmp:
         array = allocate(tmp, (len(found.images), side, (side + 7) // 8))
         for begin in range(0, len(rows), 64):
@@ -141,11 +147,13 @@ def finder_of(config, device="cpu"):
     return Finder(config.lungs, device)
 
 
-def open_source(source, side):
-    """A source as a function (images uint8 [B, side, side], their names) -> masks bool [B, side, side]."""
-    found = find_source(source)
-    if found != HEURISTIC and found.suffix == ".npz":
-        given = GivenMasks(found, side)
+def open_source(source, side, files=(), what=""):
+    """A source as a function (images uint8 [B, side, side], their names) -> masks bool [B, side, side].
+
+    InputError if it holds masks, and none of `files`; `what` says which these are."""
+    if holds_masks(source):
+        given = GivenMasks(source, side)
+        given.check(files, what)
         return lambda pixels, files: given.of(files)
     finder = Finder(source, "cuda" if torch.cuda.is_available() else "cpu")
     return lambda pixels, files: finder(pixels)
@@ -170,8 +178,20 @@ class GivenMasks:
             good = False
         if not good or masks.shape[2] != (masks.shape[1] + 7) // 8:
             raise InputError(f"{path} needs uint8 masks [N, S, S/8] (numpy.packbits) and as many names")
-        self.masks, self.side = masks, side
-        self.row = {str(name): i for i, name in enumerate(names) if sure[i]}
+        self.path, self.names, self.masks, self.side = path, [str(name) for name in names], masks, side
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise InputError(f"{path} holds two masks of {twice}: leave one of them")
+        self.row = {name: i for i, name in enumerate(self.names) if sure[i]}
+
+    def check(self, files, what):
+        """InputError if not one of these files is named; `what` says which they are."""
+        if len(files) and not set(files).intersection(self.names):
+            example = f", as {self.names[0]}" if self.names else ""
+            raise InputError(
+                f"{what}: {self.path} names none of them{example}; it must name images relative to "
+                f"--data-dir, as {files[0]}"
+            )
 
     def of(self, files):
         """bool [B, S, S] of these files; all False for those without a certain mask."""

@@ -9,7 +9,7 @@ of K classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without
 Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
 file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
 `typicality` is the share of validation images at least as odd, and `note` says when it is 0.01 or less, or
-brightness, contrast, colour or size is unlike the training images. The last line on stderr says whether all
+brightness, contrast, colour or size is unlike the training images. A line on stderr says whether all
 images together are like validation (shift.py says how); --summary writes that to a file, and --keep to the
 run, for compare.py. In folders only files with the extensions of images are looked at. Memory does not grow
 with the number of files.

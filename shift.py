@@ -23,6 +23,7 @@ from intervals import in_short
 
 VERSION = 1  # raise it when what is learnt changes
 ODD = 0.01  # an image of this typicality or less is odd
+ODD_NEEDS = 99  # validation images that it takes for one to be as odd as that
 LEVEL = 0.05  # of the three tests together
 LEAST = 20  # patients that a verdict needs
 DRAWS = 999  # of the permutation tests
@@ -85,6 +86,12 @@ class Reference:
         self.arrays, self.distances = arrays, np.sort(arrays["distances"])
 
     @property
+    def tells_odd(self):
+        """Whether validation is large enough for an image to be odd: the oddest of n has typicality 1 / (n +
+        1)."""
+        return len(self.distances) >= ODD_NEEDS
+
+    @property
     def logits(self):
         """Logits [M, K] of the validation images that take part in the tests, one a patient."""
         return self.arrays["logits"]
@@ -101,7 +108,7 @@ class Reference:
         n = len(batch.typicality)
         report = {
             "patients": n,
-            "odd": float((batch.typicality <= ODD).mean()) if n else None,
+            "odd": float((batch.typicality <= ODD).mean()) if n and self.tells_odd else None,
             "called": float(batch.called.mean()) if n else None,
             "called_in_validation": float(usual_called.mean()),
         }
@@ -127,10 +134,13 @@ def sentence(verdict):
         return "no image could be read: nothing can be said of these"
     p = verdict["p"]
     tests = ", ".join(f"{name} {in_short(value)}" for name, value in p.items())
+    odd = f"which are odd cannot be told (that takes {ODD_NEEDS} validation images)"
+    if verdict["odd"] is not None:
+        odd = f"{100 * verdict['odd']:.1f}% odd (validation {100 * ODD:.0f}%)"
+    called, usual = verdict["called"], verdict["called_in_validation"]
     return (
-        f"{verdict['says']}; {verdict['patients']} patients, {100 * verdict['odd']:.1f}% odd (validation "
-        f"{100 * ODD:.0f}%), {100 * verdict['called']:.0f}% called sick (validation "
-        f"{100 * verdict['called_in_validation']:.0f}%); p: {tests}"
+        f"{verdict['says']}; {verdict['patients']} patients, {odd}, {100 * called:.0f}% called sick "
+        f"(validation {100 * usual:.0f}%); p: {tests}"
     )
 
 
@@ -139,9 +149,12 @@ def sentence(verdict):
 
 def odd_test(odd, n, validated):
     """P(at least `odd` of n images are odd), if they are drawn like `validated` validation images, none tied:
-    beta-binomial, since the limit is the r-th largest distance of validation."""
+    beta-binomial, since the limit is the r-th largest distance of validation. None if validation is too small
+    for any image to be odd."""
     r = int(ODD * (validated + 1))
-    return 1.0 if odd == 0 or r == 0 else float(betabinom.sf(odd - 1, n, r, validated + 1 - r))
+    if r == 0:
+        return None
+    return 1.0 if odd == 0 else float(betabinom.sf(odd - 1, n, r, validated + 1 - r))
 
 
 def two_sample_test(usual, new, usual_strata, new_strata, draws=DRAWS, seed=0):

@@ -225,6 +225,27 @@ def test_given_masks_go_by_name_and_certainty(tmp_path):
     assert np.array_equal(got[1], two_lungs(32)) and not got[0].any() and not got[2].any()
 
 
+def test_masks_of_other_images_are_refused(small_set, tmp_path, capsys):
+    """Names relative to another folder match nothing: the run would be one of whole images, unnoticed."""
+    file = f"train/NORMAL/{min(f.name for f in Path(small_set.data_dir, 'train/NORMAL').iterdir())}"
+
+    def load(name):
+        path = write_masks(tmp_path / f"{len(name)}.npz", [name], two_lungs()[None])
+        how = dict(input="masked", lungs=str(path), lungs_sha256=masks.fingerprint(path))
+        data.load_train_val(replace(small_set, **how))
+
+    with pytest.raises(InputError, match=f"names none of them, as set/{file}; .* --data-dir, as {file}"):
+        load(f"set/{file}")
+    load(file)
+    assert "has no certain mask for 23 of 24 train images" in capsys.readouterr().err
+
+
+def test_two_masks_of_one_image_are_refused(tmp_path):
+    path = write_masks(tmp_path / "m.npz", ["a", "b", "a"], np.stack([two_lungs()] * 3))
+    with pytest.raises(InputError, match="two masks of a: leave one"):
+        masks.GivenMasks(path, 8)
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -319,6 +340,8 @@ def test_predict_notes_images_without_lungs(looks, tmp_path):
     Image.fromarray(np.full((64, 64), 120, np.uint8)).save(tmp_path / "blank.png")
     (row,) = predict_rows(looks, "--run", looks / "outputs/linear", tmp_path / "blank.png")
     assert "no lungs found: the whole image was used" in row["note"] and row["p_pneumonia"]
+    done = succeed("explain", tmp_path / "blank.png", "--run", "outputs/scratch", cwd=looks)
+    assert "blank.png; no lungs found: shown as it is" in done.out.replace("explain/blank.png", "blank.png")
 
 
 def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):

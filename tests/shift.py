@@ -115,7 +115,18 @@ def test_odd_images_against_simulation():
     for odd in (1, 2, 3):
         p = (beaten >= odd).mean()
         assert shift.odd_test(odd, n, validated) == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / tries))
-    assert shift.odd_test(0, n, validated) == 1.0 and shift.odd_test(5, n, 50) == 1.0
+    assert shift.odd_test(0, n, validated) == 1.0
+    assert shift.odd_test(0, n, 98) is None and shift.odd_test(0, n, 99) == 1.0  # 1 / (99 + 1) is odd enough
+
+
+def test_a_small_validation_set_cannot_tell_what_is_odd(own_runs, synthetic, tmp_path):
+    """24 validation images: the oddest has typicality 0.04, so 0% odd would be no news."""
+    succeed("calibrate", "--min-recall", 0.9, "--run", "outputs/linear", cwd=own_runs)
+    argv = (synthetic / "test", "--run", "outputs/linear", "--summary", "s.json")
+    done = succeed("predict", *argv, cwd=own_runs)
+    found = read_json(own_runs, "s.json")
+    assert found["odd"] is None and found["p"]["odd"] is None
+    assert "that takes 99 validation images" in done.err and "% odd" not in done.err
 
 
 def test_permutation_test_against_all_permutations():
