@@ -23,7 +23,7 @@ from intervals import in_short
 
 VERSION = 1  # raise it when what is learnt changes
 ODD = 0.01  # an image of this typicality or less is odd
-ODD_NEEDS = 99  # validation images that it takes for one to be as odd as that
+ODD_NEEDS = 99  # validation images that it takes: the oddest of n has typicality 1 / (n + 1)
 LEVEL = 0.05  # of the three tests together
 LEAST = 20  # patients that a verdict needs
 DRAWS = 999  # of the permutation tests
@@ -86,12 +86,6 @@ class Reference:
         self.arrays, self.distances = arrays, np.sort(arrays["distances"])
 
     @property
-    def tells_odd(self):
-        """Whether validation is large enough for an image to be odd: the oddest of n has typicality 1 / (n +
-        1)."""
-        return len(self.distances) >= ODD_NEEDS
-
-    @property
     def logits(self):
         """Logits [M, K] of the validation images that take part in the tests, one a patient."""
         return self.arrays["logits"]
@@ -108,7 +102,9 @@ class Reference:
         n = len(batch.typicality)
         report = {
             "patients": n,
-            "odd": float((batch.typicality <= ODD).mean()) if n and self.tells_odd else None,
+            "odd": float((batch.typicality <= ODD).mean())
+            if n and len(self.distances) >= ODD_NEEDS
+            else None,
             "called": float(batch.called.mean()) if n else None,
             "called_in_validation": float(usual_called.mean()),
         }
@@ -151,9 +147,9 @@ def odd_test(odd, n, validated):
     """P(at least `odd` of n images are odd), if they are drawn like `validated` validation images, none tied:
     beta-binomial, since the limit is the r-th largest distance of validation. None if validation is too small
     for any image to be odd."""
-    r = int(ODD * (validated + 1))
-    if r == 0:
+    if validated < ODD_NEEDS:
         return None
+    r = int(ODD * (validated + 1))
     return 1.0 if odd == 0 else float(betabinom.sf(odd - 1, n, r, validated + 1 - r))
 
 
