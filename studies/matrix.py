@@ -8,6 +8,7 @@ What is finished is skipped, what was stopped goes on. The parts:
 - lungs: each arm with each --input (RESULTS.md, What a model sees);
 - arms: the default and the paper recipe of each arm that has weights; and CNNs from random weights for two
   epochs, which shows that they run and nothing else;
+- five: the same recipes on five classes in published parts (--data-dir is that set's);
 - accuracy: the candidates of EXPERIMENTS.md, section 20. By its rule they are not scored on the test images:
   there is no calibration, and the signals include the corruptions (give --nih for the panel).
 
@@ -82,6 +83,15 @@ def arms():
     return rows + [Row(f"random-{m}", "train_cnn", f"--model {m} {short}") for m in RANDOM]
 
 
+def five():
+    """The arms with weights on five classes, one seed."""
+    return [
+        row._replace(name=f"five-{row.name}", flags=f"{row.flags} --split published", seeds=(0,))
+        for row in arms()
+        if row.weights and row.name != "stem-as-hybrid"
+    ]
+
+
 def accuracy():
     """The candidates for the defaults, with three seeds each; chosen among before the test set is read."""
     three, looks = (0, 1, 2), ("masked-crop", "full")
@@ -127,7 +137,7 @@ def accuracy():
     return [row._replace(scored=False) for row in rows]
 
 
-PARTS = {"lungs": lungs, "arms": arms, "accuracy": accuracy}
+PARTS = {"lungs": lungs, "arms": arms, "five": five, "accuracy": accuracy}
 
 
 def commands(row, args):

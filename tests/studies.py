@@ -557,11 +557,11 @@ def test_every_row_of_the_matrix_is_a_command_its_script_takes(monkeypatch, caps
         raise Parsed
 
     monkeypatch.setattr(plan, "plans_from_args", stop)
-    argv = ["matrix.py", "lungs", "arms", "accuracy", "--nih", "N"]
+    argv = ["matrix.py", "lungs", "arms", "five", "accuracy", "--nih", "N"]
     monkeypatch.setattr(sys, "argv", argv)
     args = matrix.parse()
     rows = [row for part in args.parts for row in matrix.PARTS[part]()]
-    assert all(r.scored for r in matrix.lungs() + matrix.arms())
+    assert all(r.scored for r in matrix.lungs() + matrix.arms() + matrix.five())
     assert not any(r.scored for r in matrix.accuracy())  # candidates are chosen among without the test set
     folders = {}
     for row in rows:
