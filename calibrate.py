@@ -29,6 +29,7 @@ from device import add_device_argument, pick_device
 from ensemble import make_ensemble
 from inputs import Inputs
 from intervals import reported_interval
+from metrics import temperature_limit
 from operating import Rule, evaluate
 from run import WITHOUT_CLASSES, find_runs
 from tables import find_table
@@ -167,6 +168,7 @@ def show(title, result):
         for part in PARTS
     ]
     used = "applied" if result["temperature_applied"] else "not applied; --temperature applies it"
+    used = "; ".join(filter(None, [used, temperature_limit(result["temperature"])]))
     print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
@@ -206,7 +208,8 @@ def show_several(title, result):
             if key in summary:
                 parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
         print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")
-    print(f"  temperature {result['temperature']:.3f}")
+    limit = temperature_limit(result["temperature"])
+    print(f"  temperature {result['temperature']:.3f}" + f" ({limit})" * bool(limit))
 
 
 # ---------------------------------------------------------------- main

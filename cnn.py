@@ -108,9 +108,12 @@ def load_weights(model, path):
     if bad := sorted(n for n, v in found.items() if not torch.isfinite(v).all()):
         raise InputError(f"{path}: NaN or infinite values in [{listed(bad)}]")
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
-    return dict(
-        path=path, sha256=sha256(Path(path)), source="timm CNN", resized=[], reset=["head"], dropped=dropped
-    )
+    return {"sha256": sha256(Path(path)), **_report(path, sorted(found), dropped)}
+
+
+def _report(path, loaded, dropped):
+    """What results.json says of the weights, and npz_loader.describe prints."""
+    return dict(path=path, source="timm CNN", loaded=loaded, resized=[], reset=["head"], dropped=dropped)
 
 
 def download(model):
@@ -130,4 +133,4 @@ def download(model):
             f"{source} and name the file with --weights"
         ) from None
     model.body.load_state_dict(body.state_dict())
-    return dict(path=source, source="timm CNN", resized=[], reset=["head"], dropped=[])
+    return _report(source, sorted(body.state_dict()), [])

@@ -113,9 +113,9 @@ class Explainer:
         pair = lungs.show(torch.from_numpy(found).unsqueeze(1).float(), own, "crop")
         return (pair[:, 0] > 0.5).numpy()
 
-    def row(self, file, grey, score, *more):
-        """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`).
-        grey: what the model sees of one image, see `shown`."""
+    def row(self, file, grey, score, mask, *more):
+        """A line of a picture: (text, image uint8 [S, S], maps float32 [h, w] in the order of `methods`,
+        mask). grey: what the model sees of one image, see `shown`; mask: its lungs, bool [S, S]."""
         x = self.exact.scale(grey)
         found = [maps.compute(m, self.model, x, self.layer, self.answer)[0] for m in self.methods]
         called = [self.classes[int(score >= threshold)] for threshold in (0.5, self.threshold)]
@@ -124,6 +124,7 @@ class Explainer:
             "\n".join([*more, *textwrap.wrap(Path(file).name, 42), *lines]),
             (grey[0, 0] * 255).round().byte().cpu().numpy(),
             [grid.cpu().numpy() for grid in found],
+            mask,
         )
 
     def draw(self, name, rows, *more):
@@ -171,18 +172,21 @@ def picture_names(files):
 
 
 def draw(path, rows, methods, title):
-    """Write `rows` (see Explainer.row) as a PNG: each image, its maps, and the first map laid over the image.
+    """Write `rows` (see Explainer.row) as a PNG: each image, its maps, and the first map laid over the image
+    and the outline of the lungs.
 
     methods: names of the maps. Text is drawn as it is: a dollar sign begins no formula."""
     lines, columns = len(rows), 2 + len(methods)
     with plt.rc_context({"text.parse_math": False}):
         size = (2.6 * columns + 0.8, 2.75 * lines + 0.8)
         figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]} over the image"]):
+        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]} over the image, lungs outlined"]):
             ax.set_title(name, fontsize=9)
-        for line, (text, image, found) in zip(axes, rows):
+        for line, (text, image, found, mask) in zip(axes, rows):
             line[0].set_ylabel(printable(text), fontsize=7)
             shown = draw_row(line, image, found)
+            if lungs.plausible(mask):
+                line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
         about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
         figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
         figure.suptitle(textwrap.fill(printable(title), 26 * columns), fontsize=11)
@@ -216,8 +220,8 @@ def printable(text):
 # ---------------------------------------------------------------- main
 
 
-def explain_files(explainer, paths):
-    """Draw image files. InputError at the end if some could not be read."""
+def explain_files(explainer, paths, source):
+    """Draw image files, with the lungs by `source`. InputError at the end if some could not be read."""
     config, paths, read = explainer.config, list(dict.fromkeys(paths)), {}
     for path in paths:
         try:
@@ -230,9 +234,11 @@ def explain_files(explainer, paths):
         masks = lung_masks.pack(finder(images)) if finder else None
         subset = data.Subset(files, np.zeros_like(rows), images, rows, masks=masks)
         whole = ~lungs.plausible(lung_masks.unpack(masks)) if finder else np.zeros(len(files), bool)
+        outlines = explainer.lung_masks(subset, rows, source)
         for i, (name, score) in enumerate(zip(picture_names(files), explainer.scores(subset))):
             file, note = files[i], ["no lungs found: shown as it is"] if whole[i] else []
-            path = explainer.draw(name, [explainer.row(file, explainer.shown(subset, [i]), score, *note)])
+            row = explainer.row(file, explainer.shown(subset, [i]), score, outlines[i], *note)
+            path = explainer.draw(name, [row])
             print("; ".join([f"{file}: wrote {path}", *note]), flush=True)
     if len(read) < len(paths):
         raise common.InputError(
@@ -257,9 +263,10 @@ def explain_split(explainer, split, tests, source):
     run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split)
     y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
-    for outcome, i in chosen:
+    outlines = explainer.lung_masks(subset, [i for _, i in chosen], source)
+    for (outcome, i), mask in zip(chosen, outlines):
         text = outcome, f"truth {classes[y[i]]}"
-        rows.append(explainer.row(subset.files[i], explainer.shown(subset, [i]), p[i], *text))
+        rows.append(explainer.row(subset.files[i], explainer.shown(subset, [i]), p[i], mask, *text))
     for name, row in zip(picture_names(subset.files[i] for _, i in chosen), rows):
         explainer.draw(name, [row], SPLITS[split])
     path = explainer.draw("sheet.png", rows, SPLITS[split])
@@ -329,7 +336,8 @@ def parse():
         "--lungs",
         default=lung_masks.SHIPPED,
         metavar="SOURCE",
-        help="lung masks that the maps are held against: weights of train_lungs.py, heuristic, or a .npz",
+        help="lungs that are outlined and that the maps are held against: weights of train_lungs.py, "
+        "heuristic, or a .npz of masks",
     )
     add_device_argument(parser)
     return parser.parse_args()
@@ -343,7 +351,7 @@ def main():
         run, device, methods=methods, layer=args.layer, target=args.target, finding=args.finding
     )
     if args.images:
-        explain_files(explainer, args.images)
+        explain_files(explainer, args.images, args.lungs)
     else:
         explain_split(explainer, args.split, args.tests, args.lungs)
 

@@ -175,12 +175,15 @@ def one_image_per_patient(scores, patients, draws=201):
 # ---------------------------------------------------------------- probabilities
 
 
+LEAST, MOST = 0.01, 100.0  # temperatures
+
+
 def fit_temperature(logits, y_true):
     """The T > 0 that minimises the negative log-likelihood of softmax(logits / T) (Guo et al. 2017,
     arXiv:1706.04599), or of sigmoid(logits / T).
 
     Logits [N, K] with labels [N] in 0..K-1 (softmax), or with labels [N, K] of 0, 1 and -1 for unknown
-    (sigmoid, one T for all K). T is sought in [0.01, 100]; logits that separate the classes end at 0.01.
+    (sigmoid, one T for all K). T is sought in [LEAST, MOST], see `temperature_limit`.
     InputError: shapes that do not match, no known label, NaN or infinite logits, labels out of range.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(y_true)
@@ -202,9 +205,18 @@ def fit_temperature(logits, y_true):
 
     return math.exp(
         minimize_scalar(
-            loss, bounds=(math.log(0.01), math.log(100)), method="bounded", options={"xatol": 1e-8}
+            loss, bounds=(math.log(LEAST), math.log(MOST)), method="bounded", options={"xatol": 1e-8}
         ).x
     )
+
+
+def temperature_limit(temperature):
+    """What it means that a fitted temperature lies at an end of its range; "" where it does not."""
+    if temperature < LEAST * 1.001:
+        return "as low as it is sought: the logits separate the classes"
+    if temperature > MOST / 1.001:
+        return "as high as it is sought: the logits tell nothing"
+    return ""
 
 
 def tempered(logits, temperature):

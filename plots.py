@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+FILLS = ("full", "left", "bottom", "right", "top")
 SIDES = {"val": "validation", "test": "test"}
 
 
@@ -105,9 +106,11 @@ def draw_training(entries):
 
 
 def mark_points(ax, entry, x, y, i):
+    """Both operating points in the colour of curve i; from the sixth on half of the mark is white."""
+    style = dict(color=line_style(i)["color"], fillstyle=FILLS[i // 5 % 5], markerfacecoloralt="white")
     for point, marker in (("at_rec", "o"), ("at_0.5", "s")):
-        row, colour = entry.points["test", point], line_style(i)["color"]
-        ax.plot(x(row), y(row), marker, color=colour, markeredgecolor="black", markersize=7)
+        row = entry.points["test", point]
+        ax.plot(x(row), y(row), marker, markeredgecolor="black", markersize=7, **style)
 
 
 def draw_roc(entries):

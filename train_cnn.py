@@ -11,6 +11,7 @@ import cnn
 import common
 import dataconfig
 import inputs
+import npz_loader
 import plan
 import recipe
 
@@ -68,10 +69,10 @@ def main():
         p.seed()
         model = cnn.Cnn(args.model, p.config.task.outputs, p.recipe.drop_path)
         more = {}
-        if args.weights:
-            more["weights"] = cnn.load_weights(model, args.weights)
-        elif args.pretrained:
-            more["weights"] = cnn.download(model)
+        if args.weights or args.pretrained:
+            report = cnn.load_weights(model, args.weights) if args.weights else cnn.download(model)
+            common.tell(npz_loader.describe(report))
+            more["weights"] = {key: report[key] for key in report if key != "loaded"}
         else:
             common.say(
                 f"note: {args.model} starts from random weights; --weights or --pretrained name others"

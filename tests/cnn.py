@@ -50,6 +50,7 @@ def test_weights_of_a_file_reach_the_model(body):
     model = cnn.Cnn(NAME).eval()
     report = cnn.load_weights(model, path)
     assert set(report["dropped"]) == {"classifier.weight", "classifier.bias"}
+    assert sorted(report["loaded"]) == sorted(model.body.state_dict())
     with torch.no_grad():
         expected = peer.forward_head(peer.forward_features(X), pre_logits=True)
         assert torch.allclose(model.features(X), expected, atol=1e-4)

@@ -267,9 +267,20 @@ def test_every_picture_has_a_name_of_its_own():
 def test_pictures_take_names_as_they_are(tmp_path):
     """Dollar signs would begin a formula, and bytes that are no UTF-8 cannot be drawn."""
     image, grid = np.zeros((8, 8), np.uint8), np.random.default_rng(0).random((4, 4), np.float32)
-    rows = [("$\\frac$_a^{$", image, [grid]), ("cost: 5$ or 6$\udcff", image, [0 * grid])]
+    none = np.zeros((8, 8), bool)
+    rows = [("$\\frac$_a^{$", image, [grid], none), ("cost: 5$ or 6$\udcff", image, [0 * grid], none)]
     explain.draw(tmp_path / "a" / "b.png", rows, ["a map"], "run_$x_$\udcff")
     assert np.asarray(Image.open(tmp_path / "a" / "b.png").convert("L")).std() > 20
+
+
+def test_lungs_are_outlined_where_there_are_any(tmp_path):
+    image, grid, lung = np.zeros((40, 40), np.uint8), np.zeros((4, 4), np.float32), np.zeros((40, 40), bool)
+    lung[10:30, 10:20] = True
+    for mask in (lung, ~lung & lung, lung | True):
+        explain.draw(tmp_path / "a.png", [("", image, [grid], mask)], ["a map"], "run")
+        drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+        cyan = (drawn[..., 1] > 150) & (drawn[..., 2] > 150) & (drawn[..., 0] < 60)
+        assert cyan.any() == (mask is lung)
 
 
 # ---------------------------------------------------------------- the script
