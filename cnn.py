@@ -65,6 +65,8 @@ class Cnn(nn.Module):
 
     def features(self, x):
         """Images (B, 3, H, W) -> what the head reads, the last feature map as timm pools it: (B, D)."""
+        if x.device.type != "mps":  # there unproven; elsewhere this layout is faster, see BENCHMARK.md
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.body.forward_head(self.tap(self.body.forward_features(x)))
 
     def layers(self):

@@ -51,9 +51,12 @@ def test_weights_of_a_file_reach_the_model(body):
     report = cnn.load_weights(model, path)
     assert set(report["dropped"]) == {"classifier.weight", "classifier.bias"}
     assert sorted(report["loaded"]) == sorted(model.body.state_dict())
+    seen = []
+    model.tap.register_forward_hook(lambda module, given, out: seen.append(out))
     with torch.no_grad():
         expected = peer.forward_head(peer.forward_features(X), pre_logits=True)
         assert torch.allclose(model.features(X), expected, atol=1e-4)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)  # the faster layout
     again = models.build_model({"kind": "cnn", **model.config})
     again.load_state_dict(model.state_dict())
 
