@@ -8,6 +8,7 @@ own model, cross-entropy and AdamW in fp32, on scaled images, without augmentati
 timm: its baseline is its stem. Prints markdown: medians in images a second, and their ratio with its range.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -114,10 +115,12 @@ def main():
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="which (default: all)"
     )
+    text = "ours in bf16 (default: where the device does it fast); timm's loop is always fp32"
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help=text)
     add_device_argument(parser)
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    args.amp, count = fast_bf16(args.device), args.batch_size
+    args.amp, count = fast_bf16(args.device) if args.amp is None else args.amp, args.batch_size
     print("| arm | training: ours | timm | ratio | evaluation: ours | timm | ratio |")
     print("| --- |" + " ---: |" * 6)
     with tempfile.TemporaryDirectory() as folder:
