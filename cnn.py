@@ -79,6 +79,11 @@ class Cnn(nn.Module):
             return self.head(features.to(self.head[2].weight.dtype))
 
 
+def has_batch_norm(model):
+    """Whether a model normalises by the statistics of a batch in training."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def usual_size(name):
     """The side of the inputs that timm's weights of a model were trained with, px. InputError as for Cnn."""
     timm = _timm()

@@ -14,6 +14,7 @@ import inputs
 import npz_loader
 import plan
 import recipe
+from device import processes
 
 # The settings of earlier work on this set. The default differs in its augmentation, that of ViT-Ti/16; no run
 # compared the two on a CNN.
@@ -77,6 +78,8 @@ def main():
             common.say(
                 f"note: {args.model} starts from random weights; --weights or --pretrained name others"
             )
+        if p.recipe.accumulate * processes()[1] > 1 and cnn.has_batch_norm(model):
+            common.say("note: BatchNorm takes the statistics of each part of a batch by itself")
         mean, std = inputs.chosen_scaling(args, *model.scaling)
         plan.train(p, model, name=args.model, mean=mean, std=std, **more)
 

@@ -42,6 +42,7 @@ def test_features_are_timms_pooled_ones(name):
     peer.load_state_dict(model.body.state_dict())
     with torch.no_grad():
         assert torch.allclose(model.features(X), peer(X), rtol=1e-4, atol=1e-5)
+        assert cnn.has_batch_norm(model) == ("convnext" not in name)
         assert model(X).shape == (2, 3) and torch.equal(model(X), model.head(model.features(X)))
 
 
@@ -169,7 +170,8 @@ def test_cosine_ends_at_its_floor():
 
 def test_cnn_from_training_to_prediction(flags, body, synthetic, tmp_path):
     argv = ("train_cnn", *flags, "--model", NAME, "--weights", body[1], "--epochs", 1, "--batch-size", 16)
-    done = succeed(*argv, cwd=tmp_path)
+    done = succeed(*argv, "--accumulate", 2, cwd=tmp_path)
+    assert "BatchNorm" in done.err and f"weights: {body[1]} (timm CNN)" in done.out
     assert "the head alone, 5 epochs" in done.err and "below the head 5.0e-06" in done.err
     results = read_json(tmp_path, "outputs/cnn/results.json")
     recipe = results["recipe"]
