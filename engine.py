@@ -119,6 +119,8 @@ class Loop:
                 recipe.seed + self.rank * 1_000_003
             )  # other augmentations than the first process's
         groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
+        self.match = self.teacher and self.teacher.match
+        groups += parameter_groups(self.match, recipe.weight_decay) if self.match else []
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
         self.average = (
             AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
@@ -186,6 +188,8 @@ class Loop:
         try:
             self.model.load_state_dict(last["model"])
             self.optimizer.load_state_dict(last["optimizer"])
+            if self.match:
+                self.match.load_state_dict(last["match"])
             if self.average is not None:
                 self.average.load_state_dict(last["average"])
             random_state, device_state = last["rng"][self.rank]
@@ -349,6 +353,8 @@ class Loop:
                 if self.teacher:
                     far = self.objective.imitation(outputs.float(), self.teacher(grey)).sum() / len(whole)
                     part = (1 - self.teacher.share) * part + self.teacher.share * far
+                    if self.teacher.match:
+                        part += self.recipe.teacher_features * self.teacher.match().sum() / len(whole)
                 part = part * bool(len(mine))
                 (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
             result += part.detach()
@@ -417,6 +423,7 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "state": self.state,
                 "average": self.average and self.average.state_dict(),
+                "match": self.match and self.match.state_dict(),
                 "rng": rng,
                 "seen": seen,
             }

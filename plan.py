@@ -132,6 +132,8 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
         split |= {"also": also} if also else {}
     if teacher:
         teacher.begin(split)
+        if plan.recipe.teacher_features:
+            teacher.show_features(model)
         more["teacher"] = teacher.about()
     recipe, task = plan.recipe, plan.config.task
     how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)

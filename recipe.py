@@ -110,6 +110,9 @@ class Recipe:
         0.0, "weight of the attention paid to other things than lungs", Number(float, 0, 1e6), "W"
     )
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher", Number(float, 0, 1), "W")
+    teacher_features: float = flag(
+        0.0, "weight of the loss that imitates its features, too", Number(float, 0, 1e6), "W"
+    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -142,7 +145,7 @@ SUPERVISED = (
 )
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
-TAUGHT = ("teacher_weight",)
+TAUGHT = ("teacher_weight", "teacher_features")
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
 
 

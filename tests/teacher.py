@@ -1,6 +1,10 @@
 """Tests of teacher: a finished run whose probabilities another learns."""
 
+import itertools
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from inputs import Inputs
 from objective import Supervised
 from run import Run
 from task import Task
-from teacher import Teacher
+from teacher import FeatureMatch, Teacher
 from tests.shared import (
     CPU,
     cli,
@@ -80,7 +84,7 @@ def taught_loop(model, share, accumulate=1):
             return knows((grey - 0.5) / 0.5)
 
     loop.teacher = teacher
-    teacher.share = share
+    teacher.share, teacher.match = share, None
     return loop
 
 
@@ -137,6 +141,51 @@ def test_a_teacher_is_what_predict_makes_of_an_image(school):
     expected = run.model()((grey.expand(-1, 3, -1, -1) - mean) / std)
     assert torch.allclose(teacher(grey), expected, atol=1e-5) and not teacher(grey).requires_grad
     assert teacher.about()["minutes"] == run.results["minutes"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_towards_a_teachers_features_is_the_formula(school, accumulate):
+    """The hard loss + W x mean smooth L1, by numpy, of the projected features; the projection learns, too."""
+    run, subset = Run(school[0] / "outputs/pretrained"), toy_subset(6, 0, side=32)
+    teacher, model = Teacher(run, run.config, CPU, 0.0), randomise(small_vit(in_chans=1, img_size=32))
+    teacher.show_features(model)
+    loop = stepping_loop(model, INPUTS, accumulate)
+    loop.teacher, loop.recipe = teacher, replace(loop.recipe, teacher_features=0.7)
+    found = loop.backward(data.Batches(subset, INPUTS), torch.arange(6))
+    grey = torch.from_numpy(subset.images)[:, None].float() / 255
+    with torch.no_grad():
+        x = (grey - 0.5) / 0.5
+        mine = teacher.match.project(model.features(x)).numpy()
+        theirs = teacher.model.features(teacher.inputs.scale(grey)).numpy()
+        hard = F.cross_entropy(model(x), torch.from_numpy(subset.targets))
+    theirs = (theirs - theirs.mean(1, keepdims=True)) / np.sqrt(theirs.var(1, keepdims=True) + 1e-5)
+    far = np.abs(mine - theirs)
+    distance = np.where(far < 2, far**2 / 4, far - 1).mean()
+    assert float(found) == pytest.approx(float(hard) + 0.7 * distance, rel=1e-4)
+    grads = [p.grad for p in (*teacher.match.parameters(), model.patch_embed.proj.weight)]
+    assert all(g is not None and g.any() for g in grads)
+    assert not any(p.grad is not None for p in teacher.model.parameters())
+
+
+def test_a_run_taught_features_resumes_bit_for_bit(school, monkeypatch):
+    cwd, flags = school
+    argv = ("train_scratch", *flags, "--epochs", 2, "--batch-size", 32, "--teacher", "outputs/pretrained")
+    argv += ("--teacher-features", 2, "--ema", 0.9)
+    succeed(*argv, "--out", "outputs/whole", cwd=cwd)
+    whole = load_pth(cwd, "outputs/whole/checkpoint.pth")
+    Run(cwd / "outputs/whole").model()  # which refuses names that are not its own
+    real, calls = FeatureMatch.forward, itertools.count(1)
+
+    def stop_in_the_second_step(match):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(match)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureMatch, "forward", stop_in_the_second_step)
+        assert cli(*argv, "--out", "outputs/stopped", cwd=cwd).code == 143
+    succeed(*argv, "--out", "outputs/stopped", "--resume", cwd=cwd)
+    assert same_tensors(whole, load_pth(cwd, "outputs/stopped/checkpoint.pth"))
 
 
 def test_a_taught_run(school):
@@ -204,6 +253,7 @@ def test_teachers_that_cannot_teach(school, tmp_path):
     refused(cli(*argv, "--mixup", 0.2, cwd=tmp_path), "--mixup")
     refused(cli(*argv[:-1], "nowhere", cwd=tmp_path), "nowhere")
     refused(cli(*argv, "--teacher-weight", 1.5, cwd=tmp_path), "--teacher-weight")
+    refused(cli(*argv[:-2], "--teacher-features", 1, cwd=tmp_path), "--teacher-features", "--teacher")
     succeed("pretrain_mae", *flags, *SHORT, cwd=tmp_path)
     refused(cli(*argv[:-1], "outputs/mae", cwd=tmp_path), "tells nothing")
     assert not (tmp_path / "outputs/scratch").exists()
