@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import data
 import demo
+from common import InputError
 from inputs import Inputs
 from objective import Supervised
 from run import Run
@@ -165,6 +166,9 @@ def test_a_step_towards_a_teachers_features_is_the_formula(school, accumulate):
     grads = [p.grad for p in (*teacher.match.parameters(), model.patch_embed.proj.weight)]
     assert all(g is not None and g.any() for g in grads)
     assert not any(p.grad is not None for p in teacher.model.parameters())
+    teacher.model = torch.nn.Identity()
+    with pytest.raises(InputError, match="ensemble"):
+        teacher.show_features(model)
 
 
 def test_a_run_taught_features_resumes_bit_for_bit(school, monkeypatch):
