@@ -78,9 +78,8 @@ class Teacher:
             raise InputError("--teacher-features needs one process: start it without torchrun")
         device, side = self.inputs.device, self.run.config.img_size
         with torch.no_grad():
-            width = self.model.features(torch.zeros(1, self.model.in_chans, side, side, device=device)).shape[
-                1
-            ]
+            blank = torch.zeros(1, self.model.in_chans, side, side, device=device)
+            width = self.model.features(blank).shape[1]
         self.match = FeatureMatch(student, self.model, width).to(device)
 
     @torch.no_grad()
