@@ -13,6 +13,7 @@ from report import (
     HEADER,
     floors,
     interval,
+    leader,
     method_rows,
     missing_blocks,
     size_and_time,
@@ -206,7 +207,7 @@ def class_blocks(entries):
 
 def pair_blocks(entries):
     """Every two models on the same test images, by mean AUROC."""
-    rows, kept = [], {}
+    rows, kept, tied = [], {}, set()
 
     def mean_draws(entry, findings, draws):
         key = id(entry), tuple(findings), draws
@@ -216,12 +217,13 @@ def pair_blocks(entries):
             kept[key] = mean_auroc_draws(*arrays, test.patients, draws)
         return kept[key]
 
-    for a, b in itertools.combinations(entries, 2):
+    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
         both = [n for n in a.summary["test"]["findings"] if n in b.summary["test"]["findings"]]
         if not both:
             continue
         d = difference_of_means(*(mean_draws(e, both, a.calibration["bootstrap"]) for e in (a, b)))
         word = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
+        tied |= {(i, j)} if word == "no" else set()
         cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
         rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, word])
     if not rows:
@@ -232,7 +234,14 @@ def pair_blocks(entries):
         f"{drawn}; not corrected for the number of pairs."
     )
     head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
-    return [Heading(3, "Which model is better"), Paragraph(text), Table(head, rows)]
+    blocks = [Heading(3, "Which model is better"), Paragraph(text), Table(head, rows)]
+    asked = [e.summary["test"]["findings"] for e in entries]
+    if all(names == asked[0] for names in asked):  # means of other findings cannot be ranked
+        found = [e.summary["test"]["auroc"] for e in entries]
+        values = [figure["value"] for figure in found]
+        best = leader("mean AUROC", [e.name for e in entries], values, [span(f) for f in found], tied)
+        blocks.insert(1, Paragraph(best))
+    return blocks
 
 
 def method_blocks(entries):

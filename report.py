@@ -145,11 +145,21 @@ def interval_blocks(entries):
     return [Heading(3, "How sure: 95% intervals on test"), Paragraph(text), table]
 
 
+def leader(figure, names, values, spans, tied):
+    """A sentence on which model is best: its names, values and their spans as text; tied: the pairs of
+    positions whose difference has an interval with 0 inside."""
+    best = max(range(len(names)), key=lambda i: values[i])
+    level = [names[i] for i in range(len(names)) if (min(i, best), max(i, best)) in tied]
+    text = f"Highest {figure} on test: {names[best]}, {spans[best]}; "
+    text += f"not told apart from it: {'; '.join(level)}." if level else "it is told apart from every other."
+    return f"{text} That is a finding and no way to choose: choose on validation."
+
+
 def pair_blocks(entries):
     """Every two models on the same test images."""
-    rows, tied = [], []
+    rows, tied = [], set()
     tests = {"auroc": "delong", "recall": "mcnemar_recall", "specificity": "mcnemar_specificity"}
-    for a, b in itertools.combinations(entries, 2):
+    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
         sides = a.test.scores, a.threshold, b.test.scores, b.threshold
         d = compare_at_thresholds(a.test.truth, *sides, a.test.patients, a.calibration["bootstrap"])
         cells = [
@@ -158,18 +168,20 @@ def pair_blocks(entries):
         ]
         rows.append([f"{a.name} minus {b.name}", *cells])
         if d["auroc"]["lo"] <= 0 <= d["auroc"]["hi"] and d["delong"] > 0.05:
-            tied.append(f"{a.name} and {b.name}")
+            tied.add((i, j))
     if not rows:
         return []
     drawn = "whole patients" if entries[0].test.patients_known else "images (patients unknown)"
     text = (
         "Differences on the same test images, recall and specificity @Rec. Intervals: 95%, paired bootstrap "
         f"of {drawn}. p-values: DeLong for AUROC, exact McNemar for the others, not corrected for the number "
-        "of pairs. "
+        "of pairs."
     )
-    text += f"AUROC does not separate: {'; '.join(tied)}." if tied else "AUROC separates every pair."
+    found = [e.points["test", "at_rec"] for e in entries]
+    spans = [with_interval(row, "auroc") for row in found]
+    best = leader("AUROC", [e.name for e in entries], [row["auroc"] for row in found], spans, tied)
     head = ["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"]
-    return [Heading(3, "Which model is better"), Paragraph(text), Table(head, rows)]
+    return [Heading(3, "Which model is better"), Paragraph(best), Paragraph(text), Table(head, rows)]
 
 
 def probability_blocks(entries):

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from PIL import Image
 
 import common
@@ -161,6 +162,18 @@ def test_order_of_the_images_does_not_matter(tmp_path):
     assert a.group == b.group and np.array_equal(a.test.scores, b.test.scores)
     [*_, table] = report.pair_blocks([a, b])
     assert table.rows[0][1].startswith("+0.000 [+0.000, +0.000], p = 1")
+
+
+def test_the_best_model_is_named_with_those_it_is_not_told_apart_from(tmp_path):
+    """Three models: two alike, and one that ranks them backwards."""
+    worse = noisy_scores(0)
+    worse["test_logits"] = -worse["test_logits"]
+    a, b, c = (Entry(write_run(tmp_path / n, scores=s)) for n, s in zip("abc", (None, None, worse)))
+    _, best, _, table = report.pair_blocks([c, a, b])
+    auroc = sklearn.metrics.roc_auc_score(a.test.truth, a.test.scores)
+    assert best.text.startswith(f"Highest AUROC on test: {a.name}, {auroc:.3f} [")
+    assert f"not told apart from it: {b.name}." in best.text and len(table.rows) == 3
+    assert "told apart from every other" in report.pair_blocks([c, a])[1].text
 
 
 DAMAGE = {
