@@ -1,6 +1,7 @@
 """Tests of cnn and train_cnn, with timm as the peer."""
 
 import copy
+import importlib.util
 import sys
 
 import numpy as np
@@ -186,6 +187,9 @@ def test_cnn_from_training_to_prediction(flags, body, synthetic, tmp_path):
     rows = predict_rows(tmp_path, "--run", "outputs/cnn", synthetic / "test")
     scores = np.load(tmp_path / "outputs/cnn/scores.npz", allow_pickle=False)
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(sorted(scores["test_p1"]), abs=1e-5)
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        done = succeed("predict", "--export", "m.onnx", "--run", "outputs/cnn", cwd=tmp_path)
+        assert "differs from PyTorch by at most" in done.out
     succeed("explain", "--run", "outputs/cnn", "--tests", 2, cwd=tmp_path)
     assert "gradcam" in read_json(tmp_path, "outputs/cnn/explain/explain.json")
     refused(cli("explain", "--run", "outputs/cnn", "--method", "rollout", cwd=tmp_path), "no attention")
