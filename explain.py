@@ -180,7 +180,7 @@ def draw(path, rows, methods, title):
     with plt.rc_context({"text.parse_math": False}):
         size = (2.6 * columns + 0.8, 2.75 * lines + 0.8)
         figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]} over the image, lungs outlined"]):
+        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]}, lungs outlined"]):
             ax.set_title(name, fontsize=9)
         for line, (text, image, found, mask) in zip(axes, rows):
             line[0].set_ylabel(printable(text), fontsize=7)

@@ -42,6 +42,7 @@ def test_features_are_timms_pooled_ones(name):
     peer = timm.create_model(name, num_classes=0).eval()
     peer.load_state_dict(model.body.state_dict())
     with torch.no_grad():
+        assert torch.equal(model.features(X), peer(X.contiguous(memory_format=torch.channels_last)))
         assert torch.allclose(model.features(X), peer(X), rtol=1e-4, atol=1e-5)
         assert cnn.has_batch_norm(model) == ("convnext" not in name)
         assert model(X).shape == (2, 3) and torch.equal(model(X), model.head(model.features(X)))
