@@ -18,14 +18,16 @@ class Augment:
     moved, together with the image.
 
     rotate: +/- degrees; translate: +/- fraction of the side; scale: +/- fraction; aspect: +/- fraction by
-    which width grows and height shrinks; hflip: probability (0: hearts are on the left). Geometry is one
-    bilinear resampling with black outside. brightness: +/- added; contrast: +/- fraction about the image's
-    mean; gamma: exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side (a
-    coarser detector); noise: greatest standard deviation; erase: probability that one rectangle of 3% to 25%
-    of the area turns grey (Zhong et al. 2020, arXiv:1708.04896). frame, tone: probability that the border (up
-    to a fifth of the side), or the grey levels (histogram matching), are borrowed from another image of the
-    batch, whatever its class: what a machine and its operator add to a picture then says nothing about the
-    child.
+    which width grows and height shrinks; crop: the smallest area, a share in (0, 1], of the random box that
+    is enlarged to the whole, width to height 3/4 to 4/3 (Szegedy et al. 2014, arXiv:1409.4842, as in
+    torchvision's RandomResizedCrop; 0: no crop); hflip: probability (0: hearts are on the left). Geometry is
+    one bilinear resampling with black outside. brightness: +/- added; contrast: +/- fraction about the
+    image's mean; gamma: exponent exp(+/- gamma). blur: probability of a Gaussian of 0.4% to 1.2% of the side
+    (a coarser detector); noise: greatest standard deviation; erase: probability that one rectangle of 3% to
+    25% of the area turns grey (Zhong et al. 2020, arXiv:1708.04896). frame, tone: probability that the border
+    (up to a fifth of the side), or the grey levels (histogram matching), are borrowed from another image of
+    the batch, whatever its class: what a machine and its operator add to a picture then says nothing about
+    the child.
     """
 
     rotate: float = 7.0
@@ -41,6 +43,7 @@ class Augment:
     hflip: float = 0.0
     frame: float = 0.0
     tone: float = 0.0
+    crop: float = 0.0
 
     def __call__(self, x):
         B, device = x.shape[0], x.device
@@ -54,7 +57,7 @@ class Augment:
         def chance(p):
             return torch.rand(B, device=device) < p
 
-        if self.rotate or self.translate or self.scale or self.aspect or self.hflip:
+        if self.rotate or self.translate or self.scale or self.aspect or self.hflip or self.crop:
             x = affine(
                 x,
                 angle=both(math.radians(self.rotate)),
@@ -63,6 +66,7 @@ class Augment:
                 shift_x=both(self.translate),
                 shift_y=both(self.translate),
                 aspect=1 + both(self.aspect),
+                box=self._box(uniform, x.shape[-1]) if self.crop else None,
             )
         x, where = x[:, :1], x[:, 1:]
         if self.frame or self.tone:
@@ -90,6 +94,15 @@ class Augment:
             inside = inside & chance(self.erase).view(B, 1, 1)
             x = torch.where(inside.unsqueeze(1), uniform(0, 1).view(B, 1, 1, 1), x)
         return torch.cat([x.clamp(0, 1), where], dim=1) if where.shape[1] else x.clamp(0, 1)
+
+    def _box(self, uniform, side):
+        """A random box for every image: (B, 4), its width, height and middle (x, y), where the image spans
+        [-1, 1]; its outermost pixels are pixels of the image. A side that would be longer than the image's is
+        as long; torchvision draws again."""
+        area, ratio = uniform(self.crop, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+        size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)
+        place = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1)
+        return torch.cat([size, place * (1 - size) * (1 - 1 / side)], 1)
 
 
 class Mix:
@@ -160,6 +173,7 @@ UNITS = {
     "hflip": "probability",
     "frame": "probability of another image's border",
     "tone": "probability of another image's grey levels",
+    "crop": "smallest area of a random crop, 0: none",
 }
 LIMITS = {"rotate": 180.0, "gamma": 3.0, "scale": 0.99, "aspect": 0.99}  # of the others: 1
 
@@ -268,12 +282,13 @@ def gaussian_blur(x, sigma):
     return x.transpose(0, 1)
 
 
-def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
+def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0, box=None):
     """Turn, zoom, mirror (flip = -1) and shift images [B, C, S, S], by one bilinear resampling, black
     outside.
 
     Each parameter is a tensor [B]: radians; factor; +/- 1; fraction of the side, in the output's axes; width
-    grows by `aspect` and height shrinks by it.
+    grows by `aspect` and height shrinks by it. box [B, 4], if any: the part of the result that is enlarged to
+    the whole, its width, height and middle, where the result spans [-1, 1].
     """
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     theta = torch.stack(
@@ -285,6 +300,9 @@ def affine(x, angle, zoom, flip, shift_x, shift_y, aspect=1.0):
         ],
         dim=1,
     )  # (B, 2, 3)
+    if box is not None:
+        turn, shift = theta[:, :, :2], theta[:, :, 2:]
+        theta = torch.cat([turn * box[:, None, :2], shift + turn @ box[:, 2:, None]], dim=2)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
 
 

@@ -99,6 +99,43 @@ def test_augment_geometry_against_torchvision(monkeypatch, settings, affine):
         assert (a - x).abs().mean() > 0.01
 
 
+def test_a_box_is_cut_out_as_torchvision_does():
+    """The middle of the result; at its edge torchvision repeats pixels, here the neighbours count."""
+    x = picture_batch()
+    left, top, width, height = 6, 3, 16, 20  # of 32 px
+    want = TF.resized_crop(x, top, left, height, width, [32, 32], antialias=False)
+    box = torch.tensor([[width, height, 2 * left + width - 32, 2 * top + height - 32]]) / 32
+    same = (torch.zeros(len(x)), *torch.ones(2, len(x)), *torch.zeros(2, len(x)))
+    found = augment.affine(x, *same, box=box.expand(len(x), 4))
+    assert torch.allclose(found[..., 2:-2, 2:-2], want[..., 2:-2, 2:-2], atol=1e-4)
+    assert (found - x).abs().mean() > 0.01
+    turn = (torch.full((len(x),), 0.4), *same[1:3], torch.full((len(x),), 0.1), same[4])
+    whole = TF.resized_crop(augment.affine(x, *turn), top, left, height, width, [32, 32], antialias=False)
+    both = augment.affine(x, *turn, box=box.expand(len(x), 4))  # one resampling: as sharp or sharper
+    assert (both - whole)[..., 2:-2, 2:-2].abs().mean() < 0.2 * (both - x).abs().mean()
+
+
+def test_augment_crop():
+    """Areas from the least to all, of the shapes that were asked for, anywhere, and never over the edge."""
+    torch.manual_seed(0)
+    side = 64
+    ramps = torch.linspace(0, 1, side).expand(4000, side, side)
+    x = torch.stack([ramps, ramps.transpose(1, 2)], 1)  # values are places; the second only moves along
+    found = augment.Augment(**{**NONE, "crop": 0.1})(x)
+    across = (found[:, 0, :, -1] - found[:, 0, :, 0]).mean(1)
+    down = (found[:, 1, -1] - found[:, 1, 0]).mean(1)
+    area, ratio = across * down, across / down
+    assert 0.1 - 1e-3 < area.min() < 0.105 and area.max() > 0.97
+    assert abs(area.mean() - 0.545) < 0.02  # uniform, but for sides that are cut to the whole
+    small = area < 0.5  # of these none is cut: 0.5 * 4 / 3 < 1
+    assert abs(ratio[small].log()).max() < math.log(4 / 3) + 1e-3 and abs(ratio[small].log().mean()) < 0.02
+    assert found.min() >= 0 and found.max() <= 1 and (found[:, 0, :, 0] <= 0.02).any()
+    middle = found[small, 0].mean((1, 2))
+    assert abs(middle.mean() - 0.5) < 0.02 and middle.std() > 0.1
+    ones = augment.Augment(**{**NONE, "crop": 0.1})(torch.ones(500, 1, 8, 8))
+    assert torch.allclose(ones, torch.ones(()), atol=1e-5)  # no black comes in
+
+
 def test_augment_rotation_keeps_lengths():
     """No shear: a disc stays a disc at any angle."""
     y, x = np.mgrid[-15.5:16, -15.5:16]
@@ -348,7 +385,8 @@ def test_augment_flag():
         "plain,rotate=x",
         "plain,rotate=-1",
     ]
-    wrong += ["plain,rotate=181", "plain,scale=1", "plain,blur=nan", "plain,noise=inf", "plain,hflip=1.1"]
+    wrong += ["plain,rotate=181", "plain,scale=1", "plain,blur=nan", "plain,noise=inf"]
+    wrong += ["plain,hflip=1.1", "plain,crop=1.1"]
     for text in wrong:
         with pytest.raises(InputError, match="--augment") as error:
             augment.parse_augment(text)

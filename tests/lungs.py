@@ -195,7 +195,7 @@ def test_augmentation_moves_image_and_mask_together():
     torch.manual_seed(0)
     mask = as_tensor(two_lungs()).repeat(4, 1, 1, 1)
     pair = torch.cat([mask, mask], 1)
-    geometry = dict(rotate=20.0, translate=0.1, scale=0.2, aspect=0.1, hflip=0.5)
+    geometry = dict(rotate=20.0, translate=0.1, scale=0.2, aspect=0.1, hflip=0.5, crop=0.3)
     moved = Augment(**{**NOTHING, **geometry})(pair)
     assert torch.equal(moved[:, 0], moved[:, 1]) and not torch.equal(moved, pair)
     tone = dict(brightness=0.3, contrast=0.3, gamma=0.3, blur=1.0, noise=0.1, erase=1.0, frame=1.0)
