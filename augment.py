@@ -2,6 +2,7 @@
 augmentation."""
 
 import math
+from argparse import ArgumentTypeError
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -191,12 +192,12 @@ def add_augment_argument(parser, default):
 
 
 def parse_randaugment(text):
-    """ "2,9" -> the same text, checked; "" is none. InputError unless it is a number of changes, 1 to 14, and
-    a magnitude, 0 to 30."""
+    """An argparse type: "2,9" -> the same text, checked; "" is none. ArgumentTypeError unless it is a number
+    of changes, 1 to 14, and a magnitude, 0 to 30."""
     ops, _, magnitude = text.partition(",")
     good = ops.isdecimal() and magnitude.isdecimal() and 1 <= int(ops) <= 14 and int(magnitude) <= 30
     if text and not good:
-        raise InputError(f"--randaugment {text[:40]}: give N,M, for instance 2,9, N in 1 to 14, M in 0 to 30")
+        raise ArgumentTypeError(f"{text[:40]!r}: give N,M, for instance 2,9, N in 1 to 14, M in 0 to 30")
     return text
 
 

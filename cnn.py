@@ -1,6 +1,8 @@
 """Convolutional networks: those of timm, with a head of two layers. Nothing else imports timm."""
 
+import copy
 import difflib
+import logging
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ class Cnn(nn.Module):
         super().__init__()
         timm = _timm()
         self.config = dict(name=name, num_classes=num_classes, drop_path_rate=drop_path_rate)
-        if not isinstance(name, str) or name not in timm.list_models():
+        if not isinstance(name, str) or not timm.is_model(name):
             near = difflib.get_close_matches(str(name)[:100], timm.list_models(), 3)
             hint = f": did you mean {' or '.join(near)}?" if near else "; timm.list_models() has all names"
             raise InputError(f"timm knows no model {str(name)[:100]!r}{hint}")
@@ -41,8 +43,10 @@ class Cnn(nn.Module):
         self.tap = nn.Identity()  # the last feature map passes here, for Grad-CAM
         try:
             self.body = timm.create_model(name, num_classes=0, **extra)
+            about = self.body.pretrained_cfg
+            side = about["input_size"][-1] if about.get("fixed_input_size") else 96
             with torch.no_grad():
-                found = self.body.eval().forward_features(torch.zeros(1, 3, 96, 96))
+                found = self.body.eval().forward_features(torch.zeros(1, 3, side, side))
                 width = self.body.forward_head(found).shape[-1]
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{name} cannot be used as a CNN: {listed([error])}") from None
@@ -69,6 +73,20 @@ class Cnn(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         return self.body.forward_head(self.tap(self.body.forward_features(x)))
 
+    def check_training(self, side, images):
+        """InputError unless a training step can have `images` of side x side px; nothing is changed."""
+        body = copy.deepcopy(self.body).train()
+        try:
+            with torch.no_grad():
+                body(torch.zeros(images, 3, side, side))
+        except (RuntimeError, ValueError) as error:
+            few = images == 1 and "more than 1 value per channel" in str(error)  # raised by BatchNorm
+            what = "a training step of one image" if few else f"images of {side} px"
+            raise InputError(
+                f"{self.config['name']} cannot take {what}: {listed([error])}; try another "
+                f"{'--batch-size, so that no step is left with one' if few else '--img-size'}"
+            ) from None
+
     def layers(self):
         """Parts from input to head: (name, module) pairs."""
         return [*self.body.named_children(), ("head", self.head)]
@@ -87,7 +105,10 @@ def has_batch_norm(model):
 def usual_size(name):
     """The side of the inputs that timm's weights of a model were trained with, px. InputError as for Cnn."""
     timm = _timm()
-    about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    try:
+        about = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError as error:  # no such tag
+        raise InputError(f"--model {name}: {error}") from None
     return about.input_size[-1] if about else 224
 
 
@@ -96,12 +117,16 @@ def load_weights(model, path):
     for results.json: path, sha256, source, reset, dropped. The file's classifier is left out. InputError if
     anything else is missing, left over or of another shape: then the model is untouched."""
     path = str(path)
+    if path.endswith(".npz"):
+        raise InputError(f"{path} is an .npz, as Google's ViTs come: a CNN needs a timm .pth or .safetensors")
     state = (load_safetensors if path.endswith(".safetensors") else load_tensors)(path)
     state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
     check_state_dict(state, path)
     wanted = model.body.state_dict()
     head = model.body.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    if all(name.startswith(("body.", "head.")) for name in state):  # a checkpoint of train_cnn.py
+        heads, state = ("head.",), {name.removeprefix("body."): value for name, value in state.items()}
     dropped = [name for name in state if name not in wanted and name.startswith(heads)] if heads else []
     found = {name: value for name, value in state.items() if name not in dropped}
     problems = {
@@ -131,6 +156,7 @@ def download(model):
     source = about and (about.hf_hub_id and f"https://huggingface.co/{about.hf_hub_id}" or about.url)
     if not source:
         raise InputError(f"--pretrained: timm has no weights of {name}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         body = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # no network, no such file: each library has errors of its own

@@ -52,7 +52,7 @@ class DataConfig:
     )
     lungs: str = flag(
         lung_masks.SHIPPED,
-        "where --input takes lung masks from: weights of train_lungs.py, heuristic, or a .npz",
+        "where --input and the hybrid take lung masks from: weights of train_lungs.py, heuristic, or a .npz",
         metavar="SOURCE",
     )
     labels: str = flag(

@@ -77,7 +77,7 @@ class Loop:
             self.tracker.close()
         best = history[results["best_epoch"] - 1]
         tell(
-            f"best epoch {results['best_epoch']}: {_figures(best)}; {results['minutes']:.1f} min; "
+            f"best epoch {results['best_epoch']}: {self._figures(best)}; {results['minutes']:.1f} min; "
             f"wrote {self.run}/checkpoint.pth and results.json"
         )
         return results
@@ -104,6 +104,16 @@ class Loop:
 
     def _order(self, epoch, train):
         return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
+
+    def smallest(self, train):
+        """How many images the smallest part of a step has, which a process sees at once; see `backward`."""
+        count, size = len(self._order(0, train)), self.recipe.batch_size
+        least = []
+        for step in (min(count, size), count % size or size):
+            for mine in (max(1, step // self.number), math.ceil(step / self.number)):
+                chunk = math.ceil(mine / self.recipe.accumulate)
+                least.append(mine % chunk or chunk)
+        return min(least)
 
     def keep_head(self, loss, outputs, stage):
         """Take what `fit_head` returns for the only epoch there is: a linear probe."""
@@ -142,7 +152,7 @@ class Loop:
             self.frozen = frozen
             self.model.freeze(frozen)
             self._share()  # DistributedDataParallel must know what has a gradient
-            say_stage(self.model, recipe.stages[0 if frozen else -1])
+            say_stage(self.model, recipe.stages[0 if frozen else -1], recipe.backbone_lr_scale)
 
     def _begin(self):
         """The content of results.json, new or from where the run was stopped; an earlier run's files are
@@ -244,7 +254,7 @@ class Loop:
         self.tracker.epoch(number, row, 1 + (number > recipe.frozen_epochs > 0) + (recipe.freeze_epochs > 0))
         name = f"epoch {self.state['epoch']}/{self.recipe.epochs}" if self.recipe.epochs else "head alone"
         tell(
-            f"{name}: train loss {row['train_loss']:.4f}, {_figures(row)}{' *' if better else ''}, "
+            f"{name}: train loss {row['train_loss']:.4f}, {self._figures(row)}{' *' if better else ''}, "
             f"lr {row['lr']:.1e}, {row['seconds']:.0f} s"
         )
 
@@ -400,6 +410,16 @@ class Loop:
         self.seen = [(index, outputs)]
         return [(index, outputs.cpu())]
 
+    def _figures(self, row):
+        """A history entry's validation figures as text; the accuracy where it chooses the epoch."""
+        names = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
+        names |= {"val_accuracy": "val accuracy"} if self.recipe.watch == "accuracy" else {}
+        parts = [f", {name} {row[key]:.4f}" for key, name in names.items() if key in row]
+        for name, found in row.get("others", {}).items():
+            auroc = found.get("held_out_auroc")
+            parts += [] if auroc is None else [f", {name} AUROC {auroc:.4f}"]
+        return f"val loss {row['val_loss']:.4f}" + "".join(parts)
+
     # ------------------------------------------------------------ files
 
     def _write(self, results):
@@ -428,13 +448,3 @@ class Loop:
                 "seen": seen,
             }
         )
-
-
-def _figures(row):
-    """A history entry's validation figures as text."""
-    more = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
-    parts = [f", {name} {row[key]:.4f}" for key, name in more.items() if key in row]
-    for name, found in row.get("others", {}).items():
-        auroc = found.get("held_out_auroc")
-        parts += [] if auroc is None else [f", {name} AUROC {auroc:.4f}"]
-    return f"val loss {row['val_loss']:.4f}" + "".join(parts)

@@ -6,7 +6,7 @@ from models import Ensemble
 from run import Run, find_runs
 
 SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
-SAME = ("img_size", "resize", "normalise", "classes", "input", "lungs_sha256", "reads_lungs")
+SAME = ("img_size", "resize", "normalise", "classes", "input")
 
 
 def make_ensemble(folders, out, overwrite):
@@ -23,7 +23,12 @@ def make_ensemble(folders, out, overwrite):
     for other in runs:
         if other.kind not in SINGLE:
             raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
-        differ = [n for n in SAME if getattr(other.config, n) != getattr(first.config, n)]
+        differ = [
+            f"--{n.replace('_', '-')}" for n in SAME if getattr(other.config, n) != getattr(first.config, n)
+        ]
+        differ += (
+            ["--lungs"] if len({r.config.lungs_sha256 for r in runs if r.config.needs_lungs}) > 1 else []
+        )
         differ += (
             ["split"]
             if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]
@@ -32,6 +37,9 @@ def make_ensemble(folders, out, overwrite):
         if differ:
             raise InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
     results = [r.results for r in runs]
+    data = next((r for r in runs if r.config.reads_lungs), first).results[
+        "data"
+    ]  # masks where one needs them
     model = Ensemble(
         [r["model_config"] for r in results],
         [r["mean"] for r in results],
@@ -44,7 +52,8 @@ def make_ensemble(folders, out, overwrite):
         run,
         model,
         {
-            **{k: results[0][k] for k in ("data", "split", "input_range", "synthetic") if k in results[0]},
+            "data": data,
+            **{k: results[0][k] for k in ("split", "input_range", "synthetic") if k in results[0]},
             "model": "ensemble",
             "model_config": {"kind": model.kind, **model.config},
             "members": [

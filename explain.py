@@ -59,6 +59,8 @@ class Explainer:
         depth = min((len(stem.blocks) for stem in stems), default=None)
         if depth is not None and not -depth <= layer < depth:
             raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
+        if depth is None and layer != -1:
+            raise common.InputError(f"--layer {layer}: of a CNN the last feature map is meant; leave it out")
         if not maps.explainable(model, "rollout"):  # of a hybrid no token of the stem collects what is read
             self.methods = [method for method in methods if method != "rollout"]
             if not self.methods:
@@ -236,7 +238,7 @@ def explain_files(explainer, paths, source):
         whole = ~lungs.plausible(lung_masks.unpack(masks)) if finder else np.zeros(len(files), bool)
         outlines = explainer.lung_masks(subset, rows, source)
         for i, (name, score) in enumerate(zip(picture_names(files), explainer.scores(subset))):
-            file, note = files[i], ["no lungs found: shown as it is"] if whole[i] else []
+            file, note = files[i], [lung_masks.not_found(config)] if whole[i] else []
             row = explainer.row(file, explainer.shown(subset, [i]), score, outlines[i], *note)
             path = explainer.draw(name, [row])
             print("; ".join([f"{file}: wrote {path}", *note]), flush=True)

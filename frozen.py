@@ -95,6 +95,8 @@ def say_stage(model, stage, backbone_lr_scale=1.0):
     count = sum(p.numel() for p in part.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     rate = f"lr {stage.lr:.1e}"
-    rate += f", below the head {stage.lr * backbone_lr_scale:.1e}" if backbone_lr_scale != 1 else ""
+    if stage.trains == "all" and backbone_lr_scale != 1:
+        part = "of the stem" if hasattr(model, "stem") else "below the head"
+        rate += f", {part} {stage.lr * backbone_lr_scale:.1e}"
     what = {"head": "the head alone", "neck": "all but the stem", "all": "everything"}[stage.trains]
     say(f"stage: {what}, {stage.epochs} epochs, {count:,} of {total:,} parameters, {rate}")

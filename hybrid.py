@@ -1,6 +1,8 @@
 """The two-lung hybrid: a plain ViT as stem, and on its feature map a small transformer that reads the left
 and the right half of the chest and lets one learnt query attend to both."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,16 +15,20 @@ SIDE = 56  # of the feature map that is cut and pooled
 NARROWEST = 0.25  # the cut between the lungs stays this far from either edge, as a share of the width
 
 
+def found(masks):
+    """Whether the area of soft masks (B, 1, S, S) can be that of lungs: bool (B,)."""
+    area = masks.mean(dim=(1, 2, 3))
+    return (area > lungs.LEAST) & (area < lungs.MOST)
+
+
 def midlines(masks):
     """Where left and right are cut: soft masks of the lungs (B, 1, S, S) -> (B,), the mean x of each mask as
-    a share of the width; the middle where the area cannot be that of lungs."""
+    a share of the width; the middle where no lungs were found."""
     side = masks.shape[-1]
     at = (torch.arange(side, device=masks.device, dtype=masks.dtype) + 0.5) / side
     across = masks.sum(dim=(1, 2))  # (B, S)
     mean = (across * at).sum(1) / across.sum(1).clamp(min=1e-6)
-    area = masks.mean(dim=(1, 2, 3))
-    found = (area > lungs.LEAST) & (area < lungs.MOST)
-    return torch.where(found, mean.clamp(NARROWEST, 1 - NARROWEST), torch.full_like(mean, 0.5))
+    return torch.where(found(masks), mean.clamp(NARROWEST, 1 - NARROWEST), torch.full_like(mean, 0.5))
 
 
 def overlaps(low, high, count, side):
@@ -108,7 +114,8 @@ class Hybrid(nn.Module):
 
     `stem`: the keywords of its VisionTransformer; the others: see TwoLungs. In training two columns follow
     the logits: each image's segmentation loss, 0.5 binary cross-entropy + 0.5 (1 - soft Dice) at SIDE x SIDE
-    (0 without `segment`), and the attention that the query pays to other things than lungs, in [0, 1].
+    (0 without `segment`), and the attention that the query pays to other things than lungs, in [0, 1]; both
+    are 0 where no lungs were found, which does not say that there are none.
     """
 
     kind, in_chans, reads_lungs = "hybrid", 3, True
@@ -127,8 +134,8 @@ class Hybrid(nn.Module):
         super().__init__()
         if unknown := options.keys() - {"global_tokens", "segment"}:
             raise InputError(f"a hybrid has no option {', '.join(sorted(unknown))}")
-        if d_model % num_heads or d_model % 4:
-            raise InputError(f"d_model {d_model} is not divisible by num_heads {num_heads} and by 4")
+        if d_model % (step := math.lcm(4, num_heads)):
+            raise InputError(f"d_model {d_model} is not a multiple of {step}")
         shape = dict(d_model=d_model, token_grid=token_grid, depth=depth, num_heads=num_heads)
         shape |= dict(drop_rate=drop_rate, global_tokens=False, segment=False) | options
         self.config = dict(stem=stem, num_classes=num_classes, **shape)
@@ -170,7 +177,8 @@ class Hybrid(nn.Module):
                 return logits
             off = 1 - (attention.float() * share.float()).sum(1)
             lost = self._segmentation(large, x[:, 3:]) if self.neck.segment else torch.zeros_like(off)
-            return torch.cat([logits, torch.stack([lost, off], 1)], dim=1)
+            more = torch.stack([lost, off], 1) * found(x[:, 3:]).unsqueeze(1)
+            return torch.cat([logits, more], dim=1)
 
     def _segmentation(self, large, masks):
         """The segmentation loss of every image, (B,)."""

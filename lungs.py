@@ -95,16 +95,15 @@ class LungNet(nn.Module):
 def load_net(path):
     """LungNet with the weights in a .safetensors file, float32, in eval mode. InputError if it is no such
     file."""
-    state = {name: value.float() for name, value in load_safetensors(path).items()}
+    state, widths = {name: value.float() for name, value in load_safetensors(path).items()}, []
     try:
         widths = [state[n].shape[0] for n in sorted(state) if re.fullmatch(r"down\.\d\.0\.weight", n)]
         with torch.device("meta"):
             net = LungNet(tuple(widths))
         net.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{path} does not hold the U-Net of train_lungs.py: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200] if widths else "other names of tensors"
+        raise InputError(f"{path} does not hold the U-Net of train_lungs.py: {reason}") from None
     return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # faster on a CPU
 
 

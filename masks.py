@@ -147,6 +147,13 @@ def finder_of(config, device="cpu"):
     return Finder(config.lungs, device)
 
 
+def not_found(config):
+    """What happens to an image without plausible lungs in a run with this DataConfig, as text."""
+    fate = ["the whole image was used"] if config.input != "full" else []
+    fate += ["left and right were cut in the middle"] if config.reads_lungs else []
+    return f"no lungs found: {' and '.join(fate)}"
+
+
 def open_source(source, side, files=(), what=""):
     """A source as a function (images uint8 [B, side, side], their names) -> masks bool [B, side, side].
 

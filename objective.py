@@ -76,8 +76,9 @@ class Supervised:
         return {f"{side}_auroc": auroc, f"{side}_accuracy": float(right.mean()) if len(right) else None}
 
     def merit(self, row):
-        """What the best epoch has most of."""
-        return -row["val_loss"] if self.watched == "loss" else row[f"val_{self.watched}"]
+        """What the best epoch has most of, rounded: figures that rounding errors alone tell apart are equal,
+        and then the earlier epoch is kept."""
+        return round(-row["val_loss"] if self.watched == "loss" else row[f"val_{self.watched}"], 9)
 
 
 class Reconstruction:

@@ -28,18 +28,20 @@ def plateau_factor(merits):
 
 
 def rate_scales(model, backbone=1.0, layer_decay=1.0):
-    """{parameter name: factor of its learning rate}: for the head 1; for everything else `backbone` times
-    layer_decay ** d, d layers below the head (Clark et al. 2020, arXiv:2003.10555; Bao et al. 2022,
-    arXiv:2106.08254).
+    """{parameter name: factor of its learning rate}: layer_decay ** d, d layers below the head (Clark et al.
+    2020, arXiv:2003.10555; Bao et al. 2022, arXiv:2106.08254), times `backbone` for all but the head and,
+    where model.stem is what came pretrained, the other parts above that.
 
     A parameter outside model.layers() belongs to the last layer below the head if it is a norm's, else to the
     first: [CLS], positions."""
     layers = [module for _, module in model.layers()]
     depth = {id(p): i for i, module in enumerate(layers) for p in module.parameters()}
     top, scales = len(layers) - 1, {}
+    stem = {id(p) for p in getattr(model, "stem", model).parameters()}
     for name, p in model.named_parameters():
         layer = depth.get(id(p), max(0, top - 1) if name.startswith("norm.") else 0)
-        scales[name] = 1.0 if layer == top else backbone * layer_decay ** (top - layer)
+        pretrained = layer < top and id(p) in stem
+        scales[name] = (backbone if pretrained else 1.0) * layer_decay ** (top - layer)
     return scales
 
 

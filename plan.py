@@ -1,5 +1,7 @@
 """From a checked command line to a trained run: what a training script needs beside its model."""
 
+import signal
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,13 +14,14 @@ import demo
 import recipe as recipes
 import sources
 from augment import Augment, RandAugment
-from common import FORMAT, InputError, command_line, say, tell
+from common import FORMAT, InputError, Interrupted, command_line, say, tell
 from device import (
     device_name,
     fast_bf16,
     first_process_first,
     join_processes,
     pick_device,
+    processes,
     seed_everything,
     versions,
 )
@@ -55,11 +58,28 @@ class Plan:
         return RandAugment(*map(int, more.split(",")))(x) if more else x
 
 
+def check_folder(folder):
+    """InputError if a folder cannot be made or written to; none is left behind."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to: {error.strerror}") from None
+    finally:
+        for p in new:
+            if p.exists():
+                p.rmdir()
+
+
 def run_from_args(args, suffix=""):
     """The Run to write; refuses, before any work is done, to overwrite one silently (InputError)."""
     folder = Path((args.out or args.default_out + ("-demo" if args.demo else "")) + suffix)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
+    if not processes()[0]:
+        check_folder(folder)
     run = Run(folder)
     if args.resume:
         if not (folder / "last.pth").exists() and not suffix:
@@ -95,6 +115,9 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     by_source = recipe.balance.startswith("sources")
     unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
     if (unclear == "--labels" or config.also_unlabelled) and not by_source:
+        if recipe.balance == parser.get_default("balance") == "both":  # not asked for by the user
+            say(f"note: --balance weights, as with {unclear} no image has one class to be sampled by")
+            recipe = replace(recipe, balance="weights")
         if recipe.balance not in ("weights", "none"):
             raise InputError(
                 f"--balance {recipe.balance} needs one class an image; "
@@ -139,8 +162,9 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
     how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)
     if AUTO in (mean, std):
         found = data.statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
+        used = [f"{n} {f:.4f}" for n, given, f in zip(("mean", "std"), (mean, std), found) if given == AUTO]
         mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
-        tell(f"training pixels: mean {found[0]:.4f}, std {found[1]:.4f}")
+        tell(f"training pixels: {', '.join(used)}")
     inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
     if objective is None:
         weights = None
@@ -169,10 +193,16 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
         f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
     )
     started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta, teacher)
+    if check := getattr(model, "check_training", None):
+        check(plan.config.img_size, min(2, loop.smallest(train_set)))
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
             how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.change)
-            loss, outputs = fit_head(model, train_set, stage, **how)
+            try:
+                loss, outputs = fit_head(model, train_set, stage, **how)
+            except KeyboardInterrupt:
+                text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
+                raise Interrupted(text, signal.SIGINT) from None
             loop.state["head_seconds"] = time.perf_counter() - started
             if not recipe.epochs:
                 loop.keep_head(loss, outputs, stage)

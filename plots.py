@@ -83,11 +83,14 @@ def finish(figure, axes, legend=True):
 
 def draw_training(entries):
     """Loss and AUROC (or accuracy, if that was watched) per epoch, training beside validation; a dot marks
-    the epoch that was kept. Runs that did not record a figure have no line for it."""
+    the epoch that was kept. Runs that did not record a figure have no line for it. What a hybrid or a teacher
+    adds to the loss is in that of training alone."""
     names = [label(e.name, 110) for e in entries]
     accuracy = all(e.results["recipe"].get("watch") == "accuracy" for e in entries)
     figure_name, word = ("accuracy", "accuracy") if accuracy else ("auroc", "AUROC")
-    keys = {"train_loss": "training loss", "val_loss": "validation loss"}
+    more = any(e.results["recipe"].get(k) for e in entries for k in ("seg_weight", "attention_weight"))
+    more = more or any("teacher" in e.results for e in entries)
+    keys = {"train_loss": "training loss" + " with all its terms" * more, "val_loss": "validation loss"}
     keys |= {f"train_{figure_name}": f"training {word}", f"val_{figure_name}": f"validation {word}"}
     figure, axes = panels(4, 4.6, 3.2, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):

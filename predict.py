@@ -98,10 +98,7 @@ class Scorer:
         self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
         self.reference, self.batch = run.reference("tta" if tta else ""), shift.Batch()
         self.finder = lung_masks.finder_of(self.config, device)
-        cut = self.config.input == "full"  # a model that is given the lungs beside the whole image
-        self.without_lungs = "no lungs found: " + (
-            "left and right were cut in the middle" if cut else "the whole image was used"
-        )
+        self.without_lungs = lung_masks.not_found(self.config)
         self.model.to(device)
 
     @torch.inference_mode()

@@ -49,7 +49,9 @@ class Recipe:
         SCHEDULES,
     )
     min_lr: float = 0.0  # where cosine ends
-    backbone_lr_scale: float = flag(1.0, "learning rate of all but the head, times this", RATE, "X")
+    backbone_lr_scale: float = flag(
+        1.0, "learning rate of all but the head and a hybrid's neck, times this", RATE, "X"
+    )
     layer_decay: float = flag(
         1.0,
         "learning rate of each layer, as a share of the next one's, in (0, 1]",
@@ -62,7 +64,12 @@ class Recipe:
         "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
     )
     stop_on: str = "best"  # what patience waits for: a new best epoch, or a lower validation "loss"
-    patience: int = flag(5, "stop after N epochs without a better one", COUNT, "N")
+    patience: int = flag(
+        5,
+        "stop after N epochs without a better one (of train_cnn.py: without a lower validation loss)",
+        COUNT,
+        "N",
+    )
     max_steps: int = flag(
         None,
         "stop after this many steps (those of --freeze-epochs are not counted)",
@@ -262,10 +269,18 @@ def differences(old, new):
                 ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
                 if name in old[key] and not ignored:
                     before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
-                    found += [] if before == now else [f"{key}.{name}: was {before!r}, now {now!r}"]
+                    found += (
+                        [] if before == now else [f"{key}.{name}: was {_short(before)}, now {_short(now)}"]
+                    )
         elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
             found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
     return found
+
+
+def _short(value):
+    """A value as text, of a checksum its beginning."""
+    checksum = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]!r}..." if checksum else repr(value)
 
 
 def _same_proof(old, new):

@@ -308,14 +308,19 @@ def method_rows(entries, standard, prevalence, rule):
     """The rows that every task has."""
     first = entries[0]
     drawn = " (SYNTHETIC drawings, not patients)" if first.synthetic else ""
-    figures = {"auroc": "best validation AUROC", "loss": "least validation loss", "accuracy": "best accuracy"}
+    figures = {
+        "auroc": "best validation AUROC",
+        "loss": "least validation loss",
+        "accuracy": "best validation accuracy",
+    }
     seen, watched = [], []
     for e in entries:
         d = e.results["data"]
         shown = d.get("input", "full")
         shown = "" if shown == "full" else f", --input {shown} by {d['lungs']}"
         exposure = d.get("normalise", "none")
-        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}")
+        beside = f", beside them the lungs by {d['lungs']}" if d.get("reads_lungs") else ""
+        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}{beside}")
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}
     others = ", ".join(f"{k} images of {n}" for n, k in also.items())

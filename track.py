@@ -9,6 +9,7 @@ RUN/track.json keeps by what name each tracker knows the run, so that --resume a
 same one.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -34,7 +35,7 @@ def add_track_argument(group):
 
 # Each is opened with (run, known): known is what `reference` gave the last time, or None. `parameters` takes
 # {name: text or number}, `figures` {name: float} and the epoch, or None for figures of the whole run;
-# `picture` a name and the path of a PNG.
+# `picture` a name and the path of a PNG. `fail`, if it has that, is told that the run is followed no more.
 
 
 class TensorBoard:
@@ -89,19 +90,27 @@ class MLflow:
         experiment = found.experiment_id if found else self.client.create_experiment(PROJECT, **place)
         self.reference = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
 
+    @staticmethod
+    def _name(name):
+        """A name of the few characters that MLflow allows."""
+        return "".join(c if c.isalnum() or c in "_-. /" else "-" for c in name)[:250]
+
     def parameters(self, values):
-        if self.new:  # MLflow lets no parameter change
-            self.client.log_batch(self.reference, params=[self.param(k, str(v)) for k, v in values.items()])
+        named = {self._name(k): str(v) for k, v in values.items()}
+        params = [self.param(k, v) for k, v in named.items()] if self.new else []  # it lets none change
+        for i in range(0, len(params), 100):  # as many as it takes at once
+            self.client.log_batch(self.reference, params=params[i : i + 100])
 
     def figures(self, values, epoch):
-        now, metrics = int(time.time() * 1000), []
-        for name, value in values.items():  # MLflow allows few characters in names
-            name = "".join(c if c.isalnum() or c in "_-. /" else "-" for c in name)
-            metrics.append(self.metric(name, value, now, epoch or 0))
+        now, named = int(time.time() * 1000), {self._name(k): v for k, v in values.items()}
+        metrics = [self.metric(name, value, now, epoch or 0) for name, value in named.items()]
         self.client.log_batch(self.reference, metrics=metrics)
 
     def picture(self, name, path):
         self.client.log_artifact(self.reference, path)
+
+    def fail(self):
+        self.client.set_terminated(self.reference, "FAILED")
 
     def close(self):
         self.client.set_terminated(self.reference)
@@ -161,7 +170,9 @@ class Tracker:
         try:
             action(*values)
         except Exception as error:  # whatever goes wrong in there, the run matters more
-            self.open.pop(name, None)
+            failed = self.open.pop(name, None)
+            with contextlib.suppress(Exception):  # it cannot fail more than it has
+                getattr(failed, "fail", lambda: None)()
             reason = "the package is not here" if isinstance(error, ImportError) else type(error).__name__
             detail = " ".join(str(error).split())[:200]
             say(f"note: --track {name}: {reason} ({detail}); the run goes on without it")

@@ -37,7 +37,7 @@ BATCH = {"convnextv2_base": 16, "tf_efficientnetv2_m": 16, "tf_efficientnetv2_l"
 
 def defaults(name):
     """The Defaults for a model of timm."""
-    common_part = {**TWO_STAGES, "batch_size": BATCH.get(name, 32)}
+    common_part = {**TWO_STAGES, "batch_size": BATCH.get(name.partition(".")[0], 32)}
     return recipe.Defaults(
         out="outputs/cnn",
         recipes={

@@ -14,6 +14,7 @@ import npz_loader
 import plan
 import recipe
 from hybrid import Hybrid
+from models import LIMITS
 
 # The settings of earlier work on this set, its learning rate halved when validation AUROC stands still. The
 # default is shorter, under the augmentation of ViT-Ti/16; the two were not compared.
@@ -43,13 +44,14 @@ def add_model_arguments(parser):
     group.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
     inputs.add_scaling_arguments(group)
     sizes = dict(
-        d_model=(192, "channels behind the stem, a multiple of 12"),
+        d_model=(192, "channels behind the stem, a multiple of 4"),
         token_grid=(4, "tokens a side of each lung's part"),
         depth=(2, "blocks that read each part"),
     )
     for name, (usual, text) in sizes.items():
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=common.COUNT, default=usual, metavar="N", help=text)
+        kind = common.Number(int, 1, LIMITS[name])
+        group.add_argument(flag, type=kind, default=usual, metavar="N", help=text)
     text = "let the query read the tokens of the whole map too"
     group.add_argument("--global-tokens", action="store_true", help=text)
 

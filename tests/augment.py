@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import augment
 import demo
 import images
 import inputs
-from common import InputError
+from common import InputError, Parser
 from index import list_images, patient_id
 from tests.shared import NONE, folder_bytes, picture_batch, touch
 
@@ -461,5 +462,9 @@ def test_randaugment_moves_masks_and_changes_nothing_else_of_them():
 def test_randaugment_flag():
     assert augment.parse_randaugment("2,9") == "2,9" and augment.parse_randaugment("") == ""
     for text in ("2", "2,", "0,9", "2,31", "a,9", "2,9,1", "-1,9", "2, 9", "15,1"):
-        with pytest.raises(InputError, match="--randaugment"):
+        with pytest.raises(ArgumentTypeError, match="give N,M"):
             augment.parse_randaugment(text)
+    parser = Parser(None)
+    parser.add_argument("--randaugment", type=augment.parse_randaugment)
+    with pytest.raises(InputError, match="--randaugment: '2,31': give N,M"):  # its own words reach the user
+        parser.parse_args(["--randaugment", "2,31"])

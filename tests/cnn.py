@@ -53,6 +53,11 @@ def test_weights_of_a_file_reach_the_model(body):
     model = cnn.Cnn(NAME).eval()
     report = cnn.load_weights(model, path)
     assert set(report["dropped"]) == {"classifier.weight", "classifier.bias"}
+    torch.save(model.state_dict(), path.with_name("own.pth"))  # a checkpoint of train_cnn.py is weights, too
+    other = cnn.Cnn(NAME, num_classes=5)
+    report = cnn.load_weights(other, path.with_name("own.pth"))
+    assert all(torch.equal(v, other.body.state_dict()[n]) for n, v in model.body.state_dict().items())
+    assert all(name.startswith("head.") for name in report["dropped"]) and len(report["dropped"]) == 6
     assert sorted(report["loaded"]) == sorted(model.body.state_dict())
     seen = []
     model.tap.register_forward_hook(lambda module, given, out: seen.append(out))
@@ -64,7 +69,7 @@ def test_weights_of_a_file_reach_the_model(body):
     again.load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "NaN", "other", "text"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "NaN", "other", "text", "npz"])
 def test_wrong_cnn_weights_are_refused(body, tmp_path, change):
     state = {n: v.clone() for n, v in body[0].state_dict().items()}
     first = "conv_stem.weight"
@@ -78,7 +83,7 @@ def test_wrong_cnn_weights_are_refused(body, tmp_path, change):
         state[first][0, 0, 0, 0] = float("nan")
     elif change == "other":
         state = timm.create_model("resnet10t").state_dict()
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / ("w.safetensors.npz" if change == "npz" else "w.safetensors")
     if change == "text":
         path.write_text("no weights")
     else:
@@ -95,9 +100,33 @@ def test_names_that_are_no_cnn():
         cnn.Cnn("resnet5O")
     with pytest.raises(InputError, match="vit_tiny_patch16_224"):
         cnn.Cnn("vit_tiny_patch16_224")
-    for name in (3, None, "x" * 300):
+    with pytest.raises(InputError, match="swin.* is no CNN"):
+        cnn.Cnn("swin_tiny_patch4_window7_224")
+    for name in (3, None, "x" * 300, "hf-hub:someone/something"):
         with pytest.raises(InputError, match="timm knows no model"):
             cnn.Cnn(name)
+
+
+def test_names_with_a_tag():
+    """NAME.TAG names weights of timm's; a tag that does not exist is an error."""
+    assert cnn.Cnn("resnet18.a1_in1k").config["name"] == "resnet18.a1_in1k"
+    assert (cnn.usual_size("resnet18.a1_in1k"), cnn.usual_size("resnet18")) == (224, 224)
+    for ask in (cnn.Cnn, cnn.usual_size):
+        with pytest.raises(InputError, match="nonsense"):
+            ask("resnet18.nonsense")
+
+
+def test_what_a_cnn_cannot_train_on():
+    """Too small an image, or a step of one image where BatchNorm sees one value a channel."""
+    model = cnn.Cnn("resnet10t")
+    before = copy.deepcopy(model.state_dict())
+    model.check_training(64, 1)
+    model.check_training(32, 2)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    with pytest.raises(InputError, match="a training step of one image.*--batch-size"):
+        model.check_training(32, 1)
+    with pytest.raises(InputError, match="images of 16 px.*--img-size"):
+        cnn.Cnn("densenet121").check_training(16, 2)
 
 
 def test_without_timm_there_is_one_clear_line(monkeypatch):
@@ -194,7 +223,11 @@ def test_cnn_from_training_to_prediction(flags, body, synthetic, tmp_path):
     succeed("explain", "--run", "outputs/cnn", "--tests", 2, cwd=tmp_path)
     assert "gradcam" in read_json(tmp_path, "outputs/cnn/explain/explain.json")
     refused(cli("explain", "--run", "outputs/cnn", "--method", "rollout", cwd=tmp_path), "no attention")
+    refused(cli("explain", "--run", "outputs/cnn", "--layer", 3, cwd=tmp_path), "--layer 3", "leave it out")
     refused(cli("train_cnn", *flags, "--model", "resnet5O", "--out", "o", cwd=tmp_path), "did you mean")
+    one = ("--model", "resnet10t", "--batch-size", 1, "--out", "o")
+    refused(cli("train_cnn", *flags, *one, cwd=tmp_path), "step of one image", "--batch-size")
+    assert not (tmp_path / "o").exists()
 
 
 def test_recipes_of_cnns_have_batch_sizes_of_their_own():

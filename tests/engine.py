@@ -366,6 +366,13 @@ def test_best_epoch_and_patience(tmp_path):
     assert same_tensors(kept, states[1]) and not same_tensors(kept, states[3])
 
 
+def test_figures_that_rounding_tells_apart_are_equal():
+    """Two sums of the same AUROC in another order; an image more or less is seen."""
+    merit = Supervised(Task()).merit
+    assert merit({"val_auroc": 0.8472222222222223}) == merit({"val_auroc": 0.8472222222222222})
+    assert merit({"val_auroc": 0.8472223}) > merit({"val_auroc": 0.8472222})
+
+
 def test_patience_can_wait_for_the_loss(tmp_path, monkeypatch):
     """The AUROC gets better in every epoch, the loss only until the second: two more end the run."""
     losses, aurocs = iter([0.5, 0.4, 0.45, 0.42, 0.3, 0.2]), iter([0.6, 0.7, 0.8, 0.9, 0.95, 0.99])

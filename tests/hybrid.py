@@ -124,6 +124,9 @@ def test_lung_losses_by_hand():
     assert torch.allclose(model._segmentation(large, masks), expected, atol=1e-5)
     assert torch.allclose(out[:, 2], model._segmentation(large, x[:, 3:]), atol=1e-5)
     assert made().train()(x)[:, 2].tolist() == [0.0] * 4
+    x[1, 3], x[2, 3] = 0, 1  # no lungs were found there
+    without = model(x)[:, 2:]
+    assert (without[[1, 2]] == 0).all() and (without[[0, 3]] > 0).all()
 
 
 def test_the_two_losses_come_on_top():
@@ -252,7 +255,21 @@ def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     single = [np.load(hybrids / one / "scores.npz", allow_pickle=False)["test_p1"] for one in both]
     expected = sorted(np.mean(single, axis=0))
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(expected, abs=1e-6)
-    assert "hybrid" in succeed("compare", cwd=hybrids).out
+    assert "beside them the lungs by lung_unet.safetensors; pixels" in succeed("compare", cwd=hybrids).out
+
+
+def test_an_ensemble_of_a_hybrid_and_a_model_without_lungs(hybrids, flags, synthetic):
+    """The mean of the two, whichever is named first: masks are found because one of them needs them."""
+    argv = ("train_linear", *flags, "--out", "plain/linear")
+    succeed(*argv, cwd=hybrids)
+    succeed("calibrate", "--run", "plain/linear", "--min-recall", 0.9, cwd=hybrids)
+    two = ("plain/linear", "outputs/hybrid-seed0")
+    succeed("calibrate", "--ensemble", *two, "--out", "plain/both", "--min-recall", 0.9, cwd=hybrids)
+    single = [np.load(hybrids / one / "scores.npz", allow_pickle=False)["test_p1"] for one in two]
+    rows = predict_rows(hybrids, "--run", "plain/both", synthetic / "test")
+    assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(
+        sorted(np.mean(single, axis=0)), abs=1e-6
+    )
 
 
 def cut_in_the_middle(folder, synthetic, tmp_path):
@@ -274,6 +291,7 @@ def test_onnx_has_the_lungs_inside(hybrids):
 
 def test_wrong_input_to_the_hybrid(flags, tiny_npz, tmp_path):
     argv = ("train_hybrid", *flags[:4], "--weights", tiny_npz)
+    refused(cli(*argv, "--depth", 300, cwd=tmp_path), "--depth", "[1, 256]")  # as a run folder may hold
     refused(cli(*argv, "--img-size", 40, cwd=tmp_path), "40x40", "patch size 16", "take")
     refused(cli(*argv, "--img-size", 32, "--d-model", 30, cwd=tmp_path), "d_model 30")
     refused(cli("train_hybrid", *flags, "--weights", "nowhere.npz", cwd=tmp_path), "nowhere.npz")

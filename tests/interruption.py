@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+import plan
 from tests.shared import REPO, cli, load_pth, popen, read_json, refused, same_tensors, strip_time, succeed
 
 LONG = ["--epochs", 4, "--batch-size", 4, "--patience", 9, "--no-amp", "--device", "cpu"]
@@ -56,6 +57,23 @@ def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, script
     found, expected = read_json(run, "results.json"), read_json(reference, "results.json")
     assert strip_time(found["history"]) == strip_time(expected["history"]) and len(found["history"]) == 4
     assert found["best_epoch"] == expected["best_epoch"] and found["finished"]
+
+
+def test_a_stop_while_the_head_is_trained_says_that_nothing_is_saved(flags, tiny_npz, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "fit_head", stopped)
+    done = cli("train_pretrained", *flags, "--weights", tiny_npz, cwd=tmp_path)
+    assert done.code == 130 and "nothing is saved yet" in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli("train_scratch", *flags, "--out", "file/run", cwd=tmp_path)
+    refused(done, "--out file/run cannot be written to")
+    assert done.out == "" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_whole_chain_as_processes(flags, tmp_path):

@@ -341,7 +341,9 @@ def test_predict_notes_images_without_lungs(looks, tmp_path):
     (row,) = predict_rows(looks, "--run", looks / "outputs/linear", tmp_path / "blank.png")
     assert "no lungs found: the whole image was used" in row["note"] and row["p_pneumonia"]
     done = succeed("explain", tmp_path / "blank.png", "--run", "outputs/scratch", cwd=looks)
-    assert "blank.png; no lungs found: shown as it is" in done.out.replace("explain/blank.png", "blank.png")
+    assert "blank.png; no lungs found: the whole image was used" in done.out.replace(
+        "explain/blank.png", "blank.png"
+    )
 
 
 def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):

@@ -85,7 +85,7 @@ def test_classes_in_the_report(folders):
         "| Class | Images | Precision | Recall | F1 | → Normal | → Round One | → Square |",
         "patients unknown, so images of one patient may be on both sides",
         "Logistic regression 32x32 px minus ViT scratch",
-        "best accuracy",
+        "best validation accuracy",
     ):
         assert words in report
     assert "whole patients" not in report
@@ -97,6 +97,27 @@ def test_classes_in_the_report(folders):
     assert [r["Model"] for r in rows[:3]] == [
         f"Logistic regression 32x32 px, {n} @Rec" for n in ("any disease", "Round One", "Square")
     ]
+
+
+def test_a_hybrid_is_asked_for_findings(findings, tiny_npz):
+    """Its default draws classes alike, which findings have none of: it says so, and weighs them."""
+    argv = (
+        "--data-dir",
+        "set",
+        "--labels",
+        "labels.csv",
+        "--fractions",
+        0.4,
+        0.3,
+        0.3,
+        "--weights",
+        tiny_npz,
+    )
+    done = succeed("train_hybrid", *argv, *TINY, "--max-steps", 1, "--out", "hybrid", cwd=findings[0])
+    assert "note: --balance weights" in done.err
+    assert read_json(findings[0], "hybrid/results.json")["recipe"]["balance"] == "weights"
+    asked = ("--balance", "sampler", "--out", "o")
+    refused(cli("train_hybrid", *argv, *TINY, *asked, cwd=findings[0]), "--balance sampler needs one class")
 
 
 def test_findings_in_the_report(findings):

@@ -152,6 +152,37 @@ def test_a_server_that_is_down_costs_a_note(tmp_path, monkeypatch, capsys):
     assert "--track mlflow:" in capsys.readouterr().err and time.monotonic() - started < 60
 
 
+def test_mlflow_gets_names_it_allows(tmp_path, capsys):
+    """Classes of any name, and more parameters than it takes at once."""
+    mlflow = pytest.importorskip("mlflow")
+    counts = {"Pneumonia (viral, mild)": 3, **{f"class {i}": i for i in range(150)}}
+    run = Run(tmp_path / "outputs/scratch")
+    tracker = track.Tracker(["mlflow"], run)
+    tracker.begin({"split": {"train": counts}})
+    tracker.close()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns/mlflow.db")
+    found = client.get_run(run.tracked()["mlflow"])
+    assert found.data.params["split.train.Pneumonia -viral- mild-"] == "3"
+    assert found.data.params["split.train.class 149"] == "149" and found.info.status == "FINISHED"
+    assert "note" not in capsys.readouterr().err
+
+
+def test_a_run_that_mlflow_loses_is_marked(tmp_path, monkeypatch, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    run = Run(tmp_path / "outputs/scratch")
+    tracker = track.Tracker(["mlflow"], run)
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(tracker.open["mlflow"].client, "log_batch", refuse)
+    tracker.begin(META)
+    tracker.close()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns/mlflow.db")
+    assert client.get_run(run.tracked()["mlflow"]).info.status == "FAILED"
+    assert "RuntimeError (no)" in capsys.readouterr().err
+
+
 def test_damaged_reference(tmp_path):
     (tmp_path / "track.json").write_text('{"mlflow": 3}')
     with pytest.raises(InputError, match="track.json is damaged"):
