@@ -215,7 +215,7 @@ def temperature_limit(temperature):
     if temperature < LEAST * 1.001:
         return "as low as it is sought: the logits separate the classes"
     if temperature > MOST / 1.001:
-        return "as high as it is sought: the logits tell nothing"
+        return "as high as it is sought: equal probabilities for all would do as well"
     return ""
 
 
