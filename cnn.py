@@ -30,6 +30,7 @@ class Cnn(nn.Module):
 
     kind = "cnn"
     in_chans = 3
+    layout = torch.channels_last  # of what it reads, see `features`
 
     def __init__(self, name, num_classes=2, drop_path_rate=0.0):
         super().__init__()
@@ -70,7 +71,7 @@ class Cnn(nn.Module):
     def features(self, x):
         """Images (B, 3, H, W) -> what the head reads, the last feature map as timm pools it: (B, D)."""
         if x.device.type != "mps":  # there unproven; elsewhere this layout is faster, see BENCHMARK.md
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self.layout)
         return self.body.forward_head(self.tap(self.body.forward_features(x)))
 
     def check_training(self, side, images):

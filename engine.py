@@ -142,6 +142,8 @@ class Loop:
     def _share(self):
         """The model as it is trained, shared by all processes."""
         ids = [self.device] if self.device.type == "cuda" else None
+        if self.number > 1 and (layout := getattr(self.model, "layout", None)):
+            self.model.to(memory_format=layout)  # that of its gradients, or DistributedDataParallel warns
         self.net = DistributedDataParallel(self.model, ids) if self.number > 1 else self.model
 
     def _enter_stage(self):
