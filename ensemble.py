@@ -6,7 +6,8 @@ from models import Ensemble
 from run import Run, find_runs
 
 SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
-SAME = ("img_size", "resize", "normalise", "classes", "input")
+SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "input": "--input"}
+SAME |= {"classes": "classes"}
 
 
 def make_ensemble(folders, out, overwrite):
@@ -19,32 +20,14 @@ def make_ensemble(folders, out, overwrite):
     run = Run(out)
     if run.begun and not overwrite:
         raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
-    first = runs[0]
-    for other in runs:
-        if other.kind not in SINGLE:
-            raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
-        differ = [
-            f"--{n.replace('_', '-')}" for n in SAME if getattr(other.config, n) != getattr(first.config, n)
-        ]
-        differ += (
-            ["--lungs"] if len({r.config.lungs_sha256 for r in runs if r.config.needs_lungs}) > 1 else []
-        )
-        differ += (
-            ["split"]
-            if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]
-            else []
-        )
-        if differ:
-            raise InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
+    check_members(runs)
     results = [r.results for r in runs]
-    data = next((r for r in runs if r.config.reads_lungs), first).results[
-        "data"
-    ]  # masks where one needs them
+    with_lungs = [r["data"] for r in results if r["data"].get("reads_lungs")]
     model = Ensemble(
         [r["model_config"] for r in results],
         [r["mean"] for r in results],
         [r["std"] for r in results],
-        sigmoid=first.task.kind == "sigmoid",
+        sigmoid=runs[0].task.kind == "sigmoid",
     )
     for member, r in zip(model.members, runs):
         member.load_state_dict(r.model().state_dict())
@@ -52,7 +35,7 @@ def make_ensemble(folders, out, overwrite):
         run,
         model,
         {
-            "data": data,
+            "data": (with_lungs or [results[0]["data"]])[0],  # masks are found where one member needs them
             **{k: results[0][k] for k in ("split", "input_range", "synthetic") if k in results[0]},
             "model": "ensemble",
             "model_config": {"kind": model.kind, **model.config},
@@ -70,3 +53,18 @@ def make_ensemble(folders, out, overwrite):
     )
     print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
     return run
+
+
+def check_members(runs):
+    """InputError unless every Run is a single classifier, and all saw the same images in the same form."""
+    first = runs[0]
+    for other in runs:
+        if other.kind not in SINGLE:
+            raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
+        differ = [name for k, name in SAME.items() if getattr(other.config, k) != getattr(first.config, k)]
+        if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]:
+            differ.append("split")
+        if differ:
+            raise InputError(f"--ensemble: {other} and {first} differ in {', '.join(differ)}")
+    if len({r.config.lungs_sha256 for r in runs if r.config.needs_lungs}) > 1:  # some may need none
+        raise InputError("--ensemble: the members differ in --lungs, so their masks are not the same")

@@ -158,23 +158,8 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
         if plan.recipe.teacher_features:
             teacher.show_features(model)
         more["teacher"] = teacher.about()
-    recipe, task = plan.recipe, plan.config.task
-    how = dict(normalise=plan.config.normalise, look=plan.config.input, reads_lungs=plan.config.reads_lungs)
-    if AUTO in (mean, std):
-        found = data.statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
-        used = [f"{n} {f:.4f}" for n, given, f in zip(("mean", "std"), (mean, std), found) if given == AUTO]
-        mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
-        tell(f"training pixels: {', '.join(used)}")
-    inputs = Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
-    if objective is None:
-        weights = None
-        if recipe.balance in ("weights", "both"):
-            weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
-        how = dict(focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0)
-        how |= dict(segmentation=recipe.seg_weight, attention=recipe.attention_weight)
-        objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, **how)
-        objective.columns(task.truth(val_set.targets))  # an error before training, not after an epoch of it
-        say_unwatched(task, val_set)
+    recipe, inputs = plan.recipe, scaled_inputs(plan, train_set, mean, std)
+    objective = objective or supervised(plan, train_set, val_set)
     meta = {
         "model": name,
         "model_config": {"kind": model.kind, **model.config},
@@ -182,8 +167,8 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
         "data": asdict(plan.config),
         "split": split,
         "seed": recipe.seed,
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(inputs.mean),
+        "std": list(inputs.std),
         "input_range": data.input_range(train_set),
         **more,
     }
@@ -209,6 +194,31 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
     if recipe.freeze_epochs and recipe.epochs:
         say_stage(model, recipe.stages[-1], recipe.backbone_lr_scale)
     return loop.fit(train_set, val_set, others)
+
+
+def scaled_inputs(plan, train_set, mean, std):
+    """The Inputs of `plan`; a `mean` or `std` that is AUTO becomes that of the training pixels."""
+    config = plan.config
+    how = dict(normalise=config.normalise, look=config.input, reads_lungs=config.reads_lungs)
+    if AUTO in (mean, std):
+        found = data.statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
+        used = [f"{n} {f:.4f}" for n, given, f in zip(("mean", "std"), (mean, std), found) if given == AUTO]
+        mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
+        tell(f"training pixels: {', '.join(used)}")
+    return Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
+
+
+def supervised(plan, train_set, val_set):
+    """The loss of the classes of the data. InputError, before training, where no AUROC can be watched."""
+    recipe, task, weights = plan.recipe, plan.config.task, None
+    if recipe.balance in ("weights", "both"):
+        weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
+    how = dict(focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0)
+    how |= dict(segmentation=recipe.seg_weight, attention=recipe.attention_weight)
+    objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, **how)
+    objective.columns(task.truth(val_set.targets))
+    say_unwatched(task, val_set)
+    return objective
 
 
 def say_unwatched(task, val):

@@ -1,5 +1,7 @@
 """Tests of hybrid and train_hybrid."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 import hybrid
 import models
 import npz_loader
-from common import InputError
+from common import InputError, write_json
 from inputs import Inputs
 from lungs import LEAST
 from objective import Supervised
@@ -265,6 +267,12 @@ def test_an_ensemble_of_a_hybrid_and_a_model_without_lungs(hybrids, flags, synth
     succeed("calibrate", "--run", "plain/linear", "--min-recall", 0.9, cwd=hybrids)
     two = ("plain/linear", "outputs/hybrid-seed0")
     succeed("calibrate", "--ensemble", *two, "--out", "plain/both", "--min-recall", 0.9, cwd=hybrids)
+    results = read_json(hybrids, "outputs/hybrid-seed1/results.json")
+    shutil.copytree(hybrids / "outputs/hybrid-seed1", hybrids / "plain/other")
+    results["data"]["lungs_sha256"] = "0" * 64
+    write_json(hybrids / "plain/other/results.json", results)
+    three = ("calibrate", "--ensemble", *two, "plain/other", "--out", "plain/three")
+    refused(cli(*three, cwd=hybrids), "differ in --lungs")
     single = [np.load(hybrids / one / "scores.npz", allow_pickle=False)["test_p1"] for one in two]
     rows = predict_rows(hybrids, "--run", "plain/both", synthetic / "test")
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(
