@@ -38,7 +38,10 @@ TI, DINO = "ViT-Ti_16-224.npz", "dinov2_vits14.safetensors"
 LITE = "tf_efficientnet_lite0.safetensors"
 PROBE = "--freeze-epochs 100 --epochs 0"
 TEACHER = "--teacher {out}/ti16-"
-RANDOM = "resnet50 densenet121 regnety_004 convnextv2_tiny tf_efficientnetv2_s".split()
+RANDOM = (
+    "resnet50 densenet121 regnety_004 regnety_006 convnextv2_tiny convnextv2_base tf_efficientnetv2_s "
+    "tf_efficientnetv2_m tf_efficientnetv2_l"
+).split()
 
 
 class Row(NamedTuple):
