@@ -87,8 +87,9 @@ def arms():
 
 
 def five():
-    """The arms with weights on five classes, one seed."""
-    return [
+    """The arms with weights on five classes, and the scratch arm; one seed."""
+    scratch = Row("five-scratch-default", "train_scratch", "--split published")
+    return [scratch] + [
         row._replace(name=f"five-{row.name}", flags=f"{row.flags} --split published", seeds=(0,))
         for row in arms()
         if row.weights and row.name != "stem-as-hybrid"
