@@ -75,10 +75,11 @@ class Cnn(nn.Module):
         return self.body.forward_head(self.tap(self.body.forward_features(x)))
 
     def check_training(self, side, images):
-        """InputError unless a training step can have `images` of side x side px; nothing is changed."""
+        """InputError unless a training step can have `images` of side x side px; nothing is changed, the
+        random state included."""
         body = copy.deepcopy(self.body).train()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # stochastic depth draws
                 body(torch.zeros(images, 3, side, side))
         except (RuntimeError, ValueError) as error:
             few = images == 1 and "more than 1 value per channel" in str(error)  # raised by BatchNorm

@@ -115,14 +115,14 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     by_source = recipe.balance.startswith("sources")
     unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
     if (unclear == "--labels" or config.also_unlabelled) and not by_source:
-        if recipe.balance == parser.get_default("balance") == "both":  # not asked for by the user
+        if recipe.balance not in ("weights", "none"):
+            if recipe.balance != parser.get_default("balance"):
+                raise InputError(
+                    f"--balance {recipe.balance} needs one class an image; "
+                    f"with {unclear}: weights, none, or sources"
+                )
             say(f"note: --balance weights, as with {unclear} no image has one class to be sampled by")
             recipe = replace(recipe, balance="weights")
-        if recipe.balance not in ("weights", "none"):
-            raise InputError(
-                f"--balance {recipe.balance} needs one class an image; "
-                f"with {unclear}: weights, none, or sources"
-            )
     if by_source and not config.also:
         raise InputError(f"--balance {recipe.balance} is for images of several hospitals: give --also DIR")
     if config.split in POOLED and recipe.balance == "undersample-once":  # test is balanced too

@@ -269,9 +269,8 @@ def differences(old, new):
                 ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
                 if name in old[key] and not ignored:
                     before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
-                    found += (
-                        [] if before == now else [f"{key}.{name}: was {_short(before)}, now {_short(now)}"]
-                    )
+                    if before != now:
+                        found.append(f"{key}.{name}: was {_short(before)}, now {_short(now)}")
         elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
             found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
     return found
