@@ -4,7 +4,6 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
-from augment import Mix
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
-from device import autocast, device_name, gather, processes, stop_requests, versions
-from frozen import predict, say_stage, total_weight
+from device import device_name, gather, processes, stop_requests, versions
+from frozen import predict, say_stage
+from gradient import Gradient
 from optimiser import learning_rate, parameter_groups, plateau_factor
 from recipe import THAWED, differences
 from split import epoch_order
@@ -36,16 +35,13 @@ class Loop:
 
     def __init__(self, model, objective, plan, inputs, meta, teacher=None):
         self.model, self.objective, self.plan, self.inputs, self.meta = model, objective, plan, inputs, meta
-        self.teacher = teacher
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
+        self.gradient = Gradient(objective, self.recipe, inputs, plan.change, teacher)
+        self.match = teacher and teacher.match  # what is trained beside the model
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
         self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
-        self.mix = (
-            Mix(self.recipe.mixup, self.recipe.cutmix) if self.recipe.mixup or self.recipe.cutmix else None
-        )
         self.frozen = None  # whether the stem of a hybrid is, known from the first epoch on
-        self.seen = []  # (positions, outputs) of the epoch's training images, on the device
 
     # ------------------------------------------------------------ start and resume
 
@@ -94,9 +90,8 @@ class Loop:
                     self.state["seconds"] = time.perf_counter() - started
                     self._save_last()
                     self._write(results)  # so that a new run does not overwrite it unasked
-                    raise self._interrupted(
-                        stop[0] if stop else signal.SIGTERM
-                    )  # none: another process was asked
+                    # none: another process was asked
+                    raise self._interrupted(stop[0] if stop else signal.SIGTERM)
                 self._end_epoch(train, val, results, started)
         results["finished"] = True
         self._write(results)
@@ -105,31 +100,22 @@ class Loop:
     def _order(self, epoch, train):
         return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
 
-    def smallest(self, train):
-        """How many images the smallest part of a step has, which a process sees at once; see `backward`."""
-        count, size = len(self._order(0, train)), self.recipe.batch_size
-        least = []
-        for step in (min(count, size), count % size or size):
-            for mine in (max(1, step // self.number), math.ceil(step / self.number)):
-                chunk = math.ceil(mine / self.recipe.accumulate)
-                least.append(mine % chunk or chunk)
-        return min(least)
+    def smallest_part(self, train):
+        """How many images of a step the network sees at least at once."""
+        return self.gradient.smallest_part(len(self._order(0, train)))
 
     def keep_head(self, loss, outputs, stage):
         """Take what `fit_head` returns for the only epoch there is: a linear probe."""
         self.state.update(step=1, loss_sum=loss, lr=stage.lr)
-        self.seen = [(torch.arange(len(outputs)), outputs)]
+        self.gradient.seen = [(torch.arange(len(outputs)), outputs)]
 
     def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
         recipe, model = self.recipe, self.model.to(self.device)
         self._share()
-        if self.rank:
-            torch.manual_seed(
-                recipe.seed + self.rank * 1_000_003
-            )  # other augmentations than the first process's
+        if self.rank:  # other augmentations than the first process's
+            torch.manual_seed(recipe.seed + self.rank * 1_000_003)
         groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
-        self.match = self.teacher and self.teacher.match
         groups += parameter_groups(self.match, recipe.weight_decay) if self.match else []
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
         self.average = (
@@ -180,9 +166,7 @@ class Loop:
             "history": self.state["history"],
             "minutes": self._minutes(),
         }
-        if (
-            not self.plan.resume
-        ):  # from now on the run can be resumed, and no other is begun in its folder unasked
+        if not self.plan.resume:  # from now on it can be, and no other is begun in its folder unasked
             self._write(results)
             self._save_last()
         return results
@@ -209,8 +193,7 @@ class Loop:
             if device_state is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(device_state, self.device)
             self.state = {**self.state, **last["state"]}
-            seen = last["seen"][self.rank] if "seen" in last else []
-            self.seen = [(index, outputs.to(self.device)) for index, outputs in seen]
+            self.gradient.put_back(last["seen"][self.rank] if "seen" in last else [])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--resume: {self.run.folder / 'last.pth'} is damaged ({reason})") from None
@@ -279,16 +262,12 @@ class Loop:
         self._enter_stage()
         self.net.train()
         order = torch.from_numpy(self._order(epoch, source.subset))
-        self.seen = self.seen if state["step"] else []
+        if not state["step"]:
+            self.gradient.seen = []
         batches = order.split(size)[: self.total - epoch * self.steps]
         look = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
-        running, pace, begin, seen, stopping = (
-            torch.zeros(2, device=self.device),
-            Pace(),
-            time.perf_counter(),
-            0,
-            0.0,
-        )
+        running, pace = torch.zeros(2, device=self.device), Pace()
+        begin, seen, stopping = time.perf_counter(), 0, 0.0
         name = f"epoch {epoch + 1}/{self.recipe.epochs}"
         quiet = bool(self.rank) or not sys.stderr.isatty()
         with tqdm(
@@ -299,7 +278,7 @@ class Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = state["lr"] * group.get("lr_scale", 1.0)  # absent in older last.pth
                 self.optimizer.zero_grad(set_to_none=True)
-                running[0] += self.backward(source, index)
+                running[0] += self.gradient.add(self.net, source, index)
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
                 state["step"] += 1
                 seen += len(index)
@@ -334,44 +313,6 @@ class Loop:
                 + (", or --no-amp" if self.inputs.amp else "")
             )
 
-    def backward(self, source, whole):
-        """Add the gradient of this process's part of the batch `whole` (positions, int64 [B]); returns its
-        part of the batch's loss, detached: the parts of all processes add up to it."""
-        mine = whole[self.rank :: self.number]
-        there = whole.to(self.device)
-        total = total_weight(self.objective, source.targets[there], source.weights[there])
-        chunks = (mine if len(mine) else whole[:1]).split(
-            math.ceil(max(1, len(mine)) / self.recipe.accumulate)
-        )
-        result = 0.0
-        for i, index in enumerate(chunks):
-            batch = source.get(index)
-            with torch.no_grad():
-                grey, share = self.plan.change(batch.x), 1.0
-                x = self.inputs.scale(grey)
-                if self.mix:
-                    x, share = self.mix(x)
-            wait = self.net.no_sync() if self.number > 1 and i < len(chunks) - 1 else nullcontext()
-            with wait:
-                with autocast(self.device, self.inputs.amp):
-                    outputs = self.net(x)
-                if len(mine):
-                    self.seen.append((index, outputs.detach().float()))
-                losses = share * self.objective.losses(outputs.float(), batch.target) * batch.weight
-                if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
-                    other, weight = batch.target.roll(1, 0), batch.weight.roll(1, 0)
-                    losses += (1 - share) * self.objective.losses(outputs.float(), other) * weight
-                part = losses.sum() / total
-                if self.teacher:
-                    far = self.objective.imitation(outputs.float(), self.teacher(grey)).sum() / len(whole)
-                    part = (1 - self.teacher.share) * part + self.teacher.share * far
-                    if self.teacher.match:
-                        part += self.recipe.teacher_features * self.teacher.match().sum() / len(whole)
-                part = part * bool(len(mine))
-                (part * self.number).backward()  # DistributedDataParallel takes the mean over processes
-            result += part.detach()
-        return result
-
     def _validate(self, train, val):
         """The history entry of the epoch in `state`; InputError if the validation loss is not finite.
 
@@ -386,7 +327,8 @@ class Loop:
                 f"the validation loss became {loss} in epoch {self.state['epoch'] + 1}: try a smaller --lr"
             )
         watched = self.objective.watch(val.targets, outputs)
-        index, logits = (torch.cat(v) for v in zip(*(part for rank in gather(self._seen()) for part in rank)))
+        seen = (part for rank in gather(self.gradient.outputs()) for part in rank)
+        index, logits = (torch.cat(v) for v in zip(*seen))
         watched |= self.objective.watch(train.targets[index.numpy()], logits, "train")
         mean = self.state["loss_sum"] / self.state["step"]
         row = {"train_loss": mean, "val_loss": loss, **watched, "lr": self.state["lr"]}
@@ -403,14 +345,6 @@ class Loop:
         for rank, part in enumerate(gather(mine)):
             outputs[rank :: self.number] = part
         return outputs
-
-    def _seen(self):
-        """What was seen of the epoch so far, on the CPU: [(positions, outputs)]."""
-        if not self.seen:
-            return []
-        index, outputs = (torch.cat(values) for values in zip(*self.seen))
-        self.seen = [(index, outputs)]
-        return [(index, outputs.cpu())]
 
     def _figures(self, row):
         """A history entry's validation figures as text; the accuracy where it chooses the epoch."""
@@ -435,7 +369,7 @@ class Loop:
     def _save_last(self):
         cuda = self.device.type == "cuda"
         rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None))
-        seen = gather(self._seen() if self.state["step"] else [])
+        seen = gather(self.gradient.outputs() if self.state["step"] else [])
         if self.rank:
             return
         self.run.save_last(

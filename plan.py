@@ -179,7 +179,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more)
     )
     started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta, teacher)
     if check := getattr(model, "check_training", None):
-        check(plan.config.img_size, min(2, loop.smallest(train_set)))
+        check(plan.config.img_size, min(2, loop.smallest_part(train_set)))
     for stage in recipe.stages:
         if stage.trains == "head" and not plan.resume:
             how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.change)

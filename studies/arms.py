@@ -70,10 +70,10 @@ def ours(model, count, args, folder):
     def step():
         loop.net.train()
         loop.optimizer.zero_grad(set_to_none=True)
-        loop.backward(source, index)
+        loop.gradient.add(loop.net, source, index)
         torch.nn.utils.clip_grad_norm_(loop.net.parameters(), workload.RECIPE.clip)
         loop.optimizer.step()
-        loop.seen = []
+        loop.gradient.seen = []
 
     return step, lambda: frozen.predict(model, subset, inputs, batch_size=count)
 

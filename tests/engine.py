@@ -416,10 +416,10 @@ def test_mixed_batches_have_the_loss_of_soft_targets(tmp_path):
     train = toy_subset(40, 0)
     torch.manual_seed(3)
     loop.net.eval()
-    loss = loop.backward(data.Batches(train, INPUTS), torch.arange(8))
+    loss = loop.gradient.add(loop.net, data.Batches(train, INPUTS), torch.arange(8))
     torch.manual_seed(3)
     batch = data.Batches(train, INPUTS).get(torch.arange(8))
-    mixed, share = loop.mix(INPUTS.scale(batch.x))
+    mixed, share = loop.gradient.mix(INPUTS.scale(batch.x))
     soft = share * F.one_hot(batch.target, 2) + (1 - share) * F.one_hot(batch.target.roll(1, 0), 2)
     with torch.no_grad():
         assert float(loss) == pytest.approx(float(F.cross_entropy(loop.model(mixed), soft)), rel=1e-5)

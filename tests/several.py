@@ -13,7 +13,7 @@ import sklearn.metrics
 import torch
 from PIL import Image
 
-import engine
+import gradient
 from inputs import Inputs
 from models import Ensemble, PixelLinear
 from predict import Exported
@@ -238,7 +238,7 @@ def test_ensemble_of_findings(findings):
 
 def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch and resumed: the same weights and history, bit for bit."""
-    root, real, steps = findings[0], engine.Loop.backward, []
+    root, real, steps = findings[0], gradient.Gradient.add, []
     argv = ["--data-dir", root / "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3]
     argv += ["--img-size", 32, "--batch-size", 4, "--epochs", 2, "--cache-dir", root / "Data/cache"]
 
@@ -248,9 +248,9 @@ def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *batch)
 
-    monkeypatch.setattr(engine.Loop, "backward", backward)
+    monkeypatch.setattr(gradient.Gradient, "add", backward)
     assert cli("train_scratch", *argv, "--out", "stopped", cwd=tmp_path).code == 143
-    monkeypatch.setattr(engine.Loop, "backward", real)
+    monkeypatch.setattr(gradient.Gradient, "add", real)
     succeed("train_scratch", *argv, "--out", "stopped", "--resume", cwd=tmp_path)
     succeed("train_scratch", *argv, "--out", "whole", cwd=tmp_path)
     runs = [tmp_path / name for name in ("stopped", "whole")]

@@ -21,9 +21,9 @@ from PIL import Image
 
 import common
 import data
-import engine
 import recipe
 import vit
+from gradient import Gradient
 from objective import Supervised
 from task import Task
 
@@ -207,15 +207,10 @@ def toy_subset(count, seed, side=16):
     return data.Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
 
 
-def stepping_loop(model, inputs, accumulate=1, change=lambda x: x):
-    """A Loop of two classes that can take one step and nothing else; `change`: the augmentation."""
-    loop = object.__new__(engine.Loop)
-    loop.model = loop.net = model.eval()
-    loop.rank, loop.number, loop.device, loop.mix, loop.seen, loop.teacher = 0, 1, CPU, None, [], None
-    loop.objective, loop.inputs = Supervised(Task()), inputs
-    loop.recipe = replace(recipe.Recipe(), accumulate=accumulate)
-    loop.plan = SimpleNamespace(change=change)
-    return loop
+def two_class_gradient(inputs, accumulate=1, change=lambda x: x, **fields):
+    """A Gradient of two classes; `change`: the augmentation, `fields`: of the Recipe."""
+    settings = replace(recipe.Recipe(), accumulate=accumulate, **fields)
+    return Gradient(Supervised(Task()), settings, inputs, change)
 
 
 def copy_set(synthetic, tmp_path):

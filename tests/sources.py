@@ -27,10 +27,10 @@ from tests.shared import (
     read_json,
     refused,
     small_vit,
-    stepping_loop,
     succeed,
     touch,
     toy_subset,
+    two_class_gradient,
 )
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
@@ -192,8 +192,8 @@ def test_the_loss_is_the_mean_over_groups(tmp_path):
     subset.targets, subset.sources = TARGETS, ORIGIN
     model = randomise(small_vit(in_chans=1))
     plain = randomise(small_vit(in_chans=1))
-    loop = stepping_loop(model, INPUTS, accumulate=3)
-    found = loop.backward(data.Batches(subset, INPUTS, "sources"), torch.arange(24))
+    batches = data.Batches(subset, INPUTS, "sources")
+    found = two_class_gradient(INPUTS, accumulate=3).add(model.eval(), batches, torch.arange(24))
     x = (torch.from_numpy(subset.images)[:, None].float() / 255 - 0.5) / 0.5
     wanted = weighted_mean(plain.eval(), x, torch.from_numpy(TARGETS), groups(TARGETS, ORIGIN))
     wanted.backward()

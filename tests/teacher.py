@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,10 +28,10 @@ from tests.shared import (
     refused,
     same_tensors,
     small_vit,
-    stepping_loop,
     strip_time,
     succeed,
     toy_subset,
+    two_class_gradient,
 )
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
@@ -75,18 +74,18 @@ def test_an_unknown_class_counts_for_nothing():
     assert watched[0] == watched[1]
 
 
-def taught_loop(model, share, accumulate=1):
-    """A Loop that can take one step; its teacher is another small ViT."""
-    loop = stepping_loop(model, INPUTS, accumulate, change=lambda x: x.flip(-1))
+def taught_gradient(share, accumulate=1):
+    """A Gradient whose teacher is another small ViT."""
+    made = two_class_gradient(INPUTS, accumulate, change=lambda x: x.flip(-1))
     knows = randomise(small_vit(in_chans=1), seed=5)
 
     def teacher(grey):
         with torch.no_grad():
             return knows((grey - 0.5) / 0.5)
 
-    loop.teacher = teacher
+    made.teacher = teacher
     teacher.share, teacher.match = share, None
-    return loop
+    return made
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -95,13 +94,13 @@ def test_a_taught_step_is_the_formula(accumulate):
     subset = toy_subset(24, 0)
     subset.targets = np.where(np.arange(24) % 4 == 3, -1, subset.targets)
     model, plain = (randomise(small_vit(in_chans=1)) for _ in range(2))
-    loop = taught_loop(model, 0.3, accumulate)
-    found = loop.backward(data.Batches(subset, INPUTS), torch.arange(24))
+    made = taught_gradient(0.3, accumulate)
+    found = made.add(model.eval(), data.Batches(subset, INPUTS), torch.arange(24))
     grey = (torch.from_numpy(subset.images)[:, None].float() / 255).flip(-1)
     y, z = torch.from_numpy(subset.targets), plain.eval()((grey - 0.5) / 0.5)
     hard = F.cross_entropy(z, y, ignore_index=-1)
     soft = F.kl_div(
-        z.log_softmax(1), loop.teacher(grey).log_softmax(1), log_target=True, reduction="batchmean"
+        z.log_softmax(1), made.teacher(grey).log_softmax(1), log_target=True, reduction="batchmean"
     )
     wanted = 0.7 * hard + 0.3 * soft
     wanted.backward()
@@ -113,9 +112,9 @@ def test_a_taught_step_is_the_formula(accumulate):
 def test_images_without_labels_alone_leave_the_hard_loss_zero():
     subset = toy_subset(8, 0)
     subset.targets = np.full(8, -1)
-    loop = taught_loop(randomise(small_vit(in_chans=1)), 0.0)
-    assert float(loop.backward(data.Batches(subset, INPUTS), torch.arange(8))) == 0
-    assert not any(p.grad is not None and p.grad.any() for p in loop.model.parameters())
+    model = randomise(small_vit(in_chans=1)).eval()
+    assert float(taught_gradient(0.0).add(model, data.Batches(subset, INPUTS), torch.arange(8))) == 0
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 # ---------------------------------------------------------------- the commands
@@ -150,9 +149,9 @@ def test_a_step_towards_a_teachers_features_is_the_formula(school, accumulate):
     run, subset = Run(school[0] / "outputs/pretrained"), toy_subset(6, 0, side=32)
     teacher, model = Teacher(run, run.config, CPU, 0.0), randomise(small_vit(in_chans=1, img_size=32))
     teacher.show_features(model)
-    loop = stepping_loop(model, INPUTS, accumulate)
-    loop.teacher, loop.recipe = teacher, replace(loop.recipe, teacher_features=0.7)
-    found = loop.backward(data.Batches(subset, INPUTS), torch.arange(6))
+    made = two_class_gradient(INPUTS, accumulate, teacher_features=0.7)
+    made.teacher = teacher
+    found = made.add(model.eval(), data.Batches(subset, INPUTS), torch.arange(6))
     grey = torch.from_numpy(subset.images)[:, None].float() / 255
     with torch.no_grad():
         x = (grey - 0.5) / 0.5
