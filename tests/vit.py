@@ -11,10 +11,10 @@ import scipy.stats
 import timm
 import torch
 
-import engine
 import models
 import vit
 from common import InputError
+from device import autocast
 from tests.shared import CPU, randomise, small_vit
 
 
@@ -75,7 +75,7 @@ def test_timm_state_dict_both_ways():
 def test_fused_and_explicit_attention(amp, tolerance):
     model = randomise(small_vit())
     x = torch.randn(4, 3, 16, 16)
-    with torch.no_grad(), engine.autocast(CPU, amp):
+    with torch.no_grad(), autocast(CPU, amp):
         tokens = model.forward_features(x)
         explicit, attention = model.forward_features(x, return_attention=True)
     assert attention.shape == (4, 3, 3, 17, 17)
@@ -107,7 +107,7 @@ def test_bf16_is_near_fp32_and_logits_are_float32():
     x = torch.randn(64, 3, 16, 16)
     with torch.no_grad():
         full = model(x)
-        with engine.autocast(CPU, True):
+        with autocast(CPU, True):
             half = model(x)
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()  # autocast acted, and only rounded
@@ -118,7 +118,7 @@ def test_bf16_is_near_fp32_and_logits_are_float32():
 def test_every_parameter_gets_a_gradient(amp):
     model = randomise(small_vit(drop_rate=0.1, drop_path_rate=0.1)).train()
     torch.manual_seed(0)
-    with engine.autocast(CPU, amp):
+    with autocast(CPU, amp):
         logits = model(torch.randn(16, 3, 16, 16))
     torch.nn.functional.cross_entropy(logits, torch.arange(16) % 2).backward()
     for name, p in model.named_parameters():
@@ -251,7 +251,7 @@ def test_pixel_linear_by_hand():
     expected = [[2.5, 4.5, 10.5, 12.5], [18.5, 20.5, 26.5, 28.5]]  # means of 2x2 cells
     assert model.features(x).tolist() == expected
     logits = torch.tensor(expected) @ model.head.weight.T + model.head.bias
-    with engine.autocast(CPU, True):
+    with autocast(CPU, True):
         assert torch.allclose(model(x), logits)  # float32 under autocast too
 
 
