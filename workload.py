@@ -148,7 +148,7 @@ class Ours:
         def step():
             loop.net.train()
             loop.optimizer.zero_grad(set_to_none=True)
-            loop.backward(source, index)
+            loop.gradient.add(loop.net, source, index)
             torch.nn.utils.clip_grad_norm_(loop.net.parameters(), RECIPE.clip)
             loop.optimizer.step()
 
