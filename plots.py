@@ -197,7 +197,7 @@ def draw_scores(entries):
         figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {e.threshold:.3f}"
         title = f"{label(e.name, 66)}\n{SIDES[side]}, n = {sizes}: {figures}"
         ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class (log scale)", title=title)
-        ax.set(yscale="log", ylim=(0.1, 120), yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
+        ax.set(ylim=(0.1, 120), yscale="log", yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
         ax.title.set_fontsize(8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure, "Scores on validation and test"
