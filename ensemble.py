@@ -6,8 +6,7 @@ from models import Ensemble
 from run import Run, find_runs
 
 SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
-SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "input": "--input"}
-SAME |= {"classes": "classes"}
+SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "classes": "classes"}
 
 
 def make_ensemble(folders, out, overwrite):
@@ -22,11 +21,15 @@ def make_ensemble(folders, out, overwrite):
         raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
     check_members(runs)
     results = [r.results for r in runs]
-    with_lungs = [r["data"] for r in results if r["data"].get("reads_lungs")]
+    looks = [r.config.input for r in runs]
+    shown, looks = (looks[0], None) if len(set(looks)) == 1 else ("full", looks)
+    with_lungs = [r for r in runs if r.config.reads_lungs or looks and r.config.needs_lungs]
+    seen = {"input": shown, "reads_lungs": True} if with_lungs else {}  # by one member at least
     model = Ensemble(
         [r["model_config"] for r in results],
         [r["mean"] for r in results],
         [r["std"] for r in results],
+        looks,
         sigmoid=runs[0].task.kind == "sigmoid",
     )
     for member, r in zip(model.members, runs):
@@ -35,7 +38,7 @@ def make_ensemble(folders, out, overwrite):
         run,
         model,
         {
-            "data": (with_lungs or [results[0]["data"]])[0],  # masks are found where one member needs them
+            "data": (with_lungs or runs)[0].results["data"] | seen,
             **{k: results[0][k] for k in ("split", "input_range", "synthetic") if k in results[0]},
             "model": "ensemble",
             "model_config": {"kind": model.kind, **model.config},
@@ -56,7 +59,8 @@ def make_ensemble(folders, out, overwrite):
 
 
 def check_members(runs):
-    """InputError unless every Run is a single classifier, and all saw the same images in the same form."""
+    """InputError unless every Run is a single classifier, and all saw the same images in the same form, or
+    different parts of them (--input)."""
     first = runs[0]
     for other in runs:
         if other.kind not in SINGLE:

@@ -225,8 +225,7 @@ def names(run, suffix):
     name += " pretrained" if "weights" in results else ""
     name += ", masked pretraining" if "init" in results else ""
     name += ", taught" if "teacher" in results else ""
-    look = results["data"].get("input", "full")
-    name += f", {look}" if look != "full" else ""
+    name += f", {' and '.join(run.looks)}" if run.looks != ["full"] else ""
     others = also_trained_on(results)
     name += f", also on {', '.join(others)}" if others else ""
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")

@@ -55,6 +55,11 @@ class Explainer:
         parts = maps.explainable(model) if model else []
         if not parts:
             raise common.InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
+        if any("crop" in look for look in model.config.get("looks", ())):
+            raise common.InputError(
+                f"{run}: its members are shown different cuts of an image, so their maps do not fit together: "
+                "explain one of them"
+            )
         stems = [getattr(part, "stem", part) for part in parts if part.kind != "cnn"]
         depth = min((len(stem.blocks) for stem in stems), default=None)
         if depth is not None and not -depth <= layer < depth:

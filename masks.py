@@ -150,7 +150,7 @@ def finder_of(config, device="cpu"):
 def not_found(config):
     """What happens to an image without plausible lungs in a run with this DataConfig, as text."""
     fate = ["the whole image was used"] if config.input != "full" else []
-    fate += ["left and right were cut in the middle"] if config.reads_lungs else []
+    fate += ["the model did without them"] if config.reads_lungs else []
     return f"no lungs found: {' and '.join(fate)}"
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from cnn import Cnn
 from common import InputError
 from hybrid import Hybrid
-from lungs import LungNet
+from inputs import Inputs
+from lungs import LOOKS, LungNet
 from vit import MaskedAutoencoder, VisionTransformer
 
 
@@ -44,32 +45,35 @@ class PixelLinear(nn.Module):
 
 class Ensemble(nn.Module):
     """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1], and masks of the lungs
-    as a second channel for members that read them -> logits (B, K).
+    as a second channel where a member needs them -> logits (B, K).
 
-    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel. Softmax
-    of the logits (with `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
+    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel; `looks`:
+    what each is shown of the image, one of lungs.LOOKS, None for all of it. Softmax of the logits (with
+    `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
     """
 
     kind = "ensemble"
 
-    def __init__(self, members, means, stds, sigmoid=False):
+    def __init__(self, members, means, stds, looks=None, sigmoid=False):
         super().__init__()
         self.config = dict(members=members, means=means, stds=stds)
+        self.config |= dict(looks=looks) if looks else {}
         self.config |= dict(sigmoid=True) if sigmoid else {}
-        self.in_chans = 1
-        self.reads_lungs = any(member.get("kind") == Hybrid.kind for member in members)
+        self.in_chans, self.looks = 1, looks or ["full"] * len(members)
+        self.reads_lungs = bool(looks) or any(member.get("kind") == Hybrid.kind for member in members)
         self.members = nn.ModuleList(build_model(config) for config in members)
-        if not len(self.members) == len(means) == len(stds) >= 2:
-            raise InputError("an ensemble needs two or more members, each with its mean and std")
+        if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
+            raise InputError("an ensemble needs two or more members, each with its mean, std and look")
+        if unknown := set(self.looks) - set(LOOKS):
+            raise InputError(f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}")
 
     def scaled(self, x):
-        """Grey, and masks where a member reads them -> the inputs of every member: a list of (B, C, H, W)."""
+        """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W)."""
         parts = []
-        for member, mean, std in zip(self.members, self.config["means"], self.config["stds"]):
-            mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
-            image = (x[:, :1] - mean) / std
+        for member, look, *scaling in zip(self.members, self.looks, self.config["means"], self.config["stds"]):
             reads = getattr(member, "reads_lungs", False)
-            parts.append(torch.cat([image, x[:, 1:]], dim=1) if reads else image)
+            inputs = Inputs(*map(tuple, scaling), x.device, look=look, reads_lungs=reads)
+            parts.append(inputs.scale(inputs.shown(x[:, :1], x[:, 1:])))
         return parts
 
     def forward(self, x):

@@ -81,6 +81,14 @@ class Run:
         return self.results["model_config"]["kind"]
 
     @property
+    def looks(self):
+        """What of an image the model is shown: names of lungs.LOOKS, sorted; several only of an ensemble
+        whose members differ in it."""
+        given = self.results["model_config"].get("looks")
+        members = given if isinstance(given, list) else []
+        return sorted(set(map(str, members))) or [str(self.results["data"].get("input", "full"))]
+
+    @property
     def minutes(self):
         """Of training, of the pretraining it began from, and of its teacher's."""
         parts = (self.results.get(k, {}) for k in ("init", "teacher"))

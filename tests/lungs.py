@@ -1,5 +1,6 @@
 """Tests of lungs and masks: the U-Net, the heuristic, what a model is shown, the cache of masks."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import images
 import lungs
 import masks
 from augment import Augment
-from common import InputError
+from common import InputError, write_json
 from inputs import Inputs
 from objective import Segmentation
+from run import Run
 from tests.shared import cli, predict_rows, read_json, refused, succeed
 
 SHARED = Path(__file__).resolve().parents[1].with_name("shared")
@@ -334,6 +336,46 @@ def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
         for row in rows:
             known = expected[str(Path(row["path"]).relative_to(synthetic))]
             assert float(row["p_pneumonia"]) == pytest.approx(known, abs=1e-5)
+
+
+def test_an_ensemble_of_models_that_are_shown_different_parts(looks, flags, synthetic):
+    """Its probability is the mean of its members', whichever is named first, as each member gives it alone."""
+    argv = ("train_linear", *flags[:4], "--img-size", 64)
+    for look in ("full", "masked-crop", "outside"):
+        succeed(*argv, "--input", look, "--out", f"parts/{look}", cwd=looks)
+    parts = ["parts/full", "parts/masked-crop", "parts/outside"]
+    for name, members in (("mean", parts), ("turned", parts[::-1])):
+        argv = ("calibrate", "--ensemble", *members, "--out", f"parts/{name}", "--min-recall", 0.9)
+        succeed(*argv, cwd=looks)
+    succeed("calibrate", "--run", *parts, "--min-recall", 0.9, cwd=looks)
+    scores = [Run(looks / f).scores() for f in (*parts, "parts/mean", "parts/turned")]
+    for side in ("val_p1", "test_p1"):
+        *single, mean, turned = (s[side] for s in scores)
+        assert min(np.abs(a - b).max() for a, b in zip(single, single[1:])) > 0.01  # each sees something else
+        assert np.allclose(mean, np.mean(single, axis=0), atol=1e-6) and np.allclose(mean, turned, atol=1e-6)
+    rows = predict_rows(looks, "--run", "parts/mean", synthetic / "test")
+    expected = dict(zip(scores[3]["test_files"], scores[3]["test_p1"]))
+    for row in rows:
+        known = expected[str(Path(row["path"]).relative_to(synthetic))]
+        assert float(row["p_pneumonia"]) == pytest.approx(known, abs=1e-5)
+    text = succeed("compare", "--runs-dir", "parts", cwd=looks).out
+    assert "ensemble of 3, full and masked-crop and outside (mean)" in text
+    assert f"--input full and masked-crop and outside by {masks.SHIPPED}" in text
+
+
+def test_no_maps_of_an_ensemble_whose_members_are_cut_differently(looks):
+    argv = ("--ensemble", "outputs/scratch", "parts/cut", "--out", "parts/both", "--min-recall", 0.9)
+    shutil.copytree(looks / "outputs/scratch", looks / "parts/cut")
+    results = read_json(looks, "parts/cut/results.json")
+    write_json(looks / "parts/cut/results.json", {**results, "data": {**results["data"], "input": "crop"}})
+    succeed("calibrate", *argv, cwd=looks)
+    refused(cli("explain", "--run", "parts/both", cwd=looks), "different cuts", "explain one of them")
+    path = looks / "parts/both/results.json"
+    results = read_json(path)
+    for wrong in (["masked", "everything"], ["masked"], 3):
+        config = {**results["model_config"], "looks": wrong}
+        write_json(path, {**results, "model_config": config})
+        refused(cli("predict", "x.png", "--run", "parts/both", cwd=looks), "results.json does not describe a model")
 
 
 def test_predict_notes_images_without_lungs(looks, tmp_path):
