@@ -65,12 +65,16 @@ class Ensemble(nn.Module):
         if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
             raise InputError("an ensemble needs two or more members, each with its mean, std and look")
         if unknown := set(self.looks) - set(LOOKS):
-            raise InputError(f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}")
+            raise InputError(
+                f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}"
+            )
 
     def scaled(self, x):
         """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W)."""
         parts = []
-        for member, look, *scaling in zip(self.members, self.looks, self.config["means"], self.config["stds"]):
+        for member, look, *scaling in zip(
+            self.members, self.looks, self.config["means"], self.config["stds"]
+        ):
             reads = getattr(member, "reads_lungs", False)
             inputs = Inputs(*map(tuple, scaling), x.device, look=look, reads_lungs=reads)
             parts.append(inputs.scale(inputs.shown(x[:, :1], x[:, 1:])))

@@ -339,7 +339,7 @@ def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
 
 
 def test_an_ensemble_of_models_that_are_shown_different_parts(looks, flags, synthetic):
-    """Its probability is the mean of its members', whichever is named first, as each member gives it alone."""
+    """Its probability is the mean of its members', whichever is named first, as each gives it alone."""
     argv = ("train_linear", *flags[:4], "--img-size", 64)
     for look in ("full", "masked-crop", "outside"):
         succeed(*argv, "--input", look, "--out", f"parts/{look}", cwd=looks)
@@ -375,7 +375,10 @@ def test_no_maps_of_an_ensemble_whose_members_are_cut_differently(looks):
     for wrong in (["masked", "everything"], ["masked"], 3):
         config = {**results["model_config"], "looks": wrong}
         write_json(path, {**results, "model_config": config})
-        refused(cli("predict", "x.png", "--run", "parts/both", cwd=looks), "results.json does not describe a model")
+        refused(
+            cli("predict", "x.png", "--run", "parts/both", cwd=looks),
+            "results.json does not describe a model",
+        )
 
 
 def test_predict_notes_images_without_lungs(looks, tmp_path):
