@@ -17,6 +17,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import argparse
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -269,7 +270,10 @@ def parse():
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     group.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")
     group.add_argument(
-        "--ensemble", nargs="+", metavar="DIR", help="make one run of these, in --out, and calibrate it"
+        "--ensemble",
+        nargs="+",
+        metavar="DIR",
+        help="make one run of these, which may differ in --input, in --out",
     )
     group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
@@ -315,6 +319,15 @@ def parse():
     return args, rule
 
 
+def images(sets, args, results):
+    """The three Subsets of a run with these results, from where the flags say that its images lie now."""
+    moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
+    config = data.DataConfig.from_json({**results["data"], **moved})
+    if args.labels:
+        config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
+    return sets.of(config, results["split"]["fingerprint"])
+
+
 def main():
     args, rule = parse()
     device, sets, promised = pick_device(args.device), Sets(), False
@@ -323,15 +336,12 @@ def main():
     if args.site:
         return hospital.calibrate(args, rule, device, tta)
     if args.ensemble:
-        args.run = [make_ensemble(args.ensemble, args.out, args.overwrite).folder]
+        ready = partial(images, sets, args)
+        args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
     for run in find_runs(args.runs_dir, args.run):
         if run.kind in WITHOUT_CLASSES:
             raise common.InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
-        moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
-        config = data.DataConfig.from_json({**run.results["data"], **moved})
-        if args.labels:
-            config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
-        three = sets.of(config, run.results["split"]["fingerprint"])
+        three = images(sets, args, run.results)
         scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
         try:
             result, p1 = evaluate(scores, rule, run.task)

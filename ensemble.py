@@ -1,5 +1,7 @@
 """Several runs made one: a run folder whose probability is the mean of theirs."""
 
+import os
+
 import plan
 from common import InputError
 from models import Ensemble
@@ -9,16 +11,15 @@ SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be membe
 SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "classes": "classes"}
 
 
-def make_ensemble(folders, out, overwrite):
+def make_ensemble(folders, out, overwrite, ready):
     """Write the run `out` whose probability is the mean of those of the runs in `folders`; returns the Run.
+    `ready` is called with its results before anything is written: to see whether the images are there.
 
     InputError unless these are two or more finished runs on the same images in the same form."""
-    runs = find_runs(None, folders)
+    runs, run = find_runs(None, folders), Run(out)
     if len(runs) < 2:
         raise InputError("--ensemble needs two or more different run folders")
-    run = Run(out)
-    if run.begun and not overwrite:
-        raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
+    check_out(run, runs, overwrite)
     check_members(runs)
     results = [r.results for r in runs]
     looks = [r.config.input for r in runs]
@@ -34,37 +35,49 @@ def make_ensemble(folders, out, overwrite):
     )
     for member, r in zip(model.members, runs):
         member.load_state_dict(r.model().state_dict())
-    plan.save_run(
-        run,
-        model,
-        {
-            "data": (with_lungs or runs)[0].results["data"] | seen,
-            **{k: results[0][k] for k in ("split", "input_range", "synthetic") if k in results[0]},
-            "model": "ensemble",
-            "model_config": {"kind": model.kind, **model.config},
-            "members": [
-                {"run": str(r), "checkpoint": r.checkpoint_sha256, "model": r.results["model"]} for r in runs
-            ],
-            "recipe": {"amp": all(r["recipe"]["amp"] for r in results)},
-            "mean": [0.0],
-            "std": [1.0],
-            "params": sum(r["params"] for r in results),
-            "minutes": sum(r.minutes for r in runs),
-            "best_epoch": 0,
-            "history": [],
-        },
-    )
+    also = {name: about for r in results for name, about in r["split"].get("also", {}).items()}
+    about = {
+        "data": (with_lungs or runs)[0].results["data"] | seen,
+        **{k: results[0][k] for k in ("input_range", "synthetic") if k in results[0]},
+        "split": results[0]["split"] | ({"also": also} if also else {}),
+        "model": "ensemble",
+        "model_config": {"kind": model.kind, **model.config},
+        "members": [
+            {"run": str(r), "checkpoint": r.checkpoint_sha256, "model": r.results["model"]} for r in runs
+        ],
+        "recipe": {"amp": all(r["recipe"]["amp"] for r in results)},
+        "mean": [0.0],
+        "std": [1.0],
+        "params": sum(r["params"] for r in results),
+        "minutes": sum(r.minutes for r in runs),
+        "best_epoch": 0,
+        "history": [],
+    }
+    ready(about)
+    plan.save_run(run, model, about)
     print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
     return run
 
 
+def check_out(run, members, overwrite):
+    """InputError if the Run to be written is a file, one of its members, or there already."""
+    if run.folder.exists() and not run.folder.is_dir():
+        raise InputError(f"--out {run} is a file: name a folder")
+    if os.path.realpath(run.folder) in [os.path.realpath(member.folder) for member in members]:
+        raise InputError(f"--out {run} is one of the members, and would replace it: choose another folder")
+    if run.begun and not overwrite:
+        raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
+
+
 def check_members(runs):
-    """InputError unless every Run is a single classifier, and all saw the same images in the same form, or
-    different parts of them (--input)."""
+    """InputError unless every Run is a finished single classifier, and all saw the same images in the same
+    form, or different parts of them (--input)."""
     first = runs[0]
     for other in runs:
         if other.kind not in SINGLE:
             raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
+        if not other.results["finished"]:
+            raise InputError(f"--ensemble: {other} is not finished: continue it with --resume")
         differ = [name for k, name in SAME.items() if getattr(other.config, k) != getattr(first.config, k)]
         if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]:
             differ.append("split")

@@ -98,8 +98,12 @@ class Inputs:
 
     def logits(self, model, grey):
         """Grey on the device -> float32 logits [B, K], averaged over the views."""
+        views = self.views or [lambda x: x]
         with autocast(self.device, self.amp):
-            parts = [model(self.scale(view(grey))).float() for view in self.views or [lambda x: x]]
+            if getattr(model, "shows", False):  # the view is of what each member is shown
+                parts = [model(self.scale(grey), view).float() for view in views]
+            else:
+                parts = [model(self.scale(view(grey))).float() for view in views]
         return torch.stack(parts).mean(0)
 
     def logits_and_features(self, model, grey):

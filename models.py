@@ -60,6 +60,7 @@ class Ensemble(nn.Module):
         self.config |= dict(looks=looks) if looks else {}
         self.config |= dict(sigmoid=True) if sigmoid else {}
         self.in_chans, self.looks = 1, looks or ["full"] * len(members)
+        self.shows = bool(looks)  # it cuts the image itself, so it must be told the view, too
         self.reads_lungs = bool(looks) or any(member.get("kind") == Hybrid.kind for member in members)
         self.members = nn.ModuleList(build_model(config) for config in members)
         if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
@@ -69,19 +70,20 @@ class Ensemble(nn.Module):
                 f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}"
             )
 
-    def scaled(self, x):
-        """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W)."""
+    def scaled(self, x, view=lambda shown: shown):
+        """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W).
+        `view`: what is done to what each is shown, as for a run of its own (Inputs.views)."""
         parts = []
         for member, look, *scaling in zip(
             self.members, self.looks, self.config["means"], self.config["stds"]
         ):
             reads = getattr(member, "reads_lungs", False)
             inputs = Inputs(*map(tuple, scaling), x.device, look=look, reads_lungs=reads)
-            parts.append(inputs.scale(inputs.shown(x[:, :1], x[:, 1:])))
+            parts.append(inputs.scale(view(inputs.shown(x[:, :1], x[:, 1:]))))
         return parts
 
-    def forward(self, x):
-        logits = [member(part).float() for member, part in zip(self.members, self.scaled(x))]
+    def forward(self, x, *view):
+        logits = [member(part).float() for member, part in zip(self.members, self.scaled(x, *view))]
         if self.config.get("sigmoid"):
             z = torch.stack(logits)
             return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)

@@ -4,8 +4,9 @@
 
 PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG (8 and 16 bit, grey or colour), and
 DICOM (needs the package pydicom). Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
-decision@0.5, decision@Rec, typicality, note; where there are several findings, top_class (the most probable
-of K classes), then p_FINDING and decision@Rec_FINDING (yes or no, empty without a threshold) for each.
+decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
+findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
+empty without a threshold) for each.
 Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
 file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
 `typicality` is the share of validation images at least as odd, and `note` says when it is 0.01 or less, or
@@ -231,7 +232,7 @@ def export(scorer, path):
     if scorer.finder and scorer.finder.net is None:
         raise common.InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
-    look, net = scorer.config.input, scorer.finder.net.cpu() if scorer.finder else None
+    net = scorer.finder.net.cpu() if scorer.finder else None
     model, inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
     model = Exported(model, inputs, scorer.task, scorer.temperature, net).eval()
     rng = np.random.default_rng(0)  # noise, and drawn chests, on which there are lungs to be found
@@ -258,7 +259,8 @@ def export(scorer, path):
             "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
             f"files: {scorer.config.resize} to {size} px"
             + ("" if net else f", then inputs.normalise(..., {mode!r})"),
-            "shown": look + (": exposure and lung masks inside the graph" if net else ""),
+            "shown": ", ".join(scorer.run.looks)
+            + (": exposure and lung masks inside the graph" if net else ""),
             "mean": json.dumps(results["mean"]),
             "std": json.dumps(results["std"]),
             "scaling": "inside the graph",

@@ -317,9 +317,11 @@ def method_rows(entries, standard, prevalence, rule):
     for e in entries:
         d = e.results["data"]
         looks = " and ".join(e.run.looks)
-        shown = "" if looks == "full" else f", --input {looks} by {d['lungs']}"
+        shown = "" if looks == "full" else f", --input {looks} by {d.get('lungs', '?')}"
         exposure = d.get("normalise", "none")
-        beside = f", beside them the lungs by {d['lungs']}" if d.get("reads_lungs") and not shown else ""
+        beside = (
+            f", beside them the lungs by {d.get('lungs', '?')}" if d.get("reads_lungs") and not shown else ""
+        )
         seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}{beside}")
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}

@@ -179,6 +179,10 @@ class Run:
             raise InputError(
                 f"{self.folder / 'results.json'} is damaged: mean does not fit the model's input"
             )
+        if getattr(model, "reads_lungs", False) != self.results["data"].get("reads_lungs", False):
+            raise InputError(
+                f"{self.folder / 'results.json'} is damaged: reads_lungs does not fit the model's input"
+            )
         model.load_state_dict(weights)
         return model.eval()
 

@@ -104,6 +104,7 @@ BATCH = {
 
 # What sites/NAME.json of a run holds.
 SITE = {"site": str, "checkpoint": str, "images": NATURAL, "findings": dict, "shipped": dict}
+SITE |= {"min_recall": SHARE}
 
 
 def wrong_site_finding(value):

@@ -51,6 +51,8 @@ class Teacher:
             raise InputError(f"--teacher {run} tells {tells}; asked here: {', '.join(config.classes)}")
         if not run.results["finished"]:
             raise InputError(f"--teacher {run} is not finished: continue it with --resume")
+        if len(run.looks) > 1:
+            raise InputError(f"--teacher {run} has members that are shown different parts of an image")
         if there.reads_lungs:
             raise InputError(f"--teacher {run} reads masks of the lungs, which its student is not given")
         if differ := [k for k in SHOWN if getattr(there, k) != getattr(config, k)]:

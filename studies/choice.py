@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 from run import Run
 from studies import matrix
-from studies.signals import BORROWED_LEAST, panel
+from studies.signals import BORROWED_LEAST, panel, read_figures
 
 # arm: the row of its present default; a taught model is no pure one, so it is listed beside them
 DEFAULTS = {"pretrained": "ti16-full", "scratch": "scratch-full", "scratch with a teacher": None}
@@ -69,13 +69,11 @@ def candidate(row, out):
     kept = []
     for seed in row.seeds:
         folder = Path(out, row.name if len(row.seeds) == 1 else f"{row.name}-seed{seed}")
-        if (folder / "signals.json").is_file():
-            parts = common.read_json(folder / "signals.json")
-            found = {k: v for part in parts.values() for k, v in part["figures"].items()}
-            if {"NIH AUROC", "corrupted spec"} <= found.keys():
-                kept.append(
-                    (folder, panel(found)["panel"], found["borrowed AUROC"], Run(folder).results["minutes"])
-                )
+        found = read_figures(folder)
+        if {"NIH AUROC", "corrupted spec"} <= found.keys():
+            kept.append(
+                (folder, panel(found)["panel"], found["borrowed AUROC"], Run(folder).results["minutes"])
+            )
     if not kept:
         return None
     folders, *columns = zip(*kept)

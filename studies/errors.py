@@ -32,16 +32,19 @@ def margins(runs):
     """(file names [N], labels int64 [N], score less threshold of each run float64 [R, N]) of the test images.
 
     InputError unless all runs have the same images and one finding."""
-    found = [run.scores() for run in runs]
-    for run, scores in zip(runs, found):
+    for run in runs:
         if len(run.task.findings) != 1:
             raise common.InputError(f"{run} has {len(run.task.findings)} findings: this study is about one")
+    found = [run.scores() for run in runs]
+    for run, scores in zip(runs, found):
         if not np.array_equal(scores["test_files"], found[0]["test_files"]):
             raise common.InputError(f"{run} was scored on other test images than {runs[0]}")
-    above = [
-        run.task.scores(scores["test_logits"])[:, 0] - run.calibration()["threshold"]
-        for run, scores in zip(runs, found)
-    ]
+    above = []
+    for run, scores in zip(runs, found):
+        chosen = run.calibration()
+        temperature = chosen["temperature"] if chosen["temperature_applied"] else 1.0
+        p = run.task.scores(scores["test_logits"], temperature)[:, 0]
+        above.append(p - chosen["threshold"])
     return found[0]["test_files"], found[0]["test_labels"], np.stack(above)
 
 
@@ -77,6 +80,8 @@ def main():
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw what all get wrong (.png, .jpg)")
     args = parser.parse_args()
+    if args.sheet and args.sheet.suffix not in (".png", ".jpg"):
+        raise common.InputError(f"--sheet {args.sheet}: name a .png or .jpg file")
     runs = find_runs(args.runs_dir, args.run)
     files, labels, above = margins(runs)
     wrong = (above >= 0) != (labels == 1)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 from intervals import reported_interval
 from run import Run
-from studies.signals import panel
+from studies.signals import panel, read_figures
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 LOOKS = ("full", "crop", "masked", "masked-crop", "outside")
@@ -156,7 +156,7 @@ PARTS = {"lungs": lungs, "arms": arms, "five": five, "accuracy": accuracy}
 def commands(row, args):
     """(run folder, [training command, calibration, signals]) of each seed of a Row; nothing for one that
     needs --nih where there is none."""
-    if "{nih}" in row.flags and not args.nih:
+    if row.name.endswith("-nih") and not args.nih:  # it sees those images, or begins from a run that did
         common.say(f"note: {row.name} is left out: it needs --nih")
         return
     flags = shlex.split(row.flags.format(out=args.out, nih=args.nih))
@@ -198,10 +198,7 @@ COLUMNS = (
 
 def line(folder):
     """A run as a row of a markdown table; test figures, if any, at the recall-first threshold."""
-    run, found = Run(folder), {}
-    if (folder / "signals.json").exists():
-        for part in common.read_json(folder / "signals.json").values():
-            found |= part["figures"]
+    run, found = Run(folder), read_figures(folder)
     found |= panel(found) if {"NIH AUROC", "corrupted spec"} <= found.keys() else {}
     results, test = run.results, [""] * 4
     auroc = results["history"][results["best_epoch"] - 1].get("val_auroc")  # none of an autoencoder
@@ -237,6 +234,10 @@ def parse():
         mine, more = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
     args = parser.parse_args(mine)
     args.more = more
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        raise common.InputError(f"--only {args.only}: no regular expression ({error})") from None
     return args
 
 
@@ -246,14 +247,16 @@ def main():
     for row in (row for part in args.parts for row in PARTS[part]()):
         if re.search(args.only, row.name):
             rows.setdefault(row.name, row)  # of two parts with the same row the first is meant
+    chosen = [step for row in rows.values() for step in commands(row, args)]
+    if not chosen:
+        raise common.InputError(f"no row of {', '.join(args.parts)} is left by --only, --seeds and --nih")
     done = []
-    for row in rows.values():
-        for folder, steps in commands(row, args):
-            if args.dry_run:
-                print("\n".join(f"python {shlex.join(step)}" for step in steps))
-                continue
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            done += [folder] if carry_out(folder, steps) else []
+    for folder, steps in chosen:
+        if args.dry_run:
+            print("\n".join(f"python {shlex.join(step)}" for step in steps))
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        done += [folder] if carry_out(folder, steps) else []
     if done:
         print(f"| {COLUMNS} |\n| --- |{' ---: |' * COLUMNS.count('|')}")
         print("\n".join(map(line, done)))

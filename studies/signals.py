@@ -3,6 +3,7 @@ and of another hospital's."""
 
 import io
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,6 +161,7 @@ VALIDATION = {
 }
 NIH = {"NIH AUROC": REAL}
 BORDERS = {name: REAL for name in ("val AUROC", "borrowed AUROC", "control AUROC")}
+PARTS = {"validation": VALIDATION, "borders": BORDERS, "nih": NIH}
 
 
 def border_figures(score, val):
@@ -224,12 +226,26 @@ def kept_figures(score, part, subset, compute, spec):
     except common.InputError:  # absent or damaged
         kept = {}
     if mismatches(kept.get(part), {"key": str, "figures": spec}) or kept[part]["key"] != key:
-        kept = {
-            name: kept[name] for name in ("validation", "borders", "nih") if name in kept
-        }  # no part of older versions
+        kept = {name: kept[name] for name in PARTS if name in kept}  # no part of older versions
         kept[part] = {"key": key, "figures": compute(score, subset)}
         common.write_json(path, kept)
     return kept[part]["figures"]
+
+
+def read_figures(folder):
+    """All figures in the signals.json of a run folder, {name: figure}; none without that file. InputError if
+    it is damaged."""
+    path, found = Path(folder, "signals.json"), {}
+    kept = common.read_json(path) if path.is_file() else {}
+    for part, spec in PARTS.items():
+        if part in kept:
+            if wrong := mismatches(kept[part], {"figures": spec}, part):
+                listed = ", ".join(wrong)[:200]
+                raise common.InputError(
+                    f"{path} is damaged: wrong {listed}; run studies/experiments.py again"
+                )
+            found |= kept[part]["figures"]
+    return found
 
 
 def signals(run, val, nih, device, corrupted=True):

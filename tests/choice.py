@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from studies import choice, matrix
+from studies import choice, matrix, signals
 from tests.shared import cli, refused, succeed
 
 
@@ -72,7 +72,11 @@ def test_candidates_of_the_matrix_are_of_one_arm_and_barred_if_they_saw_nih(name
 
 def test_choice_reads_what_the_matrix_left(bench, tmp_path):
     out = tmp_path / "m"
-    figures = {"corrupted spec": 0.9, "corrupted recall": 0.94, "borrowed AUROC": 0.97}
+    figures = dict.fromkeys(signals.VALIDATION, 0.5) | {
+        "worst": "blur",
+        "corruptions": dict.fromkeys(signals.corruptions(), [0.5]),
+    }
+    figures |= {"corrupted spec": 0.9, "corrupted recall": 0.94, "borrowed AUROC": 0.97}
     for seed, auroc in enumerate((0.70, 0.68, 0.72)):
         folder = shutil.copytree(bench / "outputs/scratch-seed0", out / f"ti16-masked-crop-seed{seed}")
         parts = {"validation": {"figures": figures}, "nih": {"figures": {"NIH AUROC": auroc}}}
@@ -84,3 +88,6 @@ def test_choice_reads_what_the_matrix_left(bench, tmp_path):
     assert done[4].startswith("pretrained: ti16-masked-crop is ahead; the default, ti16-full, lacks seeds")
     assert done[-1].startswith("python calibrate.py --run") and done[-1].count("-seed") == 3
     refused(cli("studies.choice", "--out", tmp_path / "none", cwd=tmp_path), "studies/matrix.py accuracy")
+    for damaged in ({"nih": {"key": "x"}}, {"nih": {"figures": {"NIH AUROC": "high"}}}):
+        (folder / "signals.json").write_text(json.dumps(damaged))
+        refused(cli("studies.choice", "--out", out, cwd=tmp_path), "seed2/signals.json is damaged", "nih.")

@@ -152,7 +152,8 @@ def test_a_site_from_labels_to_decisions(own_runs, clinic):
         cli("predict", clinic, "--run", "outputs/linear", "--site", "x", cwd=own_runs), "'x'", "our clinic"
     )
     path = own_runs / "outputs/linear/sites/our clinic.json"
-    for change in ({"findings": {}}, {"findings": {"PNEUMONIA": {"threshold": 7}}}, {"checkpoint": "0" * 64}):
+    wrong = [{"findings": {}}, {"findings": {"PNEUMONIA": {"threshold": 7}}}, {"checkpoint": "0" * 64}]
+    for change in [*wrong, {"min_recall": "high"}]:
         path.write_text(json.dumps({**found, **change}))
         done = cli("predict", clinic, "--run", "outputs/linear", "--site", "our clinic", cwd=own_runs)
         refused(done, "our clinic.json")

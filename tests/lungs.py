@@ -363,13 +363,33 @@ def test_an_ensemble_of_models_that_are_shown_different_parts(looks, flags, synt
     assert f"--input full and masked-crop and outside by {masks.SHIPPED}" in text
 
 
-def test_no_maps_of_an_ensemble_whose_members_are_cut_differently(looks):
+def test_views_of_such_an_ensemble_are_those_of_its_members(looks):
+    """Test-time augmentation moves what each member is shown, not what is cut for it afterwards."""
+    runs = [Run(looks / "parts" / name) for name in ("full", "masked-crop", "outside", "mean")]
+    (train, val, _) = data.load_train_val(
+        replace(runs[3].config, data_dir=looks / runs[3].config.data_dir), tell=print
+    )
+    found = []
+    for run in runs:
+        inputs, model = Inputs.of_run(run.results, torch.device("cpu"), {"flip": True}), run.model()
+        grey = inputs.grey(val.pixels(), val.lungs() if inputs.needs_lungs else None)
+        views = [replace(inputs, views=(view,)).logits(model, grey) for view in inputs.views]
+        found.append(torch.stack(views).softmax(dim=2)[..., 1].detach())
+        assert torch.allclose(inputs.logits(model, grey), torch.stack(views).mean(0), atol=1e-5)
+    *single, mean = found
+    assert torch.allclose(mean, torch.stack(single).mean(0), atol=1e-5)
+    assert (single[1].std(dim=0) > 0.005).any()  # the views do move the member that is cut
+
+
+def test_no_maps_of_an_ensemble_whose_members_are_cut_differently(looks, flags):
     argv = ("--ensemble", "outputs/scratch", "parts/cut", "--out", "parts/both", "--min-recall", 0.9)
     shutil.copytree(looks / "outputs/scratch", looks / "parts/cut")
     results = read_json(looks, "parts/cut/results.json")
     write_json(looks / "parts/cut/results.json", {**results, "data": {**results["data"], "input": "crop"}})
     succeed("calibrate", *argv, cwd=looks)
     refused(cli("explain", "--run", "parts/both", cwd=looks), "different cuts", "explain one of them")
+    argv = ("train_scratch", *flags, "--teacher", "parts/both", "--out", "parts/student")
+    refused(cli(*argv, cwd=looks), "parts/both", "different parts")
     path = looks / "parts/both/results.json"
     results = read_json(path)
     for wrong in (["masked", "everything"], ["masked"], 3):

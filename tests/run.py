@@ -282,6 +282,18 @@ def test_ensemble_is_a_run_of_its_own(bench, tmp_path):
         argv = ("--ensemble", *wrong, "--out", "outputs/x")
         refused(cli("calibrate", *argv, cwd=tmp_path), word)
     refused(cli("calibrate", "--ensemble", *members, cwd=tmp_path), "--out")
+    (tmp_path / "file").write_text("")
+    for flags, word in (
+        (("--out", "outputs/../outputs/scratch-seed0", "--overwrite"), "one of the members"),
+        (("--out", "file"), "is a file"),
+        (("--out", "outputs/both", "--overwrite", "--data-dir", "nowhere"), "nowhere"),
+    ):
+        refused(cli("calibrate", "--ensemble", *members, *flags, cwd=tmp_path), word)
+    assert Run(tmp_path / members[0]).kind == "vit" and Run(tmp_path / "outputs/both").calibrated() == [""]
+    results = common.read_json(tmp_path / members[1] / "results.json")
+    common.write_json(tmp_path / members[1] / "results.json", {**results, "finished": False})
+    refused(cli("calibrate", "--ensemble", *members, "--out", "outputs/x", cwd=tmp_path), "is not finished")
+    assert not (tmp_path / "outputs/x").exists()
 
 
 def test_members_on_other_images_make_no_ensemble(bench, tmp_path):

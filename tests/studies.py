@@ -93,13 +93,15 @@ def test_errors_of_several_runs_are_counted_and_drawn(tmp_path):
     for side in (32, 64):
         flags = ("--data-dir", data_dir, "--img-size", side, "--cache-dir", tmp_path / "cache")
         succeed("train_linear", *flags, "--out", out / f"of-{side}", cwd=tmp_path)
-    succeed("calibrate", "--bootstrap", 100, "--min-recall", 0.8, cwd=tmp_path)
+    succeed("calibrate", "--bootstrap", 100, "--min-recall", 0.8, "--temperature", cwd=tmp_path)
+    refused(cli("studies.errors", "--sheet", "errors.txt", cwd=tmp_path), "name a .png or .jpg")
+    refused(cli("studies.errors", "--run", "nowhere", cwd=tmp_path), "nowhere/results.json")
     printed = succeed("studies.errors", "--sheet", "errors.png", cwd=tmp_path).out
     listed = " ".join(line for line in printed.splitlines() if "of all: " in line or "by all: " in line)
     runs = [Run(out / f"of-{side}") for side in (32, 64)]
     scores, wrong = runs[0].scores(), []
     for run in runs:
-        sick = run.task.scores(run.scores()["test_logits"])[:, 0] >= run.calibration()["threshold"]
+        sick = run.scores()["test_p1"] >= run.calibration()["threshold"]  # at the applied temperature
         wrong.append(sick != (scores["test_labels"] == 1))
     for file, always in zip(scores["test_files"], wrong[0] & wrong[1]):
         assert (Path(file).stem in listed) == always
@@ -598,6 +600,13 @@ def test_matrix_trains_what_is_not_there_and_skips_what_is(own_bench, tiny_npz, 
     assert again == rows and len(calls) == 2
     done = succeed(*argv[:-1], "ti16-probe-(crop|full)", "--", "--img-size", 7, cwd=own_bench)
     assert "exit code 2" in done.err and len(table_rows(done.out)) == 1 and calls[2:] == ["train_pretrained"]
+
+
+def test_matrix_without_rows_is_refused(tmp_path):
+    argv = ("studies.matrix", "accuracy", "--dry-run")
+    refused(cli(*argv, "--only", "(", cwd=tmp_path), "--only (", "no regular expression")
+    for flags in (("--only", "nosuchrow"), ("--seeds", 7), ("--only", "mae-nih")):
+        refused(cli(*argv, *flags, cwd=tmp_path), "no row of accuracy is left")
 
 
 @pytest.mark.parametrize(
