@@ -307,6 +307,8 @@ def parse():
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
         raise common.InputError("--site DIR and --name WHERE belong together, without --ensemble")
     common.check_name("--name", args.name)
+    if args.name and args.name.endswith("-tta"):
+        raise common.InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,

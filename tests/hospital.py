@@ -204,6 +204,7 @@ def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):
     argv = ("calibrate", "--run", "outputs/linear")
     refused(cli(*argv, "--site", clinic, cwd=own_runs), "--site DIR and --name WHERE")
     refused(cli(*argv, "--site", clinic, "--name", "../x", cwd=own_runs), "--name '../x'")
+    refused(cli(*argv, "--site", clinic, "--name", "x-tta", cwd=own_runs), "--name x-tta")
     refused(cli(*argv, "--report", cwd=own_runs), "--site DIR and --name WHERE")
     refused(cli(*argv, "--site", tmp_path, "--name", "x", cwd=own_runs), "NORMAL does not exist")
     refused(cli(*argv, "--site", synthetic / "train", "--name", "x", cwd=own_runs), "96 images", "trained")
