@@ -273,7 +273,7 @@ def parse():
         "--ensemble",
         nargs="+",
         metavar="DIR",
-        help="make one run of these, which may differ in --input, in --out",
+        help="make one run of these in --out, and calibrate it; they may differ in --input",
     )
     group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")

@@ -137,7 +137,7 @@ def load(config, root, index, part):
         what = f"{part} images in {root}"
         fate = "these are left out" if config.input == "pair" else "these are shown as they are"
         if config.reads_lungs:
-            fate = "the model does without them there"
+            fate += ", cut in the middle where left and right are read apart"
         masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256, fate)
     kept = index.take(found.rows) if len(found.rows) < len(index.files) else index
     about = dict(patients=kept.patients, levels=found.levels, masks=masks)

@@ -24,7 +24,7 @@ def make_ensemble(folders, out, overwrite, ready):
     results = [r.results for r in runs]
     looks = [r.config.input for r in runs]
     shown, looks = (looks[0], None) if len(set(looks)) == 1 else ("full", looks)
-    with_lungs = [r for r in runs if r.config.reads_lungs or looks and r.config.needs_lungs]
+    with_lungs = [r for r in runs if r.config.reads_lungs or (looks and r.config.needs_lungs)]
     seen = {"input": shown, "reads_lungs": True} if with_lungs else {}  # by one member at least
     model = Ensemble(
         [r["model_config"] for r in results],
@@ -35,7 +35,9 @@ def make_ensemble(folders, out, overwrite, ready):
     )
     for member, r in zip(model.members, runs):
         member.load_state_dict(r.model().state_dict())
-    also = {name: about for r in results for name, about in r["split"].get("also", {}).items()}
+    also = {}
+    for r in results:
+        also |= r["split"]["also"] if isinstance(r["split"].get("also"), dict) else {}
     about = {
         "data": (with_lungs or runs)[0].results["data"] | seen,
         **{k: results[0][k] for k in ("input_range", "synthetic") if k in results[0]},

@@ -149,9 +149,8 @@ def finder_of(config, device="cpu"):
 
 def not_found(config):
     """What happens to an image without plausible lungs in a run with this DataConfig, as text."""
-    fate = ["the whole image was used"] if config.input != "full" else []
-    fate += ["the model did without them"] if config.reads_lungs else []
-    return f"no lungs found: {' and '.join(fate)}"
+    halves = ", cut in the middle where left and right are read apart"
+    return "no lungs found: the whole image was used" + (halves if config.reads_lungs else "")
 
 
 def open_source(source, side, files=(), what=""):

@@ -316,12 +316,11 @@ def method_rows(entries, standard, prevalence, rule):
     seen, watched = [], []
     for e in entries:
         d = e.results["data"]
-        looks = " and ".join(e.run.looks)
-        shown = "" if looks == "full" else f", --input {looks} by {d.get('lungs', '?')}"
+        looks, lungs = e.run.looks, d.get("lungs", "?")
+        shown = "" if looks == ["full"] else f", --input {' and '.join(looks)} by {lungs}"
         exposure = d.get("normalise", "none")
-        beside = (
-            f", beside them the lungs by {d.get('lungs', '?')}" if d.get("reads_lungs") and not shown else ""
-        )
+        reads = d.get("reads_lungs") and len(looks) == 1  # the masks of several looks are for cutting
+        beside = f", beside them the lungs by {lungs}" if reads else ""
         seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}{beside}")
         watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
     also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}

@@ -243,9 +243,11 @@ def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     scores = np.load(hybrids / folder / "scores.npz", allow_pickle=False)
     assert sorted(float(r["p_pneumonia"]) for r in rows) == pytest.approx(sorted(scores["test_p1"]), abs=1e-6)
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "black.png")
-    assert "the model does without them there" in cut_in_the_middle(hybrids, synthetic, tmp_path)
+    assert "cut in the middle where left and right are read apart" in cut_in_the_middle(
+        hybrids, synthetic, tmp_path
+    )
     (row,) = predict_rows(hybrids, "--run", folder, tmp_path / "black.png")
-    assert "no lungs found: the model did without them" in row["note"]
+    assert "no lungs found: the whole image was used, cut in the middle" in row["note"]
     assert 0 <= float(row["p_pneumonia"]) <= 1
     succeed("calibrate", "--run", folder, "--min-recall", 0.9, "--tta-flip", cwd=hybrids)
     succeed("explain", "--run", folder, "--tests", 2, cwd=hybrids)

@@ -338,40 +338,41 @@ def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
             assert float(row["p_pneumonia"]) == pytest.approx(known, abs=1e-5)
 
 
-def test_an_ensemble_of_models_that_are_shown_different_parts(looks, flags, synthetic):
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, flags):
+    """Runs that are shown different parts of an image, and their ensemble "mean", all calibrated."""
+    cwd, rule = tmp_path_factory.mktemp("parts"), ("--min-recall", 0.9, "--bootstrap", 100)
+    members = [f"outputs/{look}" for look in ("full", "masked-crop", "outside")]
+    for member in members:
+        argv = ("train_linear", *flags[:4], "--img-size", 64, "--input", Path(member).name)
+        succeed(*argv, "--out", member, cwd=cwd)
+    succeed("calibrate", "--ensemble", *members, "--out", "outputs/mean", *rule, cwd=cwd)
+    succeed("calibrate", "--run", *members, *rule, cwd=cwd)
+    return [Run(cwd / folder) for folder in (*members, "outputs/mean")]
+
+
+def test_an_ensemble_of_models_that_are_shown_different_parts(parts, synthetic):
     """Its probability is the mean of its members', as each gives it alone."""
-    argv = ("train_linear", *flags[:4], "--img-size", 64)
-    for look in ("full", "masked-crop", "outside"):
-        succeed(*argv, "--input", look, "--out", f"parts/{look}", cwd=looks)
-    parts, rule = (
-        ["parts/full", "parts/masked-crop", "parts/outside"],
-        ("--min-recall", 0.9, "--bootstrap", 100),
-    )
-    succeed("calibrate", "--ensemble", *parts, "--out", "parts/mean", *rule, cwd=looks)
-    succeed("calibrate", "--run", *parts, *rule, cwd=looks)
-    scores = [Run(looks / f).scores() for f in (*parts, "parts/mean")]
+    scores, cwd = [run.scores() for run in parts], parts[0].folder.parents[1]
     for side in ("val_p1", "test_p1"):
         *single, mean = (s[side] for s in scores)
         assert min(np.abs(a - b).max() for a, b in zip(single, single[1:])) > 0.01  # each sees something else
         assert np.allclose(mean, np.mean(single, axis=0), atol=1e-6)
-    rows = predict_rows(looks, "--run", "parts/mean", synthetic / "test")
+    rows = predict_rows(cwd, "--run", "outputs/mean", synthetic / "test")
     expected = dict(zip(scores[3]["test_files"], scores[3]["test_p1"]))
     for row in rows:
         known = expected[str(Path(row["path"]).relative_to(synthetic))]
         assert float(row["p_pneumonia"]) == pytest.approx(known, abs=1e-5)
-    text = succeed("compare", "--runs-dir", "parts", cwd=looks).out
+    text = succeed("compare", cwd=cwd).out
     assert "ensemble of 3, full and masked-crop and outside (mean)" in text
     assert f"--input full and masked-crop and outside by {masks.SHIPPED}" in text
 
 
-def test_views_of_such_an_ensemble_are_those_of_its_members(looks):
+def test_views_of_such_an_ensemble_are_those_of_its_members(parts):
     """Test-time augmentation moves what each member is shown, not what is cut for it afterwards."""
-    runs = [Run(looks / "parts" / name) for name in ("full", "masked-crop", "outside", "mean")]
-    (train, val, _) = data.load_train_val(
-        replace(runs[3].config, data_dir=looks / runs[3].config.data_dir), tell=print
-    )
+    _, val, _ = data.load_train_val(parts[3].config)
     found = []
-    for run in runs:
+    for run in parts:
         inputs, model = Inputs.of_run(run.results, torch.device("cpu"), {"flip": True}), run.model()
         grey = inputs.grey(val.pixels(), val.lungs() if inputs.needs_lungs else None)
         views = [replace(inputs, views=(view,)).logits(model, grey) for view in inputs.views]
@@ -383,21 +384,21 @@ def test_views_of_such_an_ensemble_are_those_of_its_members(looks):
 
 
 def test_no_maps_of_an_ensemble_whose_members_are_cut_differently(looks, flags):
-    argv = ("--ensemble", "outputs/scratch", "parts/cut", "--out", "parts/both", "--bootstrap", 100)
-    shutil.copytree(looks / "outputs/scratch", looks / "parts/cut")
-    results = read_json(looks, "parts/cut/results.json")
-    write_json(looks / "parts/cut/results.json", {**results, "data": {**results["data"], "input": "crop"}})
+    argv = ("--ensemble", "outputs/scratch", "cuts/one", "--out", "cuts/both", "--bootstrap", 100)
+    shutil.copytree(looks / "outputs/scratch", looks / "cuts/one")
+    results = read_json(looks, "cuts/one/results.json")
+    write_json(looks / "cuts/one/results.json", {**results, "data": {**results["data"], "input": "crop"}})
     succeed("calibrate", *argv, cwd=looks)
-    refused(cli("explain", "--run", "parts/both", cwd=looks), "different cuts", "explain one of them")
-    argv = ("train_scratch", *flags, "--teacher", "parts/both", "--out", "parts/student")
-    refused(cli(*argv, cwd=looks), "parts/both", "different parts")
-    path = looks / "parts/both/results.json"
+    refused(cli("explain", "--run", "cuts/both", cwd=looks), "different cuts", "explain one of them")
+    argv = ("train_scratch", *flags, "--teacher", "cuts/both", "--out", "cuts/student")
+    refused(cli(*argv, cwd=looks), "cuts/both", "different parts")
+    path = looks / "cuts/both/results.json"
     results = read_json(path)
     for wrong in (["masked", "everything"], ["masked"], 3):
         config = {**results["model_config"], "looks": wrong}
         write_json(path, {**results, "model_config": config})
         refused(
-            cli("predict", "x.png", "--run", "parts/both", cwd=looks),
+            cli("predict", "x.png", "--run", "cuts/both", cwd=looks),
             "results.json does not describe a model",
         )
 

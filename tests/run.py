@@ -12,6 +12,8 @@ import torch
 
 import common
 import tensors
+from ensemble import make_ensemble
+from entries import also_trained_on
 from run import Run
 from tests.shared import Evil, cli, folder_bytes, load_pth, read_json, refused, same_tensors, succeed
 
@@ -294,6 +296,18 @@ def test_ensemble_is_a_run_of_its_own(bench, tmp_path):
     common.write_json(tmp_path / members[1] / "results.json", {**results, "finished": False})
     refused(cli("calibrate", "--ensemble", *members, "--out", "outputs/x", cwd=tmp_path), "is not finished")
     assert not (tmp_path / "outputs/x").exists()
+
+
+def test_an_ensemble_names_the_hospitals_of_all_its_members(bench, tmp_path):
+    """Whichever member is named first."""
+    shutil.copytree(bench / "outputs", tmp_path / "outputs")
+    members = [tmp_path / f"outputs/scratch-seed{seed}" for seed in (0, 1)]
+    results = common.read_json(members[1] / "results.json")
+    results["split"]["also"] = {"elsewhere": {"train": 3}}
+    common.write_json(members[1] / "results.json", results)
+    for name, order in (("a", members), ("b", members[::-1])):
+        run = make_ensemble(order, tmp_path / name, overwrite=False, ready=lambda results: None)
+        assert also_trained_on(run.results) == {"elsewhere": 3}
 
 
 def test_members_on_other_images_make_no_ensemble(bench, tmp_path):
