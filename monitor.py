@@ -8,7 +8,8 @@ time (as 2026-11-23, which sorts as text). The first image of each patient count
 names tell the patient, as in training. Prints recall and specificity so far with 95% confidence sequences,
 which hold at all times at once, and draws them over time to RUN/monitor/. If recall >= the floor is refuted,
 it says when, and the exit code is 3. Where recall is at the floor, that ever happens with a chance of at most
-5%, however long one watches (betting.py). --site WHERE takes the thresholds of calibrate.py --site.
+5%, however long one watches (betting.py). --site WHERE takes the thresholds of calibrate.py --site, --tta
+those of calibrate.py --tta, for scores of predict.py --tta.
 """
 
 import sys
@@ -119,11 +120,12 @@ def threshold_of(run, args):
     finding = args.finding or run.task.findings[0]
     if finding not in run.task.findings:
         raise common.InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
+    name = "tta" if args.tta else ""
     if args.site:
-        source = run.site(args.site)
+        source = run.site(args.site, name)
         found = source["findings"][finding]
     else:
-        source = run.calibration()
+        source = run.calibration(name)
         found = run.findings(source)[finding]
         found = {**found, "guaranteed": found.get("guarantee", {}).get("threshold")}
     threshold, floor = found.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
@@ -143,6 +145,7 @@ def parse():
     parser.add_argument("log", metavar="LOG.csv", help="path,score,diagnosis and perhaps patient,time")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--site", metavar="WHERE", help="thresholds of calibrate.py --site")
+    parser.add_argument("--tta", action="store_true", help="the scores are those of predict.py --tta")
     parser.add_argument("--point", choices=tuple(POINTS), default="rec", help="which threshold is in use")
     parser.add_argument("--finding", metavar="NAME", help="which of several findings")
     between = common.Number(float, 0, 1, above=True, below=True)
@@ -163,8 +166,9 @@ def main():
     log = read_log(args.log, threshold, (tuple(health), (finding.lower(), "1")))
     hits, right = log.called[log.sick], ~log.called[~log.sick]
     alarm = betting.refuted_at(hits, floor)
-    title = f"{run.folder.resolve().name}{f' at {args.site}' if args.site else ''}: threshold {threshold:.4f}"
-    path = run.folder / "monitor" / f"{args.site or 'validation'}.png"
+    where, views = f" at {args.site}" if args.site else "", " with TTA" if args.tta else ""
+    title = f"{run.folder.resolve().name}{where}{views}: threshold {threshold:.4f}"
+    path = run.folder / "monitor" / f"{args.site or 'validation'}{'-tta' if args.tta else ''}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, log, floor, alarm, title)
     print(f"{title}; {len(log.sick)} patients, {log.left_out} further images left out")

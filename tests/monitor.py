@@ -126,3 +126,20 @@ def test_monitor_needs_a_threshold(own_runs, tmp_path):
         done = cli(*argv, *more, cwd=own_runs)
         assert done.code == 2 and word in done.err
     assert cli("monitor", "--run", "outputs/linear", tmp_path / "no.csv", cwd=own_runs).code == 2
+
+
+def test_monitor_takes_the_thresholds_of_augmented_views(own_runs, tmp_path):
+    folder = own_runs / "outputs/linear"
+    plain = json.loads((folder / "calibration.json").read_text())["threshold"]
+    argv = ("monitor", "--run", "outputs/linear", "--min-recall", 0.95)
+    log = log_of(tmp_path / "log.csv", [f"a{i}.png,{plain},PNEUMONIA" for i in range(2)])
+    done = cli(*argv, "--tta", log, cwd=own_runs)
+    assert done.code == 2 and "run python calibrate.py --tta first" in done.err
+    succeed("calibrate", "--run", "outputs/linear", "--tta", "--bootstrap", 100, cwd=own_runs)
+    changed = json.loads((folder / "calibration-tta.json").read_text())
+    changed["threshold"] = min(1, plain + 1e-6)  # so that the two cannot be mistaken for one another
+    (folder / "calibration-tta.json").write_text(json.dumps(changed))
+    assert "recall      1.000" in succeed(*argv, log, cwd=own_runs).out
+    done = succeed(*argv, "--tta", log, cwd=own_runs)
+    assert "linear with TTA" in done.out and "recall      0.000" in done.out
+    assert (folder / "monitor/validation-tta.png").exists() and (folder / "monitor/validation.png").exists()
