@@ -9,6 +9,7 @@ Nothing here opens an image, and no test result is read.
 """
 
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ TIE = 0.005
 
 class Candidate(NamedTuple):
     """A row of the accuracy part. panels, borrowed, minutes: float [seeds that have run]; complete: whether
-    all seeds have; barred: whether it has seen images of the panel's hospital."""
+    all seeds have; barred: whether it has seen images of the panel's hospital; size: --img-size."""
 
     name: str
     folders: list
@@ -37,6 +38,7 @@ class Candidate(NamedTuple):
     minutes: np.ndarray
     complete: bool
     barred: bool
+    size: int = 224
 
     @property
     def arm(self):
@@ -78,9 +80,8 @@ def candidate(row, out):
         return None
     folders, *columns = zip(*kept)
     figures = [np.array(column) for column in columns]
-    return Candidate(
-        row.name, list(folders), *figures, len(kept) == len(row.seeds), row.name.endswith("-nih")
-    )
+    complete, barred = len(kept) == len(row.seeds), row.name.endswith("-nih")
+    return Candidate(row.name, list(folders), *figures, complete, barred, Run(folders[0]).config.img_size)
 
 
 def winner(candidates):
@@ -103,12 +104,12 @@ def changes(best, default):
 
 
 def ensemble(candidates):
-    """The two best Candidates of different backbones, best first; fewer where there are none."""
-    ranked, chosen = sorted(candidates, key=lambda c: -c.panels.mean()), {}
-    for c in ranked:
-        if c.complete and not c.barred and not c.vetoed:
-            chosen.setdefault(c.backbone, c)
-    return list(chosen.values())[:2]
+    """The two best Candidates of different backbones and one image size, as calibrate.py takes them, best
+    first; () where there are no two."""
+    able = [c for c in candidates if c.complete and not c.barred and not c.vetoed]
+    ranked = sorted(able, key=lambda c: -c.panels.mean())
+    pairs = (p for p in combinations(ranked, 2) if p[0].backbone != p[1].backbone and p[0].size == p[1].size)
+    return next(pairs, ())
 
 
 def verdicts(candidates):
@@ -138,7 +139,7 @@ def verdicts(candidates):
     if folders:
         yield f"\npython calibrate.py --run {' '.join(folders)}"
     members = ensemble([c for c in candidates if c.arm == "pretrained"])
-    if len(members) == 2:
+    if members:
         names = " ".join(str(f) for c in members for f in c.folders)
         yield f"python calibrate.py --ensemble {names} --out {members[0].folders[0].parent}/ensemble"
 

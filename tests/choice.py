@@ -64,6 +64,15 @@ def test_verdicts_name_the_finalists_and_an_ensemble_of_two_backbones():
     assert missing == "pretrained: no candidate has all of its seeds"
 
 
+def test_an_ensemble_is_of_the_two_best_that_calibrate_takes_together():
+    ti, dino = made("ti16-a", [0.80] * 3), made("dinov2-a", [0.82] * 3)
+    large = made("dinov2-b-336", [0.84] * 3)._replace(size=336)
+    assert choice.ensemble([ti, dino, large]) == (dino, ti)
+    assert choice.ensemble([ti, large]) == choice.ensemble([dino, large]) == choice.ensemble([ti]) == ()
+    hybrid = made("hybrid-a", [0.83] * 3, borrowed=0.87)  # misled by the border
+    assert choice.ensemble([ti, dino, hybrid]) == (dino, ti)
+
+
 @pytest.mark.parametrize("name", [row.name for row in matrix.accuracy() if row.script != "pretrain_mae"])
 def test_candidates_of_the_matrix_are_of_one_arm_and_barred_if_they_saw_nih(name):
     c = made(name, [0.8] * 3)
