@@ -217,6 +217,32 @@ class Exported(torch.nn.Module):
         return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
 
 
+def described(scorer, finds_lungs):
+    """{name: text}: what the metadata of an ONNX file say of a Scorer; `finds_lungs`: whether lung masks are
+    made inside the graph."""
+    size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
+    only = next(iter(scorer.thresholds.values()))
+    return {
+        "run": str(scorer.run),
+        "model": results["model"],
+        "classes": json.dumps(scorer.task.classes),
+        "findings": json.dumps(scorer.task.findings),
+        "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
+        f"files: {scorer.config.resize} to {size} px"
+        + ("" if finds_lungs else f", then inputs.normalise(..., {mode!r})"),
+        "shown": ", ".join(scorer.run.looks)
+        + (": exposure and lung masks inside the graph" if finds_lungs else ""),
+        "mean": json.dumps(results["mean"]),
+        "std": json.dumps(results["std"]),
+        "scaling": "inside the graph",
+        "normalise": mode,
+        "temperature": repr(scorer.temperature),
+        "threshold@0.5": "0.5",
+        "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
+        "synthetic": json.dumps(results["synthetic"]),
+    }
+
+
 def export(scorer, path):
     """Write an ONNX file with preprocessing and thresholds in its metadata; InputError if it disagrees by >
     1e-4 (with lung masks inside: 1e-3)."""
@@ -231,7 +257,7 @@ def export(scorer, path):
         ) from None
     if scorer.finder and scorer.finder.net is None:
         raise common.InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
-    size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
+    size = scorer.config.img_size
     net = scorer.finder.net.cpu() if scorer.finder else None
     model, inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
     model = Exported(model, inputs, scorer.task, scorer.temperature, net).eval()
@@ -250,27 +276,8 @@ def export(scorer, path):
             external_data=False,
             verbose=False,
         )
-        graph, only = onnx.load(tmp), next(iter(scorer.thresholds.values()))
-        about = {
-            "run": str(scorer.run),
-            "model": results["model"],
-            "classes": json.dumps(scorer.task.classes),
-            "findings": json.dumps(scorer.task.findings),
-            "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
-            f"files: {scorer.config.resize} to {size} px"
-            + ("" if net else f", then inputs.normalise(..., {mode!r})"),
-            "shown": ", ".join(scorer.run.looks)
-            + (": exposure and lung masks inside the graph" if net else ""),
-            "mean": json.dumps(results["mean"]),
-            "std": json.dumps(results["std"]),
-            "scaling": "inside the graph",
-            "normalise": mode,
-            "temperature": repr(scorer.temperature),
-            "threshold@0.5": "0.5",
-            "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
-            "synthetic": json.dumps(results["synthetic"]),
-        }
-        onnx.helper.set_model_props(graph, about)
+        graph = onnx.load(tmp)
+        onnx.helper.set_model_props(graph, described(scorer, net is not None))
         onnx.save(graph, tmp)
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
         with torch.inference_mode():

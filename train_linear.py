@@ -59,6 +59,19 @@ def fold(fitted, scaler, both=False):
     return weight, bias
 
 
+def watched(model, task, inputs, parts, others):
+    """What a row of the history says of a fitted model on the Subsets in `parts` and in `others`, by name."""
+    row = {"others": {}}
+    for name, subset in parts.items():
+        logits, targets = frozen.predict(model, subset, inputs), torch.from_numpy(subset.targets)
+        row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
+        row |= Supervised(task).watch(subset.targets, logits, name)
+    for name, subset in others.items():
+        logits = frozen.predict(model, subset, inputs)
+        row["others"][name] = Supervised(task).watch(subset.targets, logits, "held_out")
+    return row
+
+
 def main():
     parser = common.Parser(__doc__)
     dataconfig.add_arguments(parser)
@@ -91,14 +104,7 @@ def main():
         model.head.bias.copy_(torch.from_numpy(bias))
     seconds = time.perf_counter() - started
 
-    row = {"lr": 0.0, "seconds": seconds}
-    for name, subset in (("train", train), ("val", val)):
-        logits = frozen.predict(model, subset, inputs)
-        targets = torch.from_numpy(subset.targets)
-        row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
-        row |= Supervised(task).watch(subset.targets, logits, name)
-    watched = ((n, o, frozen.predict(model, o, inputs)) for n, o in others.items())
-    row |= {"others": {n: Supervised(task).watch(o.targets, x, "held_out") for n, o, x in watched}}
+    row = {"lr": 0.0, "seconds": seconds} | watched(model, task, inputs, {"train": train, "val": val}, others)
     results = {
         "model": "linear",
         "model_config": {"kind": "linear", **model.config},
