@@ -217,9 +217,8 @@ class Exported(torch.nn.Module):
         return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
 
 
-def described(scorer, finds_lungs):
-    """{name: text}: what the metadata of an ONNX file say of a Scorer; `finds_lungs`: whether lung masks are
-    made inside the graph."""
+def described(scorer):
+    """{name: text}: what the metadata of an ONNX file say of a Scorer."""
     size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
     only = next(iter(scorer.thresholds.values()))
     return {
@@ -229,9 +228,9 @@ def described(scorer, finds_lungs):
         "findings": json.dumps(scorer.task.findings),
         "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
         f"files: {scorer.config.resize} to {size} px"
-        + ("" if finds_lungs else f", then inputs.normalise(..., {mode!r})"),
+        + ("" if scorer.finder else f", then inputs.normalise(..., {mode!r})"),
         "shown": ", ".join(scorer.run.looks)
-        + (": exposure and lung masks inside the graph" if finds_lungs else ""),
+        + (": exposure and lung masks inside the graph" if scorer.finder else ""),
         "mean": json.dumps(results["mean"]),
         "std": json.dumps(results["std"]),
         "scaling": "inside the graph",
@@ -277,7 +276,7 @@ def export(scorer, path):
             verbose=False,
         )
         graph = onnx.load(tmp)
-        onnx.helper.set_model_props(graph, described(scorer, net is not None))
+        onnx.helper.set_model_props(graph, described(scorer))
         onnx.save(graph, tmp)
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
         with torch.inference_mode():
