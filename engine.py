@@ -9,15 +9,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 from common import FORMAT, InputError, Interrupted, Pace, command_line, say, tell
 from device import device_name, gather, processes, stop_requests, versions
 from frozen import predict, say_stage
-from gradient import Gradient
-from optimiser import learning_rate, parameter_groups, plateau_factor
+from gradient import Gradient, SharedDraws
+from optimiser import WarmAverage, learning_rate, parameter_groups, plateau_factor
 from recipe import THAWED, differences
 from split import epoch_order
 from track import Tracker
@@ -113,14 +112,13 @@ class Loop:
         """Everything that `fit` uses, for `count` training images."""
         recipe, model = self.recipe, self.model.to(self.device)
         self._share()
-        if self.rank:  # other augmentations than the first process's
-            torch.manual_seed(recipe.seed + self.rank * 1_000_003)
+        if self.number > 1:  # images are changed alike in all processes, dropout is another in each
+            self.gradient.draws = SharedDraws(self.device)
+            torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
         groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
         groups += parameter_groups(self.match, recipe.weight_decay) if self.match else []
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
-        self.average = (
-            AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-        )
+        self.average = WarmAverage(model, recipe.ema) if recipe.ema else None
         self.kept = self.average.module if self.average else model  # what is validated and saved
         self.steps = math.ceil(count / recipe.batch_size)
         self.total = min(recipe.epochs * self.steps, recipe.max_steps or math.inf)
@@ -188,6 +186,10 @@ class Loop:
                 self.match.load_state_dict(last["match"])
             if self.average is not None:
                 self.average.load_state_dict(last["average"])
+            if self.number > 1 and last.get("draws"):
+                self.gradient.draws.states = last["draws"]
+            elif self.number > 1:
+                say("note: an older version wrote last.pth: the changes of images are drawn from the start")
             random_state, device_state = last["rng"][self.rank]
             torch.set_rng_state(random_state)
             if device_state is not None and self.device.type == "cuda":
@@ -381,6 +383,7 @@ class Loop:
                 "average": self.average and self.average.state_dict(),
                 "match": self.match and self.match.state_dict(),
                 "rng": rng,
+                "draws": self.gradient.draws and self.gradient.draws.states,
                 "seen": seen,
             }
         )

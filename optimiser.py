@@ -1,6 +1,10 @@
-"""What AdamW is given: the learning rate of each step and layer, and which parameters decay."""
+"""What AdamW is given: the learning rate of each step and layer, and which parameters decay; and the average of
+the weights it makes."""
 
 import math
+
+import torch
+from torch.optim.swa_utils import AveragedModel
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
 
@@ -60,3 +64,32 @@ def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
         {"params": params, "weight_decay": weight_decay * decays, "lr_scale": scale}
         for (decays, scale), params in groups.items()
     ]
+
+
+def average_decay(decay, updates):
+    """The decay of the next update of an average that had `updates` before: it grows from 1/10 to `decay`, so
+    that the first weights, which know little, are soon forgotten (as in TensorFlow's ExponentialMovingAverage
+    with num_updates)."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class WarmAverage(AveragedModel):
+    """An exponential moving average of a model's weights whose decay warms up (average_decay); the first update
+    copies the model.
+
+    The statistics of BatchNorm, and every other floating-point buffer, are averaged with the same decay, so
+    that they belong to the averaged weights; whole-number buffers, such as num_batches_tracked, are copied."""
+
+    def __init__(self, model, decay):
+        super().__init__(model, multi_avg_fn=self._blend, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _blend(self, averages, values, _):
+        """One update, in place, of lists of tensors of one type and device."""
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(averages, values)
+            return
+        # n_averaged stays on the CPU: reading it lets no GPU wait.
+        decay = average_decay(self.decay, int(self.n_averaged))
+        torch._foreach_lerp_(averages, values, 1 - decay)

@@ -37,7 +37,11 @@ class Recipe:
     )
     batch_size: int = flag(32, "images a step, over all processes", COUNT, "N")
     accumulate: int = flag(
-        1, "run each step in N parts, for less memory: the same step to rounding", COUNT, "N"
+        1,
+        "run each step in N parts, for less memory: the same step to rounding, but for what a model with "
+        "dropout, stochastic depth or left-out patches draws itself",
+        COUNT,
+        "N",
     )
     lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
     weight_decay: float = flag(
@@ -78,8 +82,8 @@ class Recipe:
     )
     ema: float = flag(
         0.0,
-        "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1); "
-        "0: the weights themselves",
+        "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1), "
+        "reached from 1/10 on; 0: the weights themselves",
         BELOW_ONE,
         "X",
     )

@@ -565,8 +565,8 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
 
 
 def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
-    """torchrun with 2 gloo processes against one process: same global batch, same losses and scores to
-    rounding; one writer; a resume with another number of processes is refused."""
+    """torchrun with 2 gloo processes against one process: same global batch, changed and mixed alike, same
+    losses and scores to rounding; one writer; a resume with another number of processes is refused."""
     flags = [
         "--data-dir",
         synthetic,
@@ -579,7 +579,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
         "--batch-size",
         10,
         "--no-amp",
-        *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, "--augment", "none"),
+        *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, "--mixup", 0.4),
     ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
@@ -639,9 +639,9 @@ def test_damaged_last_is_refused(tmp_path):
 
 
 def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
-    """Average by hand from the weights after each step; stopped in step 7 and resumed, it ends bit for bit
-    the same."""
-    settings = dict(epochs=2, ema=0.8)
+    """Average by hand from the weights after each step, its decay growing to 0.45; stopped in step 7 and
+    resumed, it ends bit for bit the same."""
+    settings = dict(epochs=2, ema=0.45)
     loop, weights = toy_loop(tmp_path / "a", **settings), []
     hook = importlib.import_module("torch.optim.optimizer").register_optimizer_step_post_hook(
         lambda *_: weights.append({n: p.detach().double().clone() for n, p in loop.model.named_parameters()})
@@ -651,8 +651,9 @@ def test_ema_is_the_average_of_the_steps_and_resumes(tmp_path):
     finally:
         hook.remove()
     average = weights[0]
-    for now in weights[1:]:
-        average = {n: 0.8 * average[n] + 0.2 * now[n] for n in now}
+    for updates, now in enumerate(weights[1:], 1):
+        decay = min(0.45, (1 + updates) / (10 + updates))
+        average = {n: decay * average[n] + (1 - decay) * now[n] for n in now}
     last = load_pth(tmp_path, "a", "last.pth")
     for name, value in average.items():
         assert torch.allclose(last["average"][f"module.{name}"].double(), value, atol=1e-6), name
