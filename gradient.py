@@ -43,7 +43,7 @@ class SharedDraws:
 
 
 def _rows(here, count, device):
-    """Places `here` of a batch of `count` images as an index: all of them as a slice, which copies nothing."""
+    """Places `here` of a batch of `count` images as an index; all: a slice, which copies nothing."""
     return slice(None) if len(here) == count else here.to(device)
 
 

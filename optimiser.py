@@ -1,5 +1,5 @@
-"""What AdamW is given: the learning rate of each step and layer, and which parameters decay; and the average of
-the weights it makes."""
+"""What AdamW is given: the learning rate of each step and layer, and which parameters decay; and the average
+of the weights that it makes."""
 
 import math
 
@@ -74,11 +74,11 @@ def average_decay(decay, updates):
 
 
 class WarmAverage(AveragedModel):
-    """An exponential moving average of a model's weights whose decay warms up (average_decay); the first update
-    copies the model.
+    """An exponential moving average of a model's weights whose decay warms up (average_decay); the first
+    update copies the model.
 
     The statistics of BatchNorm, and every other floating-point buffer, are averaged with the same decay, so
-    that they belong to the averaged weights; whole-number buffers, such as num_batches_tracked, are copied."""
+    that they belong to the averaged weights; whole numbers, such as num_batches_tracked, are copied."""
 
     def __init__(self, model, decay):
         super().__init__(model, multi_avg_fn=self._blend, use_buffers=True)

@@ -99,7 +99,7 @@ def test_processes_change_and_mix_one_batch(parts, number):
 
 
 def test_a_model_that_draws_itself_is_said_once():
-    """Dropout and left-out patches are drawn part by part, with a note; without them, and in one part, none."""
+    """Dropout and left-out patches are drawn part by part, with a note; otherwise there is none."""
     quiet, drawing = small_vit(in_chans=1), small_vit(in_chans=1, drop_rate=0.1, patch_drop_rate=0.5)
     for model, n, notes in ((quiet, 3, 0), (drawing, 1, 0), (drawing, 3, 1)):
         made, err = two_class_gradient(INPUTS, n), io.StringIO()
