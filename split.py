@@ -7,6 +7,7 @@ from common import InputError
 from index import patient_id
 
 POOLED = ("pooled", "pooled-image")
+TRIES = 60  # draws of the patients with images of several classes, of which the best is taken
 BALANCES = (
     *("weights", "sampler", "both", "undersample", "undersample-once", "none"),
     *("sources", "sources-sampler"),
@@ -17,11 +18,11 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     """Indices (train, val), both sorted, of images with one class each.
 
     "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
-    per class, or the nearest reachable, with whole patients on one side: patients are shuffled, and per
-    class an exact subset sum takes the earliest patients that reach the count. A patient with images of
-    several classes goes to validation while every class still has room. `patients` [N] (default: as
-    the file names tell). Depends on names, labels, patients and seed only, not on their order. InputError if
-    a class cannot be on both sides.
+    per class, or the nearest that is found, with whole patients on one side: of patients with images of
+    several classes validation's share is drawn (`_share_of_mixed`); the others are shuffled, and per class an
+    exact subset sum takes the earliest patients that reach the count. `patients` [N] (default: as the file
+    names tell). Depends on names, labels, patients and seed only, not on their order. InputError if a class
+    cannot be on both sides.
     """
     labels = np.asarray(labels)
     patients = [patient_id(f) for f in files] if patients is None else patients
@@ -35,23 +36,17 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     if mode == "image":
         return np.sort(train), np.sort(val)
     kinds = np.unique(labels)
-    room = {k: int((labels[val] == k).sum()) for k in kinds}
+    wanted = np.array([(labels[val] == k).sum() for k in kinds])
     groups = {}
     for i in order:
         groups.setdefault(patients[i], []).append(i)
-    shuffled = [list(groups.values())[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    single = {k: [] for k in kinds}
-    chosen = []
+    rng = np.random.default_rng(seed)
+    shuffled = [list(groups.values())[i] for i in rng.permutation(len(groups))]
+    single, mixed = {k: [] for k in kinds}, []
     for images in shuffled:
-        counts = {k: int((labels[images] == k).sum()) for k in np.unique(labels[images])}
-        if len(counts) == 1:
-            single[labels[images[0]]].append(images)
-        elif all(counts[k] <= room[k] for k in counts):
-            chosen += images
-            room = {k: room[k] - counts.get(k, 0) for k in kinds}
-    for k in kinds:
-        for g in _nearest_subset([len(images) for images in single[k]], room[k]):
-            chosen += single[k][g]
+        alike = (labels[images] == labels[images[0]]).all()
+        (single[labels[images[0]]] if alike else mixed).append(images)
+    chosen = _choose_patients(single, mixed, labels, wanted, len(val) / len(order), rng)
     val = np.sort(np.array(chosen, dtype=np.int64))
     train = np.setdiff1d(order, val)
     for k in kinds:
@@ -60,6 +55,53 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
                 f"class number {k} has too few patients to be in train and validation: use --split image"
             )
     return train, val
+
+
+def _choose_patients(single, mixed, labels, wanted, share, rng):
+    """The images of the patients that validate. `single`: {class: patients of that class alone}, `mixed`: the
+    others, each a list of images; `wanted`: the number of images of each class.
+
+    The mixed patients are drawn several times where that brings the counts nearer to `wanted`. Where a class
+    would be missing on a side, more and more of them are drawn, up to half."""
+    kinds = list(single)
+    counts = [[(labels[images] == k).sum() for k in kinds] for images in mixed]
+    counts = np.array(counts, dtype=int).reshape(-1, len(kinds))
+    sizes = [[len(images) for images in single[k]] for k in kinds]
+    totals = np.array([sum(s) for s in sizes]) + counts.sum(axis=0)
+    best = None
+    for attempt in range(TRIES if mixed else 1):
+        more = max(0, 2 * attempt / TRIES - 1)  # 0 in the first half of the attempts
+        if more and best[0][0] == 0:
+            break
+        drawn = _share_of_mixed(counts, share + more * max(0, 0.5 - share), rng)
+        have = counts[drawn].sum(axis=0)
+        alone = [_nearest_subset(s, max(0, n)) for s, n in zip(sizes, (wanted - have).tolist())]
+        have = have + [sum(s[g] for g in part) for s, part in zip(sizes, alone)]
+        missing = int(((have == 0) | (have == totals)).sum())
+        merit = (missing, int(abs(have - wanted).sum()))
+        if best is None or merit < best[0]:
+            best = merit, drawn, alone
+        if best[0] == (0, 0):
+            break
+    _, drawn, alone = best
+    chosen = [i for g in drawn for i in mixed[g]]
+    for k, part in zip(kinds, alone):
+        chosen += [i for g in part for i in single[k][g]]
+    return chosen
+
+
+def _share_of_mixed(counts, share, rng):
+    """Which of the patients with images of several classes are drawn, each with chance `share`: positions.
+    counts [M, K]: how many images of each class they have.
+
+    Systematic sampling (Cochran, Sampling Techniques, chapter 8): those alike in classes and numbers stand
+    next to each other, otherwise in random order, and from a random start on one in 1 / share is taken. So
+    every kind of patient is drawn at nearly its share, and so are the images of every class."""
+    shuffled = rng.permutation(len(counts))
+    rows = counts[shuffled][:, rng.permutation(counts.shape[1])]
+    by_kind = np.lexsort([*rows.T, rows.sum(axis=1), *(rows > 0).T])  # the last key counts first
+    steps = np.floor(np.arange(len(counts) + 1) * share + rng.random())
+    return shuffled[by_kind[np.diff(steps) > 0]]
 
 
 def _nearest_subset(sizes, target):

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 import data
-from common import InputError
-from split import BALANCES, cut, cut_test, epoch_order, split_patients, undersampled
+from common import InputError, sha256
+from index import list_images
+from split import BALANCES, cut, cut_test, epoch_order, split_patients, split_train_val, undersampled
+from tests.shared import SHARED
 
 SIDES = ("train", "val", "test")
 
@@ -206,6 +208,114 @@ def test_split_patients_against_brute_force():
         split_patients(["p"] * 5, 0.3)
     with pytest.raises(InputError, match="the images are of 0"):
         split_patients([], 0.3)
+
+
+# ---------------------------------------------------------------- patients with images of several classes
+
+
+def test_patients_of_one_class_each_are_split_as_ever():
+    """Checksums of validation made by the version before patients of several classes were drawn by share."""
+    rng, files, labels = np.random.default_rng(5), [], []
+    for k, (count, stem) in enumerate(
+        (
+            (120, "IM-{:04d}-{:04d}.jpeg"),
+            (200, "person{}_virus_{}.jpeg"),
+            (40, "NORMAL2-IM-{:04d}-{:04d}.jpeg"),
+        )
+    ):
+        for patient in range(count):
+            for _ in range(int(min(30, rng.geometric(0.4)))):
+                files.append(f"train/{k}/" + stem.format(patient, len(files)))
+                labels.append(k)
+    assert len(files) == 903
+    for seed, start in ((0, "c803f02c692a3396"), (3, "d4cb8b1220cb9721")):
+        _, val = split_train_val(files, labels, "patient", 0.2, seed)
+        assert len(val) == 181 and sha256(sorted(files[i] for i in val)).startswith(start)
+
+
+@pytest.mark.skipif(not (SHARED / "chest_xray/train").is_dir(), reason="no real data here")
+def test_the_split_of_the_real_set_is_as_ever():
+    """Image by image: checksums of validation made by the version before."""
+    index = list_images(SHARED / "chest_xray", "train")
+    for fraction, seed, count, start in (
+        (0.2, 0, 1044, "9d0f0764b90dfddd"),
+        (0.2, 1, 1044, "ec608bc33b2595f1"),
+        (0.25, 3, 1304, "0d7ee5a50ff81529"),
+    ):
+        train, val = split_train_val(index.files, index.targets, "patient", fraction, seed)
+        assert (len(train), len(val)) == (5216 - count, count)
+        assert sha256(sorted(index.files[i] for i in val)).startswith(start)
+
+
+def drawn_patients(rng, count, mixed):
+    """(files, labels, patients) of patients with 1 to 30 images of three classes; of a share `mixed` of them
+    the images are of two classes."""
+    labels, patients = [], []
+    for patient in range(count):
+        size = int(min(30, 1 + rng.geometric(0.25)))
+        kinds = rng.choice(3, 2 if rng.random() < mixed else 1, replace=False)
+        labels += [*kinds, *rng.choice(kinds, size)][: max(size, len(kinds))]
+        patients += [f"p{patient}"] * max(size, len(kinds))
+    return [f"{i:05d}.png" for i in range(len(labels))], np.array(labels, dtype=np.int64), patients
+
+
+def test_patients_of_several_classes_validate_at_validations_share():
+    """12% of 400 patients: they are as frequent on either side, every one of them has validation's chance,
+    whatever its size, and the counts of the classes stay those of a stratified split."""
+    files, labels, patients = drawn_patients(np.random.default_rng(0), 400, 0.12)
+    whose = {p: {k for q, k in zip(patients, labels) if q == p} for p in set(patients)}
+    mixed = sorted(p for p in whose if len(whose[p]) > 1)
+    size = np.array([patients.count(p) for p in mixed])
+    seeds, hits = 60, np.zeros(len(mixed))
+    for seed in range(seeds):
+        train, val = split_train_val(files, labels, "patient", 0.2, seed, patients)
+        sides = [{patients[i] for i in part} for part in (train, val)]
+        assert not sides[0] & sides[1] and len(train) + len(val) == len(files)
+        assert np.abs(np.bincount(labels[val]) - 0.2 * np.bincount(labels)).max() <= 1
+        assert abs(len(sides[1] & set(mixed)) - 0.2 * len(mixed)) <= 1
+        hits += [p in sides[1] for p in mixed]
+    assert len(mixed) > 40 and (size > 5).sum() > 10
+    error = np.sqrt(0.16 / seeds)  # of the share of one patient
+    assert np.abs(hits / seeds - 0.2).max() < 4 * error
+    assert abs((hits / seeds)[size > 6].mean() - 0.2) < 3 * error / np.sqrt((size > 5).sum())
+
+
+def test_small_sets_of_mixed_patients_against_all_partitions():
+    """3 to 8 patients with images of any classes: whole patients; the counts are at most an image from the
+    best of all partitions; refused only where no partition has every class on both sides."""
+    tried = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        kinds, people = int(rng.integers(2, 4)), int(rng.integers(3, 9))
+        patients = np.repeat(np.arange(people), rng.integers(1, 5, people))
+        labels = rng.integers(kinds, size=len(patients))
+        if np.bincount(labels, minlength=kinds).min() < 4:  # a stratified split of images has one of each
+            continue
+        counts = np.array([np.bincount(labels[patients == p], minlength=kinds) for p in range(people)])
+        chosen = [s for n in range(people) for s in itertools.combinations(range(people), n)]
+        partitions = [counts[list(s)].sum(0) for s in chosen]
+        partitions = [v for v in partitions if v.min() > 0 and (counts.sum(0) - v).min() > 0]
+        files, wanted = [f"{i:02d}" for i in range(len(labels))], 0.25 * np.bincount(labels)
+        try:
+            _, val = split_train_val(files, labels, "patient", 0.25, seed, patients.astype(str).tolist())
+        except InputError:
+            assert not partitions, seed
+            continue
+        found = np.bincount(labels[val], minlength=kinds)
+        assert not set(patients[val]) & set(np.delete(patients, val))
+        best = min(np.abs(v - wanted).sum() for v in partitions)
+        assert np.abs(found - wanted).sum() <= best + 2, seed  # `wanted` itself is rounded
+        tried += 1
+    assert tried > 50
+
+
+def test_a_split_of_mixed_patients_does_not_depend_on_the_order():
+    files, labels, patients = drawn_patients(np.random.default_rng(1), 60, 0.5)
+    _, val = split_train_val(files, labels, "patient", 0.2, 0, patients)
+    other = np.random.default_rng(2).permutation(len(files))
+    moved = [[values[i] for i in other] for values in (files, labels, patients)]
+    _, again = split_train_val(moved[0], moved[1], "patient", 0.2, 0, moved[2])
+    assert {files[i] for i in val} == {moved[0][i] for i in again}
 
 
 # ---------------------------------------------------------------- an epoch
