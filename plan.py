@@ -12,6 +12,7 @@ import torch
 import data
 import demo
 import recipe as recipes
+import seen
 import sources
 from augment import Augment, RandAugment
 from common import FORMAT, InputError, Interrupted, command_line, say, tell
@@ -142,19 +143,24 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     return args, plans
 
 
-def train(plan, model, *, name, mean, std, objective=None, teacher=None, **more):
+def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder=None, **more):
     """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
 
     `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel, or
     AUTO: that of the training pixels; `more` is copied into results.json. Without an `objective` it is the
-    classes of the data. `teacher`: a Teacher, or None.
+    classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came from,
+    or None. InputError where one of the two learnt from images that are held out here.
     """
     with first_process_first():
         train_set, val_set, split = data.load_train_val(plan.config, tell)
+        sides = train_set, val_set
         train_set, others, also = sources.join(plan.config, train_set, val_set, tell)
         split |= {"also": also} if also else {}
+        for flag, run in (("--init", encoder), ("--teacher", teacher and teacher.run)):
+            if run:
+                seen.refuse_known(flag, run, plan.config, sides, split, others)
     if teacher:
-        teacher.begin(split)
+        teacher.begin()
         if plan.recipe.teacher_features:
             teacher.show_features(model)
         more["teacher"] = teacher.about()
@@ -241,19 +247,18 @@ def save_run(run, model, results):
 
 def load_encoder(model, run, config):
     """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it
-    was, for results.json. InputError if the run is another kind, its shape differs, or it saw images of
-    `config`'s validation.
+    was, for results.json. InputError if the run is another kind, its shape differs, or it was shown something
+    else than a model of `config`. Whether it saw images that are held out is looked at by `train`.
     """
     if run.kind != "mae":
         raise InputError(f"--init {run} is no run of pretrain_mae.py")
     if not run.results["finished"]:
         say(f"note: --init {run} is not finished; its best epoch so far is used")
-    auto, there, here = run.model(), run.results["data"], asdict(config)
-    names = [k for k in here if k.startswith("split") or k in ("normalise", "input", "lungs_sha256")]
-    if any(there.get(k) != here[k] for k in names):
-        raise InputError(
-            f"--init {run} was made with other settings of --split, --normalise, --input or --lungs"
-        )
+    auto, there, flags = run.model(), run.config, ("normalise", "input", "lungs_sha256")
+    if differ := [k for k in flags if getattr(there, k) != getattr(config, k)]:
+        values = [[str(getattr(c, k))[:12] or "none" for c in (there, config)] for k in differ]
+        before = "; ".join(f"--{k.partition('_')[0]} {a}, here {b}" for k, (a, b) in zip(differ, values))
+        raise InputError(f"--init {run} was shown something else: {before}; make the two alike")
     weights = {k: v for k, v in auto.encoder.state_dict().items() if not k.startswith("head.")}
     try:
         model.load_state_dict({**model.state_dict(), **weights})

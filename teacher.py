@@ -61,14 +61,8 @@ class Teacher:
         self.run, self.share, self.match = run, share, None
         self.model, self.inputs = run.model().to(device), Inputs.of_run(run.results, device)
 
-    def begin(self, split):
-        """Say so. InputError unless the teacher was trained and validated on the images of `split`: others
-        might be among its student's validation images."""
-        if self.run.results["split"]["fingerprint"] != split["fingerprint"]:
-            raise InputError(
-                f"--teacher {self.run} was trained on another split of these images: validation here may "
-                "hold some that it learnt; train it with the same --data-dir, --split and --split-seed"
-            )
+    def begin(self):
+        """Say who teaches."""
         tell(f"taught by {self.run}, {self.run.results['model']}: {self.share:g} of the loss")
 
     def show_features(self, student):

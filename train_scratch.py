@@ -61,8 +61,10 @@ def main():
             drop_path_rate=p.recipe.drop_path,
             patch_drop_rate=p.recipe.patch_drop,
         )
-        more = {"init": plan.load_encoder(model, Run(args.init), p.config)} if args.init else {}
-        plan.train(p, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, teacher=teacher, **more)
+        encoder = Run(args.init) if args.init else None
+        more = {"init": plan.load_encoder(model, encoder, p.config)} if encoder else {}
+        made_from = dict(teacher=teacher, encoder=encoder)
+        plan.train(p, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, **made_from, **more)
 
 
 if __name__ == "__main__":
