@@ -40,6 +40,7 @@ class Loop:
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
         self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
+        self.longer = False  # whether a run that is resumed gets more epochs
         self.frozen = None  # whether the stem of a hybrid is, known from the first epoch on
 
     # ------------------------------------------------------------ start and resume
@@ -47,11 +48,36 @@ class Loop:
     def finished(self):
         """Whether the run to be resumed is finished already; says so. InputError if its settings differ."""
         results, last = self.run.results, self.run.load_last()
-        if differ := differences({**results, **last["meta"]}, self.meta):
+        before = {**results, **last["meta"]}
+        self.longer = self._is_longer(before["recipe"].get("epochs"))
+        if self.longer:
+            before["recipe"] = {**before["recipe"], "epochs": self.recipe.epochs}
+        if differ := differences(before, self.meta):
             raise InputError(f"--resume: the settings differ from those of {self.run}: " + "; ".join(differ))
+        if self.longer:
+            return False
         if results["finished"]:
             say(f"{self.run} is finished: nothing is left to do, and nothing was changed")
         return results["finished"]
+
+    def _is_longer(self, epochs):
+        """Whether more epochs are asked for than the `epochs` the run to be resumed was begun with; says so.
+        InputError where its learning rate was planned over those."""
+        asked = self.recipe.epochs
+        if not isinstance(epochs, int) or asked <= epochs:
+            return False
+        if self.recipe.schedule == "cosine":
+            raise InputError(
+                f"--resume: {self.run} was begun with --epochs {epochs}, over which its learning rate falls "
+                f"(--schedule cosine), so {asked} epochs are another run: go on with --epochs {epochs}, or "
+                f"train anew with --epochs {asked} and --overwrite, or another --out. Only a run with "
+                "--schedule constant or plateau can be made longer"
+            )
+        say(
+            f"{self.run} was begun with --epochs {epochs} and goes on to {asked}, as if begun with these "
+            f"(--schedule {self.recipe.schedule}, --lr {self.recipe.lr:g}); its calibration is removed"
+        )
+        return True
 
     def fit(self, train, val, others=None):
         """Train on Subset `train`, validate on Subset `val` -> the content of results.json. `others`: {name:
@@ -147,7 +173,9 @@ class Loop:
         if self.plan.resume:
             self._restore(self.run.load_last())
             # The command that began the run tells more than the one that resumed it.
-            meta = {**meta, "command": self.run.results.get("command", command_line())}
+            now = command_line()
+            began = now.replace(" --resume", "") if self.longer else self.run.results.get("command", now)
+            meta = {**meta, "command": began}
         if self.rank == 0:
             self.run.folder.mkdir(parents=True, exist_ok=True)
             self.run.clear(weights=not self.plan.resume)

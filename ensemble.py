@@ -2,6 +2,7 @@
 
 import os
 
+import lock
 import plan
 from common import InputError
 from models import Ensemble
@@ -67,6 +68,7 @@ def check_out(run, members, overwrite):
         raise InputError(f"--out {run} is a file: name a folder")
     if os.path.realpath(run.folder) in [os.path.realpath(member.folder) for member in members]:
         raise InputError(f"--out {run} is one of the members, and would replace it: choose another folder")
+    lock.refuse_held(run, "choose another --out")
     if run.begun and not overwrite:
         raise InputError(f"{run} already holds a run: choose another --out, or replace it with --overwrite")
 
@@ -79,7 +81,7 @@ def check_members(runs):
         if other.kind not in SINGLE:
             raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
         if not other.results["finished"]:
-            raise InputError(f"--ensemble: {other} is not finished: continue it with --resume")
+            raise InputError(f"--ensemble: {other.why_unfinished()}")
         differ = [name for k, name in SAME.items() if getattr(other.config, k) != getattr(first.config, k)]
         if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]:
             differ.append("split")

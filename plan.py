@@ -3,6 +3,7 @@
 import signal
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import data
 import demo
+import lock
 import recipe as recipes
 import seen
 import sources
@@ -82,6 +84,8 @@ def run_from_args(args, suffix=""):
     if not processes()[0]:
         check_folder(folder)
     run = Run(folder)
+    if not processes()[0]:  # the others might see the lock of the first one
+        lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
     if args.resume:
         if not (folder / "last.pth").exists() and not suffix:
             raise InputError(
@@ -89,12 +93,33 @@ def run_from_args(args, suffix=""):
             )
     elif not args.overwrite and run.begun:
         done = run.results["finished"]
+        can_go_on = not done and (folder / "last.pth").exists()
         raise InputError(
             f"{run} already holds {'a finished' if done else 'an interrupted'} run: "
-            + ("" if done else "continue it with --resume, ")
+            + ("continue it with --resume, " if can_go_on else "")
             + "choose another folder with --out, or replace it with --overwrite"
         )
     return run
+
+
+def balanced(config, balance, usual):
+    """(DataConfig, balance) as --balance asks for them; `usual` is its default, which gives way where images
+    have no one class. InputError where the data cannot be balanced so."""
+    by_source = balance.startswith("sources")
+    unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
+    if (unclear == "--labels" or config.also_unlabelled) and not by_source:
+        if balance not in ("weights", "none"):
+            if balance != usual:
+                raise InputError(
+                    f"--balance {balance} needs one class an image; with {unclear}: weights, none, or sources"
+                )
+            say(f"note: --balance weights, as with {unclear} no image has one class to be sampled by")
+            balance = "weights"
+    if by_source and not config.also:
+        raise InputError(f"--balance {balance} is for images of several hospitals: give --also DIR")
+    if config.split in POOLED and balance == "undersample-once":  # test is balanced too
+        config = replace(config, undersample=True)
+    return config, balance
 
 
 def plans_from_args(parser, defaults, size=lambda args, usual: usual):
@@ -113,21 +138,8 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     with first_process_first():  # nothing is written before every process has checked the flags and folders
         demo.prepare(args, partial(size, args))
         config = data.DataConfig.from_args(args)
-    by_source = recipe.balance.startswith("sources")
-    unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
-    if (unclear == "--labels" or config.also_unlabelled) and not by_source:
-        if recipe.balance not in ("weights", "none"):
-            if recipe.balance != parser.get_default("balance"):
-                raise InputError(
-                    f"--balance {recipe.balance} needs one class an image; "
-                    f"with {unclear}: weights, none, or sources"
-                )
-            say(f"note: --balance weights, as with {unclear} no image has one class to be sampled by")
-            recipe = replace(recipe, balance="weights")
-    if by_source and not config.also:
-        raise InputError(f"--balance {recipe.balance} is for images of several hospitals: give --also DIR")
-    if config.split in POOLED and recipe.balance == "undersample-once":  # test is balanced too
-        config = replace(config, undersample=True)
+    config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
+    recipe = replace(recipe, balance=balance)
     plans = []
     for seed, run in zip(seeds, runs):
         resume = args.resume and (run.folder / "last.pth").exists()
@@ -143,8 +155,26 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     return args, plans
 
 
-def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder=None, **more):
-    """Load the data of `plan`, train `model` with its recipe, write the run; returns results.json's content.
+@contextmanager
+def training(run):
+    """Within the block the run is locked, so that no other process trains in its folder; under torchrun by
+    the first process. InputError if another one does."""
+    with ExitStack() as stack:
+        with first_process_first():
+            if not processes()[0]:
+                stack.enter_context(lock.held(run.folder))
+        yield
+
+
+def train(plan, model, **about):
+    """Load the data of `plan`, train `model` with its recipe, write the run, which is locked meanwhile;
+    returns results.json's content. `about`: see _train."""
+    with training(plan.run):
+        return _train(plan, model, **about)
+
+
+def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder=None, **more):
+    """What `train` does once the run is locked.
 
     `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel, or
     AUTO: that of the training pixels; `more` is copied into results.json. Without an `objective` it is the
@@ -253,7 +283,7 @@ def load_encoder(model, run, config):
     if run.kind != "mae":
         raise InputError(f"--init {run} is no run of pretrain_mae.py")
     if not run.results["finished"]:
-        say(f"note: --init {run} is not finished; its best epoch so far is used")
+        say(f"note: --init: {run.why_unfinished()}; here its best epoch so far is used")
     auto, there, flags = run.model(), run.config, ("normalise", "input", "lungs_sha256")
     if differ := [k for k in flags if getattr(there, k) != getattr(config, k)]:
         values = [[str(getattr(c, k))[:12] or "none" for c in (there, config)] for k in differ]

@@ -9,6 +9,7 @@ batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
 monitor/                                   left by monitor.py
 explain/                                   left by explain.py
+training.lock                              there while the run is trained, see lock.py
 track.json, tensorboard/                   left by --track
 
 What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+import lock
 from common import (
     FORMAT,
     InputError,
@@ -62,6 +64,7 @@ class Run:
         """results.json, checked. InputError if absent, damaged, incomplete, or of a newer format."""
         path = self.folder / "results.json"
         if not path.exists():
+            lock.refuse_held(self, "nothing is there yet")
             raise InputError(
                 f"{path} does not exist: train a model first, or name the folder of one with --run"
             )
@@ -74,6 +77,14 @@ class Run:
                 f"{path} is damaged or was not written by a training script: missing or wrong {listed[:300]}"
             )
         return results
+
+    def why_unfinished(self):
+        """Why a run that is not finished is not, and what to do, as text."""
+        if who := lock.holder(self.folder):
+            return f"{self} is being trained by {who}: wait until it has ended"
+        if not (self.folder / "last.pth").exists():
+            return f"{self} was interrupted before it was first saved: train it again"
+        return f"{self} was interrupted: continue it with --resume"
 
     @property
     def kind(self):
@@ -135,11 +146,17 @@ class Run:
     @property
     def checkpoint_sha256(self):
         """What a calibration belongs to. InputError if there is no checkpoint."""
-        if not self.checkpoint.exists():
-            raise InputError(
-                f"{self.checkpoint} does not exist: train the model again, or copy the file back"
-            )
+        self.check_checkpoint()
         return sha256(self.checkpoint)
+
+    def check_checkpoint(self):
+        """InputError if there is no checkpoint: its training has not come so far, or the file is gone."""
+        if self.checkpoint.exists():
+            return
+        lock.refuse_held(self, "wait until it has ended")
+        if self.begun and not self.results["finished"]:
+            raise InputError(f"{self.checkpoint} is not there yet: {self.why_unfinished()}")
+        raise InputError(f"{self.checkpoint} does not exist: train the model again, or copy the file back")
 
     def model(self):
         """The model with the weights of the best epoch, in eval mode on the CPU.
@@ -151,6 +168,7 @@ class Run:
         from models import build_model
         from tensors import check_state_dict, load_tensors
 
+        self.check_checkpoint()
         weights = load_tensors(self.checkpoint)
         check_state_dict(weights, self.checkpoint)
         config = self.results["model_config"]
@@ -246,6 +264,7 @@ class Run:
         InputError if absent, newer, damaged, or made for another checkpoint."""
         path = self.folder / f"calibration{_dash(name)}.json"
         if not path.exists():
+            lock.refuse_held(self, "calibrate it when that has ended")
             flag = " --tta" if name == "tta" else ""
             raise InputError(f"{self} is not calibrated: run python calibrate.py{flag} first")
         calibration = read_json(path)
@@ -375,15 +394,24 @@ def _dash(name):
 def find_runs(runs_dir, chosen=None):
     """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
 
-    Unfinished runs are passed over with a note, unless chosen. InputError if there is none.
+    Unfinished runs are passed over with a note, unless chosen; so are those that are being trained, which
+    cannot be chosen. InputError if there is none.
     """
     if chosen:
-        return [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
+        runs = [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
+        for run in runs:
+            lock.refuse_held(run, "wait until it has ended")
+            if run.begun and not run.results["finished"]:
+                run.check_checkpoint()
+        return runs
     runs = []
+    for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
+        if who := lock.holder(path.parent):
+            say(f"note: {path.parent} is being trained by {who}, passed over")
     for path in sorted(Path(runs_dir).glob("*/results.json")):
         check_regular(path)
         run = Run(path.parent)
-        if run.kind in WITHOUT_CLASSES:
+        if run.kind in WITHOUT_CLASSES or lock.holder(run):
             continue
         if run.results["finished"]:
             runs.append(run)

@@ -26,24 +26,35 @@ import sources
 from inputs import Inputs
 from models import PixelLinear
 from objective import Supervised
+from split import epoch_order, image_weights
 from track import Tracker
 
+BALANCES = ("none", "weights", "undersample-once", "sources")
 
-def fit(features, targets, C, task):
+
+def fit(features, targets, C, task, weights=None, balanced=False):
     """Logistic regression on standardised features [N, D] -> (weight [K, D], bias [K]) on unscaled ones.
+    weights: float [N], what each image counts for; `balanced`: times Task.class_weights.
 
     Classes: one multinomial model. Findings: a model each, on the images whose label is known; one that has
     no positive or no negative image gets the same small or great score everywhere."""
     scaler = StandardScaler()
     scaled = scaler.fit_transform(features)
+    weights = np.ones(len(features)) if weights is None else weights
+    rare = task.class_weights(targets) if balanced else np.ones(task.outputs)
+
+    def regression(known, y, factor):
+        return LogisticRegression(C=C, max_iter=2000).fit(scaled[known], y, weights[known] * factor)
+
     if task.kind == "softmax":
-        return fold(LogisticRegression(C=C, max_iter=2000).fit(scaled, targets), scaler, both=True)
+        everything = np.arange(len(targets))
+        return fold(regression(everything, targets, rare[targets]), scaler, both=True)
     rows = []
     for k in range(task.outputs):
-        known = targets[:, k] >= 0
+        known = np.flatnonzero(targets[:, k] >= 0)
         y = targets[known, k]
         if 0 < y.sum() < len(y):
-            rows.append(fold(LogisticRegression(C=C, max_iter=2000).fit(scaled[known], y), scaler))
+            rows.append(fold(regression(known, y, np.where(y == 1, rare[k], 1)), scaler))
         else:
             rows.append((np.zeros((1, features.shape[1])), np.log([(y.sum() + 0.5) / ((1 - y).sum() + 0.5)])))
     return tuple(np.concatenate(parts) for parts in zip(*rows))
@@ -79,26 +90,39 @@ def main():
     parser.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"
     )
+    about = "rare classes, as in the other training scripts; there are no epochs to draw anew in"
+    parser.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     run = plan.run_from_args(args)
     demo.prepare(args)
-    config = data.DataConfig.from_args(args)
+    config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
         nearest = max(32, round(config.img_size / 32) * 32)
         raise common.InputError(
             f"--img-size must be a multiple of 32 here, such as {nearest}; got {config.img_size}"
         )
+    with plan.training(run):
+        train_linear(args, config, run)
+
+
+def train_linear(args, config, run):
+    """Load the data, fit the model, write the run."""
     train, val, split = data.load_train_val(config, common.tell)
     train, others, also = sources.join(config, train, val, common.tell)
     split |= {"also": also} if also else {}
+    seen = data.input_range(train)
+    if args.balance == "undersample-once":  # the images that the other arms are trained on, with --seed 0
+        train = train.take(np.sort(epoch_order(0, 0, train.targets, args.balance)))
+        common.tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
     inputs = replace(inputs, look=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
     pooled = frozen.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
-    weight, bias = fit(pooled, train.targets, args.C, task)
+    weights = image_weights(train.targets, train.sources, args.balance)
+    weight, bias = fit(pooled, train.targets, args.C, task, weights, args.balance == "weights")
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight))
         model.head.bias.copy_(torch.from_numpy(bias))
@@ -110,10 +134,10 @@ def main():
         "model_config": {"kind": "linear", **model.config},
         "data": asdict(config),
         "split": split,
-        "recipe": {"C": args.C, "amp": False},
+        "recipe": {"C": args.C, "balance": args.balance, "amp": False},
         "mean": inputs.mean,
         "std": inputs.std,
-        "input_range": data.input_range(train),
+        "input_range": seen,
         "params": (len(weight) - (task.outputs == 2 and task.kind == "softmax")) * (weight.shape[1] + 1),
         "minutes": seconds / 60,
         "synthetic": split["synthetic"],

@@ -349,6 +349,41 @@ def test_resume_knows_weights_by_their_content(tmp_path):
         toy_fit(tmp_path, epochs=1, settings={"weights": {"path": "a.npz", "sha256": "2"}}, resume=True)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_a_run_whose_rate_does_not_know_its_end_can_be_made_longer(tmp_path, capsys, schedule):
+    """Bit for bit the run of so many epochs, from a finished one and from one that was stopped; old scores go;
+    fewer epochs, or others settings beside, are refused."""
+    how = dict(schedule=schedule, ema=0.9, warmup_epochs=1.0)
+    reference = toy_fit(tmp_path / "a", epochs=4, **how), load_pth(tmp_path, "a", "checkpoint.pth")
+    toy_fit(tmp_path / "b", epochs=2, **how)
+    (tmp_path / "b/calibration.json").write_text("old")
+    with pytest.raises(InputError, match="recipe.lr: was 0.001, now 0.002"):
+        toy_fit(tmp_path / "b", epochs=4, resume=True, lr=2e-3, **how)
+    loop = toy_loop(tmp_path / "b", epochs=4, resume=True, **how)
+    agrees(tmp_path / "b", loop.fit(toy_subset(40, 0), toy_subset(20, 1)), reference)
+    assert (
+        f"--epochs 2 and goes on to 4, as if begun with these (--schedule {schedule}"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "b/calibration.json").exists()
+    calls = itertools.count(1)
+    stop = ToyObjective(lambda losses: next(calls) == 3 and os.kill(os.getpid(), signal.SIGINT) or losses)
+    with pytest.raises(common.Interrupted):
+        toy_fit(tmp_path / "c", epochs=2, objective=stop, **how)
+    agrees(tmp_path / "c", toy_fit(tmp_path / "c", epochs=4, resume=True, **how), reference)
+    with pytest.raises(InputError, match="recipe.epochs: was 4, now 2"):
+        toy_fit(tmp_path / "c", epochs=2, resume=True, **how)
+
+
+def test_more_epochs_of_a_planned_rate_are_another_run(tmp_path):
+    """The message says how to train longer; nothing is changed."""
+    toy_fit(tmp_path, epochs=1)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="begun with --epochs 1, .*go on with --epochs 1, or train anew"):
+        toy_fit(tmp_path, epochs=2, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_best_epoch_and_patience(tmp_path):
     """The first of equal maxima is kept; three epochs without a better one end the run."""
     script, states = [0.6, 0.8, 0.7, 0.8, 0.75, 0.99], []
