@@ -351,8 +351,8 @@ def test_resume_knows_weights_by_their_content(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau"])
 def test_a_run_whose_rate_does_not_know_its_end_can_be_made_longer(tmp_path, capsys, schedule):
-    """Bit for bit the run of so many epochs, from a finished one and from one that was stopped; old scores go;
-    fewer epochs, or others settings beside, are refused."""
+    """Bit for bit the run of so many epochs, from a finished one and from one that was stopped; the old
+    calibration goes; fewer epochs, or another setting that differs, are refused."""
     how = dict(schedule=schedule, ema=0.9, warmup_epochs=1.0)
     reference = toy_fit(tmp_path / "a", epochs=4, **how), load_pth(tmp_path, "a", "checkpoint.pth")
     toy_fit(tmp_path / "b", epochs=2, **how)
