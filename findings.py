@@ -16,6 +16,7 @@ from report import (
     leader,
     method_rows,
     missing_blocks,
+    placed,
     size_and_time,
     split_blocks,
     warning_blocks,
@@ -281,8 +282,8 @@ def method_blocks(entries):
         counted.append(f"{side}: " + ", ".join(f"{n} {r:.1%}" for n, r in zip(first.task.findings, rates)))
     rule = (
         f"@Rec, a finding at a time: highest precision with validation recall >= {floors(entries)}, exact "
-        "over all scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation and applied "
-        "unchanged to test; unknown labels are left out"
+        "over all scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation"
+        f"{placed(entries)} and applied unchanged to test; unknown labels are left out"
     )
     rows = method_rows(entries, kinds[first.task.kind], "; ".join(counted), rule)
     return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]

@@ -1,5 +1,5 @@
-"""Intervals by numbers of people alone: of a proportion, and what replaces a bootstrap whose draws are all the
-same. numpy and scipy, no torch, no files."""
+"""Intervals by numbers of people alone: of a proportion, and what replaces a bootstrap whose draws are all
+the same. numpy and scipy, no torch, no files."""
 
 import math
 

@@ -307,13 +307,20 @@ def split_blocks(entries):
     return [Paragraph(f"{notes[0].upper()}{notes[1:]}.")] if notes else []
 
 
+def placed(entries):
+    """Where the thresholds lie, as text: empty where an older calibration put one on a score."""
+    found = [f for e in entries for f in e.run.findings(e.calibration).values() if "threshold" in f]
+    return ", in the middle between two scores" if all("gap" in f for f in found) else ""
+
+
 def method_blocks(entries):
     """The items of STARD-AI and CLAIM that a script can answer."""
     first = entries[0]
     prevalence = f"validation {first.val.truth.mean():.1%}, test {first.test.truth.mean():.1%}"
     rule = (
         f"@Rec: highest precision with validation recall >= {floors(entries)}, exact over all scores; @Guar: "
-        "Neyman-Pearson umbrella on patients; both chosen on validation and applied unchanged to test"
+        f"Neyman-Pearson umbrella on patients; both chosen on validation{placed(entries)} and applied "
+        "unchanged to test"
     )
     standard = "the table of findings" if first.task.kind == "sigmoid" else "the class folder of each image"
     rows = method_rows(entries, standard, f"{first.finding}: {prevalence}", rule)

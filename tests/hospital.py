@@ -1,6 +1,7 @@
 """Tests of hospital: promises by closed form and by simulation, and the commands around them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -43,19 +44,41 @@ def test_what_too_few_can_promise_instead_is_what_they_can():
     found = hospital.choose(y, p, patients, RULE)
     assert found["guaranteed"] is None and found["needed"] == 59 and found["positive_patients"] == 30
     less = found["instead"]
-    assert (less["floor"], less["confidence"]) == pytest.approx((0.05 ** (1 / 30), 1 - 0.95**30))
-    for how in ((less["floor"] - 1e-6, 0.95), (0.95, less["confidence"] - 1e-6)):
+    assert (less["floor"], less["confidence"]) == (0.904, 0.785)  # 0.05^(1/30) and 1 - 0.95^30, rounded down
+    for how in ((less["floor"], 0.95), (0.95, less["confidence"])):
         choose_threshold_with_guarantee(y, p, *how, patients)
-    for how in ((less["floor"] + 1e-6, 0.95), (0.95, less["confidence"] + 1e-6)):
+    for how in ((less["floor"] + 1e-3, 0.95), (0.95, less["confidence"] + 1e-3)):
         with pytest.raises(InputError):
             choose_threshold_with_guarantee(y, p, *how, patients)
+
+
+def test_advice_of_a_site_is_granted_to_the_last_printed_digit():
+    """Every number of patients that is too few for the usual promise, with the flags as they are printed."""
+    for n in range(5, 59):
+        y, p, patients = made_up(n, n)
+        (line,) = [
+            x
+            for x in hospital.lines("x", "sick", hospital.choose(y, p, patients, RULE), RULE)
+            if "no @Guar" in x
+        ]
+        floor, confidence = (
+            float(re.search(rf"--{flag} ([\d.]+)", line)[1]) for flag in ("min-recall", "guarantee")
+        )
+        choose_threshold_with_guarantee(y, p, floor, 0.95, patients)
+        choose_threshold_with_guarantee(y, p, 0.95, confidence, patients)
+        assert floor**n <= 0.05 + 1e-12 < (floor + 0.001) ** n  # nothing is given away, but for rounding
+        assert confidence <= 1 - 0.95**n < confidence + 0.001
+    tiny = hospital.instead(1, 0.9999, 0.95)["confidence"]  # 0.0001: three decimals would be 0
+    assert 0 < tiny <= 1e-4
 
 
 def test_no_threshold_of_a_fixed_list_beats_the_guaranteed_one():
     """Testing thresholds fixed beforehand, without correction, passes none above @Guar: nothing is lost."""
     for seed in range(20):
         y, p, patients = made_up(120, seed)
-        guaranteed = hospital.choose(y, p, patients, RULE)["guaranteed"]
+        guaranteed = choose_threshold_with_guarantee(y, p, groups=patients)[0]
+        lowered = hospital.choose(y, p, patients, RULE)["guaranteed"]
+        assert lowered < guaranteed and ((p >= lowered) == (p >= guaranteed)).all()
         candidates = np.random.default_rng(seed).random(50)
         misses = np.array([(p[y == 1] < t).sum() for t in candidates])
         passed = candidates[binom.cdf(misses, 120, 0.05) <= 0.05]
