@@ -131,7 +131,9 @@ def test_a_lowered_threshold_decides_alike_and_lies_on_no_score(pairs, min_recal
         assert ((p >= found) == (p >= thr)).all() and 0 <= found <= thr
         below = [b for b in p if b < thr]
         room = math.nextafter(thr, -1) > max(below) if below else thr > 0
-        assert (found < thr) == room and (gap > 0) == (room and thr > 5e-324)
+        assert (found < thr) == room and gap >= 0
+        if 1e-300 < thr < 1 - 1e-15:  # else scores may be as good as 0 and 1
+            assert (gap > 0) == room
         if room and below:
             assert max(below) < found < thr
 
@@ -591,7 +593,7 @@ def test_interval_of_alike_patients_counts_patients():
     """20 healthy patients of 8 alike images, true specificity 0.95: counting images, 36% of the intervals
     missed it."""
     missed, degenerate = 0, 0
-    for seed in range(150):
+    for seed in range(100):
         y, p, patients = _clustered(seed)
         row = metrics.summarize_at_threshold(y, p, 0.5)
         row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=40)
@@ -600,7 +602,7 @@ def test_interval_of_alike_patients_counts_patients():
         if row["specificity"] == 1:
             degenerate += 1
             assert [low, high] == pytest.approx(intervals.wilson_interval(20, 20))
-    assert 40 < degenerate < 70 and missed / 150 <= 0.07
+    assert 25 < degenerate < 50 and missed / 100 <= 0.07
 
 
 def test_no_reported_interval_claims_certainty():
