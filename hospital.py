@@ -84,7 +84,7 @@ def conformal_threshold(scores, patients, floor):
 
 def has_enough(y):
     """Whether a finding gets a threshold: truth [N] of 0, 1 and -1 for unknown."""
-    return min((y == 1).sum(), (y == 0).sum()) >= LEAST
+    return bool(min((y == 1).sum(), (y == 0).sum()) >= LEAST)
 
 
 def choose(y, p, patients, rule):

@@ -146,7 +146,7 @@ class Kept:
         return "run"
 
     def save_site(self, site, thresholds, name=""):
-        self.site = thresholds
+        self.site = json.loads(json.dumps(thresholds))
 
 
 def promised(monkeypatch, truth, scores, rule):
