@@ -4,11 +4,12 @@
 
 For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
 thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
-true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Where
+true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Each
+lies in the middle between two validation scores, so that rounding changes no decision there. Where
 there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores
 the test images (the only script that opens them for that) and prints both sides with intervals. Writes
 scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
-Scores are kept while checkpoint and data are unchanged, so another --min-recall takes seconds.
+Scores are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds.
 
     python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
 
@@ -16,6 +17,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 """
 
 import argparse
+import zlib
 from dataclasses import replace
 from functools import partial
 
@@ -31,36 +33,55 @@ from ensemble import make_ensemble
 from inputs import Inputs
 from intervals import reported_interval
 from metrics import temperature_limit
-from operating import Rule, evaluate
+from operating import SIDES, Rule, evaluate
 from run import WITHOUT_CLASSES, find_runs
 from tables import find_table
 from track import Tracker, add_track_argument
+from wording import (
+    POINTS,
+    several_warnings,
+    shared_text,
+    smallest_gap,
+    threshold_text,
+    warnings,
+)
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
-POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
 MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
-PARTS = {"val": "validation", "test": "test"}
+PARTS = SIDES
 
 
 # ---------------------------------------------------------------- scores
 
 
 class Sets:
-    """Validation and test Subsets by data settings, each loaded once."""
+    """Validation and test Subsets by data settings, each loaded, and each description of a split printed,
+    once."""
 
     def __init__(self):
-        self.loaded = {}
+        self.loaded, self.told = {}, set()
+
+    def tell(self, line):
+        """Print a line that was not printed yet."""
+        if line not in self.told:
+            self.told.add(line)
+            print(line)
 
     def of(self, config, fingerprint):
         """(training, validation, test); InputError if the split is not the one with this fingerprint."""
         if config not in self.loaded:
-            train, val, split = data.load_train_val(config)
+            train, val, split = data.load_train_val(config, self.tell)
             self.loaded[config] = (train, val, data.load_test(config)), split["fingerprint"]
         sets, found = self.loaded[config]
         if found != fingerprint:
+            patients = ""
+            if config.patients and config.split in ("patient", "pooled"):
+                patients = (
+                    f"; {config.patients} decides who is on which side, so give the table of the training"
+                )
             raise common.InputError(
                 f"the images in {config.data_dir} are not those the run was trained on "
-                "(the split's fingerprint differs): point --data-dir at the same files"
+                f"(the split's fingerprint differs): point --data-dir at the same files{patients}"
             )
         return sets
 
@@ -72,7 +93,8 @@ def score(run, sets, *, device, batch_size, tta=None):
     written too. `tta`: None, or {"flip": bool} for test-time augmentation."""
     train, *sides = sets
     inputs = Inputs.of_run(run.results, device, tta)
-    key, reference_key = keys(run, inputs, sides, tta)
+    some = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]))
+    key, reference_key = keys(run, inputs, sides, some, tta)
     name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
     scores, learnt = kept_scores(run, name, key), has_reference(run, name, reference_key)
     if scores and learnt:
@@ -86,7 +108,6 @@ def score(run, sets, *, device, batch_size, tta=None):
 
     found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
     if not learnt:
-        some = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]))
         usual, val = outputs(some, "training features"), found["val"]
         arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients)
         run.save_reference({"key": np.array(reference_key), **arrays}, name)
@@ -102,19 +123,37 @@ def score(run, sets, *, device, batch_size, tta=None):
     return scores
 
 
-def keys(run, inputs, sides, tta):
-    """What the scores of validation and test depend on, and what the reference does, as checksums."""
+def keys(run, inputs, sides, some, tta):
+    """What the scores of validation and test depend on, and what the reference does, as checksums; `some`:
+    the training images that the reference is learnt from.
+
+    Whatever decides a figure is in them: the model and how it is built, what it is shown, the images, their
+    labels, and whose they are. The size of a batch and the device are not: they change the last digits."""
     about = [
         run.checkpoint_sha256,
+        run.results["model_config"],  # the same weights make another model with other heads, scaling or looks
         run.results["mean"],
         run.results["std"],
         inputs.amp,
         tta,
         inputs.normalise,
+        [run.task.kind, run.task.classes],
     ]
-    about += [inputs.look, run.config.lungs_sha256] if inputs.needs_lungs else []
-    prints = [data.pixel_fingerprint(s) for s in sides]
-    return common.sha256([*about, prints]), common.sha256([*about, prints[0], shift.VERSION])
+    if inputs.needs_lungs:
+        about += [inputs.look, inputs.reads_lungs, run.config.lungs_sha256]
+    prints = [shown_fingerprint(s, inputs) for s in sides]
+    of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
+    return common.sha256([*about, prints]), common.sha256([*about, *of_reference])
+
+
+def shown_fingerprint(subset, inputs):
+    """A checksum of a Subset's files, labels, pixels and patients, and of its lung masks where the model
+    needs them."""
+    masks = 0
+    if inputs.needs_lungs:
+        for row in subset.rows:
+            masks = zlib.crc32(np.ascontiguousarray(subset.masks[row]), masks)
+    return common.sha256([data.pixel_fingerprint(subset), list(map(str, subset.patients)), masks])
 
 
 def has_reference(run, name, key):
@@ -143,17 +182,7 @@ def kept_scores(run, name, key):
 
 def show(title, result):
     """Print a run's figures, validation beside test, with intervals of recall and specificity."""
-    guarantee, floor = result["guarantee"], result["min_recall"]
-    promise = f"no @Guar: {guarantee.get('why_not')}"
-    if guarantee["threshold"] is not None:
-        promise = (
-            f"@Guar {guarantee['threshold']:.4f} (true recall >= {floor:g} with confidence "
-            f"{guarantee['confidence']:g}, by {guarantee['positive_patients']} patients)"
-        )
-    print(
-        f"\n{title}: thresholds chosen on validation: @Rec {result['threshold']:.4f} "
-        f"(recall >= {floor:g} there); {promise}"
-    )
+    print(f"\n{title}: {threshold_text(result)}")
     print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
     for part, word in PARTS.items():
         for point, mark in POINTS.items():
@@ -162,6 +191,8 @@ def show(title, result):
                 spans = ["{:.3f} to {:.3f}".format(*reported_interval(row, k)) for k in COLUMNS[:2]]
                 figures = "".join(f"{row[c]:12.4f}" for c in COLUMNS)
                 print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
+    for text in warnings(result, result["min_recall"]):
+        print(f"  warning: {text}")
     quality, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
     changes = [
         f"{part} ECE {quality[part]['before']['ece']:.3f} -> {quality[part]['after']['ece']:.3f}, "
@@ -197,12 +228,19 @@ def show_several(title, result):
             cells = "".join(f"{a['auroc']['value']:11.3f}" if a else f"{'-':>11}" for a in aurocs)
             print(f"{name:{width}}{'':11}{cells}   no threshold: {found['why_not']}")
             continue
-        val, test = found["val"]["at_rec"], found["test"]["at_rec"]
-        cells = [f"{row['tp'] + row['fn']}" for row in (val, test)]
-        line = f"{' + '.join(cells):>11}{val['auroc']:11.3f}{test['auroc']:11.3f}{found['threshold']:11.4f}"
-        line += "".join(f"{row[key]:11.3f}" for key in ("recall", "specificity") for row in (val, test))
+        rows = [found[part]["at_rec"] if part in found else None for part in PARTS]
+        cells = [f"{row['tp'] + row['fn']}" if row else "-" for row in rows]
+        line = f"{' + '.join(cells):>11}"
+        for key in ("auroc", "recall", "specificity"):
+            line += f"{found['threshold']:11.4f}" if key == "recall" else ""
+            line += "".join(f"{row[key]:11.3f}" if row else f"{'-':>11}" for row in rows)
         guaranteed = found["guarantee"]["threshold"]
         print(f"{name:{width}}{line}{'-' if guaranteed is None else format(guaranteed, '.4f'):>11}")
+        if "test_why_not" in found:
+            print(f"{'':{width}}  no figures on test: {found['test_why_not']}")
+    print(f"  {smallest_gap(result['findings'])}")
+    for text in several_warnings(result["findings"], floor):
+        print(f"  warning: {text}")
     for side, word in PARTS.items():
         summary, parts = result["summary"][side], []
         for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
@@ -331,7 +369,12 @@ def images(sets, args, results):
 
 
 def main():
-    args, rule = parse()
+    with common.notes_once():  # what is said of the images belongs to all runs
+        run_all(*parse())
+
+
+def run_all(args, rule):
+    """What the command line asks for, for every run."""
     device, sets, promised = pick_device(args.device), Sets(), False
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
     name = "tta" if tta else ""
@@ -364,7 +407,11 @@ def main():
         tracker.close()
         mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
         title = f"{run}{' with TTA' if tta else ''}{mark}"
-        (show_several if "findings" in result else show)(title, result)
+        if "findings" in result:
+            show_several(title, result)
+        else:
+            sets.tell("\n" + shared_text(result, run.task.findings[0]))
+            show(title, result)
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "

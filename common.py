@@ -283,10 +283,28 @@ def command_line():
 _lost_output = []  # the error that ended standard output, if any
 
 
+_already_said = None  # within notes_once: what was said
+
+
+@contextlib.contextmanager
+def notes_once():
+    """Meanwhile `say` says each text once: for scripts that do the same for several runs."""
+    global _already_said
+    _already_said = set()
+    try:
+        yield
+    finally:
+        _already_said = None
+
+
 def say(message):
     """One line on stderr. Under torchrun only the first process speaks, except of errors."""
     if sys.stderr is None:
         return
+    if _already_said is not None:
+        if message in _already_said:
+            return
+        _already_said.add(message)
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
             print(message, file=sys.stderr, flush=True)

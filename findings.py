@@ -16,10 +16,13 @@ from report import (
     leader,
     method_rows,
     missing_blocks,
+    placed,
     size_and_time,
     split_blocks,
+    warning_blocks,
     with_interval,
 )
+from wording import chance_text, several_warnings
 
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
@@ -103,7 +106,7 @@ def positives(entry, side, k):
 
 def finding_blocks(entries):
     """A row a finding and model."""
-    rows, reasons = [], []
+    rows, reasons, rare = [], [], []
     for (k, name), e in itertools.product(enumerate(names(entries)), entries):
         found = e.found[name]
         val, test = (found["curves"].get(side) for side in ("val", "test"))
@@ -114,9 +117,10 @@ def finding_blocks(entries):
             cells += ["-"] * 4
             reasons.append(f"{name} ({found['why_not']})")
         else:
-            at_rec = found["test"]["at_rec"]
-            cells += [f"{at_rec['thr']:.4f}", f"{found['val']['at_rec']['recall']:.3f}"]
-            cells += [with_interval(at_rec, key) for key in ("recall", "specificity")]
+            cells += [f"{found['threshold']:.4f}", f"{found['val']['at_rec']['recall']:.3f}"]
+            cells += test_cells(found, "at_rec")
+            if "test_why_not" in found:
+                rare.append(f"{name} ({found['test_why_not']})")
         rows.append([f"{name}: {e.name}", *cells])
     text = (
         f"@Rec is each finding's threshold of highest precision among those with a validation recall >= "
@@ -124,11 +128,37 @@ def finding_blocks(entries):
         "that rests on few images: its test recall may be far from the floor. AUPRC of a model that knows "
         "nothing is the share of positives."
     )
+    text += new_patients(entries)
     if reasons:
         text += f" No threshold: {unique(reasons)}."
+    if rare:
+        text += f" No figures on test: {unique(rare)}."
     head = ["Finding: model", "Positives val + test", "AUROC val", "AUROC test", "AUPRC test", "Thr @Rec"]
     head += ["Recall val", "Recall test", "Specificity test"]
-    return [Heading(3, "Finding by finding"), Paragraph(text), Table(head, rows)]
+    blocks = [Heading(3, "Finding by finding"), Paragraph(text), Table(head, rows)]
+    return blocks + warning_blocks([(e.name, several_warnings(e.found, e.min_recall)) for e in entries])
+
+
+def test_cells(found, point):
+    """Recall and specificity of a finding on test at a threshold, as text."""
+    if "test" not in found:
+        return ["-", "-"]
+    return [with_interval(found["test"][point], key) for key in ("recall", "specificity")]
+
+
+def new_patients(entries):
+    """What @Rec promises for new patients, by the least and the most common finding, as text."""
+    known = {}
+    for e in entries:
+        for name, found in e.found.items():
+            if "why_not" not in found:
+                row, sick = found["val"]["at_rec"], found["guarantee"]["positive_patients"]
+                chance = chance_text(row["tp"] + row["fn"], sick, e.min_recall)
+                known[sick] = f"{chance} by {sick} patients ({name})"
+    if not known:
+        return ""
+    ends = dict.fromkeys([known[min(known)], known[max(known)]])
+    return f" For new patients like those of validation it is below the floor with {', and '.join(ends)}."
 
 
 def promise_blocks(entries):
@@ -137,15 +167,12 @@ def promise_blocks(entries):
     for name, e in itertools.product(names(entries), entries):
         guarantee = e.found[name].get("guarantee")
         if guarantee and guarantee["threshold"] is not None:
-            test = e.found[name]["test"]["at_guaranteed"]
             cells = [
                 f"{guarantee['positive_patients']}",
                 f"{guarantee['confidence']:.4g}",
-                f"{test['thr']:.4f}",
+                f"{guarantee['threshold']:.4f}",
             ]
-            rows.append(
-                [f"{name}: {e.name}", *cells, *(with_interval(test, k) for k in ("recall", "specificity"))]
-            )
+            rows.append([f"{name}: {e.name}", *cells, *test_cells(e.found[name], "at_guaranteed")])
         elif guarantee:
             refused.append(name)
     if not rows:
@@ -183,8 +210,8 @@ def class_blocks(entries):
     """Precision, recall and F1 of every class, and the confusion matrix, of the most probable class."""
     blocks = [Heading(3, "The most probable class")]
     text = (
-        "Each image is given its most probable class; no threshold. Recall with Wilson's 95% interval. The "
-        "matrix counts images of the test set; rows: truth, columns: decision."
+        "Each image is given its most probable class; no threshold. Recall with a 95% interval, bootstrap of "
+        "patients. The matrix counts images of the test set; rows: truth, columns: decision."
     )
     blocks.append(Paragraph(text))
     classes = entries[0].task.classes
@@ -255,8 +282,8 @@ def method_blocks(entries):
         counted.append(f"{side}: " + ", ".join(f"{n} {r:.1%}" for n, r in zip(first.task.findings, rates)))
     rule = (
         f"@Rec, a finding at a time: highest precision with validation recall >= {floors(entries)}, exact "
-        "over all scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation and applied "
-        "unchanged to test; unknown labels are left out"
+        "over all scores; @Guar: Neyman-Pearson umbrella on patients; both chosen on validation"
+        f"{placed(entries)} and applied unchanged to test; unknown labels are left out"
     )
     rows = method_rows(entries, kinds[first.task.kind], "; ".join(counted), rule)
     return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]

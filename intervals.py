@@ -7,45 +7,23 @@ Labels, scores and thresholds are those of metrics.py.
 import math
 
 import numpy as np
-from scipy.stats import beta, binomtest, norm, rankdata
+from scipy.stats import binomtest, norm, rankdata
 
 from common import InputError
 from metrics import check_groups, check_scores, ends_of_ties, summarize_at_threshold
-
-
-def wilson_interval(k, n, level=0.95):
-    """Wilson (1927) score interval of the proportion k/n -> (lo, hi).
-
-    InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
-    _check_count(k, n, level)
-    z = norm.ppf((1 + level) / 2)
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    low = 0.0 if k == 0 else float(max(0, centre - half))
-    high = 1.0 if k == n else float(min(1, centre + half))
-    return low, high
-
-
-def clopper_pearson_interval(k, n, level=0.95):
-    """Clopper-Pearson (1934) interval of the proportion k/n -> (lo, hi): exact, hence wide.
-
-    InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
-    _check_count(k, n, level)
-    tail = (1 - level) / 2
-    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
-    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
-    return low, high
-
-
-def _check_count(k, n, level):
-    if n < 1 or not 0 <= k <= n:
-        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
-    _check_level(level)
-
-
-def _check_level(level):
-    if not 0 < level < 1:
-        raise InputError(f"the level of an interval must lie in (0, 1), got {level}")
+from proportions import (
+    alike_figures,
+    alike_interval,
+    check_level,
+    clopper_pearson_interval,  # noqa: F401  (looked for here)
+    count_of,
+    fewer_patients,
+    no_width,
+    proportion_of_patients,
+    relevant_images,
+    sure_share,
+    wilson_interval,
+)
 
 
 def _delong(y, scores):
@@ -72,7 +50,7 @@ def delong_interval(y_true, p1, level=0.95):
     At an AUROC of 0 or 1 the estimated variance is 0, and so is the width.
     InputError: as `check_scores`; `level` outside (0, 1); fewer than two images of a class."""
     y, p = check_scores(y_true, p1)
-    _check_level(level)
+    check_level(level)
     (auroc,), ((variance,),) = _delong(y, p[None])
     half = norm.ppf((1 + level) / 2) * math.sqrt(max(0.0, variance))
     return float(auroc), float(max(0.0, auroc - half)), float(min(1.0, auroc + half))
@@ -81,13 +59,16 @@ def delong_interval(y_true, p1, level=0.95):
 def delong_test(y_true, p1_a, p1_b):
     """Paired DeLong test of two scores on the same images -> (AUROC a - AUROC b, two-sided p-value).
 
-    The p-value is 1 when both rank every pair alike. InputError: as `delong_interval`."""
+    The p-value is 1 when both rank every pair alike. Where the estimated variance is 0 but the AUROCs differ
+    (1 against one half, say), it is that of a sign test of m pairs of one positive and one negative each, m
+    the fewer of the two. InputError: as `delong_interval`."""
     y, a = check_scores(y_true, p1_a)
     _, b = check_scores(y_true, p1_b)
     (auc_a, auc_b), cov = _delong(y, np.stack([a, b]))
     difference, variance = auc_a - auc_b, cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
     if variance <= 1e-18:
-        return float(difference), 1.0 if abs(difference) < 1e-12 else 0.0
+        pairs = int(min(y.sum(), len(y) - y.sum()))
+        return float(difference), 1.0 if abs(difference) < 1e-12 else 2.0 * 0.5**pairs
     return float(difference), float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
 
 
@@ -128,7 +109,7 @@ def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, s
     faster for the figures it knows. InputError: as `check_scores`; `level` outside (0, 1); fewer than half of
     the draws are left."""
     y, p = check_scores(y_true, p1)
-    _check_level(level)
+    check_level(level)
     groups = np.arange(len(y)) if groups is None else check_groups(groups, y)
     values = []
     for block in bootstrap_weights(groups, n, seed):
@@ -207,6 +188,24 @@ def percentiles(values, level=0.95):
     return float(lo), float(hi)
 
 
+def span_of_draws(value, draws, instead, level=0.95):
+    """{"value", "lo", "hi"}: the percentile interval of draws [n], or `instead`, (lo, hi), where all of them
+    are the same."""
+    span = percentiles(draws, level)
+    low, high = instead if no_width(span) else span
+    return {"value": float(value), "lo": float(low), "hi": float(high)}
+
+
+def proportion_interval(hits, groups, n=2000, level=0.95, seed=0):
+    """The interval of the mean of `hits`, bool [N], by a bootstrap of whole `groups` [N] (patients); Wilson's
+    by patients where every draw is the same -> [lo, hi]. InputError: no image."""
+    hits, groups = np.asarray(hits, np.float64), np.asarray(groups)
+    draws = [(block @ hits) / block.sum(axis=1) for block in bootstrap_weights(groups, n, seed)]
+    instead = proportion_of_patients(float(hits.mean()), count_of(groups), level)
+    found = span_of_draws(hits.mean(), np.concatenate(draws), instead, level)
+    return [found["lo"], found["hi"]]
+
+
 def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
     """`intervals_at_thresholds` for a single threshold -> {figure: {method: [lo, hi]}}."""
     return intervals_at_thresholds(y_true, p1, [thr], groups, n, level, seed)[0]
@@ -216,18 +215,21 @@ def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, 
     """Intervals of the figures of `summarize_at_threshold`: {figure: {method: [lo, hi]}} for each threshold.
 
     "bootstrap", for every figure: `groups` [N] (patients) drawn whole, n times; the only method that knows
-    that images of one patient are alike. "wilson": recall, specificity, precision and acc; left out where the
-    proportion is of nothing. "delong": auroc.
+    that images of one patient are alike. "patients": the interval that takes its place, for figures of which
+    every draw is the same. "wilson", of images: recall, specificity, precision and acc; left out where the
+    proportion is of nothing. "delong", of images: auroc.
 
     InputError: as `summarize_at_threshold`, `delong_interval` and `bootstrap_interval`."""
     y, p = check_scores(y_true, p1)
-    _check_level(level)
-    weights = bootstrap_weights(check_groups(groups, y), n, seed)
-    return intervals_of_draws(y, p, thresholds, bootstrap_summary(y, p, thresholds, weights), level)
+    check_level(level)
+    groups = check_groups(groups, y)
+    draws = bootstrap_summary(y, p, thresholds, bootstrap_weights(groups, n, seed))
+    return intervals_of_draws(y, p, thresholds, draws, groups, level)
 
 
-def intervals_of_draws(y, p, thresholds, draws, level=0.95):
-    """`intervals_at_thresholds` of checked labels and scores and the draws of `bootstrap_summary`."""
+def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
+    """`intervals_at_thresholds` of checked labels, scores and groups, and the draws of
+    `bootstrap_summary`."""
     rows = [summarize_at_threshold(y, p, thr) for thr in thresholds]
     delong = list(delong_interval(y, p, level)[1:])
     found = []
@@ -243,6 +245,10 @@ def intervals_of_draws(y, p, thresholds, draws, level=0.95):
             if total:
                 intervals[name]["wilson"] = list(wilson_interval(k, total, level))
         intervals["auroc"]["delong"] = list(delong)
+        alike = alike_figures(y, p >= row["thr"], groups, row, level)
+        for name, methods in intervals.items():
+            if no_width(methods["bootstrap"]):
+                methods["patients"] = alike[name]
         found.append(intervals)
     return found
 
@@ -250,11 +256,13 @@ def intervals_of_draws(y, p, thresholds, draws, level=0.95):
 def reported_interval(row, key):
     """The interval [lo, hi] to show of figure `key` of a summary `row` that has its "interval".
 
-    The patient bootstrap; but Wilson's where every draw gives the same value (0 or all of n), because a width
-    of 0 would claim certainty."""
+    The patient bootstrap; but where every draw gives the same value (0 or all of n), what the number of
+    patients alone tells, because a width of 0 would claim certainty. Older calibrations have Wilson's
+    interval of images there."""
     found = row["interval"][key]
-    low, high = found["bootstrap"]
-    return found["wilson"] if low == high and "wilson" in found else found["bootstrap"]
+    if not no_width(found["bootstrap"]):
+        return found["bootstrap"]
+    return found.get("patients", found.get("wilson", found["bootstrap"]))
 
 
 def in_short(p):
@@ -266,7 +274,8 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
     """Model a minus model b on the same images, each at its own threshold.
 
     {figure: {difference, lo, hi}} for acc, precision, recall, specificity, f1, auroc and auprc, with 95%
-    intervals by a paired bootstrap of whole `groups` [N] (patients); "delong": p-value for AUROC;
+    intervals by a paired bootstrap of whole `groups` [N] (patients), or by `alike_interval` where every draw
+    is the same though the scores are not; "delong": p-value for AUROC;
     "mcnemar_recall" and "mcnemar_specificity": exact p-values on the positives and on the negatives.
 
     InputError: as `intervals_at_thresholds`."""
@@ -278,11 +287,19 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
         for p, thr in ((a, thr_a), (b, thr_b))
     )
     row_a, row_b = summarize_at_threshold(y, a, thr_a), summarize_at_threshold(y, b, thr_b)
+    called_a, called_b = a >= thr_a, b >= thr_b
+    relevant = relevant_images(y, called_a | called_b)
+    relevant["f1"] = relevant["recall"] | relevant["precision"]
+    patients = {name: count_of(groups[images]) for name, images in relevant.items()}
+    same_model = thr_a == thr_b and np.array_equal(a, b)
     out = {}
     for name in draws_a:
-        lo, hi = percentiles(draws_a[name] - draws_b[name], 0.95)
-        out[name] = {"difference": row_a[name] - row_b[name], "lo": lo, "hi": hi}
-    right_a, right_b = (a >= thr_a) == y, (b >= thr_b) == y
+        difference = row_a[name] - row_b[name]
+        number = patients.get(name, fewer_patients(y, groups))
+        instead = (0.0, 0.0) if same_model else alike_interval(difference, number, least=-1.0)
+        found = span_of_draws(difference, draws_a[name] - draws_b[name], instead)
+        out[name] = {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
+    right_a, right_b = called_a == y, called_b == y
     out["delong"] = delong_test(y, a, b)[1]
     for label, name in ((1, "mcnemar_recall"), (0, "mcnemar_specificity")):
         out[name] = mcnemar_test(right_a[y == label], right_b[y == label])[2]
@@ -290,27 +307,32 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
 
 
 def mean_auroc_draws(truth, scores, groups, n=2000, seed=0):
-    """Mean AUROC over findings, and its bootstrap draws -> (float, float64 [n]).
+    """Mean AUROC over findings, its bootstrap draws, and the mean `sure_share` of the findings -> (float,
+    float64 [n], float).
 
     `truth` [N, F] of 1, 0 and -1 for unknown; `scores` [N, F]; `groups` [N] are drawn whole, the same
     ones for every call with this seed. In a draw without both classes of some finding the mean is over the
     others.
     InputError: as `bootstrap_summary`; a finding without both classes."""
-    values, drawn = [], []
+    groups, values, drawn, shares = np.asarray(groups), [], [], []
     for k in range(truth.shape[1]):
         known = truth[:, k] >= 0
         y, p = truth[known, k], scores[known, k]
+        shares.append(sure_share(fewer_patients(y, groups[known])))
         values.append(summarize_at_threshold(y, p, 0.5)["auroc"])
         weights = (block[:, known] for block in bootstrap_weights(groups, n, seed))
         drawn.append(bootstrap_summary(y, p, [0.5], weights)[0]["auroc"])
-    return float(np.mean(values)), mean_of_defined(drawn)
+    return float(np.mean(values)), mean_of_defined(drawn), float(np.mean(shares))
 
 
 def difference_of_means(a, b):
     """Two results of `mean_auroc_draws` on the same images -> {difference, lo, hi}, a minus b with a 95%
-    interval: a paired bootstrap, because the draws are of the same patients."""
-    lo, hi = percentiles(a[1] - b[1])
-    return {"difference": a[0] - b[0], "lo": lo, "hi": hi}
+    interval: a paired bootstrap, because the draws are of the same patients; where every draw is the same,
+    the mean of the findings' `alike_interval`."""
+    difference, share = a[0] - b[0], a[2]
+    instead = difference * share - (1 - share), difference * share + (1 - share)
+    found = span_of_draws(difference, a[1] - b[1], instead)
+    return {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
 
 
 def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):

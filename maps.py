@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from augment import gaussian_blur
+from proportions import alike_interval, no_width
 from task import Answer
 
 METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
@@ -156,11 +157,15 @@ def curves(probability, grey, ranks):
     return tuple(np.stack(s, axis=1) for s in scores.values())
 
 
-def mean_interval(values, seed=0):
-    """Mean of [N] values with a 95% percentile bootstrap over images -> {"mean", "lo", "hi"}."""
+def mean_interval(values, seed=0, least=-1.0):
+    """Mean of [N] values in [least, 1] with a 95% percentile bootstrap over images -> {"mean", "lo", "hi"}.
+
+    Where all values are the same (one image, say), it is the interval that so many alike images leave."""
     values = np.asarray(values, dtype=np.float64)
     draws = values[np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))].mean(axis=1)
     lo, hi = np.percentile(draws, [2.5, 97.5])
+    if no_width((lo, hi)):
+        lo, hi = alike_interval(float(values.mean()), len(values), least=least)
     return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi)}
 
 
@@ -200,7 +205,7 @@ def regions(maps, lungs):
     rows = {"lung": known if known.any() else ~known, "border": np.ones(len(lungs), bool)}
     out = {}
     for i, name in enumerate(rows):
-        out[f"{name}_share"] = mean_interval(np.array(shares)[rows[name], i])
+        out[f"{name}_share"] = mean_interval(np.array(shares)[rows[name], i], least=0.0)
         out[f"{name}_area"] = float(np.array(areas)[rows[name], i].mean())
     return out
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax
+from scipy.special import expit, log_softmax, logit
 from scipy.stats import binom
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -71,9 +71,7 @@ def summarize_at_threshold(y_true, p1, thr):
     positives = check_both_classes(y)
     if np.isnan(thr):
         raise InputError("the threshold is NaN")
-    called = p >= thr
-    tp, fp = int((called & (y == 1)).sum()), int((called & (y == 0)).sum())
-    fn, tn = positives - tp, len(y) - positives - fp
+    tp, fp, tn, fn = counts_at_threshold(y, p, thr)
     return {
         "acc": (tp + tn) / len(y),
         "precision": tp / (tp + fp) if tp + fp else 0.0,
@@ -88,6 +86,13 @@ def summarize_at_threshold(y_true, p1, thr):
         "fn": fn,
         "thr": float(thr),
     }
+
+
+def counts_at_threshold(y, p, thr):
+    """(tp, fp, tn, fn) of the decisions p >= thr: checked labels and scores [N]."""
+    called, sick = p >= thr, y == 1
+    tp, fp = int((called & sick).sum()), int((called & ~sick).sum())
+    return tp, fp, int((~sick).sum()) - fp, int(sick.sum()) - tp
 
 
 def check_both_classes(y, where="labels"):
@@ -111,6 +116,46 @@ def check_groups(groups, y):
 def ends_of_ties(ordered):
     """The last index of every run of equal values in a sorted array."""
     return np.r_[np.flatnonzero(np.diff(ordered)), len(ordered) - 1]
+
+
+# ---------------------------------------------------------------- room for rounding
+
+HALF = 0.5  # unit of logit below the lowest score
+CLOSEST_TO_1 = np.nextafter(1.0, 0.0)
+
+
+def lowered_to_midpoint(thr, scores):
+    """A threshold with the same decisions that does not sit on a score -> (threshold, gap).
+
+    `thr` is one of `scores` [N] in [0, 1], of either class. A score that is computed in another batch, or by
+    another library, differs in its last digits, and an image on the threshold may then change sides. So
+    the threshold moves to the middle, in logits, between `thr` and the next lower distinct score; where none
+    is lower, by half a unit of logit. Scores of 0 and 1 count as the doubles next to them. The result lies
+    strictly between the lower score and `thr`; where no double lies there, it is `thr`.
+
+    `gap`: the distance in logits from the result to the nearest score; 0 if it is `thr`.
+    InputError: NaN scores or threshold; no score; `thr` outside [0, 1]."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.size == 0 or np.isnan(scores).any() or not 0 <= thr <= 1:
+        raise InputError(f"a threshold in [0, 1] and scores without NaN are needed, got {thr}")
+    thr = float(thr)
+    below = scores[scores < thr]
+    if len(below):
+        lower = float(below.max())
+        middle = (_finite_logit(lower) + _finite_logit(thr)) / 2
+    else:
+        lower = -math.inf
+        middle = _finite_logit(thr) - HALF
+    # Near 0 and 1 the doubles are coarse in logits, so a rounded middle may land on an end.
+    for candidate in (float(expit(middle)), (lower + thr) / 2):
+        if lower < candidate < thr:
+            return candidate, float(np.abs(_finite_logit(scores) - _finite_logit(candidate)).min())
+    return thr, 0.0
+
+
+def _finite_logit(p):
+    """log(p / (1 - p)) in float64; 0 and 1 count as the doubles next to them."""
+    return logit(np.clip(p, np.nextafter(0.0, 1.0), CLOSEST_TO_1))
 
 
 # ---------------------------------------------------------------- a recall that can be promised
@@ -149,17 +194,43 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     tails = binom.cdf(np.arange(n), n, 1 - min_recall)  # index k - 1
     allowed = np.flatnonzero(tails <= 1 - confidence)
     if len(allowed) == 0:
-        needed = math.ceil(math.log(1 - confidence) / math.log(min_recall) - 1e-9)
         whose = "" if groups is None else " (one a patient)"
         raise InputError(
             f"{n} independent positives{whose} cannot guarantee a recall of {min_recall:g} with confidence "
-            f"{confidence:g}: at least {needed} are needed"
+            f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
     candidates = np.sort(draws[:, allowed[-1]])
     thr = candidates[(len(candidates) - 1) // 2]
     called = p >= thr
     tp = int((called & (y == 1)).sum())
     return float(thr), tp / int(y.sum()), tp / int(called.sum())
+
+
+def can_guarantee(positives, min_recall, confidence):
+    """Whether `positives` independent positives, none of them missed, are enough for
+    `choose_threshold_with_guarantee`: the very comparison that it makes."""
+    return bool(binom.cdf(0, positives, 1 - min_recall) <= 1 - confidence)
+
+
+def positives_needed(min_recall, confidence):
+    """The fewest independent positives for which `can_guarantee` holds; both numbers in (0, 1)."""
+    needed = max(1, math.ceil(math.log(1 - confidence) / math.log(min_recall) - 1e-9))
+    while not can_guarantee(needed, min_recall, confidence):  # the formula may be one short by rounding
+        needed += 1
+    return needed
+
+
+def chance_below_floor(positives, min_recall):
+    """The chance that the recall at @Rec is below its floor for new people, with `positives` independent
+    positives and scores that do not tie: float in [0, 1].
+
+    At most m of n positives are missed, the largest m with (n - m) / n >= `min_recall`. Where that many are
+    missed, the true share of the missed is Beta(m + 1, n - m), and it exceeds 1 - `min_recall` with the
+    chance P(Binomial(n, 1 - min_recall) <= m). Fewer missed, ties, or a threshold between two scores only
+    lower the chance."""
+    n = positives
+    missed = np.flatnonzero((n - np.arange(n)) / n >= min_recall)[-1]
+    return float(binom.cdf(missed, n, 1 - min_recall))
 
 
 def one_image_per_patient(scores, patients, draws=201):

@@ -11,8 +11,9 @@ from intervals import (
     bootstrap_weights,
     intervals_of_draws,
     mean_of_defined,
-    percentiles,
-    wilson_interval,
+    proportion_interval,
+    reported_interval,
+    span_of_draws,
 )
 from metrics import (
     brier,
@@ -21,10 +22,12 @@ from metrics import (
     choose_threshold_by_min_recall,
     choose_threshold_with_guarantee,
     fit_temperature,
+    lowered_to_midpoint,
     nll,
     predictive_values,
     summarize_at_threshold,
 )
+from proportions import count_of, f1_of_patients, proportion_of_patients
 from task import Task
 
 
@@ -117,11 +120,11 @@ def evaluate(scores, rule, task=None):
 
 
 def _evaluate_finding(sides, everyone, rule):
-    """(What calibration.json says of one finding, {side: its bootstrap draws}); `everyone`: {side: patients
-    [N] of all images}, who are drawn."""
+    """(What calibration.json says of one finding, {side: its bootstrap draws}), on the sides given;
+    `everyone`: {side: patients [N] of all images}, who are drawn."""
     val = sides["val"]
-    thresholds, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
-    found, draws = {"threshold": thresholds["at_rec"]}, {}
+    thresholds, gap, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
+    found, draws = {"threshold": thresholds["at_rec"], "gap": gap}, {}
     for side, s in sides.items():
         found[side], draws[side] = summarize(s, everyone[side], thresholds, rule)
         if guarantee["threshold"] is not None:
@@ -144,21 +147,28 @@ def _probability_figures(y, p):
 
 
 def _choose_thresholds(y, p, patients, rule):
-    """The operating points, chosen on validation -> ({name: threshold}, what is guaranteed)."""
-    thresholds = {"at_0.5": 0.5, "at_rec": choose_threshold_by_min_recall(y, p, rule.min_recall)[0]}
+    """The operating points, chosen on validation -> ({name: threshold}, gap of @Rec, what is guaranteed).
+
+    Each lies between two validation scores, `gap` logits from the nearest (metrics.lowered_to_midpoint)."""
+    chosen, _, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
+    threshold, gap = lowered_to_midpoint(chosen, p)
+    thresholds = {"at_0.5": 0.5, "at_rec": threshold}
     guarantee = {
         "confidence": rule.confidence,
         "threshold": None,
         "positive_patients": len(np.unique(patients[y == 1])),
     }
     try:
-        thr, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
-        thresholds["at_guaranteed"] = guarantee["threshold"] = thr
+        chosen, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
     except InputError as error:
         if rule.strict:
             raise
         guarantee["why_not"] = str(error)
-    return thresholds, guarantee
+        return thresholds, gap, guarantee
+    # Lowering a threshold can only raise recall, so the promise holds.
+    thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(chosen, p)
+    guarantee["threshold"] = thresholds["at_guaranteed"]
+    return thresholds, gap, guarantee
 
 
 def summarize(side, everyone, thresholds, rule):
@@ -166,7 +176,7 @@ def summarize(side, everyone, thresholds, rule):
     y, p, values = side.truth, side.p1, list(thresholds.values())
     weights = bootstrap_weights(everyone, rule.bootstrap)
     draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
-    intervals, rows = intervals_of_draws(y, p, values, draws), {}
+    intervals, rows = intervals_of_draws(y, p, values, draws, side.patients), {}
     for (name, thr), interval in zip(thresholds.items(), intervals):
         row = summarize_at_threshold(y, p, thr)
         ppv, npv = predictive_values(row["recall"], row["specificity"], rule.prevalence)
@@ -183,42 +193,50 @@ def summarize(side, everyone, thresholds, rule):
 # ---------------------------------------------------------------- several findings
 
 
-def _too_few(sides, among=SIDES):
-    """Why a finding of several has no threshold, as text; None if it has."""
-    for side in among:
-        truth = sides[side].truth
-        for count, word in ((int(truth.sum()), "with"), (int((truth == 0).sum()), "without")):
-            if count < LEAST:
-                return f"{count} {SIDES[side]} images {word} it, fewer than {LEAST}"
+def _too_few(side, name):
+    """Why a finding of several has no figures on a Side called `name`, as text; None if it has."""
+    for count, word in ((int(side.truth.sum()), "with"), (int((side.truth == 0).sum()), "without")):
+        if count < LEAST:
+            return f"{count} {SIDES[name]} images {word} it, fewer than {LEAST}"
     return None
+
+
+def shared_out(rule, findings):
+    """The Rule of each of so many findings. With `rule.jointly` their guarantees are to hold all at once: by
+    the union bound each is given the confidence 1 - (1 - confidence) / findings."""
+    if not rule.jointly:
+        return rule
+    return replace(rule, confidence=1 - (1 - rule.confidence) / findings)
 
 
 def _evaluate_several(columns, scores, rule, task):
     """What calibration.json says of several findings: each by name, and figures over all of them.
 
-    With `rule.jointly` the guarantees are to hold all at once: by the union bound each is given the
-    confidence 1 - (1 - confidence) / number of findings with figures."""
-    why_not = {name: _too_few(sides) for name, sides in columns.items()}
+    Whether a finding gets a threshold, and how many share the confidence where `rule.jointly`, is decided by
+    the validation images alone. One that is too rare on test has no figures there, and "test_why_not"."""
+    why_not = {name: _too_few(sides["val"], "val") for name, sides in columns.items()}
     usable = [name for name, reason in why_not.items() if reason is None]
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
         raise InputError(f"no finding has enough images: {reasons[:300]}")
-    each = replace(rule, confidence=1 - (1 - rule.confidence) / len(usable)) if rule.jointly else rule
+    each = shared_out(rule, len(usable))
     everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
     findings, draws = {}, {}
     for name, sides in columns.items():
+        there = {side: s for side, s in sides.items() if _too_few(s, side) is None}
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name]}, {}
         else:
             try:
-                findings[name], draws[name] = _evaluate_finding(sides, everyone, each)
+                findings[name], draws[name] = _evaluate_finding(there, everyone, each)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+            if "test" not in there:
+                findings[name]["test_why_not"] = _too_few(sides["test"], "test")
         findings[name]["curves"] = {}
-        for side in SIDES:
-            if _too_few(sides, [side]) is None:  # enough for AUROC, if not for a threshold
-                known, draw = _curves(sides[side], everyone[side], rule, draws[name].get(side))
-                findings[name]["curves"][side], draws[name][side] = known, draw
+        for side, s in there.items():  # enough for AUROC, if not for a threshold
+            known, draw = _curves(s, everyone[side], rule, draws[name].get(side))
+            findings[name]["curves"][side], draws[name][side] = known, draw
     summary = {}
     for side in SIDES:
         averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
@@ -237,48 +255,61 @@ def _curves(side, everyone, rule, draws=None):
         blocks = (block[:, side.known] for block in weights)
         draws = bootstrap_summary(side.truth, side.p1, [0.5], blocks)[0]
     row, found = summarize_at_threshold(side.truth, side.p1, 0.5), {}
+    (row["interval"],) = intervals_of_draws(side.truth, side.p1, [0.5], [draws], side.patients)
     for key in ("auroc", "auprc"):
-        lo, hi = percentiles(draws[key])
+        lo, hi = reported_interval(row, key)
         found[key] = {"value": row[key], "lo": lo, "hi": hi}
     return found, draws
 
 
 def _means(findings, draws, names, side):
     """{"auroc", "auprc": {value, lo, hi}}: means over findings; the draws of all are of the same patients. In
-    a draw without a positive of some finding the mean is over the others."""
+    a draw without a positive of some finding the mean is over the others. Where every draw is the same, the
+    limits are the means of the findings' own."""
     found = {}
     for key in ("auroc", "auprc") if names else ():
-        lo, hi = percentiles(mean_of_defined([draws[name][side][key] for name in names]))
-        value = float(np.mean([findings[name]["curves"][side][key]["value"] for name in names]))
-        found[key] = {"value": value, "lo": lo, "hi": hi}
+        each = [findings[name]["curves"][side][key] for name in names]
+        value, *own = (float(np.mean([figure[k] for figure in each])) for k in ("value", "lo", "hi"))
+        drawn = mean_of_defined([draws[name][side][key] for name in names])
+        found[key] = span_of_draws(value, drawn, own)
     return found
 
 
 def class_figures(labels, decided, classes, patients, rule):
     """Figures of the most probable class: labels, decisions int [N] -> {"confusion": counts [K][K], rows the
     truth; "accuracy", "macro_f1": {value, lo, hi} by patient bootstrap; "classes": {name: {n, precision,
-    recall, f1, recall_interval (Wilson)}}}. Precision and F1 are 0 where a class is never decided; macro F1
-    is over the classes that occur."""
+    recall, f1, recall_interval (patient bootstrap)}}}. Where every draw is the same, an interval is that of
+    so many patients. Precision and F1 are 0 where a class is never decided; macro F1 is over the classes that
+    occur."""
     number = len(classes)
     cells = np.zeros((len(labels), number * number))
     cells[np.arange(len(labels)), labels * number + decided] = 1
     confusion = cells.sum(axis=0).reshape(number, number)
     drawn = np.concatenate([block @ cells for block in bootstrap_weights(patients, rule.bootstrap)])
-    found = {"confusion": confusion.astype(int).tolist()}
-    for key, figure in (("accuracy", _accuracy), ("macro_f1", _macro_f1)):
-        lo, hi = percentiles(figure(drawn.reshape(-1, number, number)))
-        found[key] = {"value": float(figure(confusion[None])[0]), "lo": lo, "hi": hi}
+    drawn = drawn.reshape(-1, number, number)
     right, truth, called = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    found["classes"] = {
-        name: {
+    found = {"confusion": confusion.astype(int).tolist(), "classes": {}}
+    limits = []  # of the F1 of every class that occurs, by its patients alone
+    for k, name in enumerate(classes):
+        of_class, either = labels == k, (labels == k) | (decided == k)
+        span = None
+        if truth[k]:
+            hits = decided[of_class] == k
+            span = proportion_interval(hits, patients[of_class], rule.bootstrap)
+        f1 = float(2 * right[k] / max(truth[k] + called[k], 1))
+        if either.any():
+            limits.append(f1_of_patients(f1, count_of(patients[either])))
+        found["classes"][name] = {
             "n": int(truth[k]),
             "precision": float(right[k] / max(called[k], 1)),
             "recall": float(right[k] / max(truth[k], 1)),
-            "f1": float(2 * right[k] / max(truth[k] + called[k], 1)),
-            "recall_interval": list(wilson_interval(int(right[k]), int(truth[k]))) if truth[k] else None,
+            "f1": f1,
+            "recall_interval": span,
         }
-        for k, name in enumerate(classes)
-    }
+    accuracy, macro_f1 = float(_accuracy(confusion[None])[0]), float(_macro_f1(confusion[None])[0])
+    by_patients = proportion_of_patients(accuracy, count_of(patients))
+    found["accuracy"] = span_of_draws(accuracy, _accuracy(drawn), by_patients)
+    found["macro_f1"] = span_of_draws(macro_f1, _macro_f1(drawn), np.mean(limits, axis=0))
     return found
 
 

@@ -273,7 +273,7 @@ def draw_rocs(entries):
                 continue
             fpr, tpr, _ = roc_curve(column.truth, column.scores)
             ax.plot(fpr, tpr, label=name, **line_style(i))
-            if "why_not" not in found:
+            if "test" in found:
                 row, colour = found["test"]["at_rec"], line_style(i)["color"]
                 x, y = 1 - row["specificity"], row["recall"]
                 ax.plot(x, y, "o", color=colour, markeredgecolor="black", markersize=6)

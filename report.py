@@ -8,10 +8,12 @@ import numpy as np
 import common
 from entries import POINTS, also_trained_on, families, missing_ensembles
 from evidence import batch_blocks, map_blocks, unique
-from intervals import compare_at_thresholds, reported_interval, wilson_interval
+from intervals import compare_at_thresholds, proportion_interval, reported_interval
 from metrics import predictive_values
+from proportions import no_width
 from render import Code, Heading, Paragraph, Table, printable
 from split import say_shared
+from wording import chance_text, warnings
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
@@ -100,9 +102,10 @@ def shift_blocks(entries):
             cells += [f"{val['specificity']:.3f}", with_interval(test, "specificity")]
             cells += [f"{val['auroc']:.3f}", f"{test['auroc']:.3f}"]
             rows.append([f"{e.name} {POINTS[point]}", f"{val['thr']:.4f}", *cells])
-    promised, refused = set(), set()
+    promised, refused, chances = set(), set(), set()
     for e in entries:
-        g = e.calibration["guarantee"]
+        g, row = e.calibration["guarantee"], e.points["val", "at_rec"]
+        chances.add(chance_text(row["tp"] + row["fn"], g["positive_patients"], e.min_recall))
         if g.get("threshold") is None:
             refused.add(g["why_not"])
         else:
@@ -110,7 +113,7 @@ def shift_blocks(entries):
             promised.add(f"{promise}, from {g['positive_patients']} patients with {e.finding}")
     text = (
         "@Rec meets the floor on the validation images. For new patients like them, its true recall is "
-        "below the floor about half the time."
+        f"below the floor with {' or '.join(sorted(chances))}."
     )
     if promised:
         text += f" @Guar applies the Neyman-Pearson umbrella rule to patients: {'; '.join(sorted(promised))}."
@@ -121,7 +124,14 @@ def shift_blocks(entries):
     if refused:
         text += f" Where @Guar is missing: {'; '.join(sorted(refused))}."
     title = "What the threshold promises, and the shift from validation to test"
-    return [Heading(3, title), Paragraph(text), Table(head, rows)]
+    blocks = [Heading(3, title), Paragraph(text), Table(head, rows)]
+    return blocks + warning_blocks([(e.name, warnings(e.calibration, e.min_recall)) for e in entries])
+
+
+def warning_blocks(found):
+    """A paragraph of what is bad about figures: [(model, texts)]; none where nothing is."""
+    texts = [f"{name}: {'; '.join(each)}" for name, each in found if each]
+    return [Paragraph(f"Warning. {'. '.join(texts)}.")] if texts else []
 
 
 def interval_blocks(entries):
@@ -133,13 +143,15 @@ def interval_blocks(entries):
         if row := e.points.get(("test", point)):
             delong = row["interval"]["auroc"].get("delong")
             cells = [with_interval(row, k) for k in named.values()]
-            rows.append([f"{e.name} {POINTS[point]}", *cells, interval(*delong) if delong else "-"])
+            cells.append("-" if delong is None or no_width(delong) else interval(*delong))
+            rows.append([f"{e.name} {POINTS[point]}", *cells])
     draws = unique((e.calibration["bootstrap"] for e in entries), " or ")
     drawn = "whole patients" if entries[0].test.patients_known else "single images (patients unknown)"
     text = (
-        f"Percentile bootstrap: {drawn} are drawn {draws} times; Wilson's interval where every draw gives "
-        "the same value. The intervals of DeLong and Wilson, all of which are in calibration.json, treat "
-        "images as independent."
+        f"Percentile bootstrap: {drawn} are drawn {draws} times. Where every draw gives the same value, "
+        "what the number of patients alone tells: Wilson's interval; for an AUROC of 1 the lower limit "
+        "0.025^(1/m), m the fewer of sick and healthy patients. The intervals of DeLong (none at an AUROC "
+        "of 1) and Wilson in calibration.json treat images as independent."
     )
     table = Table(["Model", *named, "AUROC (DeLong)"], rows)
     return [Heading(3, "How sure: 95% intervals on test"), Paragraph(text), table]
@@ -229,12 +241,16 @@ def subgroup_blocks(entries):
         called, names, cells = e.test.scores >= e.threshold, np.char.lower(e.test.files), []
         for word in causes:
             inside = (e.test.truth == 1) & (np.char.find(names, word) >= 0)
-            k, n = int(called[inside].sum()), int(inside.sum())
-            cells.append(f"{k / n:.3f} {interval(*wilson_interval(k, n))} (n = {n})" if n else "-")
+            if not inside.any():
+                cells.append("-")
+                continue
+            hits, draws = called[inside], e.calibration["bootstrap"]
+            span = interval(*proportion_interval(hits, e.test.patients[inside], draws))
+            cells.append(f"{hits.mean():.3f} {span} (n = {inside.sum()})")
         rows.append([f"{e.name} @Rec", *cells])
     if all(cell == "-" for cell in rows[0][1:]):
         return []
-    text = "Test recall @Rec by cause, as the file names tell it; 95% Wilson intervals."
+    text = "Test recall @Rec by cause, as the file names tell it; 95% intervals, bootstrap of patients."
     head = ["Model", *(f"Recall, {cause}" for cause in causes.values())]
     return [Heading(3, "Subgroups"), Paragraph(text), Table(head, rows)]
 
@@ -291,13 +307,20 @@ def split_blocks(entries):
     return [Paragraph(f"{notes[0].upper()}{notes[1:]}.")] if notes else []
 
 
+def placed(entries):
+    """Where the thresholds lie, as text: empty where an older calibration put one on a score."""
+    found = [f for e in entries for f in e.run.findings(e.calibration).values() if "threshold" in f]
+    return ", in the middle between two scores" if all("gap" in f for f in found) else ""
+
+
 def method_blocks(entries):
     """The items of STARD-AI and CLAIM that a script can answer."""
     first = entries[0]
     prevalence = f"validation {first.val.truth.mean():.1%}, test {first.test.truth.mean():.1%}"
     rule = (
         f"@Rec: highest precision with validation recall >= {floors(entries)}, exact over all scores; @Guar: "
-        "Neyman-Pearson umbrella on patients; both chosen on validation and applied unchanged to test"
+        f"Neyman-Pearson umbrella on patients; both chosen on validation{placed(entries)} and applied "
+        "unchanged to test"
     )
     standard = "the table of findings" if first.task.kind == "sigmoid" else "the class folder of each image"
     rows = method_rows(entries, standard, f"{first.finding}: {prevalence}", rule)
@@ -360,7 +383,7 @@ def finding_rows(entries):
     rows = []
     for e in entries:
         for name, found in e.found.items():
-            if "why_not" not in found:
+            if "test" in found:
                 row = found["test"]["at_rec"]
                 figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
                 rows.append([f"{e.name}, {name} @Rec", *size_and_time(e), *figures])

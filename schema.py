@@ -144,14 +144,17 @@ def wrong_calibration(value, task):
     return mismatches(value, CALIBRATION) + found
 
 
-def wrong_finding(value):
-    """Names of what is wrong in a calibration of one finding."""
-    wrong = mismatches(value, FINDING)
-    for s in () if wrong else ("val", "test"):
+def wrong_finding(value, sides=("val", "test")):
+    """Names of what is wrong in a calibration of one finding that has figures on `sides`."""
+    spec = {k: v for k, v in FINDING.items() if k not in ("val", "test", "probability")}
+    spec |= {side: FINDING[side] for side in sides}
+    spec["probability"] = {side: FINDING["probability"][side] for side in sides}
+    wrong = mismatches(value, spec)
+    for s in () if wrong else sides:
         wrong += [f"{s}.{p}" for p, row in value[s].items() if mismatches(row, POINT)]
     guarantee = value.get("guarantee")
     if not wrong and not SHARE.contains(guarantee.get("threshold")):
-        promised = any("at_guaranteed" in value[s] for s in ("val", "test"))
+        promised = any("at_guaranteed" in value[s] for s in sides)
         wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
     return wrong
 
@@ -171,7 +174,9 @@ def wrong_findings(value, task):
             wrong += mismatches(found["curves"], curves, f"{name}.curves")
         if wrong or isinstance(found.get("why_not"), str):
             continue
-        wrong += [f"{name}.{w}" for w in wrong_finding(found)]
+        rare_on_test = isinstance(found.get("test_why_not"), str)
+        sides = ("val",) if rare_on_test else ("val", "test")
+        wrong += [f"{name}.{w}" for w in wrong_finding(found, sides)]
     for side, summary in value["summary"].items():
         spans = [k for k in ("auroc", "auprc") if summary["findings"] or k in summary]
         wrong += mismatches(summary, dict.fromkeys(spans, SPAN), f"summary.{side}")

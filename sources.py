@@ -73,7 +73,13 @@ def load_site(config, folder, labels="", patients=""):
     index = index._replace(part=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index)
-    return data.load(config, root, index, "site")[0]
+    subset, kept, _ = data.load(config, root, index, "site")
+    if kept.unknown:
+        which = "every image counts"
+        if kept.unknown < len(subset):
+            which = f"{kept.unknown} of {len(subset)} images count, each,"
+        say(f"note: {folder}: patients unknown: {which} as a patient of its own; see --patients")
+    return subset
 
 
 def read_unlabelled(text, config):

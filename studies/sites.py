@@ -10,7 +10,8 @@ mean recall and specificity there, with the range of the middle 95% of the draws
 
 "borrowed" is the greatest of ten thresholds fixed beforehand on validation (their recalls there: LISTED) that
 passes the local test of @Guar. Such thresholds are nested, so testing them from the least one up needs no
-correction (fixed sequence; Angelopoulos et al. 2021, arXiv:2110.01052). None can lie above @Guar.
+correction (fixed sequence; Angelopoulos et al. 2021, arXiv:2110.01052). None can lie above the local score
+that @Guar is chosen by (@Guar itself lies between this score and the next lower one).
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Tests of hospital: promises by closed form and by simulation, and the commands around them."""
 
 import json
+import math
+import re
 import shutil
 
 import numpy as np
@@ -9,10 +11,11 @@ from scipy.stats import beta, binom
 
 import demo
 import hospital
+import wording
 from common import InputError
 from metrics import choose_threshold_with_guarantee
 from operating import Rule
-from tests.shared import cli, predict_rows, read_json, refused, succeed
+from tests.shared import cli, middle_below, predict_rows, read_json, refused, succeed
 
 RULE = Rule(bootstrap=200)
 
@@ -43,19 +46,41 @@ def test_what_too_few_can_promise_instead_is_what_they_can():
     found = hospital.choose(y, p, patients, RULE)
     assert found["guaranteed"] is None and found["needed"] == 59 and found["positive_patients"] == 30
     less = found["instead"]
-    assert (less["floor"], less["confidence"]) == pytest.approx((0.05 ** (1 / 30), 1 - 0.95**30))
-    for how in ((less["floor"] - 1e-6, 0.95), (0.95, less["confidence"] - 1e-6)):
+    assert (less["floor"], less["confidence"]) == (0.904, 0.785)  # 0.05^(1/30) and 1 - 0.95^30, rounded down
+    for how in ((less["floor"], 0.95), (0.95, less["confidence"])):
         choose_threshold_with_guarantee(y, p, *how, patients)
-    for how in ((less["floor"] + 1e-6, 0.95), (0.95, less["confidence"] + 1e-6)):
+    for how in ((less["floor"] + 1e-3, 0.95), (0.95, less["confidence"] + 1e-3)):
         with pytest.raises(InputError):
             choose_threshold_with_guarantee(y, p, *how, patients)
+
+
+def test_advice_of_a_site_is_granted_to_the_last_printed_digit():
+    """Every number of patients that is too few for the usual promise, with the flags as they are printed."""
+    for n in range(5, 59):
+        y, p, patients = made_up(n, n)
+        (line,) = [
+            x
+            for x in hospital.lines("x", "sick", hospital.choose(y, p, patients, RULE), RULE)
+            if "no @Guar" in x
+        ]
+        floor, confidence = (
+            float(re.search(rf"--{flag} ([\d.]+)", line)[1]) for flag in ("min-recall", "guarantee")
+        )
+        choose_threshold_with_guarantee(y, p, floor, 0.95, patients)
+        choose_threshold_with_guarantee(y, p, 0.95, confidence, patients)
+        assert floor**n <= 0.05 + 1e-12 < (floor + 0.001) ** n  # nothing is given away, but for rounding
+        assert confidence <= 1 - 0.95**n < confidence + 0.001
+    tiny = hospital.instead(1, 0.9999, 0.95)["confidence"]  # 0.0001: three decimals would be 0
+    assert 0 < tiny <= 1e-4
 
 
 def test_no_threshold_of_a_fixed_list_beats_the_guaranteed_one():
     """Testing thresholds fixed beforehand, without correction, passes none above @Guar: nothing is lost."""
     for seed in range(20):
         y, p, patients = made_up(120, seed)
-        guaranteed = hospital.choose(y, p, patients, RULE)["guaranteed"]
+        guaranteed = choose_threshold_with_guarantee(y, p, groups=patients)[0]
+        lowered = hospital.choose(y, p, patients, RULE)["guaranteed"]
+        assert lowered < guaranteed and ((p >= lowered) == (p >= guaranteed)).all()
         candidates = np.random.default_rng(seed).random(50)
         misses = np.array([(p[y == 1] < t).sum() for t in candidates])
         passed = candidates[binom.cdf(misses, 120, 0.05) <= 0.05]
@@ -110,6 +135,96 @@ def test_held_out_figures_are_of_the_other_half():
     assert row["thr"] == thr and row["recall"] == pytest.approx((p[there] >= thr)[y[there] == 1].mean())
     shipped = found["points"]["at_shipped"]
     assert shipped["specificity"] == pytest.approx((p[there] < 0.5)[y[there] == 0].mean())
+
+
+class Kept:
+    """What hospital.promise needs of a Run."""
+
+    checkpoint_sha256 = "x"
+
+    def __str__(self):
+        return "run"
+
+    def save_site(self, site, thresholds, name=""):
+        self.site = json.loads(json.dumps(thresholds))
+
+
+def promised(monkeypatch, truth, scores, rule):
+    """What hospital.promise keeps of made-up findings, one image a patient: truth, scores [N, F]."""
+    shipped = {f"finding {k}": 0.5 for k in range(truth.shape[1])}
+    monkeypatch.setattr(hospital, "scored", lambda *a: (truth, scores, shipped))
+    run, subset = Kept(), [None] * len(truth)
+    subset = type("Subset", (list,), {"patients": [f"p{i}" for i in range(len(truth))]})(subset)
+    hospital.promise(run, "here", subset, rule, device=None)
+    return run.site
+
+
+def several_findings(counts, n=400, seed=0):
+    """Truth int8 [n, F] with so many images with each finding, and scores better than chance."""
+    rng = np.random.default_rng(seed)
+    truth = np.stack([rng.permutation(np.arange(n) < count) for count in counts], axis=1).astype(np.int8)
+    return truth, 1 / (1 + np.exp(-(rng.normal(size=truth.shape) + 1.5 * truth)))
+
+
+def test_jointly_reaches_a_site(monkeypatch, capsys):
+    """Three findings share the 5% that may go wrong; a fourth is too rare for any threshold."""
+    truth, scores = several_findings((150, 120, 90, 3))
+    patients, seen = np.array([f"p{i}" for i in range(400)]), {}
+    for jointly, confidence in ((False, 0.95), (True, 1 - 0.05 / 3)):
+        found = promised(monkeypatch, truth, scores, Rule(jointly=jointly))
+        for k in range(3):
+            exact = choose_threshold_with_guarantee(truth[:, k], scores[:, k], 0.95, confidence, patients)[0]
+            kept = found["findings"][f"finding {k}"]["guaranteed"]
+            assert kept == pytest.approx(middle_below(exact, scores[:, k]), rel=1e-9)
+        assert "why_not" in found["findings"]["finding 3"]
+        seen[jointly] = found["jointly"], capsys.readouterr().out
+    assert seen[False][0] is None and "union bound" not in seen[False][1]
+    assert seen[True][0] == {"confidence": 0.95, "findings": 3}
+    assert "floors of 3 findings hold at once with confidence 0.95" in seen[True][1]
+    assert (
+        "each alone with 0.983333, which needs 80 patients" in seen[True][1]
+    )  # 0.95^80 < 0.05 / 3 < 0.95^79
+    assert "with confidence 0.983333, while patients stay like these" in seen[True][1]
+    assert 0.95**80 <= 0.05 / 3 < 0.95**79
+
+
+@pytest.mark.parametrize("jointly", [False, True])
+def test_advice_for_several_findings_is_granted_to_all(monkeypatch, capsys, jointly):
+    """A finding's own --guarantee would be refused for one with fewer patients: the advice is for all."""
+    truth, scores = several_findings((100, 45, 30))
+    promised(monkeypatch, truth, scores, Rule(jointly=jointly))
+    out = capsys.readouterr().out
+    asked = re.findall(r"--guarantee ([\d.]+)", out)
+    assert len(asked) == 1
+    found = promised(monkeypatch, truth, scores, Rule(0.95, float(asked[0]), strict=True, jointly=jointly))
+    assert all(f["guaranteed"] is not None for f in found["findings"].values())
+    more = Rule(0.95, float(asked[0]) + 0.001, strict=True, jointly=jointly)
+    with pytest.raises(InputError, match="finding 2: 30 independent positives"):
+        promised(monkeypatch, truth, scores, more)
+    for floor in re.findall(r"--min-recall ([\d.]+)", out):
+        assert promised(monkeypatch, truth, scores, Rule(float(floor), jointly=jointly))
+
+
+def test_bad_figures_of_a_site_are_warned_of():
+    """Sick and healthy alike: @Guar calls everybody sick; on new patients recall falls below the floor."""
+    rng = np.random.default_rng(0)
+    y, p, patients = np.repeat([0, 1], 60), np.r_[rng.uniform(0.5, 1, 60), rng.random(60)], np.arange(120)
+    found = hospital.choose(y, p, patients, RULE)
+    text = "\n".join(hospital.lines("x", "sick", found, RULE))
+    assert found["specificities"]["guaranteed"] == 0
+    assert "warning: on these images calls everybody sick: specificity 0" in text
+    chance = sum(math.comb(60, k) * 0.05**k * 0.95 ** (60 - k) for k in range(4))  # three of 60 may be missed
+    assert f"below it with a chance of up to {chance:.2f} " in text
+    row = {"tp": 9, "fn": 1, "fp": 3, "tn": 0}
+    assert wording.concerns(row, 0.95) == [
+        "recall 0.900 is below the floor of 0.95",
+        "calls every healthy image sick: specificity 0",
+    ]
+    assert wording.concerns({"tp": 0, "fn": 5, "fp": 0, "tn": 5}, 0.95) == ["calls nobody sick: recall 0"]
+    assert wording.concerns({"tp": 94999, "fn": 5001, "fp": 0, "tn": 5}, 0.95) == [
+        "recall 0.94999 is below the floor of 0.95"
+    ]
+    assert wording.concerns({"tp": 19, "fn": 1, "fp": 0, "tn": 5}, 0.95) == []
 
 
 # ---------------------------------------------------------------- the commands
@@ -198,6 +313,25 @@ def test_a_table_instead_of_folders_gives_the_same_thresholds(own_runs, clinic, 
     a, b = (read_json(own_runs / f"outputs/linear/sites/{n}.json") for n in ("folders", "table"))
     assert len(names) == a["images"] == b["images"]
     assert a["findings"] == b["findings"]
+
+
+def test_a_note_on_patients_only_where_they_are_not_known(own_runs, clinic, tmp_path):
+    argv = ("calibrate", "--run", "outputs/linear", "--bootstrap", 100, "--name", "x", "--site")
+    known = succeed(*argv, clinic, cwd=own_runs)  # the file names tell, one image each
+    assert "as a patient of its own" not in known.err
+    plain, rows = tmp_path / "plain", ["path,patient"]
+    for kind in ("NORMAL", "PNEUMONIA"):
+        (plain / kind).mkdir(parents=True)
+        for i, path in enumerate(sorted((clinic / kind).iterdir())[:20]):
+            shutil.copy(path, plain / kind / f"a{i}.jpeg")
+            rows.append(f"plain/{kind}/a{i}.jpeg,{kind}{i}")
+    unknown = succeed(*argv, plain, cwd=own_runs)
+    assert unknown.err.count("patients unknown: every image counts as a patient of its own") == 1
+    table = tmp_path / "p.csv"
+    table.write_text("\n".join(rows))
+    assert "of its own" not in succeed(*argv, plain, "--patients", table, cwd=own_runs).err
+    table.write_text("\n".join(rows[:-3]))
+    assert "3 of 40 images count" in succeed(*argv, plain, "--patients", table, cwd=own_runs).err
 
 
 def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 
 from common import InputError
 from frozen import total_weight
-from intervals import bootstrap_weights, compare_mean_auroc
+from intervals import bootstrap_weights, compare_mean_auroc, wilson_interval
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from objective import Supervised, with_both_classes
 from operating import LEAST, Rule, class_figures, evaluate
+from schema import wrong_calibration
 from tables import read_table
 from task import Task
 
@@ -328,6 +329,62 @@ def test_rare_findings_get_a_reason_instead_of_a_threshold():
         s[f"{side}_labels"][:] = 0
     with pytest.raises(InputError, match="no finding has enough images"):
         evaluate(s, QUICK, FOUR)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_test_images_decide_nothing_about_thresholds(count):
+    """A finding that is rare on test keeps the threshold, and the share of the confidence, of validation."""
+    rule = Rule(0.8, 0.8, jointly=True, bootstrap=100)
+    usual, _ = evaluate(several(FOUR), rule, FOUR)
+    s = several(FOUR)
+    s["test_labels"][:, 1] = 0
+    s["test_labels"][:count, 1] = 1
+    rare, _ = evaluate(s, rule, FOUR)
+    assert rare["jointly"] == usual["jointly"]
+    for name in FOUR.findings:
+        a, b = usual["findings"][name], rare["findings"][name]
+        assert (a["threshold"], a["val"]) == (b["threshold"], b["val"])
+        assert {k: a["guarantee"][k] for k in ("threshold", "confidence")} == {
+            k: b["guarantee"][k] for k in ("threshold", "confidence")
+        }
+    effusion = rare["findings"]["Effusion"]
+    assert effusion["test_why_not"] == f"{count} test images with it, fewer than {LEAST}"
+    assert "test" not in effusion and set(effusion["curves"]) == {"val"} == set(effusion["probability"])
+    assert "Effusion" not in rare["summary"]["test"]["findings"]
+    assert wrong_calibration(rare | {"checkpoint": "x"}, FOUR) == []
+    del effusion["test_why_not"]
+    assert wrong_calibration(rare | {"checkpoint": "x"}, FOUR) == [
+        "Effusion.test",
+        "Effusion.probability.test",
+    ]
+
+
+def test_class_figures_of_a_perfect_model_claim_no_certainty():
+    """Recall, accuracy and F1 are 1 in every draw; limits are those of so many patients."""
+    y, patients = np.repeat([0, 1, 2], [40, 20, 12]), np.repeat(np.arange(18), 4)
+    found = class_figures(y, y, ("a", "b", "c"), patients, QUICK)
+    lows = [wilson_interval(n, n)[0] for n in (10, 5, 3)]
+    assert [found["classes"][k]["recall_interval"] for k in "abc"] == [
+        pytest.approx([low, 1]) for low in lows
+    ]
+    assert found["accuracy"] == pytest.approx({"value": 1, "lo": wilson_interval(18, 18)[0], "hi": 1})
+    f1 = np.mean([2 * low / (1 + low) for low in lows])
+    assert found["macro_f1"] == pytest.approx({"value": 1, "lo": f1, "hi": 1})
+
+
+def test_mean_auroc_of_perfect_findings_claims_no_certainty():
+    s = several(FOUR)
+    for side in ("val", "test"):
+        s[f"{side}_logits"] = (s[f"{side}_labels"] * 2.0 - 1).astype(np.float32)
+    found = evaluate(s, QUICK, FOUR)[0]
+    lows = []
+    for k in range(4):
+        y, patients = s["test_labels"][:, k], np.asarray(s["test_patients"])
+        lows.append(0.025 ** (1 / min(len(set(patients[y == 1])), len(set(patients[y == 0])))))
+        curve = found["findings"][FOUR.classes[k]]["curves"]["test"]["auroc"]
+        assert (curve["value"], curve["lo"], curve["hi"]) == pytest.approx((1, lows[k], 1))
+    mean = found["summary"]["test"]["auroc"]
+    assert (mean["value"], mean["lo"], mean["hi"]) == pytest.approx((1, np.mean(lows), 1))
 
 
 def test_jointly_promises_all_floors_at_once():

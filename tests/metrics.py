@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import intervals
 import metrics
 import operating
-from tests.shared import brute_force_threshold
+import proportions
+from tests.shared import brute_force_threshold, middle_below
 
 
 @given(
@@ -109,6 +110,82 @@ def test_metric_errors(y, p, target, message):
     if message != "min_recall":
         with pytest.raises(ValueError, match=message):
             metrics.summarize_at_threshold(y, p, 0.5)
+
+
+NEAR_ONE = [1 - 2.0**-k for k in range(50, 54)]
+SCORES = [0.0, 5e-324, 1e-320, 1e-300, 0.2, 0.2 + 2**-54, 0.3, 0.5, 0.7, *NEAR_ONE, 1.0]
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 1), st.sampled_from(SCORES)), min_size=2, max_size=24),
+    min_recall=st.sampled_from([0.2, 0.5, 0.75, 0.95, 1.0]),
+)
+@settings(max_examples=400)
+def test_a_lowered_threshold_decides_alike_and_lies_on_no_score(pairs, min_recall):
+    """Of every score as a threshold, and of the chosen one, with ties, saturated and neighbouring scores."""
+    y, p = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    assume(0 < y.sum() < len(y))
+    chosen = metrics.choose_threshold_by_min_recall(y, p, min_recall)[0]
+    for thr in {chosen, *p.tolist()}:
+        found, gap = metrics.lowered_to_midpoint(thr, p)
+        assert ((p >= found) == (p >= thr)).all() and 0 <= found <= thr
+        below = [b for b in p if b < thr]
+        room = math.nextafter(thr, -1) > max(below) if below else thr > 0
+        assert (found < thr) == room and gap >= 0
+        if 1e-300 < thr < 1 - 1e-15:  # else scores may be as good as 0 and 1
+            assert (gap > 0) == room
+        if room and below:
+            assert max(below) < found < thr
+
+
+def test_a_lowered_threshold_lies_in_the_middle():
+    rng = np.random.default_rng(1)
+    p = np.r_[rng.random(200), 0.25, 0.5, 0.75]
+    for thr in p[::20]:
+        found, gap = metrics.lowered_to_midpoint(thr, p)
+        assert found == pytest.approx(middle_below(thr, p), rel=1e-9)
+        distances = [abs(math.log(q / (1 - q)) - math.log(found / (1 - found))) for q in p]
+        assert gap == pytest.approx(min(distances), rel=1e-6)
+    assert metrics.lowered_to_midpoint(0.5, [0.5, 0.9]) == pytest.approx((1 / (1 + math.exp(0.5)), 0.5))
+    assert metrics.lowered_to_midpoint(0.0, [0.0, 0.4]) == (
+        0.0,
+        0.0,
+    )  # everybody is called sick, come what may
+    for bad in ((0.5, []), (math.nan, [0.5]), (0.5, [math.nan]), (1.5, [0.5])):
+        with pytest.raises(ValueError, match="threshold in"):
+            metrics.lowered_to_midpoint(*bad)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_rounding_flips_no_decision_on_validation(confidence):
+    """Scores computed again are off by up to 1e-6 in logits, either way: recall on validation stays."""
+    for seed in range(5):
+        scores = _scores_of_two_sides(seed)
+        rule = operating.Rule(confidence=confidence, bootstrap=1)
+        found, p1 = operating.evaluate(scores, rule)
+        again = scores["val_logits"] + np.random.default_rng(seed).uniform(-1e-6, 1e-6, (240, 2))
+        rounded = metrics.tempered(again, 1.0)
+        for name in ("at_rec", "at_guaranteed"):
+            thr = found["val"][name]["thr"]
+            assert ((rounded >= thr) == (p1["val"] >= thr)).all()
+            assert found["val"][name]["recall"] == (p1["val"] >= thr)[scores["val_labels"] == 1].mean()
+        assert found["gap"] > 2e-6 and found["guarantee"]["gap"] > 2e-6
+
+
+@pytest.mark.parametrize("n, exact", [(5, 0.774), (20, 0.736), (59, 0.429)])
+def test_chance_that_recall_first_is_below_its_floor(n, exact):
+    """The binomial summed by hand; and by simulation, with so many healthy scores, fewer towards the top,
+    that precision always asks for the highest threshold allowed."""
+    missed = max(m for m in range(n) if (n - m) / n >= 0.95)
+    by_hand = sum(math.comb(n, k) * 0.05**k * 0.95 ** (n - k) for k in range(missed + 1))
+    assert metrics.chance_below_floor(n, 0.95) == pytest.approx(by_hand) == pytest.approx(exact, abs=1e-3)
+    rng, below, draws = np.random.default_rng(n), 0, 1500
+    y = np.r_[np.ones(n, int), np.zeros(400, int)]
+    for _ in range(draws):
+        p = np.r_[rng.random(n), rng.random(400) ** 4]
+        below += 1 - metrics.choose_threshold_by_min_recall(y, p, 0.95)[0] < 0.95
+    assert below / draws == pytest.approx(exact, abs=0.04)
+    assert metrics.chance_below_floor(n, 1.0) == 1.0
 
 
 def test_threshold_is_fast():
@@ -502,6 +579,116 @@ def test_reported_interval_never_claims_certainty():
     assert intervals.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
 
 
+def _clustered(seed, sick=40, healthy=20, images=8):
+    """Truth, scores and patients: `images` alike of each healthy patient, one of each sick; a healthy patient
+    is rightly called with a chance of 0.95."""
+    rng = np.random.default_rng(seed)
+    wrong = np.repeat(rng.random(healthy) < 0.05, images)
+    y = np.r_[np.ones(sick, int), np.zeros(healthy * images, int)]
+    p = np.r_[rng.uniform(0.6, 1, sick), np.where(wrong, 0.9, 0.1)]
+    return y, p, np.r_[np.arange(sick), sick + np.repeat(np.arange(healthy), images)]
+
+
+def test_interval_of_alike_patients_counts_patients():
+    """20 healthy patients of 8 alike images, true specificity 0.95: counting images, 36% of the intervals
+    missed it."""
+    missed, degenerate = 0, 0
+    for seed in range(100):
+        y, p, patients = _clustered(seed)
+        row = metrics.summarize_at_threshold(y, p, 0.5)
+        row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=40)
+        low, high = intervals.reported_interval(row, "specificity")
+        missed += not low <= 0.95 <= high
+        if row["specificity"] == 1:
+            degenerate += 1
+            assert [low, high] == pytest.approx(intervals.wilson_interval(20, 20))
+    assert 25 < degenerate < 50 and missed / 100 <= 0.07
+
+
+def test_no_reported_interval_claims_certainty():
+    """A model that is right about everything; limits against closed forms and brute force."""
+    y, p, patients = _clustered(0, sick=30)
+    p = np.where(y == 1, p, 0.1)
+    row = metrics.summarize_at_threshold(y, p, 0.5)
+    row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=50)
+    spans = {k: intervals.reported_interval(row, k) for k in row["interval"]}
+    assert all(row[k] > 1 - 1e-12 and 0 < lo < hi == 1 for k, (lo, hi) in spans.items()), spans
+    assert spans["auroc"] == pytest.approx([0.025 ** (1 / 20), 1])
+    for key, n in (("recall", 30), ("specificity", 20), ("precision", 30), ("acc", 50)):
+        assert spans[key] == pytest.approx(intervals.wilson_interval(n, n)), key
+    share = intervals.wilson_interval(30, 30)[0]  # of the images that are sick or called so
+    assert spans["f1"][0] == pytest.approx(2 * share / (1 + share))
+    for n in (1, 7, 200):
+        found = proportions.alike_interval(1.0, n), proportions.alike_interval(0.0, n)
+        expected = intervals.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
+        assert np.allclose(found, expected, atol=1e-12)
+    nothing = metrics.summarize_at_threshold(y, p, 1.0)  # calls nobody: a precision of nothing
+    nothing["interval"] = intervals.intervals_at_threshold(y, p, 1.0, patients, n=50)
+    assert intervals.reported_interval(nothing, "precision") == [0, 1]
+    old = {
+        "interval": {
+            "recall": {"bootstrap": [1.0, 1.0], "wilson": [0.9, 1.0]},
+            "auroc": {"bootstrap": [1.0, 1.0]},
+        }
+    }
+    assert intervals.reported_interval(old, "recall") == [0.9, 1.0]  # as an older version wrote it
+    assert intervals.reported_interval(old, "auroc") == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("auroc, prevalence", [(0.99, 0.5), (0.9, 0.3), (0.7, 0.5), (0.95, 0.02)])
+def test_least_auprc_of_an_auroc(auroc, prevalence):
+    """No random ROC curve of this area has less, and the worst curve without order reaches it."""
+    u = (np.arange(20_000) + 0.5) / 20_000
+    odds = (1 - prevalence) / prevalence
+    wanted = (1 - auroc) * odds  # the mean of c = f * odds
+    bound = proportions.auprc_at_least(auroc, prevalence)
+    rng, least = np.random.default_rng(0), 1.0
+    for _ in range(300):
+        f = np.cumsum(rng.random(20_000) * (rng.random(20_000) < rng.random() ** 6))
+        c = f / max(f.mean(), 1e-12) * wanted
+        if c.max() <= odds:
+            least = min(least, (u / (u + c)).mean())
+    low, high = 1e-9, 1e9  # of the multiplier l of c = sqrt(u / l) - u, by bisection
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        c = np.maximum(np.sqrt(u / middle) - u, 0)
+        low, high = (middle, high) if c.mean() > wanted else (low, middle)
+    assert bound == pytest.approx((u / (u + c)).mean(), abs=1e-3)
+    assert bound - 1e-9 <= least
+
+
+def test_differences_that_never_vary_have_a_width():
+    """Two models that decide and rank alike without being one: 20 healthy and 30 sick patients cannot exclude
+    a small difference."""
+    y, p, patients = _clustered(0, sick=30)
+    p = np.where(y == 1, p, 0.1)
+    found = intervals.compare_at_thresholds(y, p, 0.5, p**2, 0.25, patients, n=50)
+    for key, n in (("recall", 30), ("specificity", 20), ("acc", 50), ("auroc", 20), ("precision", 30)):
+        rest = 1 - 0.025 ** (1 / n)
+        assert found[key] == pytest.approx({"difference": 0, "lo": -rest, "hi": rest}), key
+    constant = intervals.compare_at_thresholds(y, p, 0.5, np.full(len(p), 0.4), 0.5, patients, n=50)
+    assert (
+        constant["auroc"]["difference"] == 0.5 and 0 < constant["auroc"]["lo"] < 0.5 < constant["auroc"]["hi"]
+    )
+    assert constant["delong"] == 2.0**-29  # a sign test of 30 pairs, not 0
+    truth, a, b = y[:, None].repeat(2, 1), p[:, None].repeat(2, 1), (p**2)[:, None].repeat(2, 1)
+    means = intervals.compare_mean_auroc(truth, a, b, patients, n=50)
+    assert [means["lo"], means["hi"]] == pytest.approx([-(1 - 0.025 ** (1 / 20)), 1 - 0.025 ** (1 / 20)])
+
+
+def test_interval_of_a_proportion_draws_patients():
+    rng = np.random.default_rng(3)
+    hits, patients = rng.random(60) < 0.7, np.arange(60) // 4
+    draws = []
+    for weights in _all_draws(patients, 200, 0):
+        draws.append(np.repeat(hits, weights).mean())
+    found = intervals.proportion_interval(hits, patients, n=200)
+    assert found == pytest.approx(np.percentile(draws, [2.5, 97.5]))
+    assert intervals.proportion_interval(np.ones(60), patients) == pytest.approx(
+        intervals.wilson_interval(15, 15)
+    )
+
+
 def _scores_of_two_sides(seed, n=240):
     """The input of `evaluate`: overlapping classes, two images a patient."""
     rng, scores = np.random.default_rng(seed), {}
@@ -540,9 +727,11 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
         after = calibration["probability"][split]["after"]
         assert after["nll"] == metrics.nll(y, metrics.tempered(logits, fitted))
     y, p = scores["val_labels"], p1["val"]
-    assert calibration["threshold"] == metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
+    chosen = metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
+    assert calibration["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)
     promised = metrics.choose_threshold_with_guarantee(y, p, 0.9, 0.95, scores["val_patients"])[0]
-    assert calibration["guarantee"]["threshold"] == calibration["test"]["at_guaranteed"]["thr"] == promised
+    thr = calibration["guarantee"]["threshold"]
+    assert thr == calibration["test"]["at_guaranteed"]["thr"] == pytest.approx(middle_below(promised, p))
     assert json.loads(json.dumps(calibration)) == calibration
 
 

@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -274,6 +275,17 @@ def brute_force_threshold(y, p, min_recall):
             candidates.append((precision, recall, threshold))
     precision, recall, threshold = max(candidates)
     return threshold, float(recall), float(precision)
+
+
+def middle_below(threshold, scores):
+    """Halfway in logits from a score to the next lower one, or half a unit below it, in plain Python."""
+
+    def logit(p):
+        return math.log(p) - math.log1p(-p)
+
+    lower = [float(p) for p in scores if p < threshold]
+    middle = (logit(threshold) + logit(max(lower))) / 2 if lower else logit(threshold) - 0.5
+    return 1 / (1 + math.exp(-middle))
 
 
 def full_decode(path, size):

@@ -438,7 +438,7 @@ def test_draws_of_a_site_use_the_other_images():
 
 def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
     """The greatest of the list that does, so a list fixed beforehand saves no local patient."""
-    import hospital
+    from metrics import choose_threshold_with_guarantee
     from operating import Rule
     from studies import sites
 
@@ -446,7 +446,7 @@ def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
         rng = np.random.default_rng(seed)
         y, p, patients = np.repeat([0, 1], 100), rng.random(200), np.arange(200).astype(str)
         candidates = np.sort(rng.random(20) ** 3)
-        guaranteed = hospital.choose(y, p, patients, Rule())["guaranteed"]
+        guaranteed = choose_threshold_with_guarantee(y, p, groups=patients)[0]
         found = sites.borrowed(candidates, p[y == 1], patients[y == 1], Rule())
         below = candidates[candidates <= guaranteed]
         assert found == (below[-1] if len(below) else None)
