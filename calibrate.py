@@ -17,7 +17,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import argparse
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -26,6 +26,8 @@ import data
 import frozen
 import hospital
 import shift
+import sources
+import twins
 from device import add_device_argument, pick_device
 from ensemble import make_ensemble
 from inputs import Inputs
@@ -60,9 +62,24 @@ class Sets:
         if found != fingerprint:
             raise common.InputError(
                 f"the images in {config.data_dir} are not those the run was trained on "
-                "(the split's fingerprint differs): point --data-dir at the same files"
+                "(the split's fingerprint differs): point --data-dir at the same files, or train again if they "
+                "are the same: copies of a file are kept on one side now"
             )
         return sets
+
+    @cache
+    def alike(self, config):
+        """{"val_train", "test_train", "test_val": images of one side that look like one of the other}, those
+        of other hospitals that trained among them; says it where there are any."""
+        train, val, test = self.loaded[config][0]
+        try:
+            train = sources.join(config, train, val, lambda line: None)[0]
+        except common.InputError as error:
+            common.say(f"note: images of other hospitals are not compared with those of test ({error})")
+        counts, note = twins.count_alike({"train": train, "val": val, "test": test})
+        if note:
+            common.say(note)
+        return counts
 
 
 def score(run, sets, *, device, batch_size, tta=None):
@@ -321,13 +338,18 @@ def parse():
     return args, rule
 
 
-def images(sets, args, results):
-    """The three Subsets of a run with these results, from where the flags say that its images lie now."""
+def settings(args, results):
+    """The DataConfig of a run with these results, from where the flags say that its images lie now."""
     moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
     config = data.DataConfig.from_json({**results["data"], **moved})
     if args.labels:
         config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
-    return sets.of(config, results["split"]["fingerprint"])
+    return config
+
+
+def images(sets, args, results):
+    """The three Subsets of a run with these results."""
+    return sets.of(settings(args, results), results["split"]["fingerprint"])
 
 
 def main():
@@ -356,6 +378,7 @@ def main():
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
+            "alike": sets.alike(settings(args, run.results)),
             "command": common.command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)

@@ -14,6 +14,7 @@ import frozen
 import lungs
 import recipe
 import sources
+import twins
 from common import InputError
 from inputs import Inputs
 from objective import Supervised
@@ -155,7 +156,7 @@ def test_same_files(tmp_path):
     for name, text in (("a/1", "same"), ("a/2", "sane"), ("a/3", "longer"), ("b/9", "same"), ("b/8", "x")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert sources.same_files(tmp_path / "a", ["1", "2", "3"], tmp_path / "b", ["9", "8"]) == ["1"]
+    assert twins.same_files(tmp_path / "a", ["1", "2", "3"], tmp_path / "b", ["9", "8"]) == ["1"]
 
 
 # ---------------------------------------------------------------- each class of each source alike
