@@ -17,7 +17,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import argparse
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -27,7 +27,6 @@ import frozen
 import hospital
 import shift
 import sources
-import twins
 from device import add_device_argument, pick_device
 from ensemble import make_ensemble
 from inputs import Inputs
@@ -51,7 +50,7 @@ class Sets:
     """Validation and test Subsets by data settings, each loaded once."""
 
     def __init__(self):
-        self.loaded = {}
+        self.loaded, self.copies = {}, {}
 
     def of(self, config, fingerprint):
         """(training, validation, test); InputError if the split is not the one with this fingerprint."""
@@ -62,24 +61,16 @@ class Sets:
         if found != fingerprint:
             raise common.InputError(
                 f"the images in {config.data_dir} are not those the run was trained on "
-                "(the split's fingerprint differs): point --data-dir at the same files, or train again if they "
-                "are the same: copies of a file are kept on one side now"
+                "(the split's fingerprint differs): point --data-dir at the same files, or train again "
+                "if they are the same: copies of a file are kept on one side now"
             )
         return sets
 
-    @cache
     def alike(self, config):
-        """{"val_train", "test_train", "test_val": images of one side that look like one of the other}, those
-        of other hospitals that trained among them; says it where there are any."""
-        train, val, test = self.loaded[config][0]
-        try:
-            train = sources.join(config, train, val, lambda line: None)[0]
-        except common.InputError as error:
-            common.say(f"note: images of other hospitals are not compared with those of test ({error})")
-        counts, note = twins.count_alike({"train": train, "val": val, "test": test})
-        if note:
-            common.say(note)
-        return counts
+        """How many images look the same on two sides (sources.look_alikes), of settings that were loaded."""
+        if config not in self.copies:
+            self.copies[config] = sources.look_alikes(config, *self.loaded[config][0])
+        return self.copies[config]
 
 
 def score(run, sets, *, device, batch_size, tta=None):

@@ -226,8 +226,8 @@ def refuse_known(config, name, root, subset, val):
             )
     if pairs := twins.alike(subset, val):
         say(
-            f"note: also {name}: {len(pairs)} of its images look like validation images of {config.data_dir}, "
-            f"such as {' and '.join(pairs[0])}: if they were saved anew, validation is flattered"
+            f"note: also {name}: {len(pairs)} of its images look like validation images of "
+            f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is flattered"
         )
 
 
@@ -237,9 +237,22 @@ def say_known(name, root, subset, others):
     for other, other_root, files in others:
         if same := twins.same_files(root, subset.files, other_root, files):
             say(
-                f"note: also {name}: {len(same)} of its images are images of {other} that train already, such as "
-                f"{same[0]}: they count twice, or are held out though the model knows them"
+                f"note: also {name}: {len(same)} of its images are images of {other} that train already, "
+                f"such as {same[0]}: they count twice, or are held out though the model knows them"
             )
+
+
+def look_alikes(config, train, val, test):
+    """{"val_train", "test_train", "test_val": images of one side that look like one of the other}, training
+    images of other hospitals among them; says it where there are any."""
+    try:
+        train = join(config, train, val, lambda line: None)[0]
+    except InputError as error:
+        say(f"note: images of other hospitals are not compared with those of test ({error})")
+    counts, note = twins.count_alike({"train": train, "val": val, "test": test})
+    if note:
+        say(note)
+    return counts
 
 
 def concatenated(subsets):

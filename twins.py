@@ -1,15 +1,16 @@
 """Images that are in a set twice: the same file, byte for byte, or the same picture saved anew.
 
-A test or validation image that was trained on flatters the model. Copies byte for byte are found in the files,
-without decoding. A picture that was saved anew (other quality, size, format, a little brighter) is found by a
-perceptual hash: 255 bits, the signs of the low frequencies of the picture against their median (pHash, Zauner
-2010, with 16 x 16 instead of 8 x 8 frequencies, because all chests look alike to the latter).
+A test or validation image that was trained on flatters the model. Copies byte for byte are found in the
+files, without decoding. A picture that was saved anew (other quality, size, format, a little brighter) is
+found by a perceptual hash of 255 bits: the lowest frequencies of the picture, above or below their median
+(pHash, Zauner 2010, with 16 x 16 instead of 8 x 8 frequencies: to the latter all chests look alike).
 
 LIMIT, the number of different bits up to which two pictures are called alike, was measured. 1,672 images of
-another set are Kermany images saved anew: they differ from these in 0 to 18 bits; its other 1,678 images differ
-from every Kermany image in 64 or more. Of the 17 million pairs of Kermany images, the nearest that are no copies
-(two children) differ in 36 bits; of 1,500 adults' lungs on black in 36, too. Mirrored, turned or cropped copies
-(2% of the side or more) are not found. All pairs are compared: seconds for 6,000 images, minutes for 112,000.
+another set are Kermany images saved anew: they differ from these in 0 to 18 bits; its other 1,678 images
+differ from every Kermany image in 64 or more. Of the 17 million pairs of Kermany images, the nearest that are
+no copies (two children) differ in 36 bits; of 1,500 adults' lungs on black in 36, too. Mirrored, turned or
+cropped copies (2% of the side or more) are not found. All pairs are compared: a second for 6,000 images, about
+two minutes for 112,000 on two cores.
 """
 
 import os
@@ -159,8 +160,8 @@ def _projection(side):
 
 
 def nearest(here, there):
-    """For each of the hashes `here` [N, 255] the nearest of `there` [M, 255]: its position, int64 [N], and the
-    number of different bits, int64 [N]. Exact: all pairs are compared, in blocks."""
+    """For each of the hashes `here` [N, 255] the nearest of `there` [M, 255]: its position, int64 [N], and
+    the number of different bits, int64 [N]. Exact: all pairs are compared, in blocks."""
     position, least = np.zeros(len(here), np.int64), np.full(len(here), here.shape[1] + 1)
     pace, done = Pace(), 0
     for a in range(0, len(here), 2048):
@@ -229,7 +230,8 @@ def say_copies(split, look_alikes=None):
 
 
 def warn(files, content, counts):
-    """A note on files that are on two sides, if there are any: `files` and `content` by side, their `count`."""
+    """A note on files that are on two sides, if there are any. `files`, `content`: by side; `counts`: what
+    `count` gives."""
     if not any(counts.values()):
         return
     examples = []
@@ -239,7 +241,7 @@ def warn(files, content, counts):
             j = int(np.flatnonzero(content[b] == content[a][i])[0])
             examples.append(f"{files[a][i]} and {files[b][j]}")
     say(
-        f"note: {told(counts, 'are copies, byte for byte, of')}, such as {'; '.join(examples)}: figures on them "
-        "flatter the model. Delete one of each two, or cut anew by patient, which keeps copies on one side "
+        f"note: {told(counts, 'are copies, byte for byte, of')}, such as {'; '.join(examples)}: figures on "
+        "them flatter the model. Delete one of each two, or cut anew by patient, which keeps copies on one side "
         "(--split patient for validation, --split pooled for test too)"
     )
