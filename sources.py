@@ -227,7 +227,8 @@ def refuse_known(config, name, root, subset, val):
     if pairs := twins.alike(subset, val):
         say(
             f"note: also {name}: {len(pairs)} of its images look like validation images of "
-            f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is flattered"
+            f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is "
+            "flattered"
         )
 
 
