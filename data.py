@@ -106,7 +106,7 @@ def open_index(config):
             root, config.classes, [p for p in there if p != "val" or config.split == "published"]
         )
     if config.patients:
-        index = tables.read_patients(config.patients, index)
+        index = tables.read_patients(config.patients, index, root)
     elif config.split in POOLED and not config.labels:  # each part numbers its patients from 1
         named = [
             f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)

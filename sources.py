@@ -24,7 +24,7 @@ EITHER = "--also or --also-unlabelled"
 def parse(text):
     """DIR or DIR:LABELS.csv -> (folder, path of the table or None). InputError if either is not there."""
     folder, colon, table = text.rpartition(":")
-    if not colon or not table.lower().endswith(".csv"):
+    if not colon or not table.lower().endswith((".csv", ".tsv", ".txt")):
         folder, table = text, None
     if not Path(folder).is_dir():
         raise InputError(f"{EITHER} {text}: there is no folder {folder}")
@@ -73,7 +73,7 @@ def load_site(config, folder, labels="", patients=""):
         root, index = place.parent, indices.list_images(place.parent, place.name, config.classes)
     index = index._replace(part=np.full(len(index.files), "site"))
     if patients:
-        index = tables.read_patients(patients, index)
+        index = tables.read_patients(patients, index, root)
     return data.load(config, root, index, "site")[0]
 
 
