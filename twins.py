@@ -225,9 +225,10 @@ def say_copies(split, look_alikes=None):
     exact = told(split["copies"], "are copies, byte for byte, of")
     text = exact or "no file is on two sides"
     counts = split.get("alike", {}) if look_alikes is None else look_alikes
-    if counts:
-        text += f"; {told(counts, 'look like') or 'no picture looks the same on two sides'}"
-    return text
+    none = "no picture looks the same on two sides"
+    if "test_train" not in counts:  # training decodes no test image
+        none = "no validation image looks like a training image"
+    return f"{text}; {told(counts, 'look like') or none}" if counts else text
 
 
 def warn(files, content, counts):
