@@ -28,6 +28,7 @@ import data
 import frozen
 import hospital
 import shift
+import sources
 from device import add_device_argument, pick_device
 from ensemble import make_ensemble
 from inputs import Inputs
@@ -59,7 +60,7 @@ class Sets:
     once."""
 
     def __init__(self):
-        self.loaded, self.told = {}, set()
+        self.loaded, self.copies, self.told = {}, {}, set()
 
     def tell(self, line):
         """Print a line that was not printed yet."""
@@ -81,9 +82,16 @@ class Sets:
                 )
             raise common.InputError(
                 f"the images in {config.data_dir} are not those the run was trained on "
-                f"(the split's fingerprint differs): point --data-dir at the same files{patients}"
+                f"(the split's fingerprint differs): point --data-dir at the same files{patients}, or train "
+                "again if they are the same: copies of a file are kept on one side now"
             )
         return sets
+
+    def alike(self, config):
+        """How many images look the same on two sides (sources.look_alikes), of settings that were loaded."""
+        if config not in self.copies:
+            self.copies[config] = sources.look_alikes(config, *self.loaded[config][0])
+        return self.copies[config]
 
 
 def score(run, sets, *, device, batch_size, tta=None):
@@ -359,13 +367,18 @@ def parse():
     return args, rule
 
 
-def images(sets, args, results):
-    """The three Subsets of a run with these results, from where the flags say that its images lie now."""
+def settings(args, results):
+    """The DataConfig of a run with these results, from where the flags say that its images lie now."""
     moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
     config = data.DataConfig.from_json({**results["data"], **moved})
     if args.labels:
         config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
-    return sets.of(config, results["split"]["fingerprint"])
+    return config
+
+
+def images(sets, args, results):
+    """The three Subsets of a run with these results."""
+    return sets.of(settings(args, results), results["split"]["fingerprint"])
 
 
 def main():
@@ -399,6 +412,7 @@ def run_all(args, rule):
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
+            "alike": sets.alike(settings(args, run.results)),
             "command": common.command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)

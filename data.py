@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 import index as indices
 import masks as lung_masks
 import tables
+import twins
 from common import InputError, Parser, add_flags, say, sha256, start
 from dataconfig import DataConfig, add_choices
 from images import load_images
@@ -88,7 +89,7 @@ class Batch(NamedTuple):
 
 def open_index(config):
     """(root, Index of all images, positions of train and validation, positions of test, where test comes
-    from). Reads names and tables, no image."""
+    from). Reads names, tables and the bytes of files of equal length; decodes no image."""
     if config.labels:
         root = Path(config.data_dir)
         index = tables.read_table(config.labels, root, config.classes)
@@ -105,7 +106,7 @@ def open_index(config):
             root, config.classes, [p for p in there if p != "val" or config.split == "published"]
         )
     if config.patients:
-        index = tables.read_patients(config.patients, index)
+        index = tables.read_patients(config.patients, index, root)
     elif config.split in POOLED and not config.labels:  # each part numbers its patients from 1
         named = [
             f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)
@@ -113,6 +114,7 @@ def open_index(config):
         index = index._replace(patients=named)
     if config.undersample:
         index = index.take(undersampled(index.targets, config.split_seed))
+    index = index._replace(content=twins.contents(root, index.files))
     return (root, index, *cut_test(index, config))
 
 
@@ -157,7 +159,9 @@ def load_train_val(config, tell=print):
     `info`: train, val, test (image counts), counts (images of every class, or positives of every finding),
     shared_patients (validation images whose patient is in train too), unknown_patients (images whose patient
     is not known), fingerprint (SHA-256 of both sides' file names, and of a table's labels), test_from,
-    synthetic, set, original_size. The images of the test part are counted, never opened.
+    synthetic, set, original_size, copies (images with the bytes of one on another side), alike (validation
+    images that look like a training image; twins.py). The images of the test part are counted, and the bytes
+    of those as long as another file compared; they are never decoded.
     """
     root, index, others, test, test_from = open_index(config)
     test_index = index.take(test)
@@ -173,12 +177,20 @@ def load_train_val(config, tell=print):
     train, val = (everything.take(i) for i in positions)
     info = describe(config, root, train, val, test_index, kept, test_from)
     info["original_size"] = sizes
+    files = {"train": train.files, "val": val.files, "test": test_index.files}
+    content = {s: kept.content[i] for s, i in zip(files, positions)} | {"test": test_index.content}
+    info["copies"] = twins.count(content)
+    info["alike"], note = twins.count_alike({"train": train, "val": val})
     listed = "; ".join(f"{s} {_count_text(info['counts'][s])}" for s in info["counts"])
     where = "" if test_from == "published" else f", test {test_from}"
     tell(
         f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}{where}: "
-        f"(train, val, test) = ({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}"
+        f"(train, val, test) = ({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}; "
+        f"{twins.say_copies(info)}"
     )
+    twins.warn(files, content, info["copies"])
+    if note:
+        say(note)
     _say_absent(config.task, info)
     if config.split == "patient" and config.task.kind == "softmax":
         _say_inexact(everything.targets, config, list(info["counts"]["val"].values()))

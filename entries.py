@@ -12,6 +12,7 @@ from common import InputError, Number, say, sha256
 from metrics import check_both_classes, check_scores
 from run import WITHOUT_CLASSES, find_runs
 from schema import NATURAL, REAL, mismatches
+from twins import PAIRS
 
 POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
@@ -34,6 +35,7 @@ NEEDED = {
     "data": {"classes": [str], "img_size": NATURAL, "resize": str, "split": str, "split_seed": NATURAL},
     "split": {"shared_patients": NATURAL},
 }
+COPIES = {f"{a}_{b}": NATURAL for a, b in PAIRS}
 OPTIONAL = {
     "init": {"minutes": Number(float, 0, 1e9)},
     "teacher": {"minutes": Number(float, 0, 1e9), "run": str, "model": str},
@@ -95,9 +97,13 @@ class Entry:
         wrong += [
             m for k, s in OPTIONAL.items() if k in self.results for m in mismatches(self.results[k], s, k)
         ]
+        if "copies" in self.results.get("split", {}):
+            wrong += mismatches(self.results["split"]["copies"], COPIES, "split.copies")
         if wrong:
             raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
         self.calibration, self.task = run.calibration(suffix), run.task
+        if "alike" in self.calibration and mismatches(self.calibration["alike"], COPIES):
+            raise InputError(f"the calibration of {run} is damaged (alike): run calibrate.py again")
         self.several = len(self.task.findings) > 1
         arrays = run.scores(suffix)
         try:

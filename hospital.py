@@ -19,6 +19,7 @@ import numpy as np
 import data
 import frozen
 import sources
+import twins
 from common import InputError, command_line, say
 from inputs import Inputs
 from intervals import reported_interval
@@ -232,11 +233,16 @@ def refuse_seen(run, site, folder, moved):
         config = data.DataConfig.from_json({**other.results["data"], **moved})
         train, val, _ = data.load_train_val(config, say)
         train = sources.join(config, train, val, say)[0]
-        if twins := data.same_images(site, (train, val)):
+        if known := data.same_images(site, (train, val)):
             by = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
-                f"--site {folder}: {len(twins)} images, {', '.join(twins[:3])} and so on, are among those "
+                f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
                 f"that {by} was trained and validated on: they can promise nothing"
+            )
+        if pairs := [pair for part in (train, val) for pair in twins.alike(site, part)]:
+            say(
+                f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
+                f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
             )
 
 

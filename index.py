@@ -20,18 +20,21 @@ class Index(NamedTuple):
     """files: [N] names relative to the data folder; targets: int64 [N] class numbers, or int8 [N, K] of
     findings (1 present, 0 absent, -1 unknown); patients: [N] names; known: bool [N], whether that name is a
     patient's or stands for one image; part: [N] the published side, "train", "val", "test", or "" if there is
-    none."""
+    none; content: int64 [N], which files are copies of each other (twins.contents), or None if not asked."""
 
     files: list
     targets: np.ndarray
     patients: list
     known: np.ndarray
     part: np.ndarray
+    content: np.ndarray = None
 
     def take(self, positions):
         """The Index of these positions."""
         files, patients = ([v[i] for i in positions] for v in (self.files, self.patients))
-        return Index(files, self.targets[positions], patients, self.known[positions], self.part[positions])
+        content = None if self.content is None else self.content[positions]
+        targets, known, part = (values[positions] for values in (self.targets, self.known, self.part))
+        return Index(files, targets, patients, known, part, content)
 
     @property
     def unknown(self):

@@ -13,6 +13,7 @@ from metrics import predictive_values
 from proportions import no_width
 from render import Code, Heading, Paragraph, Table, printable
 from split import say_shared
+from twins import say_copies, told
 from wording import chance_text, warnings
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
@@ -302,9 +303,17 @@ def optimistic(entry):
 
 
 def split_blocks(entries):
-    """A warning above the tables of a pooled split."""
-    notes = unique(filter(None, map(optimistic, entries)))
-    return [Paragraph(f"{notes[0].upper()}{notes[1:]}.")] if notes else []
+    """Warnings above the tables: of a pooled split, of copies on two sides."""
+    notes = [unique(filter(None, map(about, entries))) for about in (optimistic, copied)]
+    return [Paragraph(f"{text[0].upper()}{text[1:]}.") for text in notes if text]
+
+
+def copied(entry):
+    """What to think of copies on two sides, as text; empty where there are none."""
+    exact = told(entry.results["split"].get("copies", {}), "are copies, byte for byte, of")
+    same = told(entry.calibration.get("alike", {}), "look like")
+    text = "; ".join(filter(None, (exact, same)))
+    return f"{text}: the figures are FLATTERED by what the model has seen" if text else ""
 
 
 def placed(entries):
@@ -356,6 +365,7 @@ def method_rows(entries, standard, prevalence, rule):
         ["Sizes", unique(map(sizes, entries), " / ")],
         ["Prevalence", prevalence],
         ["Partition", unique(map(partition, entries))],
+        ["Copies", unique(say_copies(e.results["split"], e.calibration.get("alike")) for e in entries)],
         *([["Other hospitals in training", others]] if others else []),
         *([["Taught by", ", ".join(teachers)]] if teachers else []),
         ["Input", f"{unique(sorted(seen))}; pixels only"],

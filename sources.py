@@ -11,6 +11,7 @@ import numpy as np
 import data
 import index as indices
 import tables
+import twins
 from common import InputError, say, sha256
 from images import find_files
 from index import Index
@@ -23,7 +24,7 @@ EITHER = "--also or --also-unlabelled"
 def parse(text):
     """DIR or DIR:LABELS.csv -> (folder, path of the table or None). InputError if either is not there."""
     folder, colon, table = text.rpartition(":")
-    if not colon or not table.lower().endswith(".csv"):
+    if not colon or not table.lower().endswith((".csv", ".tsv", ".txt")):
         folder, table = text, None
     if not Path(folder).is_dir():
         raise InputError(f"{EITHER} {text}: there is no folder {folder}")
@@ -72,7 +73,7 @@ def load_site(config, folder, labels="", patients=""):
         root, index = place.parent, indices.list_images(place.parent, place.name, config.classes)
     index = index._replace(part=np.full(len(index.files), "site"))
     if patients:
-        index = tables.read_patients(patients, index)
+        index = tables.read_patients(patients, index, root)
     subset, kept, _ = data.load(config, root, index, "site")
     if kept.unknown:
         which = "every image counts"
@@ -143,25 +144,6 @@ def _classes(table, folder, classes):
     return index
 
 
-def same_files(root, files, other_root, others):
-    """Which of `files` have the very bytes of one of `others`: list of names. No image is decoded; only files
-    of equal length are read."""
-    lengths = {}
-    for name in others:
-        path = Path(other_root, name)
-        lengths.setdefault(path.stat().st_size, []).append(path)
-    found, hashes = [], {}
-    for name in files:
-        path = Path(root, name)
-        twins = lengths.get(path.stat().st_size, ()) if path.exists() else ()
-        if twins:
-            for twin in twins:
-                hashes[twin] = hashes.get(twin) or sha256(twin)
-            if sha256(path) in {hashes[twin] for twin in twins}:
-                found.append(name)
-    return found
-
-
 class Joined:
     """Several arrays of images, or of masks, read as one: the rows of the first, then those of the next."""
 
@@ -197,11 +179,15 @@ def join(config, train, val, tell=print):
         return train, {}, {}
     everything = [*config.also, *config.also_unlabelled]
     found, held_out, about = [train], {}, {}
+    home, before = data.open_index(config)[0], []
     for number, (name, text) in enumerate(zip(names(everything), everything), 1):
         labelled = number <= len(config.also)
         root, index = (read if labelled else read_unlabelled)(text, config)
+        index = index._replace(content=twins.contents(root, index.files))
         subset, kept, _ = data.load(config, root, index, "also")
         refuse_known(config, name, root, subset, val)
+        say_known(name, root, subset, [(config.data_dir, home, train.files), *before])
+        before.append((name, root, subset.files))
         subset.files, subset.patients = (
             [f"{name}/{v}" for v in part] for part in (kept.files, kept.patients)
         )
@@ -235,14 +221,45 @@ def refuse_known(config, name, root, subset, val):
     """InputError if a source holds validation images, pixel for pixel, or test images, byte for byte (those
     are not decoded)."""
     home, index, _, test, _ = data.open_index(config)
-    twins = data.same_images(subset, (val,)), same_files(root, subset.files, home, index.take(test).files)
-    for what, files in zip(("validation", "test"), twins):
+    there = index.take(test).files
+    known = data.same_images(subset, (val,)), twins.same_files(root, subset.files, home, there)
+    for what, files in zip(("validation", "test"), known):
         if files:
             some = f"{len(files)} of its images, {', '.join(files[:3])} and so on"
             raise InputError(
                 f"{EITHER} {name}: {some}, are {what} images of {config.data_dir}: trained on them, a model "
                 "would know the answers"
             )
+    if pairs := twins.alike(subset, val):
+        say(
+            f"note: also {name}: {len(pairs)} of its images look like validation images of "
+            f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is "
+            "flattered"
+        )
+
+
+def say_known(name, root, subset, others):
+    """A note if images of a source are, byte for byte, images of `others`, [(name, root, files)] that train
+    already."""
+    for other, other_root, files in others:
+        if same := twins.same_files(root, subset.files, other_root, files):
+            say(
+                f"note: also {name}: {len(same)} of its images are images of {other} that train already, "
+                f"such as {same[0]}: they count twice, or are held out though the model knows them"
+            )
+
+
+def look_alikes(config, train, val, test):
+    """{"val_train", "test_train", "test_val": images of one side that look like one of the other}, training
+    images of other hospitals among them; says it where there are any."""
+    try:
+        train = join(config, train, val, lambda line: None)[0]
+    except InputError as error:
+        say(f"note: images of other hospitals are not compared with those of test ({error})")
+    counts, note = twins.count_alike({"train": train, "val": val, "test": test})
+    if note:
+        say(note)
+    return counts
 
 
 def concatenated(subsets):

@@ -3,6 +3,7 @@
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+import twins
 from common import InputError
 from index import patient_id
 
@@ -148,7 +149,20 @@ def split_patients(patients, fraction, seed=0):
 
 def cut(index, task, by_patient, fraction, seed):
     """Positions (rest, part) of an Index, `fraction` of the images in the part: classes stratified, findings
-    at random; by whole patients or by image."""
+    at random; by whole patients or by image.
+
+    By patient, copies of a file (`index.content`) stay together: where a copy would be on the other side, the
+    patients that share files are taken as one, and the cut is made again. So a set without such copies is cut
+    as if nobody had looked."""
+    parts = _cut(index, task, by_patient, fraction, seed)
+    if by_patient and index.content is not None and twins.on_two_sides(index.content, parts[1]):
+        one = index._replace(patients=twins.joined(index.patients, index.content))
+        parts = _cut(one, task, by_patient, fraction, seed)
+    return parts
+
+
+def _cut(index, task, by_patient, fraction, seed):
+    """`cut`, which looks at no copies."""
     if task.kind == "softmax":
         mode = "patient" if by_patient else "image"
         return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)

@@ -14,12 +14,18 @@ from common import InputError
 
 CLASSES = ("NORMAL", "PNEUMONIA")
 HEALTHY = ("normal", "healthy", "no finding", "no findings")  # in any case, with "_" or "-" for a space
+DEVICES = ("support devices", "support device", "medical devices", "medical device", "devices", "device")
 ANY_DISEASE, ANY_FINDING = "any disease", "any finding"
 
 
 def is_healthy(name):
     """Whether a class or finding of this name is the absence of any."""
     return name.lower().replace("_", " ").replace("-", " ").strip() in HEALTHY
+
+
+def is_device(name):
+    """Whether a finding of this name is no disease: a healthy person may have it too."""
+    return name.lower().replace("_", " ").replace("-", " ").strip() in DEVICES
 
 
 class Answer(NamedTuple):
@@ -115,8 +121,9 @@ class Task:
             truth = targets.astype(np.int8)
             if self._none is None:
                 return truth
-            none, others = truth[:, [self._none]], np.delete(truth, self._none, axis=1)
-            found = (others == 1).any(axis=1, keepdims=True)  # tables may leave No Finding empty then
+            none = truth[:, [self._none]]
+            diseases = [not is_healthy(name) and not is_device(name) for name in self.classes]
+            found = (truth[:, diseases] == 1).any(axis=1, keepdims=True)  # tables may leave No Finding empty
             derived = np.where(none >= 0, 1 - none, np.where(found, 1, -1))
             return np.concatenate([derived, truth], axis=1).astype(np.int8)
         truth = (targets[:, None] == np.arange(1, self.outputs)).astype(np.int8)

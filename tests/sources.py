@@ -14,6 +14,7 @@ import frozen
 import lungs
 import recipe
 import sources
+import twins
 from common import InputError
 from inputs import Inputs
 from objective import Supervised
@@ -72,10 +73,15 @@ def test_a_table_in_the_words_of_the_classes(pictures, capsys):
     assert index.patients == ["1", "2", "4", "5"] and "2 of 6 images" in capsys.readouterr().err
     assert sources.read(f"{pictures}:t.csv", data.DataConfig())[1].files == index.files  # beside the images
     three = data.DataConfig(classes=("Normal", "Flu", "TB"))
-    rows = ("a.png,1,0,1", "b.png,1,0,0", "c.png,0,0,0", "d.png,1,1,0", "e.png,0,0,1", "f.png,0,1,")
+    rows = ("a.png,1,0,", "b.png,1,0,0", "c.png,0,0,0", "d.png,1,1,0", "e.png,0,0,1", "f.png,0,1,")
     table = write(pictures / "t.csv", "path,flu,tb,normal", *rows)
-    found = sources.read(f"{pictures}:{table}", three)[1]  # a: sick and well, c: neither, d: two
-    assert (found.files, found.targets.tolist()) == (["b.png", "e.png", "f.png"], [1, 0, 2])
+    found = sources.read(f"{pictures}:{table}", three)[1]  # c: neither, d: two
+    assert (found.files, found.targets.tolist()) == (["a.png", "b.png", "e.png", "f.png"], [1, 1, 0, 2])
+    write(pictures / "t.csv", "path,flu,tb,normal", *rows, "a.png,1,0,1")
+    with pytest.raises(InputError, match="row 8: normal is 1 and flu is 1"):
+        sources.read(f"{pictures}:{table}", three)
+    write(pictures / "t.tsv", "path;flu;tb", "a.png;1;0", "b.png;0;1", "e.png;0;0")
+    assert sources.read(f"{pictures}:t.tsv", three)[1].targets.tolist() == [1, 2, 0]
 
 
 def test_tables_that_do_not_answer(pictures):
@@ -155,7 +161,7 @@ def test_same_files(tmp_path):
     for name, text in (("a/1", "same"), ("a/2", "sane"), ("a/3", "longer"), ("b/9", "same"), ("b/8", "x")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert sources.same_files(tmp_path / "a", ["1", "2", "3"], tmp_path / "b", ["9", "8"]) == ["1"]
+    assert twins.same_files(tmp_path / "a", ["1", "2", "3"], tmp_path / "b", ["9", "8"]) == ["1"]
 
 
 # ---------------------------------------------------------------- each class of each source alike
