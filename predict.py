@@ -25,7 +25,6 @@ import csv
 import itertools
 import json
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -89,9 +88,7 @@ class Scorer:
                 f"{run}: results.json or its calibration is incomplete ({error!r})"
             ) from None
         self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
-        words = [re.sub(r"\s+", "_", name.lower()) for name in self.thresholds]
-        if len(set(words)) < len(words):  # Edema beside edema: no two columns of one name
-            words = list(self.thresholds)
+        words = self.task.column_words
         self.probabilities = [f"p_{word}" for word in words]
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
         decisions += ["decision@Guar"] if self.guaranteed is not None else []
