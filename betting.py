@@ -19,8 +19,8 @@ HALVINGS = 60  # of an interval of length 1: to the last digit of a float
 
 
 def log_beta_tail(a, b, x):
-    """Log of the regularised incomplete beta function I_x(a, b), also where that is no float any more; float64
-    arrays of one shape, a and b at least 1, x in (0, 1)."""
+    """Log of the regularised incomplete beta function I_x(a, b), also where that is no float any more;
+    float64 arrays of one shape, a and b at least 1, x in (0, 1)."""
     tail = betainc(a, b, x)
     log_tail = np.log(np.maximum(tail, DEEP))
     deep = np.flatnonzero(tail < DEEP)
@@ -46,8 +46,8 @@ def _log_deep_tail(a, b, x):
 
 
 def log_beta_between(a, b, low, high):
-    """Log of the chance that a Beta(a, b) variable is between `low` and `high`; float64 arrays a, b [N], numbers
-    0 <= low < high < 1.
+    """Log of the chance that a Beta(a, b) variable is between `low` and `high`; float64 arrays a, b [N],
+    numbers 0 <= low < high < 1.
 
     The difference of the two lower tails, or where most of the mass lies below `low`, of the two upper ones:
     the difference of two numbers near 1 would lose every digit."""
@@ -82,8 +82,8 @@ def refuted_at(outcomes, floor, alpha=ALPHA):
 
 
 def noticed_after(chance, floor, alpha=ALPHA, most=100_000):
-    """After how many outcomes the claim of at least `floor` is refuted in half of all cases if the chance of a
-    hit is `chance`, below it; None if that takes more than `most`.
+    """After how many outcomes the claim of at least `floor` is refuted in half of all cases if the chance of
+    a hit is `chance`, below it; None if that takes more than `most`.
 
     Exact: the chances of all numbers of misses are carried from outcome to outcome, those that refute are
     taken out, and counted."""
@@ -101,8 +101,9 @@ def noticed_after(chance, floor, alpha=ALPHA, most=100_000):
 
 
 def confidence_interval(hits, misses, alpha=ALPHA):
-    """The interval of a confidence sequence after so many hits and misses, integer arrays [n] -> float64 [n, 2]:
-    the chances of a hit that they do not refute, for a gambler who thinks of them by Jeffreys' Beta(1/2, 1/2).
+    """The interval of a confidence sequence after so many hits and misses, integer arrays [n] -> float64
+    [n, 2]: the chances of a hit that they do not refute, for a gambler who thinks of them by Jeffreys'
+    Beta(1/2, 1/2).
 
     A chance m is refuted once the average likelihood is 1 / alpha times its own. The likelihood falls on both
     sides of hits / n, so each end is found by halving, to the last digit on the safe side."""

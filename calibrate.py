@@ -15,6 +15,8 @@ Scores are kept while checkpoint and data are unchanged, so another --min-recall
 first makes a run of its own of several: its probability is the mean of theirs.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import argparse
 from dataclasses import replace
 from functools import partial

@@ -8,6 +8,8 @@ other file, --csv the main table. Runs on different test sets get sections of th
 in the seed also get a row with their mean and standard deviation. Needs no torch and takes seconds.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import re
 from pathlib import Path
 

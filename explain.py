@@ -16,6 +16,8 @@ others are drawn all the same.
 How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import itertools
 import textwrap
 from pathlib import Path

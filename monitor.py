@@ -3,16 +3,18 @@
     python monitor.py --run outputs/pretrained LOG.csv
 
 LOG.csv has a row for each image, in the order in which the truth became known: path, score (or p_FINDING, as
-predict.py writes it: its CSV with a column diagnosis will do), diagnosis (the name of the class or finding, of
-its absence, or 1 and 0; rows where it is empty wait), and perhaps patient and time (as 2026-11-23, which sorts
-as text). The first image of each patient counts; without that column, file names tell the patient, as in
-training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with 95%
-confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-....png. If
-recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that ever
-happens with a chance of at most 5%, however long one watches (betting.py). With few patients it says that they
-cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta those of calibrate.py --tta, for
-scores of predict.py --tta.
+predict.py writes it: its CSV with a column diagnosis will do), diagnosis (the name of the class or finding,
+of its absence, or 1 and 0; rows where it is empty wait), and perhaps patient and time (as 2026-11-23, which
+sorts as text). The first image of each patient counts; without that column, file names tell the patient, as
+in training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with
+95% confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
+If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that
+ever happens with a chance of at most 5%, however long one watches (betting.py). With few patients it says
+that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta those of
+calibrate.py --tta, for scores of predict.py --tta.
 """
+
+import prelude  # noqa: F401  (first: see there)
 
 import re
 import sys
@@ -51,8 +53,8 @@ class Log(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the log, checked. score: None where predict.py could not read the file; sick: None where there is
-    no diagnosis yet; patient: "" where nothing tells."""
+    """A row of the log, checked. score: None where predict.py could not read the file; sick: None where there
+    is no diagnosis yet; patient: "" where nothing tells."""
 
     path: str
     score: float | None
@@ -62,7 +64,7 @@ class Row(NamedTuple):
 
 
 def truths(task, finding):
-    """What a diagnosis may say -> (words for the absence of a finding, words for its presence), in lower case."""
+    """What a diagnosis may say -> (words for the absence of a finding, for its presence), in lower case."""
     absent, present = [f"no {finding}", "0"], [finding, "1"]
     if task.kind == "softmax" and finding in task.classes:
         absent += [name for name in task.classes if name != finding]
@@ -73,7 +75,7 @@ def truths(task, finding):
 
 
 def check_row(cell, score, words, where):
-    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that cannot be right."""
+    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that is wrong."""
     try:
         value = float(cell[score])
     except ValueError:
@@ -96,8 +98,8 @@ def check_row(cell, score, words, where):
 
 
 def read_log(path, threshold, words, column="score"):
-    """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column is
-    called score.
+    """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
+    is called score.
 
     InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
     diagnosis, an image or a time out of order that comes twice."""
@@ -106,9 +108,8 @@ def read_log(path, threshold, words, column="score"):
     missing = [name for name in ("path", score, "diagnosis") if name not in head]
     if missing:
         also = " (nor score)" if score in missing and score != "score" else ""
-        raise common.InputError(
-            f"{path} has no column {' and '.join(missing)}{also}; it has {', '.join(head)}"
-        )
+        absent = " and ".join(missing) + also
+        raise common.InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
     at, seen, patients, last = {name: head.index(name) for name in head}, set(), set(), ""
     sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
     for number, values in numbered(rows):
@@ -148,8 +149,8 @@ def say_counts(path, log):
     if log.unnamed:
         why = "the column patient is empty there" if log.named else f"{path} has no column patient"
         common.say(
-            f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names tell "
-            "no patient. If some are of the same patient, name it in a column patient"
+            f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
+            "tell no patient. If some are of the same patient, name it in a column patient"
         )
 
 
@@ -272,9 +273,8 @@ def main():
     path = run.folder / "monitor" / picture_name(args, finding, len(run.task.findings) > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, log, floor, alarm, title)
-    print(
-        f"{title}, on the column {log.score}; {len(log.sick)} patients, {log.left_out} further images left out"
-    )
+    print(f"{title}, of the column {log.score}")
+    print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
     for name, outcomes in (("recall", hits), ("specificity", right)):
         if len(outcomes):
             low, high = betting.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]

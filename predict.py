@@ -21,6 +21,8 @@ writes an ONNX file instead (needs onnx, onnxscript and onnxruntime), checked ag
 device.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import csv
 import itertools
 import json

@@ -272,8 +272,8 @@ def test_a_monitor_that_cannot_tell_yet_says_so(own_runs, tmp_path, monkeypatch)
 
 
 def test_monitor_reads_what_predict_writes(own_runs, synthetic, tmp_path):
-    """With a column diagnosis beside it: the score is p_pneumonia, an unreadable file and one whose diagnosis is
-    not known yet are passed over."""
+    """With a column diagnosis beside it: the score is p_pneumonia, an unreadable file and one whose diagnosis
+    is not known yet are passed over."""
     (tmp_path / "bad.png").write_text("no image")
     folder = synthetic / "test"
     written = cli("predict", folder, "bad.png", "--run", "outputs/linear", cwd=own_runs).out
