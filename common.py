@@ -52,6 +52,17 @@ def check_regular(path):
         raise InputError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file: name a file")
 
 
+def check_output(flag, path):
+    """InputError unless a file can be written where a flag says: no device, no folder, and in a folder that
+    is there. A misspelt place is not made."""
+    folder = Path(path).parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag} {path}: {folder} is not a folder: name another place for the output")
+    if not folder.exists():
+        raise InputError(f"{flag} {path}: there is no folder {folder}: make it first, or name another place")
+    check_regular(path)
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it onto `path` on success, delete it on failure.

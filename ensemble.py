@@ -79,7 +79,7 @@ def check_members(runs):
         if other.kind not in SINGLE:
             raise InputError(f"--ensemble: {other} is of kind {other.kind!r}, not a single classifier")
         if not other.results["finished"]:
-            raise InputError(f"--ensemble: {other} is not finished: continue it with --resume")
+            raise InputError(f"--ensemble: {other} is not finished: {other.to_finish}")
         differ = [name for k, name in SAME.items() if getattr(other.config, k) != getattr(first.config, k)]
         if other.results["split"]["fingerprint"] != first.results["split"]["fingerprint"]:
             differ.append("split")

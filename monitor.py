@@ -143,9 +143,9 @@ def read_log(path, threshold, words, column="score"):
 def say_counts(path, log):
     """Notes on rows that do not count, and on images that count as patients."""
     if log.unscored:
-        common.say(f"note: {log.unscored} rows of {path} have no score (unreadable files?): passed over")
+        common.say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
     if log.waiting:
-        common.say(f"note: {log.waiting} rows of {path} have no diagnosis yet: passed over")
+        common.say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
     if log.unnamed:
         why = "the column patient is empty there" if log.named else f"{path} has no column patient"
         common.say(

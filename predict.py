@@ -312,8 +312,9 @@ def parse():
     args = parser.parse_args()
     common.check_name("--keep", args.keep)
     common.check_name("--site", args.site)
-    if args.summary:
-        common.check_regular(args.summary)
+    for flag, path in (("--summary", args.summary), ("--export", args.export)):
+        if path:
+            common.check_output(flag, path)
     if bool(args.paths) == bool(args.export):
         raise common.InputError("give either PATHS to score or --export FILE.onnx")
     return args

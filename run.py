@@ -8,7 +8,7 @@ reference[-tta].npz                        left by calibrate.py: what new images
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
 monitor/                                   left by monitor.py
-explain/                                   left by explain.py
+explain/, explain/val/, explain/test/      left by explain.py
 track.json, tensorboard/                   left by --track
 
 What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
@@ -16,6 +16,7 @@ torch is imported only by the methods that need it.
 """
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from common import (
     write_json,
 )
 from schema import BATCH, SITE, mismatches, wrong_calibration, wrong_results, wrong_site_finding
+from scripts import there_is
 from task import Task
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -62,9 +64,7 @@ class Run:
         """results.json, checked. InputError if absent, damaged, incomplete, or of a newer format."""
         path = self.folder / "results.json"
         if not path.exists():
-            raise InputError(
-                f"{path} does not exist: train a model first, or name the folder of one with --run"
-            )
+            raise InputError(f"{path} does not exist{there_is(self.folder)}")
         results = read_json(path)
         check_format(results, path)
         wrong = wrong_results(results)
@@ -135,11 +135,25 @@ class Run:
     @property
     def checkpoint_sha256(self):
         """What a calibration belongs to. InputError if there is no checkpoint."""
-        if not self.checkpoint.exists():
-            raise InputError(
-                f"{self.checkpoint} does not exist: train the model again, or copy the file back"
-            )
+        self.check_checkpoint()
         return sha256(self.checkpoint)
+
+    def check_checkpoint(self):
+        """InputError if there is no checkpoint; of an interrupted run it says how to go on."""
+        if self.checkpoint.exists():
+            return
+        if not self.results["finished"]:  # InputError if no run is here
+            raise InputError(f"{self} was interrupted before it had a checkpoint: {self.to_finish}")
+        raise InputError(f"{self.checkpoint} does not exist: train the model again, or copy the file back")
+
+    @property
+    def to_finish(self):
+        """How to go on with an interrupted run, in words: the command that began it, with --resume."""
+        command = str(self.results.get("command", "the command that began it"))
+        command = re.sub(r" --(resume|overwrite)(?= |$)", "", command)
+        if (self.folder / "last.pth").exists():
+            return f"continue it with {command} --resume"
+        return f"nothing to go on from was saved; start it again with {command} --overwrite"
 
     def model(self):
         """The model with the weights of the best epoch, in eval mode on the CPU.
@@ -151,6 +165,7 @@ class Run:
         from models import build_model
         from tensors import check_state_dict, load_tensors
 
+        self.check_checkpoint()
         weights = load_tensors(self.checkpoint)
         check_state_dict(weights, self.checkpoint)
         config = self.results["model_config"]
@@ -362,10 +377,17 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "track.json", references)
 
+    def explained_folder(self, split=""):
+        """Where explain.py writes: of "val" or "test", else of image files."""
+        return self.folder / "explain" / split
+
     def explained(self):
-        """explain.json of explain.py, or None if there is none."""
-        path = self.folder / "explain" / "explain.json"
-        return read_json(path) if path.exists() else None
+        """{"val" or "test": explain.json of explain.py}. Older versions had one for both, in explain/; it
+        stands for its split until that is explained again."""
+        paths = [self.explained_folder(split) / "explain.json" for split in ("", "val", "test")]
+        old, *new = [read_json(path) if path.exists() else None for path in paths]
+        found = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
+        return found | {split: report for split, report in zip(("val", "test"), new) if report is not None}
 
 
 def _dash(name):
@@ -388,7 +410,8 @@ def find_runs(runs_dir, chosen=None):
         if run.results["finished"]:
             runs.append(run)
         else:
-            say(f"note: {run} is not finished, passed over (name it with --run to use it all the same)")
+            usable = " (name it with --run to use it all the same)" if run.checkpoint.exists() else ""
+            say(f"note: {run} is not finished, passed over{usable}; {run.to_finish}")
     if not runs:
         raise InputError(
             f"no finished runs under {runs_dir}: train one first, "

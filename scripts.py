@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ TRAINING = {  # script: where it writes its run unless --out says otherwise
     "pretrain_mae": "mae",
     "train_lungs": "lungs",
 }
+LISTED = 8  # runs in a message
 ALL = (*TRAINING, "calibrate", "predict", "explain", "monitor", "compare")
 
 
@@ -60,17 +63,28 @@ def _occurs(flag):
     return any(re.search(pattern, text, re.MULTILINE) for text in texts)
 
 
-def making(folder):
-    """The command that makes a run in `folder`: by the script whose usual folder has the nearest name."""
-    name, usual = Path(folder).name, {out: script for script, out in TRAINING.items()}
-    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", name)
-    nearest = difflib.get_close_matches(stem, usual, 1, cutoff=0.5) or [o for o in usual if o in stem]
-    script = usual[nearest[0] if nearest else "scratch"]
-    if Path(folder) == Path("outputs", usual_folder(script)):
+def making(folder, script=None):
+    """The command that makes a run in `folder`: by `script`, or the one whose usual folder has the nearest
+    name."""
+    usual = {out: script for script, out in TRAINING.items()}
+    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", Path(folder).name)
+    nearest = difflib.get_close_matches(stem, usual, 1, cutoff=0.5) or [out for out in usual if out in stem]
+    script = script or usual[nearest[0] if nearest else "scratch"]
+    if Path(folder) == Path("outputs", TRAINING[script]):
         return f"python {script}.py"
-    return f"python {script}.py --out {folder}"
+    return f"python {script}.py --out {shlex.quote(str(folder))}"
 
 
-def usual_folder(script):
-    """The last part of the folder that a training script writes to."""
-    return TRAINING[script]
+def there_is(folder, script=None):
+    """What to do where `folder` holds no run, as the end of a sentence: the runs that are there, beside it,
+    in it and under outputs/, those of the nearest names first; and the command that makes one."""
+    places = dict.fromkeys(Path(os.path.normpath(place)) for place in (folder.parent, folder, "outputs"))
+    found = [path.parent for place in places for path in sorted(place.glob("*/results.json"))]
+    names = [str(path) for path in dict.fromkeys(found)]
+    likeness = {name: difflib.SequenceMatcher(None, Path(name).name, folder.name).ratio() for name in names}
+    names.sort(key=lambda name: -likeness[name])
+    listed = ", ".join(names[:LISTED])
+    if len(names) > LISTED:
+        listed += f" and {len(names) - LISTED} more"
+    runs = f"the runs that are there: {listed}" if names else "there is no run yet"
+    return f"; {runs}; {making(folder, script)} makes one here"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, check_regular, say
+from common import InputError, advice, check_regular, say
 from images import EXTENSIONS
 from index import Index
 from task import is_healthy
@@ -230,8 +230,8 @@ def _plain_labels(path, head, findings):
         except KeyError:
             name, at = next((n, at) for n, at in zip(findings, columns) if _value(row, at) not in LABELS)
             raise InputError(
-                f"{path}, row {number}: {name} is {_value(row, at)[:40]!r}, not 1, 0, -1 or empty. If it is "
-                "no finding, name those that are with --findings A,B,C"
+                f"{path}, row {number}: {name} is {_value(row, at)[:40]!r}, not 1, 0, -1 or empty"
+                + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
             ) from None
 
     return read

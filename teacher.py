@@ -50,7 +50,7 @@ class Teacher:
             tells = "nothing" if run.kind in WITHOUT_CLASSES else ", ".join(there.classes)
             raise InputError(f"--teacher {run} tells {tells}; asked here: {', '.join(config.classes)}")
         if not run.results["finished"]:
-            raise InputError(f"--teacher {run} is not finished: continue it with --resume")
+            raise InputError(f"--teacher {run} is not finished: {run.to_finish}")
         if len(run.looks) > 1:
             raise InputError(f"--teacher {run} has members that are shown different parts of an image")
         if there.reads_lungs:
