@@ -15,6 +15,8 @@ scripts are timed as a user starts them, and an epoch is shared among more and m
 of standard output is the same as JSON.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import argparse
 import contextlib
 import ctypes

@@ -16,6 +16,8 @@ Scores are kept while model, images, labels and patients are unchanged, so anoth
 first makes a run of its own of several: its probability is the mean of theirs.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import argparse
 import zlib
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """What every script shares: one error type, one way to write a file, one way to start and stop."""
 
+import prelude
+
 import argparse
 import contextlib
 import dataclasses
@@ -48,6 +50,17 @@ def check_regular(path):
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         raise InputError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file: name a file")
+
+
+def check_output(flag, path):
+    """InputError unless a file can be written where a flag says: no device, no folder, and in a folder that
+    is there. A misspelt place is not made."""
+    folder = Path(path).parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag} {path}: {folder} is not a folder: name another place for the output")
+    if not folder.exists():
+        raise InputError(f"{flag} {path}: there is no folder {folder}: make it first, or name another place")
+    check_regular(path)
 
 
 @contextlib.contextmanager
@@ -152,11 +165,37 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        if _script["runs"]:
+            _script["flags"] = frozenset(self._option_string_actions)
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        wrong = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        close = [m for w in wrong for m in difflib.get_close_matches(w, self._option_string_actions, 1)]
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise InputError(f"{message} ({hint}see python {self.prog} --help)")
+        wrong = re.findall(r"(?:^|\s)(--[\w-]+)", message) if message.startswith("unrecognized") else []
+        hints = "".join(f"{hint} " for hint in map(self._hint, dict.fromkeys(wrong)) if hint)
+        raise InputError(f"{message} ({hints}see python {self.prog} --help)")
+
+    def _hint(self, wrong):
+        """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
+        from scripts import having  # here, not above: it knows the scripts, which all know this module
+
+        if owners := having(wrong, self.prog):
+            return f"{wrong} is a flag of {', '.join(owners)};"
+        close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        return f"did you mean {close[0]}?" if close else ""
+
+
+_script = {"runs": False, "flags": None}  # whether `start` runs a main(), and the flags of its command line
+
+
+def has_flag(flag):
+    """Whether the script that runs has a flag; True where none runs, as in a notebook."""
+    return _script["flags"] is None or flag in _script["flags"]
+
+
+def advice(flag, text):
+    """`text`, which advises `flag`, where the script that runs has that flag; else ""."""
+    return text if has_flag(flag) else ""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -342,10 +381,17 @@ def start(main):
     on SIGTERM, 141 when the reader of standard output went away before the end."""
     code = 0
     _lost_output.clear()
+    _script.update(runs=True, flags=None)
     try:
-        _prepare_output()
-        main()
-        sys.stdout.flush()
+        with prelude.interruptible():
+            _prepare_output()
+            main()
+            sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        if (text := prelude.missing(error)) is None:
+            raise
+        say(f"error: {text}")
+        code = 2
     except InputError as error:
         say(f"error: {_one_line(error)}")
         code = 2
@@ -363,6 +409,8 @@ def start(main):
     except KeyboardInterrupt as stop:
         say(str(stop) or "interrupted")
         code = 128 + getattr(stop, "signum", 2)
+    finally:
+        _script.update(runs=False, flags=None)
     if _lost_output and not isinstance(_lost_output[0], BrokenPipeError):
         say(f"error: standard output cannot be written ({_lost_output[0].strerror})")
         code = code or 2

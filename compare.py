@@ -8,6 +8,8 @@ other file, --csv the main table. Runs on different test sets get sections of th
 in the seed also get a row with their mean and standard deviation. Needs no torch and takes seconds.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import re
 from pathlib import Path
 
@@ -28,21 +30,21 @@ def parse():
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
     args = parser.parse_args()
+    given = args.figures is not None
     args.figures = Path(args.figures or Path(args.runs_dir, "figures"))
-    for path in filter(None, (args.csv, args.html)):
-        common.check_regular(path)
-        check_folder(Path(path).parent)
-    check_folder(args.figures)
+    for flag, path in (("--csv", args.csv), ("--html", args.html)):
+        if path:
+            common.check_output(flag, path)
+    check_figures(args.figures, given)
     return args
 
 
-def check_folder(path):
-    """InputError if `path` cannot be a folder, because it or what it lies in is something else."""
-    for part in (path, *path.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise common.InputError(f"{part} is not a folder: name another place for the output")
-            return
+def check_figures(folder, given):
+    """InputError if the plots' folder is something else, or is `given` in a folder that is not there."""
+    if folder.exists() and not folder.is_dir():
+        raise common.InputError(f"{folder} is not a folder: name another place for the output")
+    if given and not folder.exists():
+        common.check_output("--figures", folder)
 
 
 def file_stem(name, used):

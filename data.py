@@ -8,6 +8,8 @@ pixels reach a model: never file names, sizes, or original widths and heights, w
 prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import hashlib
 import math
 import mmap

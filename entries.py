@@ -176,20 +176,23 @@ class Entry:
 
     @property
     def explained(self):
-        """The tests of explain.py by method, with its "target" and "split"; None if there are none.
+        """The tests of explain.py on validation and on test, each by method, with its "target" and "split": a
+        list of reports.
 
         InputError if damaged; tests of another checkpoint are left out with a note."""
-        report = None if self.suffix else self.run.explained()
-        if report is None:
-            return None
+        reports = {} if self.suffix else self.run.explained()
+        return [report for report in reports.values() if self._is_explained(report)]
+
+    def _is_explained(self, report):
+        """Whether a report is of this checkpoint; InputError if it is damaged."""
         wrong = [m for k in METHODS if k in report for m in mismatches(report[k], MAP_TESTS, k)]
         wrong += [k for k in METHODS if k in report and not wrong and not report[k]["randomised"]]
         if wrong:
             raise InputError(f"the explain.json of {self.run} is damaged ({wrong[0]}): run explain.py again")
         if report.get("checkpoint") != self.calibration["checkpoint"]:
             say(f"note: the maps of {self.run} are of another checkpoint, so left out; run explain.py again")
-            return None
-        return report
+            return False
+        return True
 
 
 # ---------------------------------------------------------------- names

@@ -42,9 +42,11 @@ def batch_blocks(entries):
 def map_blocks(entries):
     """Whether the maps of explain.py can be believed."""
     rows, made_on, sources = [], [], []
-    for e, report in ((e, e.explained) for e in entries):
+    reports = [(e, report) for e in entries for report in e.explained]
+    for e, report in reports:
+        both = sum(other is e for other, _ in reports) > 1
         for method, name in METHODS.items():
-            if not report or method not in report:
+            if method not in report:
                 continue
             r = report[method]
             minus = [r[f"{k}_minus_random"] for k in ("deletion", "insertion")]
@@ -53,8 +55,9 @@ def map_blocks(entries):
                 span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**r[f"{k}_share"])
                 cells.append(f"{span} of {r[f'{k}_area']:.2f}")
             cells += [f"{r['randomised'][i]['rank_correlation']:.2f}" for i in (0, -1)]
-            rows.append([f"{e.name}, {name}", *cells])
             side = "test" if report.get("split") == "test" else "validation"
+            where = f" on {side}" if both else ""
+            rows.append([f"{e.name}, {name}{where}", *cells])
             made_on.append(f"{side} images rightly called {report.get('target', e.finding)}")
             sources.append(report.get("lungs", "heuristic"))
     if not rows:

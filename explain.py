@@ -3,18 +3,21 @@
     python explain.py --run outputs/pretrained
 
 Takes the validation images (--split test on request), picks true and false positives and negatives at the
-recall-first threshold, the most confident and the most borderline of each, and writes to RUN/explain/:
-sheet.png, a PNG for each image, and explain.json with tests of the maps, which compare.py tabulates: deletion
-and insertion curves against random order, maps after the weights are drawn anew, and the share of the map on
-the lungs and on the border. The tests use images that are rightly called --target.
+recall-first threshold, the most confident and the most borderline of each, and writes to RUN/explain/val/ (or
+test/): sheet.png, a PNG for each image, and explain.json with tests of the maps, which compare.py tabulates:
+deletion and insertion curves against random order, maps after the weights are drawn anew, and the share of
+the map on the lungs and on the border. What an earlier call left there is removed first. The tests use images
+that are rightly called --target.
 
     python explain.py IMAGE... --run outputs/pretrained
 
-draws image files instead, without tests. A file that cannot be read is named and makes the exit code 2; the
-others are drawn all the same.
+draws image files instead, to RUN/explain/, without tests. A file that cannot be read is named and makes the
+exit code 2; the others are drawn all the same.
 
 How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
 """
+
+import prelude  # noqa: F401  (first: see there)
 
 import itertools
 import textwrap
@@ -35,6 +38,7 @@ from device import add_device_argument, pick_device
 from images import read_image
 from inputs import Inputs
 from run import Run
+from tables import find_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -136,7 +140,7 @@ class Explainer:
 
     def draw(self, name, rows, *more):
         """Write a picture of `rows` under RUN/explain/ and return its path; `more` goes into its title."""
-        path, about = self.run.folder / "explain" / name, [self.run.folder.resolve().name, *more]
+        path, about = self.run.explained_folder() / name, [self.run.folder.resolve().name, *more]
         about.append(f"threshold @Rec {self.threshold:.3f}")
         if "gradcam" in self.methods:
             about.append(f"Grad-CAM of {self.explained}")
@@ -253,30 +257,41 @@ def explain_files(explainer, paths, source):
         )
 
 
-def load_split(run, split):
-    """The Subset "val" or "test" of a run's images. InputError if they are not those it was trained with."""
-    _, val, found = data.load_train_val(run.config, tell=common.say)
+def load_split(run, split, moved=None):
+    """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
+    trained. InputError if they are not those it was trained with."""
+    config = data.DataConfig.from_json({**run.results["data"], **(moved or {})})
+    _, val, found = data.load_train_val(config, tell=common.say)
     if found["fingerprint"] != run.results["split"]["fingerprint"]:
         raise common.InputError(
-            f"the images in {run.config.data_dir} are not those that {run} was trained on (the split's "
-            "fingerprint differs): put those back"
+            f"the images in {config.data_dir} are not those that {run} was trained on (the split's "
+            "fingerprint differs): put those back, or point --data-dir at them"
         )
-    return val if split == "val" else data.load_test(run.config)
+    return val if split == "val" else data.load_test(config)
 
 
-def explain_split(explainer, split, tests, source):
+def clear(folder):
+    """Remove what an earlier call left in the folder of a split: no test may stay beside pictures that it is
+    not of."""
+    for path in (folder / "explain.json", *folder.glob("*.png")):
+        path.unlink(missing_ok=True)
+
+
+def explain_split(explainer, split, tests, source, moved=None):
     """Draw the sheet and its images, and write explain.json from at most `tests` images, if any; `source`:
-    whose lung masks the shares are of."""
-    run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split)
+    whose lung masks the shares are of; `moved`: see `load_split`."""
+    run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split, moved)
     y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
     outlines = explainer.lung_masks(subset, [i for _, i in chosen], source)
+    folder = run.explained_folder(split)
+    clear(folder)
     for (outcome, i), mask in zip(chosen, outlines):
         text = outcome, f"truth {classes[y[i]]}"
         rows.append(explainer.row(subset.files[i], explainer.shown(subset, [i]), p[i], mask, *text))
     for name, row in zip(picture_names(subset.files[i] for _, i in chosen), rows):
-        explainer.draw(name, [row], SPLITS[split])
-    path = explainer.draw("sheet.png", rows, SPLITS[split])
+        explainer.draw(f"{split}/{name}", [row], SPLITS[split])
+    path = explainer.draw(f"{split}/sheet.png", rows, SPLITS[split])
     print(f"wrote {path} and its {len(rows)} images beside it", flush=True)
     if not tests:
         return
@@ -290,11 +305,12 @@ def explain_split(explainer, split, tests, source):
     some = np.sort(np.random.default_rng(0).choice(right, min(tests, len(right)), replace=False))
     grey, masks = explainer.shown(subset, some).cpu(), explainer.lung_masks(subset, some, source)
     model, inputs, methods, layer = explainer.model, explainer.exact, explainer.methods, explainer.layer
-    report = maps.faithfulness(model, inputs, grey, masks, methods, layer, explainer.answer)
+    common.say(f"testing the maps on {len(some)} {called} ...")
+    report = maps.faithfulness(model, inputs, grey, masks, methods, layer, explainer.answer, "tests")
     about = {"format": common.FORMAT, "synthetic": run.results["synthetic"], "split": split}
     about |= {"target": classes[target], "checkpoint": run.checkpoint_sha256, "layer": layer}
     about["lungs"] = source
-    common.write_json(run.folder / "explain" / "explain.json", {**about, **report})
+    common.write_json(folder / "explain.json", {**about, **report})
     print(f"tests on {len(some)} {called}:")
     for method in methods:
         print(summary(maps.METHODS[method], report[method]))
@@ -312,6 +328,24 @@ def summary(name, found):
         f"after the head is drawn anew, {everything:.2f} after all weights are (near 1: what was "
         "learnt does not show)"
     )
+
+
+def add_moved_arguments(parser):
+    """Where the images of the run are now."""
+    parser.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
+    parser.add_argument("--labels", metavar="CSV", help="the same table elsewhere (default: as trained)")
+    parser.add_argument("--patients", metavar="CSV", help="the same patients elsewhere (default: as trained)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
+
+
+def moved_settings(args):
+    """The settings of the data that the command line changes. InputError if there is no such table."""
+    names = ("data_dir", "labels", "patients", "cache_dir")
+    moved = {name: getattr(args, name) for name in names if getattr(args, name)}
+    if moved and args.images:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in moved)
+        raise common.InputError(f"{flags}: files that are named are drawn as they are; leave it out")
+    return moved
 
 
 def parse():
@@ -346,6 +380,7 @@ def parse():
         help="lungs that are outlined and that the maps are held against: weights of train_lungs.py, "
         "heuristic, or a .npz of masks",
     )
+    add_moved_arguments(parser)
     add_device_argument(parser)
     return parser.parse_args()
 
@@ -353,14 +388,17 @@ def parse():
 def main():
     args = parse()
     methods = list(maps.METHODS) if args.method == "both" else [args.method]
-    device, run = pick_device(args.device), Run(args.run)
+    device, run, moved = pick_device(args.device), Run(args.run), moved_settings(args)
     explainer = Explainer(
         run, device, methods=methods, layer=args.layer, target=args.target, finding=args.finding
     )
     if args.images:
         explain_files(explainer, args.images, args.lungs)
     else:
-        explain_split(explainer, args.split, args.tests, args.lungs)
+        if args.labels:
+            place = args.data_dir or run.config.data_dir
+            moved["labels"] = str(find_table(args.labels, place))
+        explain_split(explainer, args.split, args.tests, args.lungs, moved)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from common import InputError, Pace, atomic_path, read_json, say, sha256, write_json
+from common import InputError, Pace, advice, atomic_path, read_json, say, sha256, write_json
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
 FORMATS = ("JPEG", "PNG")  # what Pillow may open, whatever the file is called
@@ -288,7 +288,8 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
         raise InputError(f"{count} cannot be read, so none is left: {some}")
     if bad and not skip_bad:
         raise InputError(
-            f"{count} cannot be read: {some}. Mend or remove them, or leave them out with --skip-bad"
+            f"{count} cannot be read: {some}. Mend or remove them"
+            + advice("--skip-bad", ", or leave them out with --skip-bad")
         )
     if bad:
         say(f"--skip-bad: left out {count}: {some}")

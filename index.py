@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError
+from common import InputError, advice
 from images import EXTENSIONS
 from task import CLASSES, HEALTHY, is_healthy
 
@@ -70,7 +70,8 @@ def find_root(data_dir, classes=CLASSES):
         usual = [folder for folder in found if folder.name == "chest_xray"]
         if len(found) > 1 and len(usual) != 1:
             raise InputError(
-                f"{data_dir} holds several sets ({', '.join(map(str, found))}): name one with --data-dir"
+                f"{data_dir} holds several sets ({', '.join(map(str, found))}): "
+                + (advice("--data-dir", "name one with --data-dir") or "name one of them")
             )
         if found:
             return (usual or found)[0]
@@ -81,13 +82,16 @@ def find_root(data_dir, classes=CLASSES):
             for sub in sorted(folder.iterdir())
             if sub.is_dir() and not sub.name.startswith((".", "__MACOSX"))
         ]
-    raise InputError(
-        f"no data: {data_dir} has no train/ folder. Four ways to get one:\n"
-        "  --data-dir DIR   where DIR/{train,test}/{" + ",".join(classes) + "} hold the images\n"
-        "  --labels FILE    a table of findings instead of class folders\n"
-        "  --download       fetch the Kaggle set (6 GB with its duplicate folder)\n"
-        "  --demo           draw a small synthetic set for a first try"
+    folders = "{train,test}/{" + ",".join(classes) + "}"
+    ways = (
+        advice("--data-dir", f"  --data-dir DIR   where DIR/{folders} hold the images"),
+        # A run knows whether it was trained on a table; only training can begin with another one.
+        advice("--demo", "  --labels FILE    a table of findings instead of class folders"),
+        advice("--download", "  --download       fetch the Kaggle set (6 GB with its duplicate folder)"),
+        advice("--demo", "  --demo           draw a small synthetic set for a first try"),
     )
+    ways = "\n".join(filter(None, ways)) or f"  a folder that holds {folders}"
+    raise InputError(f"no data: {data_dir} has no train/ folder. What there is to give:\n{ways}")
 
 
 def find_classes(root, healthy=None):

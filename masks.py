@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Pace, atomic_path, check_regular, say, sha256
+from common import InputError, Pace, advice, atomic_path, check_regular, say, sha256
 from images import allocate, seal, valid_cache
 from lungs import already_cut, heuristic_mask, load_net, plausible
 from tensors import load_arrays
@@ -32,11 +32,16 @@ def find_source(source):
     paths = [Path(source), Path(__file__).parent / source]
     path = next((p for p in paths if p.exists()), None)
     if path is None:
-        raise InputError(f"--lungs {source}: there is no such file; name one, or {HEURISTIC!r}")
+        raise InputError(f"lung masks {source}: there is no such file" + _other_source())
     check_regular(path)
     if path.suffix not in (".safetensors", ".npz"):
-        raise InputError(f"--lungs {source} is neither {HEURISTIC!r} nor a .safetensors nor a .npz file")
+        raise InputError(f"lung masks {source}: neither {HEURISTIC!r} nor a .safetensors nor a .npz file")
     return path
+
+
+def _other_source():
+    """What to do without a source of masks: training can take another, a trained run cannot."""
+    return advice("--lungs", f"; name one with --lungs, or {HEURISTIC!r}") or ": put it back"
 
 
 def holds_masks(source):

@@ -2,17 +2,23 @@
 
     python monitor.py --run outputs/pretrained LOG.csv
 
-LOG.csv has a row for each image, in the order in which the truth became known: path, score (predict.py's
-p_FINDING), diagnosis (the name of the class or finding, of its absence, or 1 and 0), and perhaps patient and
-time (as 2026-11-23, which sorts as text). The first image of each patient counts; without that column, file
-names tell the patient, as in training. Prints recall and specificity so far with 95% confidence sequences,
-which hold at all times at once, and draws them over time to RUN/monitor/. If recall >= the floor is refuted,
-it says when, and the exit code is 3. Where recall is at the floor, that ever happens with a chance of at most
-5%, however long one watches (betting.py). --site WHERE takes the thresholds of calibrate.py --site, --tta
-those of calibrate.py --tta, for scores of predict.py --tta.
+LOG.csv has a row for each image, in the order in which the truth became known: path, score (or p_FINDING, as
+predict.py writes it: its CSV with a column diagnosis will do), diagnosis (the name of the class or finding,
+of its absence, or 1 and 0; rows where it is empty wait), and perhaps patient and time (as 2026-11-23, which
+sorts as text). The first image of each patient counts; without that column, file names tell the patient, as
+in training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with
+95% confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
+If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that
+ever happens with a chance of at most 5%, however long one watches (betting.py). With few patients it says
+that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta those of
+calibrate.py --tta, for scores of predict.py --tta.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
+import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -29,6 +35,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 POINTS = {"rec": "threshold", "mean": "mean", "guar": "guaranteed"}
 REFUTED = 3  # exit code
+POINTS_DRAWN = 1000  # of a curve, at most
 
 
 class Log(NamedTuple):
@@ -36,50 +43,115 @@ class Log(NamedTuple):
 
     sick: np.ndarray
     called: np.ndarray
+    images: int  # that were looked at
     left_out: int  # further images of patients
+    unnamed: int  # images that count as a patient each, because nothing tells whose they are
+    waiting: int  # rows without a diagnosis
+    unscored: int  # rows of files that predict.py could not read
+    score: str  # the column that the scores are from
+    named: bool  # whether there is a column patient
 
 
-def read_log(path, threshold, words):
-    """LOG.csv -> Log; `words`: (names of health, names of the finding), in lower case.
+class Row(NamedTuple):
+    """A row of the log, checked. score: None where predict.py could not read the file; sick: None where there
+    is no diagnosis yet; patient: "" where nothing tells."""
+
+    path: str
+    score: float | None
+    sick: bool | None
+    patient: str
+    time: str
+
+
+def truths(task, finding):
+    """What a diagnosis may say -> (words for the absence of a finding, for its presence), in lower case."""
+    absent, present = [f"no {finding}", "0"], [finding, "1"]
+    if task.kind == "softmax" and finding in task.classes:
+        absent += [name for name in task.classes if name != finding]
+    elif task.kind == "softmax":  # any disease
+        absent.append(task.classes[0])
+        present += task.classes[1:]
+    return tuple([word.lower() for word in words] for words in (absent, present))
+
+
+def check_row(cell, score, words, where):
+    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that is wrong."""
+    try:
+        value = float(cell[score])
+    except ValueError:
+        value = float("nan")
+    if not cell[score] and score != "score":
+        value = None
+    elif not 0 <= value <= 1:
+        raise common.InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
+    if not cell["path"]:
+        raise common.InputError(f"{where}: path is empty: each image is to have one row")
+    diagnosis, (absent, present) = cell["diagnosis"].lower(), words
+    if diagnosis and diagnosis not in (*absent, *present):
+        known = ", ".join((*absent, *present))
+        raise common.InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
+    sick = diagnosis in present if diagnosis else None
+    patient = clean_patient(cell.get("patient", ""))
+    if not patient and patient_id(cell["path"]) != cell["path"]:
+        patient = patient_id(cell["path"])
+    return Row(cell["path"], value, sick, patient, cell.get("time", ""))
+
+
+def read_log(path, threshold, words, column="score"):
+    """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
+    is called score.
 
     InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
     diagnosis, an image or a time out of order that comes twice."""
     head, rows = open_table(path)
-    missing = [name for name in ("path", "score", "diagnosis") if name not in head]
+    score = "score" if "score" in head else column
+    missing = [name for name in ("path", score, "diagnosis") if name not in head]
     if missing:
-        raise common.InputError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(head)}")
+        also = " (nor score)" if score in missing and score != "score" else ""
+        absent = " and ".join(missing) + also
+        raise common.InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
     at, seen, patients, last = {name: head.index(name) for name in head}, set(), set(), ""
-    sick, called, left_out = [], [], 0
-    for number, row in numbered(rows):
-        cell = {name: row[i].strip() if i < len(row) else "" for name, i in at.items()}
+    sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
+    for number, values in numbered(rows):
+        cell = {name: values[i].strip() if i < len(values) else "" for name, i in at.items()}
         where = f"{path}, row {number}"
-        try:
-            score = float(cell["score"])
-        except ValueError:
-            score = float("nan")
-        if not 0 <= score <= 1:
-            raise common.InputError(f"{where}: score {cell['score'][:40]!r} is no probability from 0 to 1")
-        if cell["path"] in seen or not cell["path"]:
-            what = f"{cell['path']} is there twice" if cell["path"] else "path is empty"
-            raise common.InputError(f"{where}: {what}: each image is to have one row")
-        if cell.get("time", "") < last:
+        row = check_row(cell, score, words, where)
+        if row.path in seen:
+            raise common.InputError(f"{where}: {row.path} is there twice: each image is to have one row")
+        if row.time < last:
             raise common.InputError(
-                f"{where}: time {cell['time'][:40]} is before that of an earlier row: sort the rows by time"
+                f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
             )
-        diagnosis = cell["diagnosis"].lower()
-        if diagnosis not in (*words[0], *words[1]):
-            known = ", ".join((*words[0], *words[1]))
-            raise common.InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
-        seen.add(cell["path"])
-        last = cell.get("time", "")
-        patient = clean_patient(cell.get("patient", "")) or patient_id(cell["path"])
+        seen.add(row.path)
+        last = row.time
+        if row.score is None or row.sick is None:
+            counts["unscored" if row.score is None else "waiting"] += 1
+            continue
+        counts["images"] += 1
+        counts["unnamed"] += not row.patient
+        patient = row.patient or row.path
         if patient in patients:
-            left_out += 1
+            counts["left_out"] += 1
             continue
         patients.add(patient)
-        sick.append(diagnosis in words[1])
-        called.append(score >= threshold)
-    return Log(np.array(sick, bool), np.array(called, bool), left_out)
+        sick.append(row.sick)
+        called.append(row.score >= threshold)
+    found = np.array(sick, bool), np.array(called, bool)
+    return Log(*found, **counts, score=score, named="patient" in head)
+
+
+def say_counts(path, log):
+    """Notes on rows that do not count, and on images that count as patients."""
+    if log.unscored:
+        common.say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
+    if log.waiting:
+        common.say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
+    if log.unnamed:
+        why = "the column patient is empty there" if log.named else f"{path} has no column patient"
+        common.say(
+            f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
+            "tell no patient. If some are of the same patient, name it in a column patient"
+        )
 
 
 def draw(path, log, floor, alarm, title):
@@ -96,12 +168,13 @@ def draw(path, log, floor, alarm, title):
         ax.grid(alpha=0.3)
         if not len(outcomes):
             continue
-        count = np.arange(1, len(outcomes) + 1)
-        band = betting.confidence_sequence(outcomes)
+        count = np.unique(np.linspace(1, len(outcomes), min(len(outcomes), POINTS_DRAWN)).round().astype(int))
+        hits = np.cumsum(outcomes)[count - 1]
+        band = betting.confidence_interval(hits, count - hits)
         ax.fill_between(
             count, band[:, 0], band[:, 1], alpha=0.25, step="mid", label="95% confidence sequence"
         )
-        ax.plot(count, np.cumsum(outcomes) / count, label=f"{name} so far")
+        ax.plot(count, hits / count, label=f"{name} so far")
         if name == "recall":
             ax.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:g}")
             if alarm:
@@ -157,28 +230,17 @@ def parse():
     return args
 
 
-def main():
-    args = parse()
-    run = Run(args.run)
-    finding, threshold, floor = threshold_of(run, args)
-    classes = [name.lower() for name in run.task.classes]
-    health = [f"no {finding.lower()}", "0", *(classes[:1] if run.task.kind == "softmax" else [])]
-    log = read_log(args.log, threshold, (tuple(health), (finding.lower(), "1")))
-    hits, right = log.called[log.sick], ~log.called[~log.sick]
-    alarm = betting.refuted_at(hits, floor)
-    where, views = f" at {args.site}" if args.site else "", " with TTA" if args.tta else ""
-    title = f"{run.folder.resolve().name}{where}{views}: threshold {threshold:.4f}"
-    path = run.folder / "monitor" / f"{args.site or 'validation'}{'-tta' if args.tta else ''}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(path, log, floor, alarm, title)
-    print(f"{title}; {len(log.sick)} patients, {log.left_out} further images left out")
-    for name, outcomes in (("recall", hits), ("specificity", right)):
-        if len(outcomes):
-            low, high = betting.confidence_sequence(outcomes)[-1]
-            of = "with" if name == "recall" else "without"
-            counted = f"of {len(outcomes)} patients {of} {finding}"
-            print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
-    print(f"wrote {path}", flush=True)
+def picture_name(args, finding, several):
+    """File name of the picture: the log's, then what tells this look at it from others."""
+    parts = [Path(args.log).stem[:50], args.site or "validation"]
+    parts += [finding] if several else []
+    parts += [args.point] if args.point != "rec" else []
+    parts += ["tta"] if args.tta else []
+    return re.sub(r"[^\w. -]+", "-", "-".join(parts)) + ".png"
+
+
+def say_verdict(alarm, patients, finding, floor):
+    """The last line: refuted (exit code 3), not refuted, or too few patients to tell."""
     if alarm:
         common.say(
             f"ALARM: recall >= {floor:g} was refuted at patient {alarm} with {finding}: stop relying "
@@ -186,6 +248,41 @@ def main():
         )
         sys.exit(REFUTED)
     common.say(f"recall >= {floor:g} is not refuted so far")
+    lower = floor - 0.05 if floor > 0.1 else floor / 2
+    usual = betting.noticed_after(lower, floor)
+    if usual is None or patients < usual:
+        after = "more than 100,000" if usual is None else f"about {usual}"
+        text = f"{lower:.3f}".removesuffix("0")
+        common.say(
+            f"note: {patients} patients with {finding} cannot tell yet: a recall of {text} would be noticed "
+            f"after {after} of them (in half of all cases)"
+        )
+
+
+def main():
+    args = parse()
+    run = Run(args.run)
+    finding, threshold, floor = threshold_of(run, args)
+    column = f"p_{run.task.column_words[run.task.findings.index(finding)]}"
+    log = read_log(args.log, threshold, truths(run.task, finding), column)
+    say_counts(args.log, log)
+    hits, right = log.called[log.sick], ~log.called[~log.sick]
+    alarm = betting.refuted_at(hits, floor)
+    where, views = f" at {args.site}" if args.site else "", " with TTA" if args.tta else ""
+    title = f"{run.folder.resolve().name}{where}{views}: threshold {threshold:.4f}"
+    path = run.folder / "monitor" / picture_name(args, finding, len(run.task.findings) > 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(path, log, floor, alarm, title)
+    print(f"{title}, of the column {log.score}")
+    print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
+    for name, outcomes in (("recall", hits), ("specificity", right)):
+        if len(outcomes):
+            low, high = betting.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
+            of = "with" if name == "recall" else "without"
+            counted = f"of {len(outcomes)} patients {of} {finding}"
+            print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
+    print(f"wrote {path}", flush=True)
+    say_verdict(alarm, len(hits), finding, floor)
 
 
 if __name__ == "__main__":

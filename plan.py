@@ -33,6 +33,7 @@ from frozen import fit_head, say_stage
 from inputs import AUTO, Inputs
 from objective import Supervised, with_both_classes
 from run import Run
+from scripts import there_is
 from split import POOLED
 
 
@@ -280,6 +281,8 @@ def load_encoder(model, run, config):
     was, for results.json. InputError if the run is another kind, its shape differs, or it was shown something
     else than a model of `config`. Whether it saw images that are held out is looked at by `train`.
     """
+    if not run.begun:
+        raise InputError(f"--init {run} holds no run{there_is(run.folder, 'pretrain_mae')}")
     if run.kind != "mae":
         raise InputError(f"--init {run} is no run of pretrain_mae.py")
     if not run.results["finished"]:

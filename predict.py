@@ -21,11 +21,12 @@ writes an ONNX file instead (needs onnx, onnxscript and onnxruntime), checked ag
 device.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import csv
 import itertools
 import json
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -89,9 +90,7 @@ class Scorer:
                 f"{run}: results.json or its calibration is incomplete ({error!r})"
             ) from None
         self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
-        words = [re.sub(r"\s+", "_", name.lower()) for name in self.thresholds]
-        if len(set(words)) < len(words):  # Edema beside edema: no two columns of one name
-            words = list(self.thresholds)
+        words = self.task.column_words
         self.probabilities = [f"p_{word}" for word in words]
         decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
         decisions += ["decision@Guar"] if self.guaranteed is not None else []
@@ -313,8 +312,9 @@ def parse():
     args = parser.parse_args()
     common.check_name("--keep", args.keep)
     common.check_name("--site", args.site)
-    if args.summary:
-        common.check_regular(args.summary)
+    for flag, path in (("--summary", args.summary), ("--export", args.export)):
+        if path:
+            common.check_output(flag, path)
     if bool(args.paths) == bool(args.export):
         raise common.InputError("give either PATHS to score or --export FILE.onnx")
     return args

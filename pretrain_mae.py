@@ -10,6 +10,8 @@ Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one C
 90 epochs take an hour and a quarter.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import common
 import dataconfig
 import plan

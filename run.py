@@ -8,7 +8,7 @@ reference[-tta].npz                        left by calibrate.py: what new images
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
 monitor/                                   left by monitor.py
-explain/                                   left by explain.py
+explain/, explain/val/, explain/test/      left by explain.py
 training.lock                              there while the run is trained, see lock.py
 track.json, tensorboard/                   left by --track
 
@@ -17,6 +17,7 @@ torch is imported only by the methods that need it.
 """
 
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from common import (
     write_json,
 )
 from schema import BATCH, SITE, mismatches, wrong_calibration, wrong_results, wrong_site_finding
+from scripts import there_is
 from task import Task
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -65,9 +67,7 @@ class Run:
         path = self.folder / "results.json"
         if not path.exists():
             lock.refuse_held(self, "nothing is there yet")
-            raise InputError(
-                f"{path} does not exist: train a model first, or name the folder of one with --run"
-            )
+            raise InputError(f"{path} does not exist{there_is(self.folder)}")
         results = read_json(path)
         check_format(results, path)
         wrong = wrong_results(results)
@@ -82,9 +82,7 @@ class Run:
         """Why a run that is not finished is not, and what to do, as text."""
         if who := lock.holder(self.folder):
             return f"{self} is being trained by {who}: wait until it has ended"
-        if not (self.folder / "last.pth").exists():
-            return f"{self} was interrupted before it was first saved: train it again"
-        return f"{self} was interrupted: continue it with --resume"
+        return f"{self} was interrupted: {self.to_finish}"
 
     @property
     def kind(self):
@@ -154,9 +152,18 @@ class Run:
         if self.checkpoint.exists():
             return
         lock.refuse_held(self, "wait until it has ended")
-        if self.begun and not self.results["finished"]:
-            raise InputError(f"{self.checkpoint} is not there yet: {self.why_unfinished()}")
+        if not self.results["finished"]:  # InputError if no run is here
+            raise InputError(f"{self} was interrupted before it had a checkpoint: {self.to_finish}")
         raise InputError(f"{self.checkpoint} does not exist: train the model again, or copy the file back")
+
+    @property
+    def to_finish(self):
+        """How to go on with an interrupted run, in words: the command that began it, with --resume."""
+        command = str(self.results.get("command", "the command that began it"))
+        command = re.sub(r" --(resume|overwrite)(?= |$)", "", command)
+        if (self.folder / "last.pth").exists():
+            return f"continue it with {command} --resume"
+        return f"nothing to go on from was saved; start it again with {command} --overwrite"
 
     def model(self):
         """The model with the weights of the best epoch, in eval mode on the CPU.
@@ -381,10 +388,17 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "track.json", references)
 
+    def explained_folder(self, split=""):
+        """Where explain.py writes: of "val" or "test", else of image files."""
+        return self.folder / "explain" / split
+
     def explained(self):
-        """explain.json of explain.py, or None if there is none."""
-        path = self.folder / "explain" / "explain.json"
-        return read_json(path) if path.exists() else None
+        """{"val" or "test": explain.json of explain.py}. Older versions had one for both, in explain/; it
+        stands for its split until that is explained again."""
+        paths = [self.explained_folder(split) / "explain.json" for split in ("", "val", "test")]
+        old, *new = [read_json(path) if path.exists() else None for path in paths]
+        found = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
+        return found | {split: report for split, report in zip(("val", "test"), new) if report is not None}
 
 
 def _dash(name):
@@ -416,7 +430,8 @@ def find_runs(runs_dir, chosen=None):
         if run.results["finished"]:
             runs.append(run)
         else:
-            say(f"note: {run} is not finished, passed over (name it with --run to use it all the same)")
+            usable = " (name it with --run to use it all the same)" if run.checkpoint.exists() else ""
+            say(f"note: {run} is not finished, passed over{usable}; {run.to_finish}")
     if not runs:
         raise InputError(
             f"no finished runs under {runs_dir}: train one first, "

@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 import twins
-from common import InputError
+from common import InputError, advice
 from index import patient_id
 
 POOLED = ("pooled", "pooled-image")
@@ -53,7 +53,8 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     for k in kinds:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
             raise InputError(
-                f"class number {k} has too few patients to be in train and validation: use --split image"
+                f"class number {k} has too few patients to be in train and validation"
+                + advice("--split", ": use --split image")
             )
     return train, val
 

@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from common import InputError
+from common import InputError, advice
 from sheets import column, columns, numbered, say_once, value
 from task import is_device, is_healthy
 
@@ -127,10 +127,10 @@ def read_plain(path, head, findings):
         for name, at in asked:
             text = value(row, at)
             if text not in LABELS:
-                comma = "A decimal comma is not read. " if re.fullmatch(r"-?\d+,\d+", text) else ""
+                comma = ". A decimal comma is not read" if re.fullmatch(r"-?\d+,\d+", text) else ""
                 raise InputError(
-                    f"{path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty. {comma}If it is "
-                    "no finding, name those that are with --findings A,B,C"
+                    f"{path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}"
+                    + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
                 )
             labels.append(LABELS[text])
         refuse_both(row, number)

@@ -4,6 +4,7 @@ Everything that chooses thresholds or draws tables works on such columns, one at
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +87,14 @@ class Task:
         if self.kind == "sigmoid":
             return self.classes if self._none is None else (ANY_FINDING, *self.classes)
         return self.classes[1:] if len(self.classes) == 2 else (ANY_DISEASE, *self.classes[1:])
+
+    @property
+    def column_words(self):
+        """The findings as parts of column names, in order: p_WORD of predict.py and monitor.py."""
+        words = [re.sub(r"\s+", "_", name.lower()) for name in self.findings]
+        if len(set(words)) < len(words):  # Edema beside edema: no two columns of one name
+            return list(self.findings)
+        return words
 
     @property
     def averaged(self):

@@ -204,8 +204,10 @@ class Tracker:
     def calibrated(self, calibration):
         """What calibrate.py found, with dotted names, and the pictures of explain.py."""
         self._all("figures", numbers(dict(flat(calibration))), None)
-        for path in sorted(self.run.folder.glob("explain/sheet.png")):
-            self._all("picture", "explain", str(path))
+        for name, split in (("explain", ""), ("explain_val", "val"), ("explain_test", "test")):
+            path = self.run.explained_folder(split) / "sheet.png"
+            if path.exists():
+                self._all("picture", name, str(path))
 
     def _curves(self, results):
         import plots  # slow to import

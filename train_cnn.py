@@ -7,6 +7,8 @@ download; without either they are random. Input size and scaling are those of ti
 checkpoint.pth, last.pth and results.json to outputs/cnn.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import cnn
 import common
 import dataconfig

@@ -7,6 +7,8 @@ mirrored mask. First all but the stem is trained, then everything at a fifth of 
 train_pretrained.py reads will do. Writes checkpoint.pth, last.pth and results.json to outputs/hybrid.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import common
 import dataconfig
 import inputs

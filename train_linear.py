@@ -7,6 +7,8 @@ weights, so that outputs/linear holds a checkpoint.pth and results.json like any
 scores it in the same way. Takes seconds.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import time
 from dataclasses import asdict, replace
 

@@ -9,6 +9,8 @@ outputs/lungs. Copy the last one over the project's own, or name it with --lungs
 took 13 minutes on two CPU cores without AVX512-BF16.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 from dataclasses import replace
 
 from safetensors.torch import save_file

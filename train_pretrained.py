@@ -12,6 +12,8 @@ for Ti/16.
 trains the head alone on frozen features: a linear probe.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import common
 import dataconfig
 import inputs

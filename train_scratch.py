@@ -9,6 +9,8 @@ a minute (a minute and a half with --recipe paper), on older ones about four. Th
 that is calibrate.py's job.
 """
 
+import prelude  # noqa: F401  (first: see there)
+
 import common
 import dataconfig
 import plan

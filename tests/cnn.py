@@ -222,7 +222,7 @@ def test_cnn_from_training_to_prediction(flags, body, synthetic, tmp_path):
         done = succeed("predict", "--export", "m.onnx", "--run", "outputs/cnn", cwd=tmp_path)
         assert "differs from PyTorch by at most" in done.out
     succeed("explain", "--run", "outputs/cnn", "--tests", 2, cwd=tmp_path)
-    assert "gradcam" in read_json(tmp_path, "outputs/cnn/explain/explain.json")
+    assert "gradcam" in read_json(tmp_path, "outputs/cnn/explain/val/explain.json")
     refused(cli("explain", "--run", "outputs/cnn", "--method", "rollout", cwd=tmp_path), "no attention")
     refused(cli("explain", "--run", "outputs/cnn", "--layer", 3, cwd=tmp_path), "--layer 3", "leave it out")
     refused(cli("train_cnn", *flags, "--model", "resnet5O", "--out", "o", cwd=tmp_path), "did you mean")

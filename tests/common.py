@@ -1,5 +1,7 @@
 """Tests of common: files, numbers, flags, and how scripts start and stop."""
 
+import prelude
+
 import math
 import os
 import signal
@@ -11,7 +13,7 @@ import pytest
 
 import common
 from common import InputError
-from tests.shared import REPO, folder_bytes
+from tests.shared import REPO, cli, folder_bytes, refused
 
 
 def test_atomic_path(tmp_path):
@@ -173,3 +175,120 @@ def test_results_are_utf8_whatever_the_locale():
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stdout.split() == ["\u2192".encode(), b"\\udcff"]
+
+
+# ---------------------------------------------------------------- before main() begins
+
+
+ROOT_SCRIPTS = sorted(p.stem for p in REPO.glob("*.py") if '__name__ == "__main__"' in p.read_text())
+
+
+def started(script, *argv, cwd, fakes):
+    """Run a script as a user would; `fakes`: {module: code} that stand before the installed packages."""
+    for name, code in fakes.items():
+        (cwd / f"{name}.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1"}
+    argv = [sys.executable, REPO / f"{script}.py", *argv]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, env=env, timeout=60)
+
+
+ABSENT = "raise ModuleNotFoundError('it is not installed', name={0!r})"
+STOPPED = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except BaseException as error:  # as compiled modules do
+    raise ImportError("numpy failed to import") from None
+"""
+
+
+@pytest.mark.parametrize("script", ROOT_SCRIPTS)
+def test_a_missing_package_is_one_line(script, tmp_path):
+    """As with the system's Python, where nothing was activated; numpy is what every script needs."""
+    done = started(script, cwd=tmp_path, fakes={"numpy": ABSENT.format("numpy")})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(
+        f"error: numpy is not installed for this Python ({sys.executable}); activate"
+    )
+    assert "-m pip install -r requirements.txt" in done.stderr
+
+
+def test_a_missing_torch_is_one_line_and_a_missing_part_of_ours_is_a_bug(tmp_path):
+    done = started("train_scratch", cwd=tmp_path, fakes={"torch": ABSENT.format("torch")})
+    assert done.returncode == 2 and done.stderr.startswith("error: torch is not installed for this Python")
+    done = started("compare", cwd=tmp_path, fakes={"numpy": ABSENT.format("entries")})
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    for name, package in (("sklearn.metrics", "scikit-learn"), ("PIL", "pillow"), ("torch", "torch")):
+        assert f"{package} is not" in prelude.missing(ModuleNotFoundError("x", name=name))
+    assert prelude.missing(ImportError("broken", name="torch")) is None
+
+
+def test_a_package_missed_within_main_is_one_line(capsys):
+    def main():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    with pytest.raises(SystemExit) as stop:
+        common.start(main)
+    assert stop.value.code == 2 and "torch is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends itself a signal")
+@pytest.mark.parametrize("script", ROOT_SCRIPTS)
+def test_ctrl_c_while_a_script_imports(script, tmp_path):
+    """One line, although the library that is being imported swallows the interruption."""
+    done = started(script, cwd=tmp_path, fakes={"numpy": STOPPED})
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_nothing_changes_where_no_script_runs():
+    assert sys.excepthook is not prelude._say_missing
+    assert signal.getsignal(signal.SIGINT) is not prelude._leave
+
+
+# ---------------------------------------------------------------- where output goes
+
+
+def test_output_goes_to_folders_that_are_there(tmp_path):
+    common.check_output("--csv", tmp_path / "a.csv")
+    (tmp_path / "file").write_text("")
+    for path, words in (
+        (tmp_path / "nope" / "x.html", "no folder"),
+        (tmp_path / "file" / "x", "is not a folder"),
+    ):
+        with pytest.raises(InputError, match=f"--html .*{words}"):
+            common.check_output("--html", path)
+    with pytest.raises(InputError, match="not a file"):
+        common.check_output("--html", tmp_path)
+    assert folder_bytes(tmp_path) == {"file": b""} and not (tmp_path / "nope").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [("compare", "--csv"), ("compare", "--html"), ("compare", "--figures")]
+    + [("predict", "x", "--summary"), ("predict", "--export")],
+)
+def test_no_script_makes_a_folder_for_a_file(argv, tmp_path):
+    place = tmp_path / "nope" / "x"
+    refused(cli(*argv, place, cwd=tmp_path), argv[-1], "no folder", place.parent)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- advice
+
+
+def test_only_flags_of_the_script_are_advised(capsys):
+    """In a script without the flag the advice is left out; where no script runs it is given."""
+
+    def main(*flags):
+        parser = common.Parser("doc")
+        for flag in flags:
+            parser.add_argument(flag)
+        parser.parse_args([])
+        raise InputError("broken" + common.advice("--skip-bad", ", or --skip-bad"))
+
+    for flags, text in ((("--skip-bad",), "broken, or --skip-bad"), (("--run",), "broken")):
+        with pytest.raises(SystemExit):
+            common.start(lambda flags=flags: main(*flags))
+        assert capsys.readouterr().err == f"error: {text}\n"
+    assert common.advice("--skip-bad", "x") == "x"

@@ -501,6 +501,7 @@ def test_compare_needs_no_torch(tmp_path):
 
 def test_compare_says_where_everything_is(tmp_path):
     write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "site").mkdir()
     done = succeed("compare", "--html", "site/r.html", "--csv", "t.csv", "--figures", "pics", cwd=tmp_path)
     assert done.err.splitlines()[-3:] == ["report: site/r.html", "pictures: 7 in pics", "table: t.csv"]
     assert (tmp_path / "site/r.html").exists() and len(list((tmp_path / "pics").iterdir())) == 7

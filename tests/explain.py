@@ -295,9 +295,9 @@ def scratch_run(bench, tmp_path, monkeypatch):
 
 def test_explain_end_to_end(bench, scratch_run):
     done = succeed("explain", "--run", scratch_run, "--tests", 4, cwd=bench)
-    sheet = np.asarray(Image.open(scratch_run.folder / "explain/sheet.png").convert("L"))
-    assert sheet.std() > 20 and len(list((scratch_run.folder / "explain").glob("*.png"))) >= 3
-    report = scratch_run.explained()
+    sheet = np.asarray(Image.open(scratch_run.folder / "explain/val/sheet.png").convert("L"))
+    assert sheet.std() > 20 and len(list((scratch_run.folder / "explain/val").glob("*.png"))) >= 3
+    report = scratch_run.explained()["val"]
     assert report["images"] == 4 and report["synthetic"] and report["target"] == "PNEUMONIA"
     assert report["split"] == "val" and report["checkpoint"] == scratch_run.checkpoint_sha256
     for method in maps.METHODS:
@@ -330,7 +330,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
         asked["maps"].add(target)
         return compute(method, model, x, layer, target)
 
-    def watched_test(model, inputs, grey, lungs, methods, layer, target):
+    def watched_test(model, inputs, grey, lungs, methods, layer, target, progress):
         asked.update(pixels=(grey[:, 0] * 255).round().byte().numpy(), tested=target)
         return test(model, inputs, grey[:2], lungs[:2], methods, layer, target)
 
@@ -339,7 +339,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     name = scratch_run.config.classes[target]
     argv = ["--run", scratch_run, "--target", name, "--tests", 10_000, "--method", "gradcam"]
     done = succeed("explain", *argv, cwd=bench)
-    assert scratch_run.explained()["target"] == name and f"rightly called {name}" in done.out
+    assert scratch_run.explained()["val"]["target"] == name and f"rightly called {name}" in done.out
     assert asked["maps"] == {Answer(target)} and asked["tested"] == Answer(target)
     scores = scratch_run.scores()
     called = scores["val_p1"] >= scratch_run.calibration()["threshold"]

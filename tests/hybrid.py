@@ -251,7 +251,7 @@ def test_a_hybrid_in_other_scripts(hybrids, synthetic, tmp_path):
     assert 0 <= float(row["p_pneumonia"]) <= 1
     succeed("calibrate", "--run", folder, "--min-recall", 0.9, "--tta-flip", cwd=hybrids)
     succeed("explain", "--run", folder, "--tests", 2, cwd=hybrids)
-    assert "gradcam" in read_json(hybrids, folder, "explain/explain.json")
+    assert "gradcam" in read_json(hybrids, folder, "explain/val/explain.json")
     refused(cli("explain", "--run", folder, "--method", "rollout", cwd=hybrids), "no attention")
     both = ("outputs/hybrid-seed0", "outputs/hybrid-seed1")
     succeed("calibrate", "--ensemble", *both, "--out", "outputs/both", "--min-recall", 0.9, cwd=hybrids)

@@ -416,7 +416,7 @@ def test_predict_notes_images_without_lungs(looks, tmp_path):
 def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):
     run = looks / "outputs/scratch"
     succeed("explain", "--run", run, "--tests", 3, "--method", "gradcam", cwd=looks)
-    assert 0 < read_json(run, "explain/explain.json")["gradcam"]["lung_area"] < 1
+    assert 0 < read_json(run, "explain/val/explain.json")["gradcam"]["lung_area"] < 1
     image = next((synthetic / "test/NORMAL").iterdir())
     done = succeed("explain", image, "--run", run, cwd=looks)
     assert f"wrote {run}" in done.out

@@ -181,7 +181,7 @@ def test_predictions_are_those_of_calibrate(folders, findings, kind):
 def test_explain_a_finding(folders, findings):
     root, argv = folders[0], ("--run", "outputs/scratch", "--method", "gradcam")
     succeed("explain", *argv, "--tests", 0, "--finding", "Square", cwd=root)
-    assert (root / "outputs/scratch/explain/sheet.png").exists()
+    assert (root / "outputs/scratch/explain/val/sheet.png").exists()
     questions = {
         root: ("shapes/test/Square/S00.png", "Square"),
         findings[0]: ("set/images/001.png", "Round"),
