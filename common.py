@@ -281,6 +281,7 @@ def command_line():
 # ---------------------------------------------------------------- output, start and stop
 
 _lost_output = []  # the error that ended standard output, if any
+_said = set()  # what say_once has said in this command
 
 
 def say(message):
@@ -290,6 +291,13 @@ def say(message):
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
             print(message, file=sys.stderr, flush=True)
+
+
+def say_once(message):
+    """`say`, but the same line only once in a command."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
 
 
 def tell(line):
@@ -324,6 +332,7 @@ def start(main):
     on SIGTERM, 141 when the reader of standard output went away before the end."""
     code = 0
     _lost_output.clear()
+    _said.clear()
     try:
         _prepare_output()
         main()
