@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import struct
@@ -217,6 +216,273 @@ def test_read_image_gives_size_and_colourfulness(tmp_path):
     for mode in ("L", "RGB"):
         Image.fromarray(grey).convert(mode).save(tmp_path / "grey.png")
         assert images.read_image(str(tmp_path / "grey.png"), 16)[1:] == ((40, 30), 0.0)
+
+
+# ---------------------------------------------------------------- orientation
+
+UPRIGHT = {  # orientation tag -> the upright picture of what is stored, as Exif 2.32 (4.6.4) defines it
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: a.T[:, ::-1],
+    7: lambda a: a[::-1, ::-1].T,
+    8: lambda a: a.T[::-1],
+}
+
+
+def stored_as(picture, tag):
+    """The picture as a file with this orientation tag stores it."""
+    views = (np.ascontiguousarray(change(picture)) for change in UPRIGHT.values())
+    return next(view for view in views if np.array_equal(UPRIGHT[tag](view), picture))
+
+
+def exif_of(tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("tag", UPRIGHT)
+@pytest.mark.parametrize("kind", ["png", "16 bit png", "webp", "tiff", "lzw tiff", "16 bit tiff", "jpeg"])
+def test_orientation_is_undone(tmp_path, kind, tag):
+    """Stored in any of the eight ways: the very same picture and size; of a JPEG, to rounding."""
+    picture, form, deep = smooth_picture(40, 64), kind.split()[-1], kind.startswith("16")
+    if deep:
+        picture = picture.astype(np.uint16) * 200
+    stored, exif = stored_as(picture, tag), exif_of(tag)
+    how = {"webp": dict(lossless=True), "jpeg": dict(quality=95), "tiff": dict(compression=None)}.get(
+        form, {}
+    )
+    if kind == "lzw tiff":
+        how = dict(compression="tiff_lzw")
+    for name, pixels, about in (("a", picture, {}), ("b", stored, dict(exif=exif))):
+        if form == "tiff" and about:
+            about = dict(tiffinfo={0x0112: tag})
+        Image.fromarray(pixels).save(tmp_path / name, form, **how, **about)
+    for resize in images.RESIZES:
+        plain, size, _ = images.read_image(tmp_path / "a", 16, resize)
+        found, upright_size, _ = images.read_image(tmp_path / "b", 16, resize)
+        assert upright_size == size == (64, 40)
+        assert np.abs(found.astype(int) - plain).max() <= (2 if form == "jpeg" else 0)
+        assert np.array_equal(images.decode(tmp_path / "b", 16, resize), found)
+
+
+@pytest.mark.parametrize("tag", UPRIGHT)
+def test_orientation_of_a_jpeg_that_is_decoded_at_reduced_scale(tmp_path, tag):
+    picture = smooth_picture(640, 1200)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(stored_as(picture, tag)).save(tmp_path / "b.jpg", quality=95, exif=exif_of(tag))
+    (a, size, _), (b, turned, _) = (images.read_image(tmp_path / name, 32) for name in ("a.jpg", "b.jpg"))
+    assert size == turned == (1200, 640) and np.abs(a.astype(int) - b).max() <= 2
+
+
+@pytest.mark.parametrize("raw", [b"II*\0\xff\xff\xff\xff", b"no tags at all", b""])
+def test_damaged_exif_data_do_not_spoil_a_good_picture(tmp_path, raw):
+    Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "a.jpg")
+    Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "b.jpg", exif=b"Exif\0\0" + raw)
+    assert np.array_equal(images.decode(tmp_path / "a.jpg", 16), images.decode(tmp_path / "b.jpg", 16))
+    for tag in (0, 9, 77):
+        Image.fromarray(smooth_picture(32, 32)).save(tmp_path / "b.jpg", exif=exif_of(tag))
+        assert np.array_equal(images.decode(tmp_path / "a.jpg", 16), images.decode(tmp_path / "b.jpg", 16))
+
+
+def test_turned_case():
+    folder = SHARED / "cases/exif_orientation"
+    if not folder.exists():
+        pytest.skip("../shared is absent")
+    turned, upright = (images.decode(folder / name, 224).astype(int) for name in ("exif3.jpg", "upright.png"))
+    assert np.abs(turned - upright).mean() < 1.5
+
+
+# ---------------------------------------------------------------- grey range
+
+
+def stretched(values):
+    """The grey range by its definition, on sorted values: percentiles between the two nearest ranks."""
+    order = np.sort(np.asarray(values, dtype=float).ravel())
+    ends = []
+    for share in (0.005, 0.995):
+        at = share * (len(order) - 1)
+        below = int(at)
+        ends.append(order[below] + (at - below) * (order[min(below + 1, len(order) - 1)] - order[below]))
+    low, high = ends
+    return ((np.asarray(values, dtype=float) - low) / (high - low) * 255).round().clip(0, 255)
+
+
+def deep_picture(top=4095):
+    """A picture of whole numbers from 0 to about `top`, a few markers and dead pixels in it."""
+    picture = np.random.default_rng(0).normal(0.5, 0.12, (60, 60)).clip(0.1, 0.9)
+    picture += smooth_picture(60, 60) / 2000
+    picture[:2, :3], picture[5, 7] = 1, 0
+    return (picture / picture.max() * top).round().astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "lzw", "float", "signed", "big", "inverted"])
+def test_grey_range_of_deep_files(tmp_path, kind):
+    """Against the definition, at full size."""
+    values, path = deep_picture(), tmp_path / "x"
+    if kind == "png":
+        Image.fromarray(values).save(path, "PNG")
+    elif kind in ("tiff", "lzw"):
+        Image.fromarray(values).save(path, "TIFF", compression="tiff_lzw" if kind == "lzw" else None)
+    elif kind == "float":
+        Image.fromarray((values / 7 - 100).astype(np.float32)).save(path, "TIFF")
+    else:
+        signed = values.astype(np.int32) - 1000
+        pixels = {"signed": signed.astype("<i2"), "big": values.astype("<u4") * 1_000_000, "inverted": values}
+        path.write_bytes(tiff(pixels[kind], photometric=0 if kind == "inverted" else 1))
+    expected = stretched(4095 - values.astype(int)) if kind == "inverted" else stretched(values)
+    assert np.abs(images.decode(path, 60) - expected).max() <= (1 if kind == "float" else 0)
+
+
+def tiff(pixels, photometric=1, changes=()):
+    """A TIFF by hand, little endian, one strip; `changes`: {tag: another value, or None to leave it out}."""
+    kind = 2 if pixels.dtype.kind == "i" else 1
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: 8 * pixels.itemsize, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: pixels.nbytes, 339: kind, **dict(changes)}
+    kept = sorted((tag, value) for tag, value in tags.items() if value is not None)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in kept)
+    directory = struct.pack("<H", len(kept)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + pixels.nbytes) + pixels.tobytes() + directory
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_depth_decides_nothing(tmp_path, kind):
+    """10, 12, 14 and 16 bits: one picture; and one marker pixel changes nothing."""
+    seen = []
+    for bits in (10, 12, 14, 16):
+        values = deep_picture(2**bits - 1)
+        Image.fromarray(values).save(tmp_path / "a", kind)
+        seen.append(images.decode(tmp_path / "a", 60).astype(int))
+        Image.fromarray(np.maximum(values, 0) // 2).save(tmp_path / "a", kind)
+        seen.append(images.decode(tmp_path / "a", 60).astype(int))
+        values[30, 30] = 65535
+        Image.fromarray(values).save(tmp_path / "a", kind)
+        marked = images.decode(tmp_path / "a", 60).astype(int)
+        marked[30, 30] = seen[0][30, 30]
+        seen.append(marked)
+    assert all(np.abs(one - seen[0]).max() <= 2 for one in seen)
+
+
+def test_depth_cases():
+    files = sorted((SHARED / "cases/png_bit_depth").glob("*.png"))
+    if not files:
+        pytest.skip("../shared is absent")
+    seen = [images.decode(file, 224).astype(int) for file in files]
+    assert len(seen) == 4 and all(np.abs(one - seen[0]).max() <= 1 for one in seen)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_deep_png_in_colour(tmp_path, mode):
+    """12 bits in three or two channels of 16: Pillow alone would keep the upper 8, which are nearly black."""
+    values = deep_picture()
+    count, colour = {"RGB": (3, 2), "RGBA": (4, 6), "LA": (2, 4)}[mode]
+    channels = np.repeat(values[:, :, None], count, axis=2)
+    if mode != "RGB":
+        channels[:, :, -1] = 65535
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in channels)
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 60, 60, 16, colour, 0, 0, 0)
+    raw = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    assert np.abs(images.decode(tmp_path / "a.png", 60) - stretched(values)).max() <= 1
+    pixels, size, _ = images.read_image(tmp_path / "a.png", 60)
+    assert size == (60, 60) and np.array_equal(pixels, images.decode(tmp_path / "a.png", 60))
+
+
+def test_deep_files_without_a_picture(tmp_path):
+    flat = np.full((40, 40), 700, np.uint16)
+    Image.fromarray(flat).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match="all pixels of the image are equal"):
+        images.decode(tmp_path / "a.png", 16)
+    flat[3, 3] = 65535
+    Image.fromarray(flat).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match="hardly any pixel"):
+        images.decode(tmp_path / "a.png", 16)
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "b.png")  # of 8 bits: as it is
+    assert (images.decode(tmp_path / "b.png", 8) == 7).all()
+    pixels = np.full((40, 40), np.nan, np.float32)
+    Image.fromarray(pixels).save(tmp_path / "c.png", "TIFF")
+    with pytest.raises(OSError, match="NaN or infinite"):
+        images.read_image(tmp_path / "c.png", 16)
+
+
+def test_eight_bits_stay_as_they_are(tmp_path):
+    """TIFF, BMP and lossless WebP, grey and colour: the very pixels of the PNG, which are Pillow's own."""
+    grey = smooth_picture(48, 48) // 2
+    for picture in (grey, np.stack([grey, grey // 2, 255 - grey], axis=2)):
+        Image.fromarray(picture).save(tmp_path / "a.png")
+        expected = full_decode(tmp_path / "a.png", 48)
+        for kind, how in (("PNG", {}), ("TIFF", {}), ("BMP", {}), ("WEBP", dict(lossless=True))):
+            for name in ("x.dcm", "x.jpg", "IM_0001"):  # whatever the file is called
+                Image.fromarray(picture).save(tmp_path / name, kind, **how)
+                assert np.array_equal(images.read_image(tmp_path / name, 48)[0], expected)
+    inverted = tmp_path / "w.tif"
+    inverted.write_bytes(tiff(grey, photometric=0))
+    assert np.array_equal(images.decode(inverted, 48), 255 - grey)
+
+
+def test_pictures_of_several_pages_are_refused(tmp_path):
+    pages = [Image.fromarray(smooth_picture(20, 20, seed)) for seed in range(3)]
+    for kind, name in (("TIFF", "a.tif"), ("WEBP", "a.webp"), ("PNG", "a.png")):
+        pages[0].save(tmp_path / name, kind, save_all=True, append_images=pages[1:])
+        for read in (images.decode, images.read_image):
+            with pytest.raises(OSError, match=f"a {kind} file of several pages or frames"):
+                read(tmp_path / name, 16)
+    pages[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=pages[1:])  # previews follow
+    pages[0].save(tmp_path / "b.jpg", "JPEG")
+    assert np.array_equal(images.decode(tmp_path / "a.jpg", 20), images.decode(tmp_path / "b.jpg", 20))
+
+
+def test_headers_that_promise_too_much(tmp_path):
+    """Refused before anything is allocated: a huge picture, and a small one in a huge tile."""
+    picture, path = smooth_picture(20, 20), tmp_path / "a"
+    Image.fromarray(picture).save(path, "BMP")
+    bitmap = bytearray(path.read_bytes())
+    bitmap[18:26] = struct.pack("<ii", 20_000, 10_000)
+    tile = {273: None, 278: None, 279: None, 322: 50_000, 323: 50_000, 324: 8, 325: 400}
+    for raw in (bitmap, tiff(picture, changes={256: 20_000, 257: 10_000}), tiff(picture, changes=tile)):
+        path.write_bytes(raw)
+        for read in (images.decode, images.read_image):
+            with pytest.raises(OSError, match=f"limit of {images.MAX_PIXELS}"):
+                read(path, 16)
+
+
+def test_deep_tiff_in_colour_says_what_to_do(tmp_path):
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.tif", "TIFF")
+    raw = bytearray((tmp_path / "a.tif").read_bytes())
+    at = raw.index(struct.pack("<HHI", 258, 3, 3))  # bits of the three channels, which stand elsewhere
+    where = struct.unpack("<I", raw[at + 8 : at + 12])[0]
+    raw[where : where + 6] = struct.pack("<HHH", 16, 16, 16)
+    (tmp_path / "a.tif").write_bytes(raw)
+    with pytest.raises(OSError, match="colour TIFF of 16 bits: save it as grey"):
+        images.decode(tmp_path / "a.tif", 16)
+
+
+def test_damaged_tiff_bmp_and_webp_raise_oserror_only(tmp_path):
+    rng, failures = random.Random(0), 0
+    for kind in ("TIFF", "BMP", "WEBP"):
+        buffer = io.BytesIO()
+        Image.fromarray(smooth_picture(40, 40)).save(buffer, kind)
+        for trial in range(80):
+            raw = bytearray(buffer.getvalue())
+            if trial % 5 == 0:
+                del raw[rng.randrange(len(raw)) :]
+            else:
+                raw[rng.randrange(len(raw) if trial % 2 else 100)] = rng.randrange(256)
+            (tmp_path / "a").write_bytes(raw)
+            try:
+                image = images.decode(tmp_path / "a", 16)
+                assert image.shape == (16, 16) and image.dtype == np.uint8
+            except OSError:
+                failures += 1
+    assert failures > 30
 
 
 # ---------------------------------------------------------------- not regular files
