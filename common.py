@@ -320,6 +320,7 @@ def command_line():
 # ---------------------------------------------------------------- output, start and stop
 
 _lost_output = []  # the error that ended standard output, if any
+_said = set()  # what say_once has said in this command
 
 
 _already_said = None  # within notes_once: what was said
@@ -347,6 +348,13 @@ def say(message):
     if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
             print(message, file=sys.stderr, flush=True)
+
+
+def say_once(message):
+    """`say`, but the same line only once in a command."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
 
 
 def tell(line):
@@ -382,6 +390,7 @@ def start(main):
     code = 0
     _lost_output.clear()
     _script.update(runs=True, flags=None)
+    _said.clear()
     try:
         with prelude.interruptible():
             _prepare_output()

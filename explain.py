@@ -11,8 +11,8 @@ that are rightly called --target.
 
     python explain.py IMAGE... --run outputs/pretrained
 
-draws image files instead, to RUN/explain/, without tests. A file that cannot be read is named and makes the
-exit code 2; the others are drawn all the same.
+draws image files instead, to RUN/explain/, without tests, of a folder all that are in it. A file that cannot
+be read is named and makes the exit code 2; the others are drawn all the same.
 
 How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
 """
@@ -20,6 +20,7 @@ How maps are made is in maps.py. A map shows what moved the score, not where the
 import prelude  # noqa: F401  (first: see there)
 
 import itertools
+import os
 import textwrap
 from pathlib import Path
 
@@ -37,6 +38,7 @@ import masks as lung_masks
 from device import add_device_argument, pick_device
 from images import read_image
 from inputs import Inputs
+from listing import Search
 from run import Run
 from tables import find_table
 
@@ -232,8 +234,14 @@ def printable(text):
 
 
 def explain_files(explainer, paths, source):
-    """Draw image files, with the lungs by `source`. InputError at the end if some could not be read."""
-    config, paths, read = explainer.config, list(dict.fromkeys(paths)), {}
+    """Draw image files and those of folders, with the lungs by `source`. InputError at the end if some could
+    not be read."""
+    config, read, search = explainer.config, {}, Search()
+    folders = [path for path in paths if os.path.isdir(path)]
+    paths = list(dict.fromkeys(itertools.chain.from_iterable(map(search.walk, paths))))
+    if not paths:
+        raise common.InputError(f"no image files in {', '.join(folders)}: {search.nothing()}")
+    search.tell(", ".join(folders))
     for path in paths:
         try:
             read[path] = read_image(path, config.img_size, config.resize)[0]
@@ -351,7 +359,9 @@ def moved_settings(args):
 def parse():
     """Checked command line."""
     parser = common.Parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files to draw instead of a data split")
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="files or folders to draw instead of a data split"
+    )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--split", choices=tuple(SPLITS), default="val", help="which images to choose from")
     parser.add_argument(

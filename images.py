@@ -1,18 +1,19 @@
-"""From an image file to grey uint8 pixels: finding files, decoding, DICOM, the cache of decoded images.
+"""From an image file to grey uint8 pixels: decoding, orientation, grey range, the cache of decoded images.
 
-JPEG and PNG (8 and 16 bit, grey or colour) are read by Pillow, DICOM by pydicom, where it is installed.
-Whatever is wrong with a file, reading it raises OSError with the reason and nothing else, so that one bad
-file never stops work on the others.
+JPEG, PNG, TIFF, BMP and WebP are read by Pillow, DICOM by dicom.py; what a file is, its first bytes tell, not
+its name. Whatever is wrong with a file, reading it raises OSError with the reason and nothing else, so that
+one bad file never stops work on the others.
+
+Files of 8 bits keep their grey values. Above 8 bits (PNG, TIFF, DICOM, whole numbers or floats) the 0.5 and
+the 99.5 percentile of the pixels that are no padding become black and white; padding becomes black. So
+neither the depth of a file nor a single bright marker decides how bright the picture is.
 """
 
 import contextlib
-import glob
 import itertools
 import os
 import stat
 import sys
-import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,15 +23,26 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+import dicom
 from common import InputError, Pace, advice, atomic_path, read_json, say, sha256, write_json
+from listing import HEAD, READ, kind_of
 
-EXTENSIONS = (".jpeg", ".jpg", ".png")
-FORMATS = ("JPEG", "PNG")  # what Pillow may open, whatever the file is called
-DICOM_EXTENSIONS = (".dcm", ".dicom")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # what Pillow may open, whatever the file is called
 RESIZES = ("squash", "pad", "crop")
-CACHE_VERSION = 4  # raise it when decoding changes, so that old caches are rebuilt
+CACHE_VERSION = 5  # raise it when decoding changes, so that old caches are rebuilt
 MAX_PIXELS = 178_956_970  # Pillow's own limit, applied also where Pillow does not check
-SEARCH_NOTE = 10  # seconds between two lines about a search that goes on
+PERCENTILES = (0.5, 99.5)  # black and white of what has more than 8 bits
+TURNS = {  # the EXIF tag Orientation -> what puts the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT = 274, 262, 258, 339  # tags of TIFF and EXIF
+TILE_WIDTH, TILE_LENGTH = 322, 323
 
 
 # ---------------------------------------------------------------- one file
@@ -44,8 +56,6 @@ def _oserror_only():
     """
     try:
         yield
-    except UnidentifiedImageError:
-        raise OSError("not a JPEG or PNG image") from None
     except OSError:
         raise
     except Exception as error:  # MemoryError too, but not KeyboardInterrupt
@@ -62,20 +72,56 @@ def _check_regular(path):
         raise OSError("a named pipe, socket or device, not a regular file")
 
 
-def _open(source):
-    """A path or file object -> PIL image, its pixels not yet decoded."""
-    if isinstance(source, (str, bytes, os.PathLike)):
-        _check_regular(source)
-        if os.path.getsize(source) == 0:
-            raise OSError("the file is empty")
-    return Image.open(source, formats=FORMATS)
+@contextlib.contextmanager
+def _file(source):
+    """(file object, its kind by listing.kind_of) of a path or file object."""
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        kind = kind_of(source.read(HEAD))
+        source.seek(0)
+        yield source, kind
+        return
+    _check_regular(source)
+    if os.path.getsize(source) == 0:
+        raise OSError("the file is empty")
+    with open(source, "rb") as file:
+        kind = kind_of(file.read(HEAD))
+        file.seek(0)
+        yield file, kind
+
+
+def _open(file, kind):
+    """A file object of a kind -> PIL image, its pixels not yet decoded. OSError for what is no single picture
+    of a size that is read."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if kind is None:
+            raise OSError(f"not a file that is read ({READ})") from None
+        raise OSError(f"a damaged {kind} file, or of a kind that is not read") from None
+    if image.format not in ("JPEG", "MPO", "PNG"):  # those Pillow has checked, against twice the limit
+        _check_size(image)
+    # The further pictures of a JPEG (MPO) are previews of the first; elsewhere nobody could say which is
+    # meant.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise OSError(f"a {image.format} file of several pages or frames: only single images are read")
+    return image
+
+
+def _check_size(image):
+    """OSError if an image, or a tile of a TIFF, which is decoded whole, has more than MAX_PIXELS."""
+    sizes = [image.size]
+    if image.format == "TIFF":
+        sizes.append((image.tag_v2.get(TILE_WIDTH, 0), image.tag_v2.get(TILE_LENGTH, 0)))
+    for width, height in sizes:
+        if width * height > MAX_PIXELS:
+            raise OSError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
 def decode(source, size, resize="squash"):
-    """A JPEG or PNG (path or file object) -> uint8 [size, size], grey.
+    """An image file (path or file object; DICOM by its path) -> uint8 [size, size], grey, upright.
 
     Large JPEGs are decoded at reduced scale (never below twice the target, so nothing visible is lost),
-    then shrunk with an anti-aliased bilinear filter. 16-bit images are scaled, not clipped, to 8 bits.
+    then shrunk with an anti-aliased bilinear filter. Above 8 bits the grey range is `stretch`ed.
     OSError, and nothing else, if the file cannot be read.
     """
     return _decode(source, size, resize)[0]
@@ -83,23 +129,117 @@ def decode(source, size, resize="squash"):
 
 @_oserror_only()
 def _decode(source, size, resize):
-    """`decode`, and the original's (width, height)."""
-    with _open(source) as image:
+    """`decode`, and the original's (width, height) as it is seen upright."""
+    with _file(source) as (file, kind):
+        if kind == "DICOM":
+            image = open_dicom(source)
+            return to_square(image.convert("L"), size, resize), image.size
+        image = _open(file, kind)
         original = image.size
         image.draft("L", (2 * size, 2 * size))
-        return to_square(to_grey(image), size, resize), original
+        grey = to_grey(image)
+        if image.format == "TIFF":  # Pillow itself puts these upright as they are loaded
+            return to_square(grey, size, resize), grey.size
+        orientation = _orientation(image)
+        if orientation in TURNS:
+            grey = grey.transpose(TURNS[orientation])
+        if orientation >= 5:  # width and height change places
+            original = original[::-1]
+        return to_square(grey, size, resize), original
+
+
+def _orientation(image):
+    """The EXIF tag Orientation of a loaded image, 1 to 8; 1 where there is none that is valid."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data say nothing, and the picture may be good
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def to_grey(image):
-    """A PIL image of any mode -> mode "L" (8-bit grey). OSError if a pixel is NaN or infinite."""
+    """A PIL image of any mode -> mode "L" (8-bit grey), above 8 bits by `stretch`. OSError if a pixel is NaN
+    or infinite."""
+    if image.format == "TIFF":
+        return _tiff_to_grey(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return stretch(np.asarray(image))
+    if image.format == "PNG" and _sixteen_bits(image):
+        return _deep_png_to_grey(image)
+    return image.convert("L")
+
+
+def _tiff_to_grey(image):
+    """`to_grey` of a TIFF, whose tags tell what its values mean."""
+    tags = image.tag_v2
+    bits, white_is_zero = max(tags.get(BITS_PER_SAMPLE, (1,))), tags.get(PHOTOMETRIC) == 0
     if not (image.mode.startswith("I") or image.mode == "F"):
+        if bits > 8:
+            raise OSError(f"colour TIFF of {bits} bits: save it as grey, or with 8 bits")
         return image.convert("L")
-    pixels = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(pixels).all():
+    values = np.asarray(image)
+    if image.mode == "I" and bits == 32 and max(tags.get(SAMPLE_FORMAT, (1,))) == 1:
+        values = values.view(np.uint32)  # Pillow knows signed ones only
+    if white_is_zero:  # Pillow turns these round at 8 bits only
+        values = -values.astype(np.float64)
+    return stretch(values)
+
+
+def _sixteen_bits(image):
+    """Whether a PNG that is open has 16 bits a channel: byte 24 of the file says so."""
+    place = image.fp.tell()
+    image.fp.seek(24)
+    depth = image.fp.read(1)
+    image.fp.seek(place)
+    return depth == b"\x10"
+
+
+def _deep_png_to_grey(image):
+    """`to_grey` of a PNG of 16 bits in colour or with transparency, of which Pillow keeps the upper 8 bits
+    only."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    image.fp.seek(0)
+    raw = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    channels = decode_png(raw, ImageReadMode.UNCHANGED).numpy().astype(np.float64)
+    if len(channels) < 3:
+        return stretch(channels[0])
+    red, green, blue = channels[:3]
+    return stretch(0.299 * red + 0.587 * green + 0.114 * blue)
+
+
+def stretch(values, padding=None):
+    """Grey values of any depth [H, W] -> PIL image of mode "L": the 0.5 and the 99.5 percentile of the pixels
+    that are not `padding` (bool [H, W], or None) become 0 and 255, what lies beyond is cut; padding becomes
+    0.
+
+    OSError if a pixel is NaN or infinite, or if (nearly) all are equal."""
+    values = np.asarray(values, dtype=np.float64)
+    _check_values(values, padding)
+    known = values if padding is None else values[~padding]
+    low, high = np.percentile(known, PERCENTILES)
+    if not 0 < high - low < np.inf:
+        raise OSError("hardly any pixel of the image differs from the others")
+    return _to_image((values - low) / (high - low) * 255, padding)
+
+
+def _check_values(values, padding):
+    """OSError unless pixels that are not padding are finite and differ."""
+    known = values if padding is None else values[~padding]
+    if not known.size:
+        raise OSError("all pixels of the image are padding")
+    if not np.isfinite(known).all():
         raise OSError("some pixels are NaN or infinite")
-    brightest = pixels.max()
-    white = 255 if brightest <= 255 else 4095 if brightest <= 4095 else 65535  # 8, 12 or 16 bits are in use
-    return Image.fromarray((pixels / white * 255).round().clip(0, 255).astype(np.uint8))
+    if known.max() <= known.min():
+        raise OSError("all pixels of the image are equal")
+
+
+def _to_image(values, padding):
+    """Values, 0 black and 255 white, -> PIL image of mode "L"; padding becomes black."""
+    if padding is not None:
+        values = np.where(padding, 0, values)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def to_square(image, size, resize):
@@ -127,128 +267,42 @@ def to_square(image, size, resize):
 
 @_oserror_only()
 def open_dicom(path):
-    """A DICOM file of one image -> PIL image of mode "L": dense = bright, rescale and window applied, the
-    darkest pixel 0 and the brightest 255.
+    """A DICOM file of one image -> PIL image of mode "L", dense = bright, or "RGB".
 
-    OSError, and nothing else, if the file cannot be read or pydicom is not installed.
-    """
-    try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError:
-        raise OSError("DICOM needs the package pydicom: pip install pydicom") from None
+    Up to 8 bits values stay as they are, or as the file's window shows them; above, or where a table or a
+    rescaling changes them, they are `stretch`ed. OSError, and nothing else, if the file cannot be read."""
     _check_regular(path)
-    try:
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-            raise OSError("deflated DICOM is not supported: a small file could unpack to any size")
-        file = pydicom.dcmread(path)
-    except InvalidDicomError:
-        raise OSError("not a DICOM file") from None
-    frames = int(file.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise OSError(f"DICOM of {frames} frames: only single images can be read")
-    if file.Rows * file.Columns > MAX_PIXELS:
-        raise OSError(f"{file.Columns} x {file.Rows} pixels are more than the limit of {MAX_PIXELS}")
-    stored, photometric = file.pixel_array, file.get("PhotometricInterpretation")
-    if stored.ndim == 3 and stored.dtype == np.uint8:
-        return Image.fromarray(stored).convert("L")
-    if stored.ndim != 2 or photometric == "PALETTE COLOR":
-        raise OSError("only grey and 8-bit RGB DICOM images are supported")
-    values = np.asarray(apply_voi_lut(apply_modality_lut(stored, file), file), dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise OSError("some pixels are NaN or infinite")
-    low, high = values.min(), values.max()
-    if high <= low:
-        raise OSError("all pixels of the DICOM image are equal")
-    grey = (values - low) / (high - low)
-    if photometric == "MONOCHROME1":  # low values are bright there
-        grey = 1 - grey
-    return Image.fromarray(np.round(grey * 255).astype(np.uint8))
+    found = dicom.read(path, MAX_PIXELS)
+    if found.values.ndim == 3:
+        return Image.fromarray(found.values)
+    if found.white is None:
+        return stretch(found.values, found.padding)
+    _check_values(found.values, found.padding)
+    return _to_image(found.values * (255 / found.white), found.padding)
 
 
 @_oserror_only()
 def read_image(path, size, resize="squash"):
-    """A JPEG, PNG or DICOM file -> (uint8 [size, size], original (width, height), colourfulness in [0, 1]).
+    """An image file -> (uint8 [size, size], original (width, height), colourfulness in [0, 1]), upright.
 
     Colourfulness is the mean difference between the strongest and the weakest of red, green and blue: 0 for
-    grey. Files called .dcm or .dicom are read as DICOM. OSError, and nothing else, if it cannot be read.
+    grey. OSError, and nothing else, if the file cannot be read.
     """
-    if os.fspath(path).lower().endswith(DICOM_EXTENSIONS):
-        image = open_dicom(path)
-        return to_square(image, size, resize), image.size, 0.0
-    colour = 0.0
-    with _open(path) as image:
-        if image.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
-            image.draft("RGB", (64, 64))
-            small = np.asarray(image.convert("RGB").resize((64, 64)), dtype=np.float64)
-            colour = float((small.max(axis=2) - small.min(axis=2)).mean() / 255)
+    with _file(path) as (file, kind):
+        if kind == "DICOM":
+            image = open_dicom(path)
+            return to_square(image.convert("L"), size, resize), image.size, colourfulness(image)
+        colour = colourfulness(_open(file, kind))
     return *_decode(path, size, resize), colour
 
 
-# ---------------------------------------------------------------- finding files
-
-
-def find_files(paths):
-    """Files, folders and globs -> iterator over the names of image files.
-
-    Folders are searched as the iterator advances, recursively and in sorted order; hidden files and folders,
-    and whatever is not a regular file, are passed over. A file that is named or matched by a glob is yielded
-    whatever its name. InputError, before the first file, for a path that does not exist and matches nothing.
-    """
-    expanded = []
-    for path in paths:
-        found = [path] if os.path.exists(path) else _expand(path)
-        if not found:
-            raise InputError(f"{path} is not a file, not a folder, and as a glob matches nothing")
-        expanded += found
-    return itertools.chain.from_iterable(map(_walk, expanded))
-
-
-def _expand(pattern):
-    """What a glob matches, sorted, less what lies in a matched folder, which is searched anyway (`**` matches
-    both)."""
-    found, done = [], threading.Event()
-
-    def report():  # in a thread, because a search may go on for long without any match
-        while not done.wait(SEARCH_NOTE):
-            say(f"still looking for {pattern}: {len(found)} found so far")
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        for path in glob.iglob(pattern, recursive=True):
-            found.append(path)
-        folders = {Path(path) for path in found if os.path.isdir(path)}
-    finally:
-        done.set()
-        thread.join()
-    return sorted(path for path in found if folders.isdisjoint(Path(path).parents))
-
-
-def _walk(path):
-    """The image files under a folder; anything else is yielded as it is."""
-    if not os.path.isdir(path):
-        yield path
-        return
-
-    def passed_over(error):
-        say(f"note: the folder {error.filename} cannot be read ({error.strerror}), passed over")
-
-    last = time.monotonic()
-    for folder, folders, files in os.walk(path, onerror=passed_over):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        if time.monotonic() - last > SEARCH_NOTE:
-            last = time.monotonic()
-            say(f"still looking for images, now in {folder}")
-        for name in sorted(files):
-            file = os.path.join(folder, name)
-            if name.startswith(".") or not name.lower().endswith(EXTENSIONS + DICOM_EXTENSIONS):
-                continue
-            if os.path.isfile(file) or not os.path.exists(file):  # a broken link is reported when it is read
-                yield file
-                last = time.monotonic()
+def colourfulness(image):
+    """Mean difference between the strongest and the weakest of red, green and blue of a PIL image, 0 to 1."""
+    if image.mode not in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
+        return 0.0
+    image.draft("RGB", (64, 64))
+    small = np.asarray(image.convert("RGB").resize((64, 64)), dtype=np.float64)
+    return float((small.max(axis=2) - small.min(axis=2)).mean() / 255)
 
 
 # ---------------------------------------------------------------- many files, cached

@@ -1,7 +1,9 @@
 """Which images there are, what is asked of them, and whose they are. Here from class folders; tables.py reads
-tables. Only names are read, no image is opened.
+tables. No image is decoded.
 """
 
+import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError, advice
-from images import EXTENSIONS
+from common import InputError, advice, say_once
+from listing import EXTENSIONS, Search, is_passed_over, subfolders
 from task import CLASSES, HEALTHY, is_healthy
 
 PARTS = ("train", "val", "test")
+TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
+PART_NAMES = (*TRAIN_NAMES, *PARTS, "valid", "validation", "testing")
 
 
 class Index(NamedTuple):
@@ -64,7 +68,7 @@ def find_root(data_dir, classes=CLASSES):
     """The folder that holds train/: `data_dir`, or the one folder in it (to depth 2) that does.
 
     InputError if there is none, or several."""
-    level = [Path(data_dir)]
+    level, seen = [Path(data_dir)], []
     for _ in range(3):
         found = [folder for folder in level if (folder / "train").is_dir()]
         usual = [folder for folder in found if folder.name == "chest_xray"]
@@ -75,13 +79,11 @@ def find_root(data_dir, classes=CLASSES):
             )
         if found:
             return (usual or found)[0]
-        level = [
-            sub
-            for folder in level
-            if folder.is_dir()
-            for sub in sorted(folder.iterdir())
-            if sub.is_dir() and not sub.name.startswith((".", "__MACOSX"))
-        ]
+        seen += level
+        level = [folder / name for folder in level for name in subfolders(folder)]
+    near = next(filter(None, map(_almost, seen[:100])), "")
+    if not Path(data_dir).is_dir():
+        near = " There is no such folder."
     folders = "{train,test}/{" + ",".join(classes) + "}"
     ways = (
         advice("--data-dir", f"  --data-dir DIR   where DIR/{folders} hold the images"),
@@ -91,7 +93,34 @@ def find_root(data_dir, classes=CLASSES):
         advice("--demo", "  --demo           draw a small synthetic set for a first try"),
     )
     ways = "\n".join(filter(None, ways)) or f"  a folder that holds {folders}"
-    raise InputError(f"no data: {data_dir} has no train/ folder. What there is to give:\n{ways}")
+    raise InputError(f"no data: {data_dir} has no train/ folder.{near} What there is to give:\n{ways}")
+
+
+def _almost(folder):
+    """What a folder without train/ holds that is nearly a set, and what to do, as a sentence, else ""."""
+    names = subfolders(folder)
+    other = [name for name in names if name.lower() in TRAIN_NAMES]
+    if other:
+        return f" {folder} holds {other[0]}/: call it train (and the others test and val)."
+    full = [name for name in names if _holds_images(folder / name)]
+    if len(full) < 2:
+        return ""
+    some = ", ".join(full[:5])
+    if folder.name.lower() in TRAIN_NAMES:
+        return f" {folder} itself holds folders of images ({some}): give --data-dir {folder.parent}."
+    return (
+        f" {folder} holds folders of images ({some}): if these are the classes, move them into "
+        f"{folder / 'train'}/. Without a test/ beside it, a test part is cut from train."
+    )
+
+
+def _holds_images(folder):
+    """Whether a folder, or a folder in it, holds files with the names of images. The first thousand count."""
+    for place in (folder, *(folder / name for name in subfolders(folder))):
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
+            if any(entry.name.lower().endswith(EXTENSIONS) for entry in itertools.islice(entries, 1000)):
+                return True
+    return False
 
 
 def find_classes(root, healthy=None):
@@ -100,13 +129,13 @@ def find_classes(root, healthy=None):
     `healthy`: its name, if it is called neither normal nor healthy nor no finding. InputError for fewer than
     two classes, names that differ in case only, or no (or more than one) healthy class."""
     folder = Path(root, "train")
-    names = sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))
-    )
+    names = subfolders(folder)
     if len(names) < 2:
+        inner = [f"{name}/{inner}" for name in names for inner in subfolders(folder / name)]
+        inside = f" (in it {', '.join(inner[:5])})" if inner else ""
+        there = " and ".join(names) or "no class folder"
         raise InputError(
-            f"{folder} holds {' and '.join(names) or 'no class folder'}: a question needs two classes or "
-            "more, each in a folder of its own"
+            f"{folder} holds {there}{inside}: a question needs two classes or more, each in its own folder"
         )
     for name in names:
         twins = [other for other in names if other.lower() == name.lower()]
@@ -127,48 +156,48 @@ def find_classes(root, healthy=None):
 
 
 def list_images(root, part, classes=CLASSES):
-    """The Index of the image files of root/part/<class>/, sorted by name within each class.
+    """The Index of the image files of root/part/<class>/ and of the folders below, sorted by name within each
+    folder.
 
-    Hidden files, `._*` and __MACOSX are passed over. Only names are read, no file is opened. InputError if a
-    class folder is missing or holds no image, or if there is a folder of a class that is not asked.
-    """
-    files, targets = [], []
-    others = sorted(
-        p.name
-        for p in (Path(root, part).iterdir() if Path(root, part).is_dir() else ())
-        if p.is_dir() and not p.name.startswith((".", "__MACOSX")) and p.name not in classes
-    )
+    A line says what was passed over (listing.Search). InputError if a class folder is missing or holds no
+    image, or if there is a folder of a class that is not asked."""
+    files, targets, place, search = [], [], Path(root, part), Search()
+    others = [name for name in subfolders(place) if name not in classes]
     for target, name in enumerate(classes):
-        folder = Path(root, part, name)
+        folder, inside = place / name, Search()
         if not folder.is_dir():
             hint = f"; there is {', '.join(others)}" if others else ""
             raise InputError(f"{folder} does not exist: each class needs a folder of its own{hint}")
-        with os.scandir(folder) as entries:
-            found = sorted(entry.name for entry in entries if _is_image(entry))
+        found = [Path(path).relative_to(root).as_posix() for path in inside.walk(folder)]
         if not found:
-            raise InputError(f"{folder} holds no {'/'.join(EXTENSIONS)} images")
-        files += [f"{part}/{name}/{f}" for f in found]
+            raise InputError(f"{folder} holds no image: {inside.nothing()}")
+        files += found
         targets += [target] * len(found)
+        search.add(inside)
     if others:
         raise InputError(
-            f"{Path(root, part)} holds {', '.join(others)}, which is none of the classes {', '.join(classes)}"
+            f"{place} holds {', '.join(others)}, which is none of the classes {', '.join(classes)}"
         )
+    search.pass_over(_loose(place), "files beside the class folders")
+    search.tell(place)
     patients = [patient_id(f) for f in files]
     sides = np.full(len(files), part, dtype="U5")
     return Index(files, np.array(targets, dtype=np.int64), patients, same_name(files), sides)
 
 
-def _is_image(entry):
-    """Whether a directory entry is an image to be read: no hidden file, named pipe or folder. A broken link
-    is one: decoding it gives the reason."""
-    name = entry.name
-    if not name.lower().endswith(EXTENSIONS) or name.startswith((".", "__MACOSX")):
-        return False
-    return entry.is_file() or not os.path.exists(entry.path)
+def _loose(folder):
+    """Number of files in a folder that has folders only, the hidden and the system's apart."""
+    return sum(not p.is_dir() and not is_passed_over(p.name) for p in Path(folder).iterdir())
 
 
 def read_folders(root, classes, parts):
-    """The Index of all images of `parts`, those of PARTS that are read."""
+    """The Index of all images of `parts`, those of PARTS that are read. A line names folders of other names
+    that may be parts."""
+    real = {os.path.realpath(Path(root, part)) for part in PARTS}  # where Train and train are one folder
+    like = [n for n in subfolders(root) if n.lower() in PART_NAMES]
+    ignored = [n for n in like if n not in PARTS and os.path.realpath(Path(root, n)) not in real]
+    if ignored:
+        say_once(f"note: {root}: passed over: {', '.join(ignored)}; parts are called {', '.join(PARTS)}")
     found = [list_images(root, part, classes) for part in parts]
     files, patients = ([v for index in found for v in getattr(index, k)] for k in ("files", "patients"))
     targets, known, part = (np.concatenate([index[i] for index in found]) for i in (1, 3, 4))

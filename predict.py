@@ -2,18 +2,18 @@
 
     python predict.py PATHS... --run outputs/pretrained > predictions.csv
 
-PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG (8 and 16 bit, grey or colour), and
-DICOM (needs the package pydicom). Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
+PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF, BMP, WebP and DICOM, of 8
+bits or more, grey or colour. Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
 decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
 findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
-empty without a threshold) for each.
-Preprocessing, temperature and thresholds are the run's own, so the test folder gives calibrate.py's scores. A
-file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
-`typicality` is the share of validation images at least as odd, and `note` says when it is 0.01 or less, or
-brightness, contrast, colour or size is unlike the training images. A line on stderr says whether all
-images together are like validation (shift.py says how); --summary writes that to a file, and --keep to the
-run, for compare.py. In folders only files with the extensions of images are looked at. Memory does not grow
-with the number of files.
+empty without a threshold) for each. Preprocessing, temperature and thresholds are the run's own, so the test
+folder gives calibrate.py's scores. A file that cannot be read gets a note in its row and makes the exit code
+2; the rest is scored all the same. `typicality` is the share of validation images at least as odd, and `note`
+says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training images. A line on
+stderr says whether all images together are like validation (shift.py says how); --summary writes that to a
+file, and --keep to the run, for compare.py. In folders files are recognised by their names or, of any other
+name, by their content; what is passed over is counted in a line on stderr. Memory does not grow with the
+number of files.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -39,9 +39,10 @@ import lungs
 import masks as lung_masks
 import shift
 from device import add_device_argument, pick_device
-from images import find_files, read_image
+from images import read_image
 from index import patient_id
 from inputs import Inputs, normalise
+from listing import Search, find_files
 from run import Run
 
 
@@ -344,7 +345,8 @@ def main():
         common.say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
     if args.export:
         return export(scorer, args.export)
-    files = find_files(args.paths)
+    search = Search()
+    files = find_files(args.paths, search)
     writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
     if not args.jsonl:
         writer.writeheader()
@@ -361,7 +363,8 @@ def main():
         pace.count(count, "files")
     common.say(f"{count} files: {bad} unreadable, {odd} unlike the training images")
     if not count:
-        raise common.InputError("no image files in " + ", ".join(args.paths))
+        raise common.InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
+    search.tell(", ".join(args.paths[:3]))
     report(scorer, args, {"images": count, "unreadable": bad})
     if bad:
         raise common.InputError(f"{bad} of {count} files could not be read; their rows say why")

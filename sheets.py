@@ -8,10 +8,9 @@ import codecs
 import csv
 import io
 import re
-from functools import cache
 from pathlib import Path
 
-from common import InputError, check_regular, say
+from common import InputError, check_regular, say, say_once
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NAME_COLUMNS = {"path", "image index"}  # one of these names the image in every table that is read
@@ -23,7 +22,6 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-say_once = cache(say)  # a table is read several times in a run
 
 
 # ---------------------------------------------------------------- text and columns

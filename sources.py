@@ -13,8 +13,8 @@ import index as indices
 import tables
 import twins
 from common import InputError, say, sha256
-from images import find_files
 from index import Index
+from listing import Search
 from split import cut
 from task import is_healthy
 
@@ -88,7 +88,11 @@ def read_unlabelled(text, config):
     folder = Path(text)
     if not folder.is_dir():
         raise InputError(f"--also-unlabelled {text}: there is no folder {folder}")
-    files = [Path(f).relative_to(folder).as_posix() for f in find_files([str(folder)])]
+    search = Search()
+    files = [Path(f).relative_to(folder).as_posix() for f in search.walk(folder)]
+    if not files:
+        raise InputError(f"--also-unlabelled {text}: no image there; {search.nothing()}")
+    search.tell(folder)
     shape = (len(files), config.task.outputs) if config.task.kind == "sigmoid" else len(files)
     targets = np.full(shape, -1, np.int8 if config.task.kind == "sigmoid" else np.int64)
     unknown = np.zeros(len(files), dtype=bool)

@@ -3,8 +3,8 @@
 import re
 from functools import cache
 
-from common import InputError, advice
-from sheets import column, columns, numbered, say_once, value
+from common import InputError, advice, say_once
+from sheets import column, columns, numbered, value
 from task import is_device, is_healthy
 
 NIH_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")

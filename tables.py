@@ -3,16 +3,17 @@
 Only tables and names are read here; no image is opened.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, check_regular, say
-from images import EXTENSIONS
+from common import InputError, check_regular, say, say_once
 from index import Index
-from sheets import Listed, column, columns, numbered, open_table, say_once, value
+from listing import Search
+from sheets import Listed, column, columns, numbered, open_table, value
 from table_labels import NIH_FINDINGS, is_nih, nih_names, read_nih, read_plain
 from task import is_healthy
 
@@ -132,23 +133,14 @@ def find_table_images(root, nih):
     if not root.is_dir():
         raise InputError(f"no data: the folder {root} does not exist")
     tops = sorted(p for p in root.glob("images*") if p.is_dir()) if nih else [root]
-    walked = set()  # real places: a link may lead in a circle
-    for top in tops:
-        for folder, folders, names in os.walk(top, followlinks=True):
-            if (real := os.path.realpath(folder)) in walked:
-                folders.clear()
-                continue
-            walked.add(real)
-            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-            place = Path(folder).relative_to(root).as_posix()
-            for name in names:
-                if not name.lower().endswith(EXTENSIONS) or name.startswith("."):
-                    continue
-                file = name if place == "." else f"{place}/{name}"
-                key = name if nih else file
-                if key in found:
-                    raise InputError(f"{name} is in {root} twice: {found[key]} and {file}; keep one of them")
-                found[key] = file
+    search = Search()
+    for path in itertools.chain.from_iterable(map(search.walk, tops)):
+        file = Path(path).relative_to(root).as_posix()
+        key = os.path.basename(file) if nih else file
+        if key in found:
+            raise InputError(f"{key} is in {root} twice: {found[key]} and {file}; keep one of them")
+        found[key] = file
+    search.tell(root)
     return found
 
 
