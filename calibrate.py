@@ -25,6 +25,7 @@ import common
 import data
 import frozen
 import hospital
+import shares
 import shift
 from device import add_device_argument, pick_device
 from ensemble import make_ensemble
@@ -88,7 +89,8 @@ def score(run, sets, *, device, batch_size, tta=None):
     if not learnt:
         some = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]))
         usual, val = outputs(some, "training features"), found["val"]
-        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients)
+        labels = shares.kinds(run.task, sides[0].targets)
+        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients, labels)
         run.save_reference({"key": np.array(reference_key), **arrays}, name)
     if scores is None:
         scores = {"key": np.array(key)}
