@@ -366,13 +366,13 @@ def report(scorer, args, counts):
     for it."""
     verdict = scorer.verdict()
     if verdict is None:
-        missing = "it is not known how validation images look to it"
-        if scorer.reference is not None:
-            missing = "the true labels of validation are not kept with it"
         flags = " --tta" if args.tta else ""
+        lacking = "typicality and a verdict on all images together"
+        if scorer.reference is not None:
+            lacking = "a verdict on all images together, which needs the true labels of validation"
         common.say(
-            f"note: no verdict on all images together: {scorer.run} was calibrated by an older version "
-            f"({missing}): run python calibrate.py --run {scorer.run}{flags}"
+            f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
+            f"--run {scorer.run}{flags} for {lacking}"
         )
         if args.summary or args.keep:
             raise common.InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")

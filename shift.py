@@ -141,7 +141,10 @@ class Reference:
                 break
         question, found = max(answers, key=lambda answer: answer[1].p_joint)
         if found.p_joint <= LEVEL:
-            return report | _conclusion("shifted", found.tests, found.p_joint, asked[0])
+            tried = asked[0]
+            if len(asked) > 1:
+                tried = tried._replace(people="people with any finding, or with a single one")
+            return report | _conclusion("shifted", found.tests, found.p_joint, tried)
         verdict = "few" if n < LEAST else "share"
         return report | _conclusion(verdict, found.tests, found.p_joint, question, found.spans)
 
