@@ -29,6 +29,7 @@ import common
 import data
 import frozen
 import hospital
+import shares
 import shift
 import sources
 from device import add_device_argument, pick_device
@@ -119,7 +120,8 @@ def score(run, sets, *, device, batch_size, tta=None):
     found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
     if not learnt:
         usual, val = outputs(some, "training features"), found["val"]
-        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients)
+        labels = shares.kinds(run.task, sides[0].targets)
+        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients, labels)
         run.save_reference({"key": np.array(reference_key), **arrays}, name)
     if scores is None:
         scores = {"key": np.array(key)}

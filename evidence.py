@@ -26,13 +26,18 @@ def batch_blocks(entries):
             usual = f"{100 * found['called_in_validation']:.1f}%"
             joint = in_short(found["p_joint"])
             counts = [str(found[k]) for k in ("images", "patients")]
-            rows.append([f"{e.name}: {name}", *counts, odd, called, usual, joint, found["says"]])
+            says = found["says"]
+            if "version" not in found:
+                says += " (by an older test, which took another share of sick people for a shift)"
+            rows.append([f"{e.name}: {name}", *counts, odd, called, usual, joint, says])
     if not rows:
         return []
     text = (
         "From predict.py --keep. Odd: images whose typicality is 0.01 or less, as that of 1% of the "
         "validation images is. Called: those that the model calls sick at @Rec. p: the least of three "
-        "p-values (odd images, features, scores; one image a patient), times three; 0.05 or less is a shift. "
+        "p-values (odd images, features, scores; one image a patient), times three, at the share of sick "
+        "people that fits best; 0.05 or less is a shift. At another share of sick people, recall and "
+        "specificity are as in validation, but precision, accuracy and calibrated probabilities change. "
         "Images that are like validation as far as these tests see may still be of other patients."
     )
     head = ["Model: images", "Images", "Patients", "Odd", "Called", "Called in validation", "p", "Verdict"]

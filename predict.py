@@ -9,11 +9,12 @@ findings, top_class (the most probable of K classes), then p_FINDING and decisio
 empty without a threshold) for each. Preprocessing, temperature and thresholds are the run's own, so the test
 folder gives calibrate.py's scores. A file that cannot be read gets a note in its row and makes the exit code
 2; the rest is scored all the same. `typicality` is the share of validation images at least as odd, and `note`
-says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training images. A line on
-stderr says whether all images together are like validation (shift.py says how); --summary writes that to a
-file, and --keep to the run, for compare.py. In folders files are recognised by their names or, of any other
-name, by their content; what is passed over is counted in a line on stderr. Memory does not grow with the
-number of files.
+says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training images. Stderr
+ends with the count of notes by kind, and says whether all images together are like validation, like
+validation at another share of sick people, or others (shift.py says how), and what to do next; --summary
+writes that to a file, and --keep to the run, for compare.py. In folders files are recognised by their names
+or, of any other name, by their content; what is passed over is counted in a line on stderr. Memory does not
+grow with the number of files.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -28,6 +29,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,6 +46,8 @@ from index import patient_id
 from inputs import Inputs, normalise
 from listing import Search, find_files
 from run import Run
+
+NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
 
 
 def unlike(pixels, size, colour, results):
@@ -98,6 +102,7 @@ class Scorer:
         top = ["top_class"] if self.several and self.softmax else []
         self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
         self.reference, self.batch = run.reference("tta" if tta else ""), shift.Batch()
+        self.notes = Counter()  # files with a note, and by kind
         self.finder = lung_masks.finder_of(self.config, device)
         self.without_lungs = lung_masks.not_found(self.config)
         self.model.to(device)
@@ -133,11 +138,12 @@ class Scorer:
         return found.tolist()
 
     def verdict(self):
-        """Whether all images so far are like validation, as JSON; None without a reference."""
-        if self.reference is None:
+        """Whether all images so far are like validation, as JSON; None without a reference that holds labels
+        (those of older versions)."""
+        if self.reference is None or not self.reference.labelled:
             return None
         usual = self.called(self.task.scores(self.reference.logits, self.temperature))
-        return self.reference.judge(self.batch, usual)
+        return self.reference.judge(self.batch, usual, self.task)
 
     def answers(self, scores, top):
         """The cells of one image from the top class to the decisions: scores [F]."""
@@ -172,6 +178,7 @@ class Scorer:
                 found = self.found([n for n, i in zip(names, images) if not isinstance(i, str)], good)
                 for name, image in zip(names, images):
                     if isinstance(image, str):
+                        self.notes.update(["unreadable", "noted"])
                         yield {**dict.fromkeys(self.columns), "path": name, "note": image}
                         continue
                     cells, typicality, whole = next(found)
@@ -181,6 +188,8 @@ class Scorer:
                         f"odd: typicality {typicality:.4f}" if odd else "",
                         self.without_lungs if whole else "",
                     ]
+                    self.notes.update(kind for kind, text in zip(NOTES, notes) if text)
+                    self.notes["noted"] += any(notes)
                     note = "; ".join(filter(None, notes))
                     yield dict(zip(self.columns, (name, *cells, typicality, note)))
 
@@ -321,15 +330,57 @@ def parse():
     return args
 
 
+def count_of_notes(count, notes, typicality):
+    """How many of `count` files have a note, and how many notes of each kind, as text. `typicality`: whether
+    odd images can be told at all."""
+    kinds = {
+        "unreadable": "unreadable",
+        "odd": f"odd (typicality {shift.ODD:g} or less)",
+        "unlike": "of a brightness, contrast, colour or size unlike the training images",
+        "lungs": "without lungs, though the model needs them",
+    }
+    parts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
+    if not typicality:
+        parts.append("which are odd cannot be told")
+    return f"{count} files, {notes['noted']} with a note" + (": " if parts else "") + ", ".join(parts)
+
+
+def advice(verdict, run, site):
+    """What to do next, as text; empty if nothing."""
+    if verdict["verdict"] == "shifted":
+        if site:
+            return (
+                f"next: the thresholds of {site} hold while patients stay like those labelled there; "
+                "python monitor.py watches that as diagnoses come in"
+            )
+        return (
+            "next: label some of these images; "
+            f"python calibrate.py --run {run} --site DIR --name WHERE chooses thresholds on them"
+        )
+    if verdict["verdict"] == "few" and verdict["patients"]:
+        return f"next: score {shift.LEAST} patients or more together"
+    return ""
+
+
 def report(scorer, args, counts):
-    """Say the verdict on all images together, and write it where --summary and --keep ask for it."""
+    """Say the verdict on all images together and what to do next, and write it where --summary and --keep ask
+    for it."""
     verdict = scorer.verdict()
     if verdict is None:
-        common.say(f"note: {scorer.run} was calibrated by an older version: run calibrate.py for typicality")
+        flags = " --tta" if args.tta else ""
+        lacking = "typicality and a verdict on all images together"
+        if scorer.reference is not None:
+            lacking = "a verdict on all images together, which needs the true labels of validation"
+        common.say(
+            f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
+            f"--run {scorer.run}{flags} for {lacking}"
+        )
         if args.summary or args.keep:
             raise common.InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")
         return
     common.say(shift.sentence(verdict))
+    if following := advice(verdict, scorer.run, args.site):
+        common.say(following)
     about = {"run": str(scorer.run), "checkpoint": scorer.run.checkpoint_sha256, "paths": args.paths[:20]}
     about |= {**counts, **verdict}
     if args.summary:
@@ -350,21 +401,21 @@ def main():
     writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
     if not args.jsonl:
         writer.writeheader()
-    count = bad = odd = 0
+    count = 0
     pace = common.Pace()
     for row in scorer.rows(files, args.batch_size):
         count += 1
-        bad += row[scorer.probabilities[0]] is None
-        odd += row["note"].startswith("unlike")
         if args.jsonl:
             print(json.dumps(row))
         else:
             writer.writerow(row)
         pace.count(count, "files")
-    common.say(f"{count} files: {bad} unreadable, {odd} unlike the training images")
     if not count:
         raise common.InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
     search.tell(", ".join(args.paths[:3]))
+    reference, bad = scorer.reference, scorer.notes["unreadable"]
+    typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
+    common.say(count_of_notes(count, scorer.notes, typicality))
     report(scorer, args, {"images": count, "unreadable": bad})
     if bad:
         raise common.InputError(f"{bad} of {count} files could not be read; their rows say why")

@@ -5,52 +5,57 @@ al. 2018, arXiv:1807.03888, without classes), with the covariance shrunk as by L
 typicality is a conformal p-value (Vovk et al. 2005): the share of validation images at least as far away.
 
 A batch is judged by three tests at a joint level of 5%: the share of odd images, and two permutation tests
-(Gretton et al. 2012, kernel two-sample test), of the features and of the scores. Images that the model calls
-sick are compared with such images, and the others with the others, so that another share of sick people alone
-is no shift. One image a patient takes part, because images of one patient are no independent draws.
+(Gretton et al. 2012, kernel two-sample test), of the features and of the scores. Another share of sick people
+alone is no shift, since recall does not depend on it: shares.py tries whether validation images, drawn by
+their true labels at another share, are like the batch. One image a patient takes part, because images of one
+patient are no independent draws.
 """
 
 import hashlib
 import heapq
 
 import numpy as np
-from scipy.spatial.distance import cdist
-from scipy.stats import betabinom
 from sklearn.covariance import LedoitWolf
 
 from common import InputError
 from intervals import in_short
+from shares import LEVEL, ODD, ODD_NEEDS, Pool, joint, mean_test, questions, search
 
-VERSION = 1  # raise it when what is learnt changes
-ODD = 0.01  # an image of this typicality or less is odd
-ODD_NEEDS = 99  # validation images that it takes: the oddest of n has typicality 1 / (n + 1)
-LEVEL = 0.05  # of the three tests together
+VERSION = 2  # raise it when what is learnt, or how it is judged, changes
 LEAST = 20  # patients that a verdict needs
-DRAWS = 999  # of the permutation tests
 TRAINING = 1024  # training images that the distance is learnt from
 DEEP = 64  # directions of the features that the tests look at, those of most variance
 BATCH = 1000  # patients of a batch, and of validation, that take part in the tests
 ROOM = 1_000_000  # bytes of the largest stored matrix
 VERDICTS = {
     "like": "like validation",
-    "shifted": "shifted: the recall floor is not promised here",
+    "share": "compatible with the validation images at another share of {people} ({spans})",
+    "shifted": "shifted: other images than those of validation, and not only another share of {people}; the "
+    "recall floor is not promised here",
     "few": f"too few images to tell (n < {LEAST})",
+    "unknown": "cannot be told: validation has too few patients of one class to try another share",
 }
+DEPENDS = (
+    "recall and specificity are as in validation, but precision, accuracy, NPV and calibrated probabilities "
+    "change with that share"
+)
 
 
 # ---------------------------------------------------------------- what a run keeps
 
 
-def learn(train, val, logits, patients):
+def learn(train, val, logits, patients, labels):
     """What `Reference` needs, as arrays by name: train float [n, D] and val [N, D], features of training and
-    of validation images; logits [N, K] and `patients` [N] of the latter."""
+    of validation images; logits [N, K], `patients` [N] and true labels int [N, G] (see shares.kinds) of the
+    latter."""
     mean = train.mean(axis=0, dtype=np.float64)
     variances, axes = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(train - mean).covariance_)
     kept = max(1, min(len(mean), ROOM // (4 * len(mean))))  # those of most variance, where all take much room
     whiten = (axes / np.sqrt(variances.clip(min=1e-12)))[:, ::-1][:, :kept]
     arrays = {"mean": mean.astype(np.float32), "whiten": whiten.astype(np.float32)}
     z, some = _project(arrays, val), one_each(patients)[:BATCH]
-    arrays["distances"] = np.sort(np.linalg.norm(z, axis=1)).astype(np.float32)
+    distances = np.linalg.norm(z, axis=1).astype(np.float32)
+    arrays |= {"distances": np.sort(distances), "far": distances[some], "labels": labels[some]}
     return arrays | {"features": z[some, :DEEP].astype(np.float32), "logits": logits[some].astype(np.float32)}
 
 
@@ -69,21 +74,19 @@ def one_each(patients, seed=0):
 
 class Reference:
     """What a run was validated on, from the arrays of `learn`. InputError naming `path` if these are
-    damaged."""
+    damaged.
+
+    Those of version 1 hold no labels: they tell odd images, but cannot judge a batch."""
 
     def __init__(self, arrays, path):
         try:
-            D, k = arrays["whiten"].shape
-            M, K = arrays["logits"].shape
-            shapes = {"mean": (D,), "features": (M, min(k, DEEP)), "distances": (len(arrays["distances"]),)}
-            good = all(arrays[name].shape == shape for name, shape in shapes.items()) and M * k * K > 0
-            names = ("mean", "whiten", "distances", "features", "logits")
-            good = good and all(arrays[n].dtype == np.float32 and np.isfinite(arrays[n]).all() for n in names)
+            good = _whole(arrays)
         except (KeyError, ValueError, AttributeError):
             good = False
         if not good:
             raise InputError(f"{path} is damaged: run calibrate.py again")
         self.arrays, self.distances = arrays, np.sort(arrays["distances"])
+        self.labelled = "labels" in arrays
 
     @property
     def logits(self):
@@ -91,37 +94,115 @@ class Reference:
         return self.arrays["logits"]
 
     def place(self, features):
-        """Features [N, D] -> (typicality float64 [N] in (0, 1], what `judge` takes [N, k])."""
+        """Features [N, D] -> (typicality float64 [N] in (0, 1], what `judge` takes [N, 1 + k]: the distance,
+        and the features of unit covariance)."""
         z = _project(self.arrays, features)
-        far = len(self.distances) - np.searchsorted(self.distances, np.float32(np.linalg.norm(z, axis=1)))
-        return (1 + far) / (1 + len(self.distances)), z[:, :DEEP].astype(np.float32)
+        distance = np.linalg.norm(z, axis=1).astype(np.float32)
+        far = len(self.distances) - np.searchsorted(self.distances, distance)
+        places = np.concatenate([distance[:, None], z[:, :DEEP].astype(np.float32)], axis=1)
+        return (1 + far) / (1 + len(self.distances)), places
 
-    def judge(self, batch, usual_called):
-        """The verdict on a Batch, as JSON; usual_called bool [M]: whom of its validation images the model
-        calls sick."""
-        n = len(batch.typicality)
+    def judge(self, batch, usual_called, task):
+        """The verdict on a Batch of images of a Task, as JSON; usual_called bool [M]: whom of its validation
+        images the model calls sick."""
+        n, odd = len(batch.typicality), None
+        if n and len(self.distances) >= ODD_NEEDS:
+            odd = float((batch.typicality <= ODD).mean())
         report = {
+            "version": VERSION,
             "patients": n,
-            "odd": float((batch.typicality <= ODD).mean())
-            if n and len(self.distances) >= ODD_NEEDS
-            else None,
+            "odd": odd,
             "called": float(batch.called.mean()) if n else None,
             "called_in_validation": float(usual_called.mean()),
         }
-        tests = {}
-        if n:
-            tests["odd"] = odd_test(int((batch.typicality <= ODD).sum()), n, len(self.distances))
-            strata, usual = batch.called, usual_called
-            pairs = {
-                "features": (self.arrays["features"], batch.places),
-                "scores": (self.logits, batch.logits),
-            }
-            for name, (here, there) in pairs.items():
-                tests[name] = two_sample_test(here, there, usual, strata)
-        known = [p for p in tests.values() if p is not None]
-        joint = min(1.0, len(tests) * min(known)) if known else None
-        verdict = "shifted" if joint is not None and joint <= LEVEL else "few" if n < LEAST else "like"
-        return report | {"p": tests, "p_joint": joint, "verdict": verdict, "says": VERDICTS[verdict]}
+        if not n:
+            return report | _conclusion("few", {}, None)
+        scores = task.scores(np.concatenate([self.logits, batch.logits]))
+        pool = self._pool(batch, scores[:, 0] >= 0.5)
+        asked = questions(task, self.arrays["labels"], scores)
+
+        # First against all of validation, at its own shares.
+        tests = pool.tests(np.arange(pool.M))
+        p = joint(tests)
+        if p is None or (p > LEVEL and not asked):
+            return report | _conclusion("few" if n < LEAST else "like", tests, p)
+        if not asked:
+            return report | _conclusion("unknown", tests, p)
+        usual = np.flatnonzero(asked[0].labels >= 0)
+        same_share = mean_test(asked[0].values, usual, pool.batch) > LEVEL
+        if p > LEVEL and same_share:
+            return report | _conclusion("few" if n < LEAST else "like", tests, p)
+
+        # Then at other shares, of one kind of people at a time: one explanation is enough.
+        answers = []
+        for question in asked:
+            answers.append((question, search(question, pool, batch.seed)))
+            if answers[-1][1].p_joint > LEVEL:
+                break
+        question, found = max(answers, key=lambda answer: answer[1].p_joint)
+        if found.p_joint <= LEVEL:
+            tried = asked[0]
+            if len(asked) > 1:
+                tried = tried._replace(people="people with any finding, or with a single one")
+            return report | _conclusion("shifted", found.tests, found.p_joint, tried)
+        verdict = "few" if n < LEAST else "share"
+        return report | _conclusion(verdict, found.tests, found.p_joint, question, found.spans)
+
+    def _pool(self, batch, strata):
+        """All that is compared, validation first. Images of each stratum are compared with one another: those
+        of a probability of 0.5 or more, and the others. Then the share of sick people matters less. The
+        thresholds would not do as limits, since they were chosen on these validation images."""
+        places = batch.places
+        samples = {
+            "features": np.concatenate([self.arrays["features"], places[:, 1:]]),
+            "scores": np.concatenate([self.logits, batch.logits]),
+        }
+        distances = np.concatenate([self.arrays["far"], places[:, 0]])
+        return Pool(distances, samples, strata, len(self.logits))
+
+
+def _whole(arrays):
+    """Whether the arrays of `learn` are all there, of the right kind and shape."""
+    D, k = arrays["whiten"].shape
+    M, K = arrays["logits"].shape
+    shapes = {"mean": (D,), "features": (M, min(k, DEEP)), "distances": (len(arrays["distances"]),)}
+    floats = ["mean", "whiten", "distances", "features", "logits"]
+    good = M * k * K > 0
+    if "labels" in arrays:
+        labels = arrays["labels"]
+        shapes["far"] = (M,)
+        floats.append("far")
+        good = good and labels.ndim == 2 and len(labels) == M and labels.dtype == np.int16
+        good = good and labels.shape[1] > 0 and labels.min() >= -1 and labels.max() <= max(1, K - 1)
+    good = good and all(arrays[name].shape == shape for name, shape in shapes.items())
+    return good and all(arrays[n].dtype == np.float32 and np.isfinite(arrays[n]).all() for n in floats)
+
+
+def _conclusion(verdict, tests, p_joint, question=None, spans=None):
+    """The part of a verdict that the tests decide, as JSON."""
+    people = question.people if question else "sick people"
+    shares = None
+    if spans is not None:
+        shares = {name: span.tolist() for name, span in zip(question.groups, spans)}
+    usual = None
+    if question:
+        known = question.labels[question.labels >= 0]
+        usual = {name: float((known == k).mean()) for k, name in enumerate(question.groups)}
+    says = VERDICTS[verdict].format(people=people, spans=_in_words(shares, usual))
+    found = {"p": tests, "p_joint": p_joint, "verdict": verdict, "says": says}
+    return found | {"people": people, "shares": shares, "shares_in_validation": usual}
+
+
+def _in_words(shares, usual):
+    """The spans of all groups but the first, as text."""
+    if shares is None:
+        return ""
+    texts = []
+    for name in list(shares)[1:]:
+        low, high = shares[name]
+        text = f"{100 * low:.0f}% to {100 * high:.0f}%; validation {100 * usual[name]:.0f}%"
+        texts.append(text if len(shares) == 2 else f"{name} {text}")
+    return ", ".join(texts)
 
 
 def sentence(verdict):
@@ -134,43 +215,13 @@ def sentence(verdict):
     if verdict["odd"] is not None:
         odd = f"{100 * verdict['odd']:.1f}% odd (validation {100 * ODD:.0f}%)"
     called, usual = verdict["called"], verdict["called_in_validation"]
+    says = verdict["says"]
+    if verdict["verdict"] == "share":
+        says += f": {DEPENDS}"
     return (
-        f"{verdict['says']}; {verdict['patients']} patients, {odd}, {100 * called:.0f}% called sick "
+        f"{says}; {verdict['patients']} patients, {odd}, {100 * called:.0f}% called sick "
         f"(validation {100 * usual:.0f}%); p: {tests}"
     )
-
-
-# ---------------------------------------------------------------- tests
-
-
-def odd_test(odd, n, validated):
-    """P(at least `odd` of n images are odd), if they are drawn like `validated` validation images, none tied:
-    beta-binomial, since the limit is the r-th largest distance of validation. None if validation is too small
-    for any image to be odd."""
-    if validated < ODD_NEEDS:
-        return None
-    r = int(ODD * (validated + 1))
-    return 1.0 if odd == 0 else float(betabinom.sf(odd - 1, n, r, validated + 1 - r))
-
-
-def two_sample_test(usual, new, usual_strata, new_strata, draws=DRAWS, seed=0):
-    """Whether two samples [m, D] and [n, D] come from one distribution within each stratum (labels [m], [n]):
-    the p-value of a permutation test of the squared maximum mean discrepancy, added up over the strata, with
-    a Gaussian kernel as wide as the median distance. None if no stratum has two of each."""
-    rng, observed, drawn, some = np.random.default_rng(seed), 0.0, np.zeros(draws), False
-    for stratum in np.unique(new_strata):
-        a, b = usual[usual_strata == stratum], new[new_strata == stratum]
-        if min(len(a), len(b)) < 2:
-            continue
-        some, both = True, np.concatenate([a, b]).astype(np.float64)
-        squared = cdist(both, both, "sqeuclidean")
-        kernel = np.exp(-squared / max(np.median(squared), 1e-12))
-        weights = np.concatenate([np.full(len(a), -1 / len(a)), np.full(len(b), 1 / len(b))])
-        scale = len(a) * len(b) / len(both)  # else small strata, which vary more, would decide
-        mixed = rng.permuted(np.tile(weights, (draws, 1)), axis=1).T  # (N, draws)
-        observed += scale * (weights @ kernel @ weights)
-        drawn += scale * ((kernel @ mixed) * mixed).sum(axis=0)
-    return float(1 + (drawn >= observed - 1e-12).sum()) / (1 + draws) if some else None
 
 
 # ---------------------------------------------------------------- a batch as it comes in
@@ -209,8 +260,12 @@ class Batch:
         self.rows[patient] = (here, *values)
 
     def _column(self, i):
-        return np.array([row[i] for row in self.rows.values()])
+        """One value of each row, in the order of the checksums, so that the verdict does not depend on the
+        order in which images came in."""
+        rows = sorted(self.rows.values(), key=lambda row: row[0])
+        return np.array([row[i] for row in rows])
 
+    seed = property(lambda self: sum(row[0] for row in self.rows.values()) % 2**32)
     typicality = property(lambda self: self._column(1))
     places = property(lambda self: self._column(2))
     logits = property(lambda self: self._column(3))

@@ -2,20 +2,24 @@
 
     python studies/promises.py
 
-Prints three markdown tables:
+Prints four markdown tables:
 
 - notice (shift.py): how often a batch of n patients that are like the 344 of validation is called shifted.
   It should be in at most 5% of the draws.
+- shares (shift.py): the same where 70% of the validation patients and 10% of the batch are sick, and the sick
+  and the healthy are each alike in both. The last column: how often the interval of the share holds 10%.
 - promise (hospital.py): thresholds chosen on n local patients with the finding and as many without; how often
   their true recall is below the floor of 0.95, and what it is on average.
 - watch (betting.py): how many of the hospitals with a true recall at the floor of 0.95 are ever alarmed in
   3,000 sick patients (at most 5%), and after how many the alarm comes where it is lower.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
@@ -25,34 +29,41 @@ import hospital
 import shift
 from intervals import wilson_interval
 from operating import Rule
+from task import Task
 
 DIMENSIONS, VALIDATED = 24, 344
 BATCHES = (20, 50, 100, 250, 500, 1000)
+AUROCS, REFERENCES = (0.96, 0.99, 0.999), (300, 1000)
 LOCAL = (19, 40, 59, 100, 200)
 RECALLS = (0.95, 0.90, 0.85, 0.80)
 SICK = 3000
+TABLES = ("notice", "shares", "promise", "watch")
 
 
-def patients(rng, count):
-    """(features [count, D], correlated; logits [count, 2]) of a made-up model, one image each."""
+def patients(rng, count, sick=0.7, auroc=0.96):
+    """(features [count, D], correlated; logits [count, 2]; true labels [count, 1]) of a made-up model of this
+    AUROC, one image each: the sick lie further along one direction, and the logits are those of Bayes."""
     mixing = np.random.default_rng(0).normal(size=(DIMENSIONS, DIMENSIONS))
-    features = (rng.normal(size=(count, DIMENSIONS)) @ mixing).astype(np.float32)
-    half = features[:, 0] / 3 + rng.normal(size=count)
-    return features, np.stack([-half, half], axis=1).astype(np.float32)
+    labels = (rng.random(count) < sick).astype(np.int16)
+    apart = np.sqrt(2) * norm.ppf(auroc)
+    values = rng.normal(size=(count, DIMENSIONS))
+    values[:, 0] += apart * labels
+    half = apart * (values[:, 0] - apart / 2) / 2
+    logits = np.stack([-half, half], axis=1)
+    return (values @ mixing).astype(np.float32), logits.astype(np.float32), labels[:, None]
 
 
-def called_shifted(seed, n):
-    """Whether a batch of n patients like those of validation is called shifted."""
-    rng = np.random.default_rng([seed, n])
-    features, logits = patients(rng, VALIDATED)
-    known = shift.Reference(
-        shift.learn(patients(rng, 1024)[0], features, logits, range(VALIDATED)), "made up"
-    )
-    features, logits = patients(rng, n)
+def verdict_on(seed, n, *, validated=VALIDATED, sick=0.7, auroc=0.96):
+    """The verdict on a batch of n patients, of whom a share `sick` is sick; of validation's, 70%."""
+    rng, task = np.random.default_rng([seed, n, validated]), Task()
+    training = patients(rng, 1024, auroc=auroc)[0]
+    features, logits, labels = patients(rng, validated, auroc=auroc)
+    known = shift.Reference(shift.learn(training, features, logits, range(validated), labels), "made up")
+    features, logits, _ = patients(rng, n, sick, auroc)
     batch, (typicality, places) = shift.Batch(), known.place(features)
     for i, row in enumerate(zip(typicality, places, logits, logits[:, 1] > 0)):
-        batch.add(str(i), str(i), *row)
-    return known.judge(batch, known.logits[:, 1] > 0)["verdict"] == "shifted"
+        batch.add(f"{seed} {i}", str(i), *row)
+    return known.judge(batch, known.logits[:, 1] > 0, task)
 
 
 def true_recalls(seed, n, rule):
@@ -74,7 +85,24 @@ def notice(draws):
     """Print how often batches like validation are called shifted."""
     print("| patients | called shifted |\n| ---: | ---: |")
     for n in BATCHES:
-        print(f"| {n} | {share(sum(called_shifted(seed, n) for seed in range(draws)), draws)} |", flush=True)
+        shifted = sum(verdict_on(seed, n)["verdict"] == "shifted" for seed in range(draws))
+        print(f"| {n} | {share(shifted, draws)} |", flush=True)
+
+
+def shares(draws):
+    """Print how often batches that differ from validation by their share of sick people alone are called
+    shifted, by AUROC, validation and batch."""
+    print("\n| AUROC | validation | patients | called shifted | interval holds 10% |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for auroc, validated, n in itertools.product(AUROCS, REFERENCES, BATCHES):
+        about = dict(validated=validated, sick=0.1, auroc=auroc)
+        verdicts = [verdict_on(seed, n, **about) for seed in range(draws)]
+        shifted = sum(v["verdict"] == "shifted" for v in verdicts)
+        spans = [v["shares"]["PNEUMONIA"] for v in verdicts if v["shares"]]
+        held = "-"
+        if spans:
+            held = share(sum(low <= 0.1 <= high for low, high in spans), len(spans))
+        print(f"| {auroc} | {validated} | {n} | {share(shifted, draws)} | {held} |", flush=True)
 
 
 def promise(draws):
@@ -107,10 +135,11 @@ def watch(draws):
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--draws", type=common.COUNT, default=1000, metavar="N", help="draws of each row")
+    parser.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help="these tables")
     args = parser.parse_args()
-    notice(args.draws)
-    promise(args.draws)
-    watch(args.draws)
+    tables = dict(zip(TABLES, (notice, shares, promise, watch)))
+    for table in args.only or TABLES:
+        tables[table](args.draws)
 
 
 if __name__ == "__main__":

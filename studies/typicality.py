@@ -2,10 +2,11 @@
 
     python studies/typicality.py --run outputs/pretrained --nih NIH_DIR
 
-False alarms: half of the validation patients make the reference, batches are drawn from the other half.
-Power: batches from the official test set, from another hospital (--nih; studies/nih.py says what is in it),
-and from corrupted validation images, each with the whole of validation as the reference. Prints markdown: the
-share of draws called shifted with its 95% interval (Wilson), and of single images called odd.
+False alarms: half of the validation patients make the reference, batches are drawn from the other half, once
+as they come and once with 10% of sick people, by their true labels. Power: batches from the official test
+set, from another hospital (--nih; studies/nih.py says what is in it), and from corrupted validation images
+(--only names some), each with the whole of validation as the reference. Prints markdown: the share of draws called
+shifted with its 95% interval (Wilson), and of single images called odd.
 
     python studies/typicality.py --run outputs/pretrained --distances
 
@@ -29,6 +30,7 @@ import common
 import data
 import frozen
 import masks as lung_masks
+import shares
 import shift
 from device import add_device_argument, pick_device
 from inputs import Inputs
@@ -38,6 +40,8 @@ from studies.nih import load_nih
 from studies.signals import corruptions
 
 SIZES = (20, 50, 100, 250)
+SICK = 0.1
+SHARED = f"validation, {100 * SICK:.0f}% sick"
 
 
 class Outputs:
@@ -51,11 +55,12 @@ class Outputs:
         self.threshold = next(iter(run.findings(calibration).values()))["threshold"]
 
     def of(self, subset, what):
-        """(features [N, D], logits [N, K], patients [N]) of a Subset."""
+        """(features [N, D], logits [N, K], patients [N], labels [N, G] of shares.kinds) of a Subset."""
         how = dict(output=self.inputs.logits_and_features, progress=what)
         found = frozen.predict(self.model, subset, self.inputs, **how).numpy()
         K = self.task.outputs
-        return found[:, K:], found[:, :K], np.array(subset.patients)
+        labels = shares.kinds(self.task, subset.targets)
+        return found[:, K:], found[:, :K], np.array(subset.patients), labels
 
     def called(self, logits):
         return self.task.scores(logits, self.temperature)[:, 0] >= self.threshold
@@ -70,28 +75,40 @@ class Outputs:
         return data.Subset(subset.files, subset.targets, pixels, np.arange(len(pixels)), **about)
 
 
-def draw(known, outputs, found, rng, n):
-    """The verdict of a Reference on one image each of n patients drawn from (features, logits, patients)."""
-    features, logits, patients = found
-    some = shift.one_each(patients, int(rng.integers(2**31)))[:n]
+def draw(known, outputs, found, rng, n, sick=None):
+    """The verdict of a Reference on one image each of n patients drawn from (features, logits, patients,
+    labels); with `sick`, a binomial number of them is sick with this chance. None if there are too few."""
+    features, logits, patients, labels = found
+    some = shift.one_each(patients, int(rng.integers(2**31)))
+    if sick is not None:
+        ill = labels[some, 0] > 0
+        count = rng.binomial(n, sick)
+        if count > ill.sum() or n - count > (~ill).sum():
+            return None
+        some = np.concatenate([some[ill][:count], some[~ill][: n - count]])
+    some = some[:n]
     typicality, places = known.place(features[some])
     batch = shift.Batch()
     for i, row in enumerate(zip(typicality, places, logits[some], outputs.called(logits[some]))):
         batch.add(str(i), str(i), *row)
-    return known.judge(batch, outputs.called(known.logits))
+    return known.judge(batch, outputs.called(known.logits), outputs.task)
 
 
-def false_alarms(usual, val, outputs, draws, n):
-    """How many of `draws` batches of n validation patients are called shifted, if they can be had."""
-    rng, features, logits, patients = np.random.default_rng(n), *val
+def false_alarms(usual, val, outputs, draws, n, sick=None):
+    """How many of `draws` batches of n validation patients are called shifted; None if too few are left for
+    one of them."""
+    rng, (features, logits, patients, labels) = np.random.default_rng(n), val
     names, shifted = np.unique(patients), 0
     if n > len(names) // 2:
         return None
     for _ in range(draws):
         here = np.isin(patients, rng.permutation(names)[: len(names) // 2])
-        known = shift.Reference(shift.learn(usual, features[here], logits[here], patients[here]), "")
+        arrays = shift.learn(usual, features[here], logits[here], patients[here], labels[here])
         batch = [v[~here] for v in val]
-        shifted += draw(known, outputs, batch, rng, n)["verdict"] == "shifted"
+        verdict = draw(shift.Reference(arrays, ""), outputs, batch, rng, n, sick)
+        if verdict is None:
+            return None
+        shifted += verdict["verdict"] == "shifted"
     return shifted
 
 
@@ -166,9 +183,13 @@ def main():
     parser.add_argument("--nih", metavar="DIR", help="images of another hospital")
     parser.add_argument("--draws", type=common.COUNT, default=300, metavar="N", help="batches of each size")
     parser.add_argument("--corrupted", type=common.COUNT, default=300, metavar="N", help="images to corrupt")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these corruptions")
     parser.add_argument("--distances", action="store_true", help="compare distances on training images")
     add_device_argument(parser)
     args = parser.parse_args()
+    changes = corruptions()
+    if unknown := set(args.only or ()) - set(changes):
+        raise common.InputError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(changes)}")
     outputs = Outputs(Run(args.run), pick_device(args.device))
     config, rng = outputs.run.config, np.random.default_rng(0)
     train, val, _ = data.load_train_val(config, common.say)
@@ -184,17 +205,20 @@ def main():
     if args.nih:
         found["another hospital"] = outputs.of(load_nih(args.nih, config), "nih")
     few = val.take(np.sort(rng.permutation(len(val))[: args.corrupted]))
-    for name, change in corruptions().items():
-        found[f"validation, {name}"] = outputs.of(outputs.changed(few, change), name)
-    features, logits, patients = found["validation"]
-    known = shift.Reference(shift.learn(usual, features, logits, patients), "")
+    for name in args.only or changes:
+        found[f"validation, {name}"] = outputs.of(outputs.changed(few, changes[name]), name)
+    known = shift.Reference(shift.learn(usual, *found["validation"]), "")
+    rows = {"validation": found.pop("validation")}
+    rows[SHARED] = rows["validation"]
+    rows |= found
     print("| images | odd | " + " | ".join(f"{n} patients" for n in SIZES) + " |")
     print("| --- | ---: |" + " ---: |" * len(SIZES))
-    for name, batch in found.items():
+    for name, batch in rows.items():
         cells = [f"{100 * (known.place(batch[0])[0] <= shift.ODD).mean():.1f}%"]
         for n in SIZES:
-            if name == "validation":
-                count = false_alarms(usual, batch, outputs, args.draws, n)
+            if name in ("validation", SHARED):
+                sick = SICK if name == SHARED else None
+                count = false_alarms(usual, batch, outputs, args.draws, n, sick)
             elif n > len(set(batch[2])):
                 count = None
             else:

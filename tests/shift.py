@@ -1,18 +1,26 @@
-"""Tests of shift: distances against scikit-learn, p-values against brute force and by simulation."""
+"""Tests of shift: distances against scikit-learn, false alarms by simulation; tests/shares.py has the tests
+under another share of sick people."""
 
+import csv
+import io
 import json
+import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, ks_2samp
+from scipy.special import expit
+from scipy.stats import binom
 from sklearn.covariance import LedoitWolf
 
+import predict
 import shift
 from common import InputError
 from inputs import Inputs
 from models import Ensemble, PixelLinear
 from run import Run
+from task import Task
 from tests.shared import CPU, cli, predict_rows, read_json, refused, small_vit, succeed
 
 D = 6
@@ -27,9 +35,16 @@ def drawn(count, seed, move=0.0):
     return features, np.stack([-half, half], axis=1).astype(np.float32)
 
 
+def true_labels(logits, seed):
+    """int16 [count, 1]: sick with the probability that the logits say."""
+    sick = np.random.default_rng([seed, 8]).random(len(logits)) < expit(logits[:, 1] - logits[:, 0])
+    return sick.astype(np.int16)[:, None]
+
+
 def reference(seed=0, validated=300):
     features, logits = drawn(validated, seed)
-    return shift.Reference(shift.learn(drawn(400, seed + 1000)[0], features, logits, range(validated)), "x")
+    training, labels = drawn(400, seed + 1000)[0], true_labels(logits, seed)
+    return shift.Reference(shift.learn(training, features, logits, range(validated), labels), "x")
 
 
 def judged(known, features, logits):
@@ -37,7 +52,7 @@ def judged(known, features, logits):
     batch, (typicality, places) = shift.Batch(), known.place(features)
     for i in range(len(features)):
         batch.add(f"{i}", f"p{i}", typicality[i], places[i], logits[i], logits[i, 1] > 0)
-    return known.judge(batch, known.logits[:, 1] > 0)
+    return known.judge(batch, known.logits[:, 1] > 0, Task())
 
 
 # ---------------------------------------------------------------- an image
@@ -46,7 +61,7 @@ def judged(known, features, logits):
 def test_distance_is_scikit_learns_and_typicality_a_count():
     train, (val, logits), new = drawn(200, 1)[0], drawn(90, 2), drawn(50, 3, move=1.0)[0]
     fitted = LedoitWolf().fit(train)
-    known = shift.Reference(shift.learn(train, val, logits, range(90)), "x")
+    known = shift.Reference(shift.learn(train, val, logits, range(90), true_labels(logits, 0)), "x")
     usual, found = (np.sqrt(fitted.mahalanobis(x)) for x in (val, new))
     expected = [(1 + (usual >= d).sum()) / 91 for d in found]
     assert known.place(new)[0] == pytest.approx(expected)
@@ -64,7 +79,7 @@ def test_typicality_of_new_images_is_uniform():
 def test_many_features_are_cut_to_those_of_most_variance(monkeypatch):
     monkeypatch.setattr(shift, "ROOM", 4 * D * 2)
     train, (val, logits) = drawn(200, 1)[0], drawn(90, 2)
-    arrays = shift.learn(train, val, logits, range(90))
+    arrays = shift.learn(train, val, logits, range(90), true_labels(logits, 0))
     values, axes = np.linalg.eigh(LedoitWolf().fit(train).covariance_)
     z = (val - train.mean(0)) @ axes[:, -2:] / np.sqrt(values[-2:])
     assert arrays["whiten"].shape == (D, 2)
@@ -75,7 +90,8 @@ def test_what_a_run_keeps_is_small_and_holds_no_image():
     rng = np.random.default_rng(0)
     for width in (192, 1024):
         train = rng.normal(size=(1100, width)).astype(np.float32)
-        arrays = shift.learn(train[:1024], train, train[:, :2], range(1100))
+        labels = np.zeros((1100, 16), np.int16)
+        arrays = shift.learn(train[:1024], train, train[:, :2], range(1100), labels)
         assert sum(a.nbytes for a in arrays.values()) < 2 << 20
         assert arrays["features"].shape == (1000, 64)
 
@@ -107,18 +123,6 @@ def test_a_batch_neither_grows_nor_minds_the_order(monkeypatch):
     assert set(one.rows) == {patient for _, patient in keys[:20]}
 
 
-def test_odd_images_against_simulation():
-    """How many of n uniform numbers beat the r-th best of N: counted."""
-    rng, validated, n, tries = np.random.default_rng(0), 300, 40, 40_000
-    limit = np.sort(rng.random((tries, validated)), axis=1)[:, -3]  # r = 3 = 0.01 * 301
-    beaten = (rng.random((tries, n)) > limit[:, None]).sum(axis=1)
-    for odd in (1, 2, 3):
-        p = (beaten >= odd).mean()
-        assert shift.odd_test(odd, n, validated) == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / tries))
-    assert shift.odd_test(0, n, validated) == 1.0
-    assert shift.odd_test(0, n, 98) is None and shift.odd_test(0, n, 99) == 1.0  # 1 / (99 + 1) is odd enough
-
-
 def test_a_small_validation_set_cannot_tell_what_is_odd(own_runs, synthetic, tmp_path):
     """24 validation images: the oddest has typicality 0.04, so 0% odd would be no news."""
     succeed("calibrate", "--min-recall", 0.9, "--run", "outputs/linear", cwd=own_runs)
@@ -129,47 +133,13 @@ def test_a_small_validation_set_cannot_tell_what_is_odd(own_runs, synthetic, tmp
     assert "that takes 99 validation images" in done.err and "% odd" not in done.err
 
 
-def test_permutation_test_against_all_permutations():
-    """Two strata so small that every assignment can be tried."""
-    from itertools import combinations, product
-
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=(5, 2)), rng.normal(size=(5, 2)) + 0.8
-    sa, sb = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 1])
-
-    def statistic(first, second, kernel):
-        i, j = list(first), list(second)
-        return kernel[np.ix_(i, i)].mean() + kernel[np.ix_(j, j)].mean() - 2 * kernel[np.ix_(i, j)].mean()
-
-    values = []
-    for s in (0, 1):
-        both = np.concatenate([a[sa == s], b[sb == s]])
-        m, n = (sa == s).sum(), (sb == s).sum()
-        squared = ((both[:, None] - both[None]) ** 2).sum(2)
-        kernel = np.exp(-squared / np.median(squared))
-        every = range(m + n)
-        splits = [tuple(range(m)), *[c for c in combinations(every, m) if c != tuple(range(m))]]
-        scale = m * n / (m + n)
-        values.append([scale * statistic(c, set(every) - set(c), kernel) for c in splits])
-    sums = [x + y for x, y in product(*values)]
-    expected = np.mean(np.array(sums) >= sums[0] - 1e-12)
-    got = shift.two_sample_test(a, b, sa, sb, draws=4000)
-    assert got == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 4000))
-    assert shift.two_sample_test(a, b, np.zeros(5), np.ones(5)) is None
-
-
 @pytest.mark.parametrize("n", [20, 100])
 def test_false_alarms(n, monkeypatch):
     """Batches like validation are called shifted in at most 5% of 150 draws, as far as these can tell."""
-    monkeypatch.setattr(shift, "DRAWS", 99)
-    monkeypatch.setattr(shift, "two_sample_test", fast_test(99))
+    monkeypatch.setattr("shares.DRAWS", 99)
     found = [judged(reference(s, 150), *drawn(n, 20_000 + s))["verdict"] for s in range(150)]
-    assert set(found) <= {"like", "shifted"}
+    assert set(found) <= {"like", "share", "shifted"}
     assert found.count("shifted") <= binom.ppf(0.999, 150, shift.LEVEL)
-
-
-def fast_test(draws, real=shift.two_sample_test):
-    return lambda *args: real(*args, draws=draws)
 
 
 def test_shifts_are_found():
@@ -181,19 +151,8 @@ def test_shifts_are_found():
     few = judged(known, *drawn(10, 7))
     assert few["verdict"] == "few" and "n < 20" in few["says"]
     assert judged(known, *drawn(10, 8, move=9.0))["verdict"] == "shifted"
-    empty = known.judge(shift.Batch(), known.logits[:, 1] > 0)
+    empty = known.judge(shift.Batch(), known.logits[:, 1] > 0, Task())
     assert empty["verdict"] == "few" and empty["p"] == {} and "no image" in shift.sentence(empty)
-
-
-def test_another_share_of_sick_people_is_no_shift():
-    """Images of one kind in another mixture; a test without strata sees that at once."""
-    rng, known = np.random.default_rng(0), reference(validated=400)
-    features, logits = drawn(3000, 9)
-    sick = np.flatnonzero(logits[:, 1] > 0)
-    some = np.concatenate([rng.choice(sick, 90), rng.choice(np.flatnonzero(logits[:, 1] <= 0), 10)])
-    verdict = judged(known, features[some], logits[some])
-    assert verdict["verdict"] == "like" and verdict["called"] == 0.9
-    assert ks_2samp(known.logits[:, 1], logits[some, 1]).pvalue < 1e-6
 
 
 # ---------------------------------------------------------------- in the scripts
@@ -229,7 +188,11 @@ def test_predict_says_whether_images_are_like_validation(own_runs, synthetic):
     rows = predict_rows(own_runs, synthetic / "test", "--run", "outputs/linear")
     known = Run(own_runs / "outputs/linear").reference()
     assert all(1 / (1 + len(known.distances)) <= float(r["typicality"]) <= 1 for r in rows)
+    older = {k: found[k] for k in ("images", "patients", "checkpoint", "verdict", "odd", "called", "p_joint")}
+    older |= {"says": "as an older version said", "called_in_validation": 0.5}
+    (own_runs / "outputs/linear/batches/older.json").write_text(json.dumps(older))
     report = succeed("compare", cwd=own_runs).out
+    assert "as an older version said (by an older test" in report
     assert "are they like validation?" in report and found["says"] in report
     path = own_runs / "outputs/linear/batches/drawn test.json"
     path.write_text(json.dumps({"images": 3}))
@@ -241,12 +204,58 @@ def test_runs_of_an_older_version_have_no_typicality(own_runs, synthetic):
     rows = predict_rows(own_runs, synthetic / "test", "--run", "outputs/linear")
     assert {r["typicality"] for r in rows} == {""}
     argv = ("predict", synthetic / "test", "--run", "outputs/linear")
-    assert "run calibrate.py for typicality" in succeed(*argv, cwd=own_runs).err
+    asked = "run python calibrate.py --run outputs/linear for typicality"
+    assert asked in succeed(*argv, cwd=own_runs).err
     refused(cli(*argv, "--summary", "s.json", cwd=own_runs), "nothing to hold images against")
     refused(cli(*argv, "--keep", "../x", cwd=own_runs), "--keep '../x'")
 
 
-@pytest.mark.parametrize("change", ["nan", "shape", "absent", "text"])
+def test_references_of_an_older_version_hold_no_labels(own_runs, synthetic):
+    """Images are scored and odd ones told; the verdict has to wait until the run is calibrated again."""
+    path, argv = own_runs / "outputs/linear/reference.npz", ("--run", "outputs/linear")
+    arrays = dict(np.load(path, allow_pickle=False))
+    del arrays["labels"], arrays["far"]
+    np.savez(path, **(arrays | {"key": np.array("older")}))
+    done = succeed("predict", synthetic / "test", *argv, cwd=own_runs)
+    assert "which needs the true labels of validation" in done.err and "p: odd" not in done.err
+    assert all(row["typicality"] for row in predict_rows(own_runs, synthetic / "test", *argv))
+    refused(cli("predict", synthetic / "test", *argv, "--keep", "x", cwd=own_runs), "nothing to hold")
+    succeed("calibrate", "--min-recall", 0.9, *argv, cwd=own_runs)
+    assert "p: odd" in succeed("predict", synthetic / "test", *argv, cwd=own_runs).err
+    labels = dict(np.load(path, allow_pickle=False))["labels"]
+    assert labels.dtype == np.int16 and set(labels.ravel()) == {0, 1}
+
+
+def test_notes_are_counted_by_kind():
+    """Every kind that a row's note can name, and what to do next after each verdict."""
+    notes = {"noted": 124, "odd": 122, "unlike": 3, "unreadable": 1, "lungs": 0}
+    text = predict.count_of_notes(300, notes, True)
+    assert text.startswith(
+        "300 files, 124 with a note: 1 unreadable, 122 odd (typicality 0.01 or less), 3 of a "
+    )
+    assert predict.count_of_notes(3, Counter(), True) == "3 files, 0 with a note"
+    assert "which are odd cannot be told" in predict.count_of_notes(3, Counter(), False)
+    shifted = {"verdict": "shifted", "patients": 300}
+    advice = predict.advice(shifted, "outputs/linear", None)
+    assert "label some" in advice and "calibrate.py --run outputs/linear --site DIR --name" in advice
+    assert "monitor.py" in predict.advice(shifted, "outputs/linear", "clinic")
+    assert predict.advice({"verdict": "share", "patients": 30}, "x", None) == ""
+    assert "20 patients" in predict.advice({"verdict": "few", "patients": 3}, "x", None)
+
+
+def test_the_last_lines_of_predict_agree_with_its_rows(own_runs, synthetic, tmp_path):
+    """Odd and unreadable files are counted, and no line says that there are none."""
+    folder = tmp_path / "new"
+    shutil.copytree(synthetic / "test/NORMAL", folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    done = cli("predict", folder, "--run", "outputs/linear", cwd=own_runs)
+    notes = [row["note"] for row in csv.DictReader(io.StringIO(done.out))]
+    unlike = sum("unlike the training" in note for note in notes)
+    assert f"{len(notes)} files, {sum(map(bool, notes))} with a note: 1 unreadable" in done.err
+    assert unlike == 0 or f"{unlike} of a brightness" in done.err
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "absent", "text", "labels"])
 def test_damaged_references_are_one_line(own_runs, synthetic, change):
     path = own_runs / "outputs/linear/reference.npz"
     arrays = dict(np.load(path, allow_pickle=False))
@@ -254,6 +263,8 @@ def test_damaged_references_are_one_line(own_runs, synthetic, change):
         arrays["mean"][0] = np.nan
     elif change == "shape":
         arrays["features"] = arrays["features"][:, :3]
+    elif change == "labels":
+        arrays["labels"] = arrays["labels"] + np.int16(9)
     elif change == "absent":
         del arrays["whiten"]
     np.savez(path, **arrays)

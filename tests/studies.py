@@ -456,7 +456,7 @@ def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
 def test_promises_are_kept_in_simulation(monkeypatch, capsys):
     from studies import promises
 
-    monkeypatch.setattr(promises.shift, "DRAWS", 99)
+    monkeypatch.setattr("shares.DRAWS", 99)
     for name, few in (("BATCHES", (20,)), ("LOCAL", (40, 100)), ("RECALLS", (0.95, 0.8)), ("SICK", 400)):
         monkeypatch.setattr(promises, name, few)
     promises.notice(20)
