@@ -70,8 +70,8 @@ def transplanted(pixels, donors, change, rng):
 
 def false_alarms(run):
     """A table row on a calibrated run: how many of the healthy test children are called sick."""
-    scores, threshold = run.scores(), run.calibration()["threshold"]
-    called = run.task.scores(scores["test_logits"])[:, 0] >= threshold
+    scores, calibration = run.scores(), run.calibration()
+    called = run.task.scores_from(scores["test_logits"], calibration)[:, 0] >= calibration["threshold"]
     healthy, block = scores["test_labels"] == 0, in_block(scores["test_files"])
     inside, outside = called[healthy & block], called[healthy & ~block]
     cells = [f"{part.sum()} of {len(part)}" for part in (inside, outside)]

@@ -16,7 +16,7 @@ from PIL import Image
 import gradient
 from inputs import Inputs
 from models import Ensemble, PixelLinear
-from predict import Exported
+from export import Exported
 from run import Run
 from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed, tables
 
