@@ -249,8 +249,8 @@ def add_rule_arguments(parser):
         choices=("scale", "platt"),
         metavar="scale|platt",
         help="turn scores into probabilities, by what fits validation best: scale divides all logits by a "
-        "temperature; platt gives each finding's log odds a slope and a bias, which undoes class weights, and "
-        "decisions at 0.5 change (default: neither; without a word: scale)",
+        "temperature; platt gives each finding's log odds a slope and a bias, which undoes class weights, "
+        "and decisions at 0.5 change (default: neither; without a word: scale)",
     )
     group.add_argument(
         "--no-temperature", dest="temperature", action="store_const", const=None, help="neither (default)"
@@ -317,8 +317,8 @@ def parse():
         raise common.InputError("--site DIR and --name WHERE belong together, without --ensemble")
     if args.site and args.temperature:
         raise common.InputError(
-            "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it first, "
-            "and then give --site without it"
+            "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
+            "first, and then give --site without it"
         )
     common.check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):

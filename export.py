@@ -128,8 +128,8 @@ def on_cpu(scorer):
 
 def export(scorer, path):
     """Write an ONNX file with preprocessing and thresholds in its metadata, and say how many decisions on
-    validation differ from those of the calibration. InputError if it disagrees with predict.py by > 1e-4 (with
-    lung masks inside: 1e-3) on one of `probes`."""
+    validation differ from those of the calibration. InputError if it disagrees with predict.py by > 1e-4
+    (with lung masks inside: 1e-3) on one of `probes`."""
     try:
         import onnx
         import onnxruntime
@@ -161,7 +161,9 @@ def export(scorer, path):
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
         worst = max(_difference(session, scorer, some) for some in (pixels, pixels[:1], pixels[3:]))
         if not worst <= (CLOSE if net is None else CLOSE_WITH_LUNGS):
-            raise common.InputError(f"the exported model differs from predict.py by {worst:.1e}: nothing was written")
+            raise common.InputError(
+                f"the exported model differs from predict.py by {worst:.1e}: nothing was written"
+            )
     print(f"wrote {path}: differs from predict.py in fp32 by at most {worst:.1e} in probability")
     print(counted(scorer, session))
 

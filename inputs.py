@@ -61,27 +61,27 @@ class Inputs:
 
     @classmethod
     def of_calibration(cls, run, calibration, device):
-        """The inputs that the scores of a run's calibration were made with: its views, and its precision where
-        this device can do that. What differs, or is not certain, is said in a line."""
+        """The inputs that the scores of a run's calibration were made with: its views, and its precision
+        where this device can do that. What differs, or is not certain, is said in a line."""
         inputs = cls.of_run(run.results, device, calibration.get("tta"))
         precision, certain = scaling.precision_of(calibration, run.results)
         again = f"calibrate.py{' --tta' if calibration.get('tta') else ''} --run {run}"
         amp = precision == "bf16" and can_bf16(device)
         if not certain:
             say(
-                f"note: {run} was calibrated by an older version, which kept no precision: {precision} is taken, "
-                f"as in training; python {again} makes it certain"
+                f"note: {run} was calibrated by an older version, which kept no precision: {precision} is "
+                f"taken, as in training; python {again} makes it certain"
             )
         if precision == "bf16" and not amp:
             say(
-                f"note: {run} was calibrated in bf16, which {device.type} cannot do here: fp32 is used, so scores "
-                f"differ a little (up to about 0.02) from those its thresholds were chosen on; python {again} "
-                "on this device chooses them anew"
+                f"note: {run} was calibrated in bf16, which {device.type} cannot do here: fp32 is used, so "
+                "scores differ a little (up to about 0.02) from those its thresholds were chosen on; python "
+                f"{again} on this device chooses them anew"
             )
         elif amp and not fast_bf16(device):
             say(
-                f"note: {run} was calibrated in bf16, so it is used here too, where it is slow; python {again} on "
-                "this device would choose thresholds in fp32"
+                f"note: {run} was calibrated in bf16, so that is used here too, where it is slow; python "
+                f"{again} on this device would choose thresholds in fp32"
             )
         return replace(inputs, amp=amp)
 

@@ -205,10 +205,11 @@ def most(share, whole, below=False):
 
 
 def already_cut_in_graph(image):
-    """`already_cut` without loops over images or data, for an exported graph, and exactly equal to it: grey
-    levels float (B, 1, S, S), whole numbers from 0 to 255 -> (masks float (B, 1, S, S), 0 where there is none;
-    which images are cut already, bool (B, 1, 1, 1); in which the regions could not be told apart, bool alike:
-    no such image is known)."""
+    """`already_cut` without loops over images or data, for an exported graph, and exactly equal to it.
+
+    image: grey levels, float (B, 1, S, S), whole numbers from 0 to 255. Returns (masks float (B, 1, S, S);
+    which images are cut already, to which alone the masks apply, bool (B, 1, 1, 1); which may be, but their
+    regions are not settled (see `regions`), bool (B, 1, 1, 1))."""
     lit = image[:, 0] > DARK  # (B, S, S)
     side = lit.shape[-1]
     whole, edge = side * side, max(1, side // 32)
@@ -221,7 +222,9 @@ def already_cut_in_graph(image):
     large = counts.gather(1, region) > int(0.01 * whole)  # markers beside the lungs are smaller
     masks = lit.flatten(1) & large
     kept = masks.sum(1)
-    cut = (in_frame <= most(0.1, frame)) & (area > most(LEAST, whole)) & (area <= most(CUT, whole, below=True))
+    cut = (
+        (in_frame <= most(0.1, frame)) & (area > most(LEAST, whole)) & (area <= most(CUT, whole, below=True))
+    )
     lungs = cut & (kept > most(LEAST, whole)) & (kept <= most(MOST, whole, below=True))
     masks = masks.view_as(lit).unsqueeze(1).to(image.dtype)
     return masks, lungs.view(-1, 1, 1, 1), (cut & ~settled).view(-1, 1, 1, 1)

@@ -221,7 +221,7 @@ def temperature_limit(temperature):
 
 
 def fit_platt(log_odds, y_true):
-    """Platt scaling of one yes/no question -> (slope, bias), the ones of which expit(slope * z + bias) has the
+    """Platt scaling of one yes/no question -> (slope, bias), those with which expit(slope * z + bias) has the
     least negative log-likelihood (Platt 1999; his smoothing of the labels is left out). Temperature is the
     case without bias: slope 1 / T.
 
@@ -238,7 +238,9 @@ def fit_platt(log_odds, y_true):
     check_both_classes(y, "validation labels")
     sick, healthy = z[y == 1], z[y == 0]
     if sick.max() <= healthy.min():
-        raise InputError("the slope would not be above 0: no log odds of a positive exceed those of a negative")
+        raise InputError(
+            "the slope would not be above 0: no log odds of a positive exceed those of a negative"
+        )
     if healthy.max() <= sick.min():
         raise InputError("the logits separate the classes: the steeper the slope the better, so none is best")
     centre, spread = z.mean(), z.std()

@@ -72,8 +72,8 @@ SIDES = {"val": "validation", "test": "test"}
 
 class Side(NamedTuple):
     """One finding on one side. truth: int [N], 0 or 1; before, after: its probability without and with the
-    fitted temperature or Platt scaling; p1: the one of them that thresholds apply to; patients [N]; known: bool, which of all
-    images of the side these are, those whose truth is known."""
+    fitted temperature or Platt scaling; p1: the one of them that thresholds apply to; patients [N]; known:
+    bool, which of all images of the side these are, those whose truth is known."""
 
     truth: np.ndarray
     before: np.ndarray
@@ -121,8 +121,8 @@ def evaluate(scores, rule, task=None):
 
 
 def _fit_platt(scores, task):
-    """Platt scaling of every finding on validation: {finding: {"slope", "bias"}, or {"why_not": text} where it
-    cannot be}. InputError where no finding can be scaled."""
+    """Platt scaling of every finding on validation: {finding: {"slope", "bias"}, or {"why_not": text} where
+    it cannot be}. InputError where no finding can be scaled."""
     truth, odds = task.truth(scores["val_labels"]), task.log_odds(scores["val_logits"])
     found, least = {}, LEAST if len(task.findings) > 1 else 0  # as for thresholds
     for k, name in enumerate(task.findings):

@@ -42,7 +42,7 @@ def lines(calibration, findings):
 
 def precision_of(calibration, results):
     """("bf16" or "fp32", whether that is certain) of the logits that a calibration was made from. Older
-    versions kept no precision: a run that was trained in fp32 was scored so, one that was trained in bf16 most
+    versions kept no precision: a run that was trained in fp32 was scored so, one trained in bf16 most
     likely."""
     if "precision" in calibration:
         return calibration["precision"], True
@@ -50,7 +50,7 @@ def precision_of(calibration, results):
 
 
 def basis(calibration, run):
-    """What the scores of a calibration are, as JSON: thresholds that were chosen on others do not fit them."""
+    """What decides the scores of a calibration, as JSON: thresholds chosen on others do not fit them."""
     temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
     return {
         "temperature": temperature,
@@ -61,8 +61,8 @@ def basis(calibration, run):
 
 
 def differences(old, new):
-    """What differs between two of `basis`, as words; slopes, biases and temperatures that rounding alone tells
-    apart are equal."""
+    """What differs between two of `basis`, as words; slopes, biases and temperatures that rounding alone
+    tells apart are equal."""
     names = {"precision": "precision", "tta": "views"}
     found = [word for key, word in names.items() if old.get(key) != new[key]]
     try:
@@ -75,8 +75,8 @@ def differences(old, new):
 
 
 def check_site(site, path, calibration, run):
-    """InputError if the thresholds of a site were chosen on other scores than the calibration of the run gives
-    now. Older versions did not keep on which; where that may matter, a note says so."""
+    """InputError if the thresholds of a site were chosen on other scores than the calibration of the run
+    gives now. Older versions did not keep on which; where that may matter, a note says so."""
     if "scores" in site:
         differ = differences(site["scores"], basis(calibration, run))
     else:
@@ -84,8 +84,8 @@ def check_site(site, path, calibration, run):
         now = {name: found.get("threshold") for name, found in run.findings(calibration).items()}
         if not differ and site["shipped"] != now:
             say(
-                f"note: {path} was made by an older version, for another calibration: if --temperature or the "
-                "precision has changed since, run calibrate.py --site again"
+                f"note: {path} was made by an older version, for another calibration: if --temperature or "
+                "the precision has changed since, run calibrate.py --site again"
             )
     if differ:
         raise InputError(
@@ -108,65 +108,98 @@ def averages(found, after):
 def balances(results):
     """The values of --balance, other than none, that a run or the members of an ensemble were trained with,
     sorted."""
-    given = {results["recipe"].get("balance"), *(m.get("balance") for m in results.get("members", []))}
-    return sorted(str(name) for name in given if name not in UNBALANCED)
+    given = [results["recipe"].get("balance")]
+    members = results.get("members")
+    for member in members if isinstance(members, list) else []:
+        given.append(member.get("balance") if isinstance(member, dict) else None)
+    return sorted({str(name) for name in given if name not in UNBALANCED})
 
 
-def remark(calibration, run):
-    """What the columns p_... of a calibrated run are, as one line; "" where they are near the prevalence by
+def nature(calibration, run):
+    """What the scores p_... of a calibrated run are, as text; "" where they are near the prevalence by
     themselves."""
-    findings = run.findings(calibration)
     if "platt" in calibration:
-        return "note: " + _of_platt(calibration, run.task)
-    known = {n: averages(f, applied(calibration)) for n, f in findings.items() if "probability" in f}
-    name = max(known, key=lambda n: abs(known[n][0] - known[n][1]))
+        return _of_platt(calibration, run.task)
+    named = run.findings(calibration)
+    known = {n: averages(f, applied(calibration)) for n, f in named.items() if "probability" in f}
+    name = max(
+        known, key=lambda n: abs(known[n][0] - known[n][1])
+    )  # some finding has figures: evaluate asks it
     mean, share = known[name]
     trained = balances(run.results)
     if not trained and abs(mean - share) < NOTICED:
         return ""
     cause = f" (trained with --balance {', '.join(trained)})" if trained else ""
-    views = "".join([" --tta"] * bool(calibration.get("tta")))
     return (
-        f"note: p_... are scores, not probabilities at the images' prevalence{cause}: on validation that of "
-        f"{name} is {mean:.2f} on average, where {100 * share:.1f}% have it; calibrate.py{views} --temperature "
-        "platt makes probabilities of them"
+        f"scores, not probabilities at the images' prevalence{cause}: on validation that of {name} is "
+        f"{mean:.2f} on average, where {100 * share:.1f}% have it"
     )
+
+
+def remark(calibration, run):
+    """`nature` as a note of predict.py, with what to do; "" where there is nothing to say."""
+    text = nature(calibration, run)
+    if text and "platt" not in calibration:
+        views = " --tta" if calibration.get("tta") else ""
+        text += f"; calibrate.py{views} --temperature platt makes probabilities of them"
+    return f"note: p_... are {text}" if text else ""
 
 
 def _of_platt(calibration, task):
     """What the scores of Platt scaling are."""
-    names = [n for n, line in calibration["platt"].items() if "slope" in line]
-    kept = [f"{n} ({line['why_not']})" for n, line in calibration["platt"].items() if "slope" not in line]
-    text = "p_... are probabilities, by Platt scaling, for people among whom findings are as common as in "
-    text += "validation"
+    kept = [n for n, line in calibration["platt"].items() if "slope" not in line]
+    text = "probabilities, by Platt scaling, for people among whom findings are as common as in validation"
     if len(task.findings) == 1:
-        share = averages(calibration, True)[1]
-        text += f", where {100 * share:.1f}% have {names[0]}"
+        text += f", where {100 * averages(calibration, True)[1]:.1f}% have {task.findings[0]}"
     if task.kind == "softmax" and task.outputs > 2:
         text += "; each is scaled by itself, so those of the classes do not add up to 1"
-    if kept:
-        text += f"; not scaled, so no probabilities: {'; '.join(kept)}"
-    return text
+    return text + (f"; not scaled, so no probabilities: {', '.join(kept)}" if kept else "")
+
+
+def cell(calibration, finding):
+    """The fitted scaling of a finding, for a table."""
+    line = calibration.get("platt", {}).get(finding)
+    if line is None:
+        used = "" if calibration["temperature_applied"] else " (not applied)"
+        return f"{calibration['temperature']:.3f}{used}"
+    if "slope" not in line:
+        return "not scaled"
+    return f"slope {line['slope']:.3f}, bias {line['bias']:+.3f}"
+
+
+def in_report(entries):
+    """What the scores of entries.Entry are, and which decisions their scaling changes, as text."""
+    text = "A temperature of two classes and Platt scaling change no ranking and no decision @Rec and @Guar. "
+    for e in entries:
+        changed = _changes(e.run.findings(e.calibration))
+        if changed:
+            text += f"{e.name}: decisions changed by {fitted(e.calibration)}, {changed}. "
+        about = nature(e.calibration, e.run)
+        text += f"{e.name} gives {about}. " if about else ""
+    return text.strip()
 
 
 def told(calibration, findings):
     """Lines for calibrate.py on the scaling that is applied: {finding: what a calibration says of it}."""
-    out, known = [], {n: f for n, f in findings.items() if "changed" in f}
-    if "platt" in calibration:
-        out += _platt_lines(calibration["platt"], known)
-    counts = []
-    for point, mark in POINTS.items():
-        having = [f for f in known.values() if point in f["changed"]["val"]]
-        if having:
-            changes = [sum(f["changed"][side][point] for f in having) for side in SIDES]
-            counts.append(f"{mark} {changes[0]} and {changes[1]}")
-    if counts:
-        sizes = [sum(_decisions(f, side) for f in known.values()) for side in SIDES]
-        out.append(
-            f"  decisions that {fitted(calibration)} changes, of {sizes[0]} on validation and {sizes[1]} on "
-            f"test: {', '.join(counts)}"
-        )
-    return out
+    known = {n: f for n, f in findings.items() if "changed" in f}
+    out = _platt_lines(calibration["platt"], known) if "platt" in calibration else []
+    changed = _changes(findings)
+    return out + ([f"  decisions changed by {fitted(calibration)}, {changed}"] if changed else [])
+
+
+def _changes(findings):
+    """How many decisions a scaling has changed, of all findings together, as text; "" where it has none."""
+    known = [found for found in findings.values() if "changed" in found]
+    if not known:
+        return ""
+    parts = []
+    for side in SIDES:
+        counts = []
+        for point, mark in POINTS.items():
+            having = [found["changed"][side][point] for found in known if point in found["changed"][side]]
+            counts += [f"{mark} {sum(having)}"] if having else []
+        parts.append(f"of {sum(_decisions(f, side) for f in known)} on {SIDES[side]}: {', '.join(counts)}")
+    return "; ".join(parts)
 
 
 def _decisions(found, side):

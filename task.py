@@ -121,8 +121,8 @@ class Task:
         return np.stack([logsumexp(z[:, 1:], axis=1) - z[:, 0], *sick], axis=1)
 
     def scaled_scores(self, logits, calibration):
-        """Logits [N, K] -> float64 [N, F]: probabilities after the scaling that a calibration.json has fitted,
-        Platt's or by a temperature, whether its thresholds apply to these or not."""
+        """Logits [N, K] -> float64 [N, F]: probabilities after the scaling that a calibration.json has
+        fitted, Platt's or by a temperature, whether its thresholds apply to these or not."""
         lines = scaling.lines(calibration, self.findings)
         if lines is None:
             return self.scores(logits, calibration["temperature"])

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 import data
 from device import add_device_argument, pick_device
+from inputs import Inputs
 from run import find_runs
 from studies.signals import Scorer
 
@@ -80,7 +81,13 @@ def false_alarms(run):
 
 def transplants(run, device):
     """Table rows: the share called sick after each of CHANGES."""
-    score, threshold = Scorer(run, device), run.calibration()["threshold"]
+    scorer, calibration = Scorer(run, device), run.calibration()
+    scorer.inputs = Inputs.of_calibration(run, calibration, device)
+
+    def called(subset, pixels=None):
+        scores = run.task.scores_from(scorer.outputs(subset, pixels), calibration)[:, 0]
+        return (scores >= calibration["threshold"]).mean()
+
     train, val, _ = data.load_train_val(run.config, common.say)
     test = data.load_test(run.config)
     healthy = {name: s.take(np.flatnonzero(s.targets == 0)) for name, s in (("train", train), ("val", val))}
@@ -93,11 +100,11 @@ def transplants(run, device):
     pairs = [("healthy validation children", healthy["val"], donors) for donors in groups]
     pairs.append(("the block", groups["the block"], "healthy training children"))
     for name, subset, donors in pairs:
-        shares = [(score(subset) >= threshold).mean()]
+        shares = [called(subset)]
         pixels, rng, lent = subset.pixels(), np.random.default_rng(0), groups[donors].pixels()
         for change in CHANGES.values():
-            drawn = [score(subset, transplanted(pixels, lent, change, rng)) for _ in range(DRAWS)]
-            shares.append(np.mean([(p >= threshold).mean() for p in drawn]))
+            drawn = [called(subset, transplanted(pixels, lent, change, rng)) for _ in range(DRAWS)]
+            shares.append(np.mean(drawn))
         yield f"| {name} | {donors} | {' | '.join(f'{s:.3f}' for s in shares)} |"
 
 
