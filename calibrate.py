@@ -18,7 +18,6 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import prelude  # noqa: F401  (first: see there)
 
-import argparse
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ import common
 import data
 import frozen
 import hospital
+import scaling
 import shares
 import shift
 import sources
@@ -211,9 +211,10 @@ def show(title, result):
         f"NLL {quality[part]['before']['nll']:.3f} -> {quality[part]['after']['nll']:.3f}"
         for part in PARTS
     ]
-    used = "applied" if result["temperature_applied"] else "not applied; --temperature applies it"
-    used = "; ".join(filter(None, [used, temperature_limit(result["temperature"])]))
-    print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
+    if "platt" not in result:
+        used = "applied" if result["temperature_applied"] else "not applied; --temperature applies it"
+        used = "; ".join(filter(None, [used, temperature_limit(result["temperature"])]))
+        print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
             f"  if {row['prevalence']:.0%} of the patients were ill, @Rec on test: PPV {row['ppv']:.3f}, "
@@ -259,8 +260,9 @@ def show_several(title, result):
             if key in summary:
                 parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
         print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")
-    limit = temperature_limit(result["temperature"])
-    print(f"  temperature {result['temperature']:.3f}" + f" ({limit})" * bool(limit))
+    if "platt" not in result:
+        limit = temperature_limit(result["temperature"])
+        print(f"  temperature {result['temperature']:.3f}" + f" ({limit})" * bool(limit))
 
 
 # ---------------------------------------------------------------- main
@@ -292,9 +294,16 @@ def add_rule_arguments(parser):
     )
     group.add_argument(
         "--temperature",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="divide logits by the temperature fitted on validation: same decisions, other probabilities",
+        nargs="?",
+        const="scale",
+        choices=("scale", "platt"),
+        metavar="scale|platt",
+        help="turn scores into probabilities, by what fits validation best: scale divides all logits by a "
+        "temperature; platt gives each finding's log odds a slope and a bias, which undoes class weights, "
+        "and decisions at 0.5 change (default: neither; without a word: scale)",
+    )
+    group.add_argument(
+        "--no-temperature", dest="temperature", action="store_const", const=None, help="neither (default)"
     )
     group.add_argument(
         "--bootstrap",
@@ -356,6 +365,11 @@ def parse():
         raise common.InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
         raise common.InputError("--site DIR and --name WHERE belong together, without --ensemble")
+    if args.site and args.temperature:
+        raise common.InputError(
+            "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
+            "first, and then give --site without it"
+        )
     common.check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
         raise common.InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
@@ -364,7 +378,8 @@ def parse():
         confidence=args.guarantee or 0.95,
         strict=args.guarantee is not None,
         jointly=args.jointly,
-        temperature=args.temperature,
+        temperature=args.temperature == "scale",
+        platt=args.temperature == "platt",
         bootstrap=args.bootstrap,
         prevalence=args.prevalence,
     )
@@ -412,11 +427,12 @@ def run_all(args, rule):
         found = run.findings(result).values()
         promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
         result |= {
-            "format": common.FORMAT,
+            "format": common.SCALED if rule.platt else common.FORMAT,
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
             "alike": sets.alike(settings(args, run.results)),
+            "precision": Inputs.of_run(run.results, device, tta).precision,
             "command": common.command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
@@ -430,6 +446,7 @@ def run_all(args, rule):
         else:
             sets.tell("\n" + shared_text(result, run.task.findings[0]))
             show(title, result)
+        print("".join(f"{line}\n" for line in scaling.told(result, run.findings(result))), end="")
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "

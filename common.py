@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
+SCALED = 2  # of a calibration.json with Platt scaling, which older versions would leave out in silence
 JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
 
 
@@ -132,14 +133,14 @@ def read_json(path):
     return value
 
 
-def check_format(value, path):
-    """InputError if a JSON file's "format" is absent, or newer than this version reads."""
+def check_format(value, path, newest=FORMAT):
+    """InputError if a JSON file's "format" is absent, or newer than `newest`, which this version reads."""
     found = value.get("format")
     if not isinstance(found, int) or isinstance(found, bool):
         raise InputError(f"{path} is damaged: it has no format number")
-    if found > FORMAT:
+    if found > newest:
         raise InputError(
-            f"{path} has format {found}, this version reads up to {FORMAT}: update these scripts"
+            f"{path} has format {found}, this version reads up to {newest}: update these scripts"
         )
 
 

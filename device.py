@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +81,17 @@ def fast_bf16(device):
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def can_bf16(device):
+    """Whether bf16 autocast works here, fast or not. CPUs emulate it; a GPU or mps may refuse."""
+    try:
+        with warnings.catch_warnings(), torch.autocast(device.type, dtype=torch.bfloat16):
+            warnings.simplefilter("ignore")
+            x = torch.ones(2, 2, device=device)
+            return (x @ x).dtype == torch.bfloat16
+    except (RuntimeError, ValueError):
+        return False
 
 
 def autocast(device, amp):

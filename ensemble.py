@@ -1,10 +1,12 @@
 """Several runs made one: a run folder whose probability is the mean of theirs."""
 
+import contextlib
 import os
 
 import lock
 import plan
-from common import InputError
+import scaling
+from common import InputError, say
 from models import Ensemble
 from run import Run, find_runs
 
@@ -46,7 +48,13 @@ def make_ensemble(folders, out, overwrite, ready):
         "model": "ensemble",
         "model_config": {"kind": model.kind, **model.config},
         "members": [
-            {"run": str(r), "checkpoint": r.checkpoint_sha256, "model": r.results["model"]} for r in runs
+            {
+                "run": str(r),
+                "checkpoint": r.checkpoint_sha256,
+                "model": r.results["model"],
+                "balance": r.results["recipe"].get("balance", "none"),
+            }
+            for r in runs
         ],
         "recipe": {"amp": all(r["recipe"]["amp"] for r in results)},
         "mean": [0.0],
@@ -56,10 +64,27 @@ def make_ensemble(folders, out, overwrite, ready):
         "best_epoch": 0,
         "history": [],
     }
+    say_precision(runs)
     ready(about)
     plan.save_run(run, model, about)
     print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
     return run
+
+
+def say_precision(runs):
+    """A note where the members are in different precision: the ensemble is computed in one for all."""
+    words = {}
+    for run in runs:
+        word = "bf16" if run.results["recipe"]["amp"] else "fp32"
+        with contextlib.suppress(InputError):  # not calibrated, or not with these weights
+            word = scaling.precision_of(run.calibration(), run.results)[0]
+        words.setdefault(word, []).append(str(run))
+    if len(words) > 1:
+        listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in sorted(words.items()))
+        say(
+            f"note: the members are scored in different precision ({listed}), the ensemble in one for all, "
+            "so its probability is the mean of theirs to about 0.01 only; its thresholds are chosen on its own"
+        )
 
 
 def check_out(run, members, overwrite):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import scaling
 from common import InputError, Number, say, sha256
 from metrics import check_both_classes, check_scores
 from run import WITHOUT_CLASSES, find_runs
@@ -60,7 +61,7 @@ class Column(NamedTuple):
     findings the last three are [N, F].
 
     truth: int64, 0 or 1 (of several findings also -1, unknown); scores: float64 in [0, 1], what thresholds
-    apply to; probabilities: float64, the same after the fitted temperature."""
+    apply to; probabilities: float64, the same after the fitted scaling (scaling.fitted)."""
 
     files: np.ndarray
     patients: np.ndarray
@@ -148,10 +149,10 @@ class Entry:
         shape = (len(files), outputs) if sigmoid else (len(files),)
         if logits.shape[1] != outputs or labels.shape != shape or not np.isin(labels, allowed).all():
             raise InputError(f"the {side} labels or logits are not those of {outputs} classes")
-        temperature, scores = self.calibration["temperature"], arrays.get(f"{side}_p1")
+        scores = arrays.get(f"{side}_p1")
         truth = self.task.truth(labels).astype(np.int64)
         if scores is None:
-            scores = self.task.scores(logits, temperature if self.calibration["temperature_applied"] else 1.0)
+            scores = self.task.scores_from(logits, self.calibration)
         elif scores.dtype.kind != "f":
             raise InputError(f"{side}_p1 holds no numbers")
         scores = scores[:, None] if scores.ndim == 1 else scores
@@ -164,14 +165,15 @@ class Entry:
         if not self.several:
             check_both_classes(truth[truth[:, 0] >= 0, 0], f"{side} labels")
         order = np.argsort(files, kind="stable")
-        columns = files, patients, truth, scores, self.task.scores(logits, temperature)
+        columns = files, patients, truth, scores, self.task.scaled_scores(logits, self.calibration)
         return Column(*(c[order] for c in columns))
 
     def _family(self):
         settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
-        rule = [self.calibration.get("tta"), self.min_recall, self.calibration["temperature_applied"]]
+        rule = [self.calibration.get("tta"), self.min_recall]
+        rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
         return sha256([model, settings, data, rule])
 
     @property

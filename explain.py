@@ -97,15 +97,14 @@ class Explainer:
         if "why_not" in found:
             raise common.InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
-        self.model, self.inputs = model.to(device), Inputs.of_run(run.results, device)
+        self.model = model.to(device)
+        self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.exact = self.inputs.on(device)  # float32, for maps and curves
 
     def scores(self, subset):
         """Probability of the finding, float64 [N], as calibrate.py gives it: no image may change sides."""
         logits = frozen.predict(self.model, subset, self.inputs).numpy()
-        applied = self.calibration["temperature_applied"]
-        scores = self.config.task.scores(logits, self.calibration["temperature"] if applied else 1.0)
-        scores = scores[:, self.column]
+        scores = self.run.task.scores_from(logits, self.calibration)[:, self.column]
         if not np.isfinite(scores).all():
             raise common.InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
         return scores

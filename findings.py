@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+import scaling
 from entries import families
 from evidence import batch_blocks, unique
 from intervals import difference_of_means, mean_auroc_draws
@@ -24,6 +25,7 @@ from report import (
 )
 from wording import chance_text, several_warnings
 
+WHEN = ("before", "after")
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
@@ -32,7 +34,13 @@ def section(entries, shown):
     blocks = main_blocks(entries) + finding_blocks(shown) + promise_blocks(shown)
     if entries[0].task.kind == "softmax":
         blocks += class_blocks(shown)
-    return blocks + pair_blocks(shown) + batch_blocks(entries) + method_blocks(entries)
+    return (
+        blocks
+        + probability_blocks(shown)
+        + pair_blocks(shown)
+        + batch_blocks(entries)
+        + method_blocks(entries)
+    )
 
 
 def span(figure):
@@ -227,6 +235,28 @@ def class_blocks(entries):
         head = ["Class", "Images", "Precision", "Recall", "F1", *(f"→ {name}" for name in classes)]
         blocks += [Paragraph(f"{e.name}:"), Table(head, rows)]
     return blocks
+
+
+def probability_blocks(entries):
+    """Mean score against share of positives, calibration error, and the scaling, finding by finding."""
+    rows = []
+    for name, e in itertools.product(names(entries), entries):
+        if "probability" not in e.found[name]:
+            continue
+        after, quality = scaling.applied(e.calibration), e.found[name]["probability"]
+        mean, share = scaling.averages(e.found[name], after)
+        errors = ["{:.3f} → {:.3f}".format(*(quality[s][w]["ece"] for w in WHEN)) for s in ("val", "test")]
+        cells = [scaling.cell(e.calibration, name), f"{mean:.3f}", f"{share:.3f}", *errors]
+        rows.append([f"{name}: {e.name}", *cells])
+    text = (
+        "One temperature for all findings, which minimises NLL on validation, or a slope and a bias for each "
+        "(Platt scaling) where calibrate.py was asked for them. The mean score is that of validation, as "
+        "thresholds apply to it; of probabilities at validation's prevalence it is the share of images with "
+        "the finding. ECE, over 15 bins of equal size, is before → after scaling, applied or not. "
+        f"{scaling.in_report(entries)}"
+    )
+    head = ["Finding: model", "Temperature", "Mean score val", "Share val", "ECE val", "ECE test"]
+    return [Heading(3, "Are the probabilities right"), Paragraph(text), Table(head, rows)] if rows else []
 
 
 # ---------------------------------------------------------------- pairs, method

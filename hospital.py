@@ -18,6 +18,7 @@ import numpy as np
 
 import data
 import frozen
+import scaling
 import sources
 import twins
 from common import InputError, command_line, say
@@ -146,12 +147,14 @@ def halves(patients, y, seed=0):
 def scored(run, subset, device, tta, batch_size):
     """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
     also returned {finding: threshold or None}, apply to."""
-    calibration, inputs = run.calibration("tta" if tta else ""), Inputs.of_run(run.results, device, tta)
+    calibration = run.calibration("tta" if tta else "")
+    inputs = Inputs.of_calibration(run, calibration, device)
+    if tta and tta != calibration["tta"]:
+        say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
     model = run.model().to(device)
     logits = frozen.predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
-    temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
     shipped = {name: f.get("threshold") for name, f in run.findings(calibration).items()}
-    return run.task.truth(subset.targets), run.task.scores(logits, temperature), shipped
+    return run.task.truth(subset.targets), run.task.scores_from(logits, calibration), shipped
 
 
 def held_out(y, p, patients, shipped, rule):
@@ -201,6 +204,7 @@ def promise(run, name, subset, rule, *, device, tta=None, batch_size=64, report=
     about = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(subset), shipped=shipped)
     about |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
     about |= dict(jointly=joint)
+    about["scores"] = scaling.basis(run.calibration("tta" if tta else ""), run)
     run.save_site(name, {**about, "findings": findings}, "tta" if tta else "")
 
 

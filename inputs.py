@@ -7,9 +7,10 @@ from functools import partial
 import torch
 
 import lungs
+import scaling
 from augment import tta_views
-from common import InputError, Number
-from device import autocast, fast_bf16
+from common import InputError, Number, say
+from device import autocast, can_bf16, fast_bf16
 
 MODES = ("none", "standard", "equalise")
 AUTO = "auto"
@@ -58,6 +59,37 @@ class Inputs:
             results["data"].get("reads_lungs", False),
         )
 
+    @classmethod
+    def of_calibration(cls, run, calibration, device):
+        """The inputs that the scores of a run's calibration were made with: its views, and its precision
+        where this device can do that. What differs, or is not certain, is said in a line."""
+        inputs = cls.of_run(run.results, device, calibration.get("tta"))
+        precision, certain = scaling.precision_of(calibration, run.results)
+        again = f"calibrate.py{' --tta' if calibration.get('tta') else ''} --run {run}"
+        amp = precision == "bf16" and can_bf16(device)
+        if not certain:
+            say(
+                f"note: {run} was calibrated by an older version, which kept no precision: {precision} is "
+                f"taken, as in training; python {again} makes it certain"
+            )
+        if precision == "bf16" and not amp:
+            say(
+                f"note: {run} was calibrated in bf16, which {device.type} cannot do here: fp32 is used, so "
+                "scores differ a little (up to about 0.02) from those its thresholds were chosen on; python "
+                f"{again} on this device chooses them anew"
+            )
+        elif amp and not fast_bf16(device):
+            say(
+                f"note: {run} was calibrated in bf16, so that is used here too, where it is slow; python "
+                f"{again} on this device would choose thresholds in fp32"
+            )
+        return replace(inputs, amp=amp)
+
+    @property
+    def precision(self):
+        """ "bf16" or "fp32"."""
+        return "bf16" if self.amp else "fp32"
+
     def on(self, device):
         """The same on another device, in fp32."""
         return replace(self, device=torch.device(device), amp=False)
@@ -98,12 +130,16 @@ class Inputs:
 
     def logits(self, model, grey):
         """Grey on the device -> float32 logits [B, K], averaged over the views."""
-        views = self.views or [lambda x: x]
         with autocast(self.device, self.amp):
-            if getattr(model, "shows", False):  # the view is of what each member is shown
-                parts = [model(self.scale(grey), view).float() for view in views]
-            else:
-                parts = [model(self.scale(view(grey))).float() for view in views]
+            return self.mean_logits(model, grey)
+
+    def mean_logits(self, model, grey):
+        """`logits` in the precision of whoever calls: an exported graph has no autocast."""
+        views = self.views or [lambda x: x]
+        if getattr(model, "shows", False):  # the view is of what each member is shown
+            parts = [model(self.scale(grey), view).float() for view in views]
+        else:
+            parts = [model(self.scale(view(grey))).float() for view in views]
         return torch.stack(parts).mean(0)
 
     def logits_and_features(self, model, grey):

@@ -7,7 +7,7 @@ never changed. Errors are common.InputError, which is a ValueError."""
 import math
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit
 from scipy.stats import binom
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -247,6 +247,7 @@ def one_image_per_patient(scores, patients, draws=201):
 
 
 LEAST, MOST = 0.01, 100.0  # temperatures
+EXACT = {"gtol": 1e-10, "max_trust_radius": 1e6}  # of the slope and bias of Platt scaling
 
 
 def fit_temperature(logits, y_true):
@@ -288,6 +289,53 @@ def temperature_limit(temperature):
     if temperature > MOST / 1.001:
         return "as high as it is sought: equal probabilities for all would do as well"
     return ""
+
+
+def fit_platt(log_odds, y_true):
+    """Platt scaling of one yes/no question -> (slope, bias), those with which expit(slope * z + bias) has the
+    least negative log-likelihood (Platt 1999; his smoothing of the labels is left out). Temperature is the
+    case without bias: slope 1 / T.
+
+    `log_odds` z: float [N]; `y_true`: [N], 0 or 1. The problem is convex. It has a solution exactly where
+    neither class lies wholly above the other.
+    InputError: shapes that do not match; values that are not finite; no positives or no negatives; classes
+    that z separates; a slope that is not above 0, which would turn the ranking round.
+    """
+    z, y = np.asarray(log_odds, dtype=np.float64), np.asarray(y_true)
+    if z.ndim != 1 or z.shape != y.shape:
+        raise InputError(f"Platt scaling needs as many log odds as labels: {z.shape}, {y.shape}")
+    if not np.isfinite(z).all() or not np.isin(y, (0, 1)).all():
+        raise InputError("Platt scaling needs finite log odds, and labels of 0 and 1")
+    check_both_classes(y, "validation labels")
+    sick, healthy = z[y == 1], z[y == 0]
+    if sick.max() <= healthy.min():
+        raise InputError(
+            "the slope would not be above 0: no log odds of a positive exceed those of a negative"
+        )
+    if healthy.max() <= sick.min():
+        raise InputError("the logits separate the classes: the steeper the slope the better, so none is best")
+    centre, spread = z.mean(), z.std()
+    u, sign = (z - centre) / spread, np.where(y == 1, -1.0, 1.0)
+
+    def loss(line):
+        return np.logaddexp(0, sign * (line[0] * u + line[1])).mean()
+
+    def gradient(line):
+        off = expit(line[0] * u + line[1]) - y
+        return np.array([(off * u).mean(), off.mean()])
+
+    def hessian(line):
+        p = expit(line[0] * u + line[1])
+        w = p * (1 - p)
+        return np.array([[(w * u * u).mean(), (w * u).mean()], [(w * u).mean(), w.mean()]])
+
+    found = minimize(loss, [1.0, 0.0], jac=gradient, hess=hessian, method="trust-exact", options=EXACT)
+    steepness, height = found.x
+    if steepness <= 1e-6:
+        raise InputError(
+            f"the slope would be {steepness / spread:.3g}, not above 0: the logits do not rank the classes"
+        )
+    return float(steepness / spread), float(height - steepness * centre / spread)
 
 
 def tempered(logits, temperature):

@@ -21,6 +21,7 @@ from metrics import (
     check_both_classes,
     choose_threshold_by_min_recall,
     choose_threshold_with_guarantee,
+    fit_platt,
     fit_temperature,
     lowered_to_midpoint,
     nll,
@@ -40,10 +41,11 @@ class Rule:
     strict: whether it is an error that this threshold cannot be given; if not, the result says why.
     jointly: whether the guarantees of several findings are to hold all at once.
     temperature: whether to divide the logits by the fitted temperature before anything else.
+    platt: whether to give the log odds of each finding a fitted slope and bias instead (metrics.fit_platt).
     bootstrap: draws of the patient bootstrap, 1 to 1,000,000.
     prevalence: fraction of sick people for which predictive values are reported, in (0, 1).
 
-    InputError: a number out of its range.
+    InputError: a number out of its range; both temperature and platt.
     """
 
     min_recall: float = 0.95
@@ -53,8 +55,11 @@ class Rule:
     temperature: bool = False
     bootstrap: int = 2000
     prevalence: float = 0.1
+    platt: bool = False
 
     def __post_init__(self):
+        if self.temperature and self.platt:
+            raise InputError("temperature and platt exclude each other: Platt scaling holds the temperature")
         if not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall must lie in (0, 1], got {self.min_recall}")
         for name in ("confidence", "prevalence"):
@@ -70,8 +75,8 @@ SIDES = {"val": "validation", "test": "test"}
 
 class Side(NamedTuple):
     """One finding on one side. truth: int [N], 0 or 1; before, after: its probability without and with the
-    fitted temperature; p1: the one of them that thresholds apply to; patients [N]; known: bool, which of all
-    images of the side these are, those whose truth is known."""
+    fitted temperature or Platt scaling; p1: the one of them that thresholds apply to; patients [N]; known:
+    bool, which of all images of the side these are, those whose truth is known."""
 
     truth: np.ndarray
     before: np.ndarray
@@ -92,19 +97,21 @@ def evaluate(scores, rule, task=None):
     `rule.strict`, no guarantee."""
     task = task or Task()
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
+    about = {"min_recall": rule.min_recall, "temperature": fitted, "temperature_applied": rule.temperature}
+    about["bootstrap"] = rule.bootstrap
+    if rule.platt:
+        about["platt"] = _fit_platt(scores, task)
     columns = {name: {} for name in task.findings}
     p1 = {}
     for side in SIDES:
         logits, patients = scores[f"{side}_logits"], np.asarray(scores[f"{side}_patients"])
         truth = task.truth(scores[f"{side}_labels"])
-        before, after = task.scores(logits), task.scores(logits, fitted)
-        p1[side] = after if rule.temperature else before
+        before, after = task.scores(logits), task.scaled_scores(logits, about)
+        p1[side] = task.scores_from(logits, about)
         for k, name in enumerate(task.findings):
             known = truth[:, k] >= 0
             values = (values[known, k] for values in (truth, before, after, p1[side]))
             columns[name][side] = Side(*values, patients[known], known)
-    about = {"min_recall": rule.min_recall, "temperature": fitted, "temperature_applied": rule.temperature}
-    about["bootstrap"] = rule.bootstrap
     if len(columns) == 1:
         (only,) = columns.values()
         for side, name in SIDES.items():
@@ -114,6 +121,26 @@ def evaluate(scores, rule, task=None):
         return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
     found = _evaluate_several(columns, scores, rule, task)
     return {**about, **found}, p1
+
+
+def _fit_platt(scores, task):
+    """Platt scaling of every finding on validation: {finding: {"slope", "bias"}, or {"why_not": text} where
+    it cannot be}. InputError where no finding can be scaled."""
+    truth, odds = task.truth(scores["val_labels"]), task.log_odds(scores["val_logits"])
+    found, least = {}, LEAST if len(task.findings) > 1 else 0  # as for thresholds
+    for k, name in enumerate(task.findings):
+        y, z = truth[truth[:, k] >= 0, k], odds[truth[:, k] >= 0, k]
+        if min((y == 1).sum(), (y == 0).sum()) < least:
+            found[name] = {"why_not": f"fewer than {LEAST} validation images with it, or without it"}
+            continue
+        try:
+            found[name] = dict(zip(("slope", "bias"), fit_platt(z, y)))
+        except InputError as error:
+            found[name] = {"why_not": str(error)}
+    if not any("slope" in line for line in found.values()):
+        reasons = "; ".join(f"{name}: {line['why_not']}" for name, line in found.items())
+        raise InputError(f"--temperature platt: {reasons[:400]}; --temperature scale asks for no bias")
+    return found
 
 
 # ---------------------------------------------------------------- one finding
@@ -130,6 +157,8 @@ def _evaluate_finding(sides, everyone, rule):
         if guarantee["threshold"] is not None:
             guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
     found["guarantee"] = guarantee
+    if rule.temperature or rule.platt:
+        found["changed"] = _changed(sides, thresholds, rule)
     found["probability"] = {
         side: {
             "before": _probability_figures(s.truth, s.before),
@@ -138,6 +167,18 @@ def _evaluate_finding(sides, everyone, rule):
         for side, s in sides.items()
     }
     return found, draws
+
+
+def _changed(sides, thresholds, rule):
+    """How many decisions of each side are others than without the scaling, where thresholds are chosen in the
+    same way: {side: {name of the threshold: count}}. Those chosen on validation move along with the scores;
+    0.5 does not."""
+    val = sides["val"]
+    plain = _choose_thresholds(val.truth, val.before, val.patients, rule)[0]
+    return {
+        side: {n: int(((s.before >= plain[n]) != (s.p1 >= thr)).sum()) for n, thr in thresholds.items()}
+        for side, s in sides.items()
+    }
 
 
 def _probability_figures(y, p):

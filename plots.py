@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 import common
+import scaling
 from entries import POINTS
 from metrics import net_benefit
 from render import printable
@@ -204,7 +205,7 @@ def draw_scores(entries):
 
 
 def draw_reliability(entries):
-    """Share of positives against mean score in bins of equal size, before and after temperature."""
+    """Share of positives against mean score in bins of equal size, before and after the fitted scaling."""
     figure, axes = panels(2 * len(entries), 4.4, 3.6)
     styles = {
         "before": dict(color="#0072B2", marker="o"),
@@ -212,10 +213,11 @@ def draw_reliability(entries):
     }
     for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
         ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+        name = scaling.fitted(e.calibration)
         for when, style in styles.items():
             quality = e.calibration["probability"][side][when]
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
-            ax.plot(x, y, ms=4, lw=1, label=f"{when} temperature: ECE {quality['ece']:.3f}", **style)
+            ax.plot(x, y, ms=4, lw=1, label=f"{when} {name}: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
         title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} images"
         ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 30), title=title)
@@ -239,7 +241,7 @@ def draw_decision(entries):
     ax.axhline(0, color="black", lw=1, label=names[-1])
     prevalence = e.test.truth.mean()
     count = f"n = {len(e.test.truth)} test images, prevalence {prevalence:.2f}"
-    ax.set(ylim=(-0.1, prevalence + 0.05), title=f"{count}; probabilities after temperature")
+    ax.set(ylim=(-0.1, prevalence + 0.05), title=f"{count}; probabilities after scaling")
     ax.set(xlabel="threshold probability", ylabel="net benefit (true positives per image)")
     finish(figure, [ax])
     return figure, "Decision curve on test"

@@ -6,12 +6,13 @@ PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF
 bits or more, grey or colour. Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
 decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
 findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
-empty without a threshold) for each. Preprocessing, temperature and thresholds are the run's own, so the test
-folder gives calibrate.py's scores. A file that cannot be read gets a note in its row and makes the exit code
-2; the rest is scored all the same. `typicality` is the share of validation images at least as odd, and `note`
-says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training images. Stderr
-ends with the count of notes by kind, and says whether all images together are like validation, like
-validation at another share of sick people, or others (shift.py says how), and what to do next; --summary
+empty without a threshold) for each. Preprocessing, precision, scaling and thresholds are those of the run's
+calibration, so the test folder gives calibrate.py's scores. Where they are no probabilities (a run trained
+with class weights), a line on stderr says so. A file that cannot be read gets a note in its row and makes the
+exit code 2; the rest is scored all the same. `typicality` is the share of validation images at least as odd,
+and `note` says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training
+images. Stderr ends with the count of notes by kind, and says whether all images together are like validation,
+like validation at another share of sick people, or others (shift.py says how), and what to do next; --summary
 writes that to a file, and --keep to the run, for compare.py. In folders files are recognised by their names
 or, of any other name, by their content; what is passed over is counted in a line on stderr. Memory does not
 grow with the number of files.
@@ -36,14 +37,15 @@ import numpy as np
 import torch
 
 import common
-import demo
 import lungs
 import masks as lung_masks
+import scaling
 import shift
 from device import add_device_argument, pick_device
+from export import export
 from images import read_image
 from index import patient_id
-from inputs import Inputs, normalise
+from inputs import Inputs
 from listing import Search, find_files
 from run import Run
 
@@ -70,7 +72,7 @@ def unlike(pixels, size, colour, results):
 
 
 class Scorer:
-    """A calibrated run, ready to score: model, preprocessing, temperature, thresholds.
+    """A calibrated run, ready to score: model, preprocessing, precision, scaling, thresholds.
 
     `thresholds`: {finding: threshold @Rec, or None where there were too few images for one}."""
 
@@ -86,9 +88,9 @@ class Scorer:
             if len(found) == 1:
                 (only,) = found.values()
                 self.guaranteed = only.get("guaranteed")
-        self.temperature = float(calibration["temperature"]) if calibration["temperature_applied"] else 1.0
+        self.calibration, self.site = calibration, site
         try:
-            self.inputs = Inputs.of_run(self.results, device, calibration["tta"] if tta else None)
+            self.inputs = Inputs.of_calibration(run, calibration, device)
             unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
             raise common.InputError(
@@ -115,7 +117,7 @@ class Scorer:
         whole = ~lungs.plausible(masks) if self.finder else np.zeros(len(images), bool)
         outputs = self.inputs.logits_and_features(self.model, self.inputs.grey(images, masks)).cpu().numpy()
         logits, features = outputs[:, : self.task.outputs], outputs[:, self.task.outputs :]
-        scores = self.task.scores(logits, self.temperature)
+        scores = self.task.scores_from(logits, self.calibration)
         if not np.isfinite(scores).all():
             raise common.InputError(
                 "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
@@ -142,7 +144,7 @@ class Scorer:
         (those of older versions)."""
         if self.reference is None or not self.reference.labelled:
             return None
-        usual = self.called(self.task.scores(self.reference.logits, self.temperature))
+        usual = self.called(self.task.scores_from(self.reference.logits, self.calibration))
         return self.reference.judge(self.batch, usual, self.task)
 
     def answers(self, scores, top):
@@ -201,103 +203,6 @@ class Scorer:
             typicality = self.typicalities(names, scores, logits, features)
             cells = map(self.answers, scores, logits.argmax(axis=1))
             yield from zip(cells, typicality, whole)
-
-
-class Exported(torch.nn.Module):
-    """Grey float32 [B, 1, S, S] in [0, 1] -> probability float32 [B], of several findings [B, F]: scaling and
-    temperature inside, and where the model needs the lungs, exposure and the U-Net `net` too."""
-
-    def __init__(self, model, inputs, task, temperature, net=None):
-        super().__init__()
-        self.model, self.inputs, self.task, self.temperature = model, inputs, task, temperature
-        self.net = net
-
-    def forward(self, image):
-        if self.net is not None:
-            grey = normalise((image[:, 0] * 255).round().to(torch.uint8), self.inputs.normalise)
-            image = self.inputs.shown(grey, self.net.masks(image))
-        task, logits = self.task, self.model(self.inputs.scale(image)) / self.temperature
-        if task.kind == "softmax" and task.outputs == 2:
-            return torch.sigmoid(logits[:, 1] - logits[:, 0])
-        columns = []
-        for answer in map(task.answer, task.findings):
-            p = logits.sigmoid() if task.kind == "sigmoid" else logits.softmax(dim=1)
-            columns.append(p[:, answer.k] if answer.sign > 0 else 1 - p[:, answer.k])
-        return columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
-
-
-def described(scorer):
-    """{name: text}: what the metadata of an ONNX file say of a Scorer."""
-    size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
-    only = next(iter(scorer.thresholds.values()))
-    return {
-        "run": str(scorer.run),
-        "model": results["model"],
-        "classes": json.dumps(scorer.task.classes),
-        "findings": json.dumps(scorer.task.findings),
-        "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
-        f"files: {scorer.config.resize} to {size} px"
-        + ("" if scorer.finder else f", then inputs.normalise(..., {mode!r})"),
-        "shown": ", ".join(scorer.run.looks)
-        + (": exposure and lung masks inside the graph" if scorer.finder else ""),
-        "mean": json.dumps(results["mean"]),
-        "std": json.dumps(results["std"]),
-        "scaling": "inside the graph",
-        "normalise": mode,
-        "temperature": repr(scorer.temperature),
-        "threshold@0.5": "0.5",
-        "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
-        "synthetic": json.dumps(results["synthetic"]),
-    }
-
-
-def export(scorer, path):
-    """Write an ONNX file with preprocessing and thresholds in its metadata; InputError if it disagrees by >
-    1e-4 (with lung masks inside: 1e-3)."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise common.InputError(
-            f"--export needs packages that are not here ({error.name}): "
-            "pip install onnx onnxscript onnxruntime"
-        ) from None
-    if scorer.finder and scorer.finder.net is None:
-        raise common.InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
-    size = scorer.config.img_size
-    net = scorer.finder.net.cpu() if scorer.finder else None
-    model, inputs = scorer.model.cpu().float(), scorer.inputs.on("cpu")
-    model = Exported(model, inputs, scorer.task, scorer.temperature, net).eval()
-    rng = np.random.default_rng(0)  # noise, and drawn chests, on which there are lungs to be found
-    drawn = [demo.draw_radiograph(rng, side=size) / 255 for _ in range(2)]
-    probe = torch.from_numpy(np.stack([rng.random((size, size)), *drawn])).float().unsqueeze(1)
-    with common.atomic_path(path) as tmp:
-        torch.onnx.export(
-            model,
-            (probe,),
-            tmp,
-            input_names=["image"],
-            output_names=["p" if scorer.several else scorer.probabilities[0]],
-            dynamo=True,
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-        graph = onnx.load(tmp)
-        onnx.helper.set_model_props(graph, described(scorer))
-        onnx.save(graph, tmp)
-        session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
-        with torch.inference_mode():
-            worst = max(
-                float(np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max())
-                for x in (probe, probe[:1])
-            )
-        if not worst <= (1e-4 if net is None else 1e-3):  # a pixel on the lungs' edge may change sides
-            raise common.InputError(
-                f"the exported model differs from PyTorch by {worst:.1e}: nothing was written"
-            )
-    print(f"wrote {path}: differs from PyTorch by at most {worst:.1e} in probability")
 
 
 def parse():
@@ -394,6 +299,8 @@ def main():
     scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site)
     if scorer.results["synthetic"]:
         common.say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
+    if line := scaling.remark(scorer.calibration, scorer.run):
+        common.say(line)
     if args.export:
         return export(scorer, args.export)
     search = Search()

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 
 import common
+import scaling
 from entries import POINTS, also_trained_on, families, missing_ensembles
 from evidence import batch_blocks, map_blocks, unique
 from intervals import compare_at_thresholds, proportion_interval, reported_interval
@@ -198,18 +199,18 @@ def pair_blocks(entries):
 
 
 def probability_blocks(entries):
-    """Temperature and calibration error."""
+    """Temperature or Platt scaling, and calibration error."""
     figures = list(itertools.product(("val", "test"), ("ECE", "Brier", "NLL")))
     rows = []
     for e in entries:
         quality = e.calibration["probability"]
         values = [[quality[s][when][k.lower()] for when in ("before", "after")] for s, k in figures]
-        used = "" if e.calibration["temperature_applied"] else " (not applied)"
         cells = ["{:.3f} → {:.3f}".format(*pair) for pair in values]
-        rows.append([e.name, f"{e.calibration['temperature']:.3f}{used}", *cells])
+        rows.append([e.name, scaling.cell(e.calibration, e.finding), *cells])
     text = (
-        "Each model has one temperature, which minimises NLL on validation; figures are before → after. It "
-        "changes no ranking and no decision. ECE is over 15 bins of equal size."
+        "Each model has one temperature, which minimises NLL on validation, or a slope and a bias (Platt "
+        "scaling) where calibrate.py was asked for them; figures are before → after. ECE is over 15 bins of "
+        f"equal size. {scaling.in_report(entries)}"
     )
     head = ["Model", "Temperature", *(f"{k} {s}" for s, k in figures)]
     return [Heading(3, "Are the probabilities right"), Paragraph(text), Table(head, rows)]

@@ -24,8 +24,10 @@ from pathlib import Path
 import numpy as np
 
 import lock
+import scaling
 from common import (
     FORMAT,
+    SCALED,
     InputError,
     atomic_path,
     check_format,
@@ -35,7 +37,7 @@ from common import (
     sha256,
     write_json,
 )
-from schema import BATCH, SITE, mismatches, wrong_calibration, wrong_results, wrong_site_finding
+from schema import BASIS, BATCH, SITE, mismatches, wrong_calibration, wrong_results, wrong_site_finding
 from scripts import there_is
 from task import Task
 
@@ -275,7 +277,7 @@ class Run:
             flag = " --tta" if name == "tta" else ""
             raise InputError(f"{self} is not calibrated: run python calibrate.py{flag} first")
         calibration = read_json(path)
-        check_format(calibration, path)
+        check_format(calibration, path, SCALED)
         if wrong := wrong_calibration(calibration, self.task):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
@@ -356,10 +358,12 @@ class Run:
         check_format(found, path)
         wrong = mismatches(found, SITE) or [n for n in self.task.findings if n not in found["findings"]]
         wrong += [n for n, f in found["findings"].items() if wrong_site_finding(f)] if not wrong else []
+        wrong += mismatches(found.get("scores", {}), BASIS, "scores") if "scores" in found else []
         if wrong:
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
         if found["checkpoint"] != self.checkpoint_sha256:
             raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
+        scaling.check_site(found, path, self.calibration(name), self)
         return found
 
     def save_batch(self, name, verdict):

@@ -45,6 +45,7 @@ QUALITY = {
     "nll": REAL,
     "bins": [{"n": NATURAL, "score": REAL, "positives": REAL}],
 }
+PRECISIONS = ("fp32", "bf16")
 CALIBRATION = {
     "temperature": POSITIVE,
     "temperature_applied": bool,
@@ -105,6 +106,7 @@ BATCH = {
 # What sites/NAME.json of a run holds.
 SITE = {"site": str, "checkpoint": str, "images": NATURAL, "findings": dict, "shipped": dict}
 SITE |= {"min_recall": SHARE}
+BASIS = {"temperature": POSITIVE, "precision": str}  # under "scores", which older versions leave out
 
 
 def wrong_site_finding(value):
@@ -141,7 +143,22 @@ def wrong_results(results):
 def wrong_calibration(value, task):
     """Names of what is missing or wrong in a calibration.json of a Task."""
     found = wrong_findings(value, task) if "findings" in value else wrong_finding(value)
-    return mismatches(value, CALIBRATION) + found
+    return mismatches(value, CALIBRATION) + wrong_scaling(value, task) + found
+
+
+def wrong_scaling(value, task):
+    """Names of what is wrong in what a calibration says of Platt scaling and precision, where it does."""
+    wrong = [] if value.get("precision", "fp32") in PRECISIONS else ["precision"]
+    platt = value.get("platt")
+    if platt is None:
+        return wrong
+    if not isinstance(platt, dict) or tuple(platt) != task.findings or value.get("temperature_applied"):
+        return [*wrong, "platt"]
+    for name, line in platt.items():
+        refused = mismatches(line, {"why_not": str}) == []
+        if not refused and mismatches(line, {"slope": POSITIVE, "bias": REAL}):
+            wrong.append(f"platt.{name}")
+    return wrong
 
 
 def wrong_finding(value, sides=("val", "test")):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit, softmax
+from scipy.special import expit, logsumexp, softmax
 
+import scaling
 from common import InputError
 
 CLASSES = ("NORMAL", "PNEUMONIA")
@@ -122,6 +123,33 @@ class Task:
             return expit((z[:, 1:] - z[:, :1]) / temperature)  # as metrics.tempered, to the last digit
         p = softmax(z / temperature, axis=1)[:, 1:]
         return np.concatenate([p.sum(axis=1, keepdims=True).clip(max=1.0), p], axis=1)
+
+    def log_odds(self, logits):
+        """Logits [N, K] -> float64 [N, F]: log(p / (1 - p)) of every finding against the rest, not by way of
+        p, which rounds to 1."""
+        z = np.asarray(logits, dtype=np.float64)
+        if self.kind == "sigmoid":
+            return z if self._none is None else np.concatenate([-z[:, [self._none]], z], axis=1)
+        if self.outputs == 2:
+            return z[:, 1:] - z[:, :1]
+        sick = [z[:, k] - logsumexp(np.delete(z, k, axis=1), axis=1) for k in range(1, self.outputs)]
+        return np.stack([logsumexp(z[:, 1:], axis=1) - z[:, 0], *sick], axis=1)
+
+    def scaled_scores(self, logits, calibration):
+        """Logits [N, K] -> float64 [N, F]: probabilities after the scaling that a calibration.json has
+        fitted, Platt's or by a temperature, whether its thresholds apply to these or not."""
+        lines = scaling.lines(calibration, self.findings)
+        if lines is None:
+            return self.scores(logits, calibration["temperature"])
+        slope, bias = np.array(lines).T
+        return expit(self.log_odds(logits) * slope + bias)
+
+    def scores_from(self, logits, calibration):
+        """Logits [N, K] -> float64 [N, F]: the scores that the thresholds of a calibration.json apply to.
+        Whoever decides by a calibration takes them from here."""
+        if scaling.applied(calibration):
+            return self.scaled_scores(logits, calibration)
+        return self.scores(logits)
 
     def truth(self, targets):
         """Targets -> int8 [N, F]: 1 where the finding is present, 0 where it is not, -1 where unknown."""

@@ -42,8 +42,7 @@ def margins(runs):
     above = []
     for run, scores in zip(runs, found):
         chosen = run.calibration()
-        temperature = chosen["temperature"] if chosen["temperature_applied"] else 1.0
-        p = run.task.scores(scores["test_logits"], temperature)[:, 0]
+        p = run.task.scores_from(scores["test_logits"], chosen)[:, 0]
         above.append(p - chosen["threshold"])
     return found[0]["test_files"], found[0]["test_labels"], np.stack(above)
 

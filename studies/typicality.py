@@ -48,11 +48,10 @@ class Outputs:
     """What a calibrated run makes of images: logits and features, whose they are, whom it calls sick."""
 
     def __init__(self, run, device):
-        self.run, self.inputs = run, Inputs.of_run(run.results, device)
+        self.run, self.calibration = run, run.calibration()
+        self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.model, self.task = run.model().to(device), run.task
-        calibration = run.calibration()
-        self.temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
-        self.threshold = next(iter(run.findings(calibration).values()))["threshold"]
+        self.threshold = next(iter(run.findings(self.calibration).values()))["threshold"]
 
     def of(self, subset, what):
         """(features [N, D], logits [N, K], patients [N], labels [N, G] of shares.kinds) of a Subset."""
@@ -63,7 +62,7 @@ class Outputs:
         return found[:, K:], found[:, :K], np.array(subset.patients), labels
 
     def called(self, logits):
-        return self.task.scores(logits, self.temperature)[:, 0] >= self.threshold
+        return self.task.scores_from(logits, self.calibration)[:, 0] >= self.threshold
 
     def changed(self, subset, change):
         """The Subset after a change of its pixels."""

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import common
 import data
 from device import add_device_argument, pick_device
+from inputs import Inputs
 from run import find_runs
 from studies.signals import Scorer
 
@@ -70,8 +71,8 @@ def transplanted(pixels, donors, change, rng):
 
 def false_alarms(run):
     """A table row on a calibrated run: how many of the healthy test children are called sick."""
-    scores, threshold = run.scores(), run.calibration()["threshold"]
-    called = run.task.scores(scores["test_logits"])[:, 0] >= threshold
+    scores, calibration = run.scores(), run.calibration()
+    called = run.task.scores_from(scores["test_logits"], calibration)[:, 0] >= calibration["threshold"]
     healthy, block = scores["test_labels"] == 0, in_block(scores["test_files"])
     inside, outside = called[healthy & block], called[healthy & ~block]
     cells = [f"{part.sum()} of {len(part)}" for part in (inside, outside)]
@@ -80,7 +81,13 @@ def false_alarms(run):
 
 def transplants(run, device):
     """Table rows: the share called sick after each of CHANGES."""
-    score, threshold = Scorer(run, device), run.calibration()["threshold"]
+    scorer, calibration = Scorer(run, device), run.calibration()
+    scorer.inputs = Inputs.of_calibration(run, calibration, device)
+
+    def called(subset, pixels=None):
+        scores = run.task.scores_from(scorer.outputs(subset, pixels), calibration)[:, 0]
+        return (scores >= calibration["threshold"]).mean()
+
     train, val, _ = data.load_train_val(run.config, common.say)
     test = data.load_test(run.config)
     healthy = {name: s.take(np.flatnonzero(s.targets == 0)) for name, s in (("train", train), ("val", val))}
@@ -93,11 +100,11 @@ def transplants(run, device):
     pairs = [("healthy validation children", healthy["val"], donors) for donors in groups]
     pairs.append(("the block", groups["the block"], "healthy training children"))
     for name, subset, donors in pairs:
-        shares = [(score(subset) >= threshold).mean()]
+        shares = [called(subset)]
         pixels, rng, lent = subset.pixels(), np.random.default_rng(0), groups[donors].pixels()
         for change in CHANGES.values():
-            drawn = [score(subset, transplanted(pixels, lent, change, rng)) for _ in range(DRAWS)]
-            shares.append(np.mean([(p >= threshold).mean() for p in drawn]))
+            drawn = [called(subset, transplanted(pixels, lent, change, rng)) for _ in range(DRAWS)]
+            shares.append(np.mean(drawn))
         yield f"| {name} | {donors} | {' | '.join(f'{s:.3f}' for s in shares)} |"
 
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import gradient
+from export import Exported
 from inputs import Inputs
 from models import Ensemble, PixelLinear
-from predict import Exported
 from run import Run
 from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed, tables
 
