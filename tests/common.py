@@ -173,3 +173,11 @@ def test_results_are_utf8_whatever_the_locale():
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stdout.split() == ["\u2192".encode(), b"\\udcff"]
+
+
+def test_notes_are_said_once_where_that_is_asked(capsys):
+    with common.notes_once():
+        for text in ("a", "b", "a"):
+            common.say(text)
+    common.say("a")
+    assert capsys.readouterr().err.split() == ["a", "b", "a"]
