@@ -391,3 +391,13 @@ def test_explain_refuses_what_it_cannot_explain(bench, scratch_run):
     results = scratch_run.results
     scratch_run.save_results({**results, "split": {**results["split"], "fingerprint": "of other images"}})
     refused(cli("explain", "--run", scratch_run, cwd=bench), "fingerprint")
+
+
+def test_the_mean_of_alike_maps_claims_no_certainty():
+    """One image, or several of one value: at least 0.025^(1/n) of all images are like them."""
+    for n, value, least in ((1, 0.25, -1.0), (20, 0.25, 0.0)):
+        share, found = 0.025 ** (1 / n), maps.mean_interval([value] * n, least=least)
+        low, high = value * share + least * (1 - share), value * share + 1 - share
+        assert found == pytest.approx({"mean": value, "lo": low, "hi": high})
+    values = np.random.default_rng(0).random(50)
+    assert maps.mean_interval(values)["lo"] < values.mean() < maps.mean_interval(values)["hi"] < 0.65

@@ -13,7 +13,7 @@ import demo
 import hospital
 import wording
 from common import InputError
-from metrics import choose_threshold_with_guarantee
+from metrics import choose_threshold_by_min_recall, choose_threshold_with_guarantee
 from operating import Rule
 from tests.shared import cli, middle_below, predict_rows, read_json, refused, succeed
 
@@ -135,6 +135,20 @@ def test_held_out_figures_are_of_the_other_half():
     assert row["thr"] == thr and row["recall"] == pytest.approx((p[there] >= thr)[y[there] == 1].mean())
     shipped = found["points"]["at_shipped"]
     assert shipped["specificity"] == pytest.approx((p[there] < 0.5)[y[there] == 0].mean())
+
+
+def test_thresholds_of_a_site_lie_between_its_scores():
+    """All three of them, and no local decision changes."""
+    y, p, patients = made_up(80, 2)
+    found = hospital.choose(y, p, patients, RULE)
+    exact = {
+        "threshold": choose_threshold_by_min_recall(y, p, 0.95)[0],
+        "mean": np.sort(p[y == 1])[int(0.05 * 81) - 1],  # one image a patient: the k-th smallest
+        "guaranteed": choose_threshold_with_guarantee(y, p, groups=patients)[0],
+    }
+    for name, thr in exact.items():
+        assert found[name] == pytest.approx(middle_below(thr, p), rel=1e-9)
+        assert ((p >= found[name]) == (p >= thr)).all() and found["gaps"][name] > 0
 
 
 class Kept:
