@@ -14,7 +14,7 @@ import sources
 import split
 import twins
 from common import InputError
-from demo import draw_image
+from demo import draw_radiograph
 from index import Index, read_folders
 from task import CLASSES, Task
 from tests.shared import SHARED, cli, read_json, smooth_picture, succeed
@@ -205,7 +205,7 @@ def saved_anew(image):
 def test_pictures_saved_anew_are_found():
     """Drawn chests, each in five forms, are found; chests of other children are not."""
     rng = np.random.default_rng(0)
-    chests = [draw_image(rng, 160, i % 2 == 1) for i in range(24)]
+    chests = [draw_radiograph(rng, i % 2 == 1, side=160) for i in range(24)]
     known, other = subset_of(chests[:12]), subset_of(chests[12:])
     for i, forms in enumerate(map(saved_anew, chests[:12])):
         assert twins.alike(subset_of(forms), known) == [(f"{k}.png", f"{i}.png") for k in range(5)]
