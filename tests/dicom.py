@@ -9,28 +9,7 @@ from scipy.stats.mstats import mquantiles
 
 import images
 import listing
-from tests.shared import SHARED, smooth_picture
-
-
-def save_dicom(path, pixels, bits=8, photometric="MONOCHROME2", change=None, **tags):
-    """Write a DICOM image; `tags` replace what it says, `change` edits the data set last."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    file.Rows, file.Columns = pixels.shape[:2]
-    file.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
-    file.PixelRepresentation, file.PhotometricInterpretation = 0, photometric
-    file.BitsAllocated, file.BitsStored, file.HighBit = 8 * pixels.itemsize, bits, bits - 1
-    file.PixelData = pixels.tobytes()
-    for key, value in tags.items():
-        setattr(file, key, value)
-    if change:
-        change(file)
-    file.save_as(path, enforce_file_format=True)
+from tests.shared import SHARED, save_dicom, smooth_picture
 
 
 def full_range(height=24, width=30):

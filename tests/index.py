@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import data
 import tables
 from common import InputError
-from index import find_classes, find_root, list_images
+from index import find_classes, find_root, list_images, read_folders
 from tables import published_lists, read_patients, read_table
 from tests.shared import SHARED, cli, read_json, refused
 
@@ -255,6 +256,20 @@ def test_a_large_table_is_read_in_seconds(tmp_path):
     assert time.process_time() - started < 20
 
 
+def test_images_of_a_table_have_any_name(tmp_path, capsys):
+    """Found by the search of class folders: by content, in any format; the others are counted."""
+    (tmp_path / "images").mkdir()
+    picture = Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20))
+    for name, kind in (("IM_1", "TIFF"), ("b.bmp", "BMP"), ("c.webp", "WEBP")):
+        picture.save(tmp_path / "images" / name, kind)
+    touch(tmp_path / "images/notes.txt", tmp_path / "images/Thumbs.db")
+    rows = ["IM_1,Mass,0,1", "b.bmp,Edema,0,2", "c.webp,No Finding,0,3"]
+    (tmp_path / "table.csv").write_text(NIH + "\n".join(rows))
+    assert table(tmp_path / "table.csv").files == ["images/IM_1", "images/b.bmp", "images/c.webp"]
+    said = "passed over: 1 .txt; recognised by content, not by name: 1 without extension"
+    assert capsys.readouterr().err == f"note: {tmp_path}: {said}\n"
+
+
 def test_patients_of_a_table(tmp_path):
     found = read_table(
         plain_set(tmp_path, "path,Edema\nx/a.png,1\nx/b.png,0\nc.jpg,0\n"), tmp_path, ("Edema",)
@@ -321,6 +336,72 @@ def test_the_set_is_found_in_what_was_unpacked(tmp_path):
     touch(tmp_path / "Other/train/Normal/x.png")
     with pytest.raises(InputError, match="holds several sets"):
         find_root(tmp_path)
+
+
+def test_folders_below_a_class_belong_to_it(tmp_path, capsys):
+    names = ["NORMAL/a.png", "NORMAL/z.bmp", "NORMAL/b/c.tif", "NORMAL/b/d/e.webp", "PNEUMONIA/images/x.dcm"]
+    others = ["NORMAL/notes.txt", "NORMAL/q.gif", "NORMAL/b/.h.png", "PNEUMONIA/masks/x.png", "loose.png"]
+    touch(*(tmp_path / "train" / name for name in (*names, *others)))
+    touch(
+        tmp_path / "train/NORMAL/@eaDir/a.png", tmp_path / "train/@eaDir/a.png", tmp_path / "train/.DS_Store"
+    )
+    index = list_images(tmp_path, "train")
+    assert index.files == [f"train/{name}" for name in names] and index.targets.tolist() == [0, 0, 0, 0, 1]
+    counts = "1 .gif, 1 .txt, 1 files beside the class folders, 1 folders of masks, 1 hidden"
+    assert capsys.readouterr().err == f"note: {tmp_path}/train: passed over: {counts}\n"
+
+
+def test_flat_folders_are_listed_as_ever():
+    """The order decides the split."""
+    root = SHARED / "chest_xray"
+    if not root.exists():
+        pytest.skip("../shared is absent")
+    index = list_images(root, "test")
+    plain = [f"test/{c}/{p}" for c in ("NORMAL", "PNEUMONIA") for p in sorted(os.listdir(root / "test" / c))]
+    assert index.files == plain and len(plain) == 624 and index.targets.tolist() == [0] * 234 + [1] * 390
+
+
+def test_an_empty_class_says_what_is_there(tmp_path):
+    touch(
+        tmp_path / "train/NORMAL/a.png", tmp_path / "train/PNEUMONIA/b.heic", tmp_path / "train/PNEUMONIA/c"
+    )
+    there = "PNEUMONIA holds no image: .*JPEG, PNG, TIFF.*.dcm.*there is: 1 .heic, 1 without extension"
+    with pytest.raises(InputError, match=there):
+        list_images(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (["Train/NORMAL/x.png", "Test/NORMAL/x.png"], "holds Train/: call it train"),
+        (["a/training/NORMAL/x.png"], "a holds training/: call it train"),
+        (["NORMAL/x.png", "PNEUMONIA/x.dcm"], r"folders of images .NORMAL, PNEUMONIA.*into .*/train/"),
+        (["set/COVID/images/x.png", "set/Normal/images/x.png"], "set holds folders of images .COVID, Normal"),
+        (["notes.txt"], "has no train/ folder. Four ways"),
+        ([], "There is no such folder"),
+    ],
+)
+def test_what_is_nearly_a_set_is_named(tmp_path, files, message):
+    touch(*(tmp_path / "set" / name for name in files))
+    with pytest.raises(InputError, match=message):
+        find_root(tmp_path / "set")
+
+
+def test_the_train_folder_itself_is_named(tmp_path):
+    touch(tmp_path / "train/NORMAL/x.png", tmp_path / "train/PNEUMONIA/x.png")
+    with pytest.raises(InputError, match=f"itself holds .* give --data-dir {tmp_path}[.]"):
+        find_root(tmp_path / "train")
+
+
+def test_parts_of_other_names_are_said(tmp_path, capsys):
+    touch(*(tmp_path / part / c / "x.png" for part in ("train", "Test", "valid") for c in ("A", "Normal")))
+    read_folders(tmp_path, ("Normal", "A"), ["train"])
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: passed over: Test, valid; parts are called train, val, test\n"
+    )
+    touch(tmp_path / "other/train/images/Normal/x.png", tmp_path / "other/train/images/A/x.png")
+    with pytest.raises(InputError, match="holds images .in it images/A, images/Normal.: .*two classes"):
+        find_classes(tmp_path / "other")
 
 
 # ---------------------------------------------------------------- from the command line

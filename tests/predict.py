@@ -17,7 +17,7 @@ import metrics
 from inputs import Inputs
 from run import Run
 from tests.fixtures import FLOOR
-from tests.shared import cli, file_list, predict_rows
+from tests.shared import cli, file_list, predict_rows, refused, save_dicom
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -53,15 +53,16 @@ def test_predict_reports_bad_and_odd_files_and_goes_on(bench):
     Image.fromarray(rng.integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(odd / "e_colour.png")
     grey = np.asarray(Image.open(good).convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(odd / "f_16bit.png")
+    Image.fromarray(grey.astype(np.uint16) * 16).save(odd / "h_12bit.png")
     (odd / "g.dcm").write_text("no dicom")
     done = cli("predict", "odd", "--run", "outputs/linear", cwd=bench)
-    assert done.code == 2 and "4 of 7" in done.err and "Traceback" not in done.err
+    assert done.code == 2 and "4 of 8" in done.err and "Traceback" not in done.err
     rows = list(csv.DictReader(io.StringIO(done.out)))
     by = {Path(r["path"]).name[0]: r for r in rows}
-    assert len(rows) == 7 and [k for k in by if by[k]["p_pneumonia"] == ""] == ["b", "c", "d", "g"]
+    assert len(rows) == 8 and [k for k in by if by[k]["p_pneumonia"] == ""] == ["b", "c", "d", "g"]
     assert all(by[k]["note"].startswith("unreadable") for k in "bcdg")
     assert "colour photograph" in by["e"]["note"]
-    assert float(by["f"]["p_pneumonia"]) == pytest.approx(float(by["a"]["p_pneumonia"]), abs=1e-6)
+    assert float(by["f"]["p_pneumonia"]) == pytest.approx(float(by["h"]["p_pneumonia"]), abs=1e-6)
     assert cli("predict", "nowhere/*.png", "--run", "outputs/linear", cwd=bench).code == 2
     assert cli("predict", "odd", "--run", "nowhere", cwd=bench).code == 2
 
@@ -82,47 +83,42 @@ def test_predict_notes_what_is_unlike_the_training_images():
 
 
 def test_predict_reads_dicom(bench):
-    """MONOCHROME1 stored inverted, and 12 bits with a window, both give the PNG's score."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import FileDataset, FileMetaDataset
-
+    """8 bits, plain, inverted and without a name, have the PNG's score; 12 bits that of the 16-bit PNG."""
     grey = np.asarray(Image.open(sorted((bench / "xray/test/PNEUMONIA").iterdir())[0]).convert("L"))
-    full = ((grey.astype(float) - grey.min()) / (grey.max() - grey.min()) * 255).round().astype(np.uint8)
     folder = bench / "dicom"
     folder.mkdir(exist_ok=True)
-    Image.fromarray(full).save(folder / "a.png")
-
-    def save(name, pixels, bits, photometric, **extra):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
-            pydicom.uid.generate_uid(),
-            pydicom.uid.generate_uid(),
-        )
-        file = FileDataset(str(folder / name), {}, file_meta=meta, preamble=b"\0" * 128)
-        file.Rows, file.Columns = pixels.shape
-        file.SamplesPerPixel, file.PixelRepresentation, file.PhotometricInterpretation = 1, 0, photometric
-        file.BitsAllocated = 8 * pixels.itemsize
-        file.BitsStored, file.HighBit = bits, bits - 1
-        file.PixelData = pixels.tobytes()
-        for key, value in extra.items():
-            setattr(file, key, value)
-        file.save_as(folder / name, enforce_file_format=True)
-
-    save("b.dcm", 255 - full, 8, "MONOCHROME1")
-    save(
-        "c.dcm",
-        full.astype(np.uint16) * 10 + 7,
-        12,
-        "MONOCHROME2",
-        RescaleSlope="2",
-        RescaleIntercept="-14",
-        WindowCenter="2550",
-        WindowWidth="5101",
+    Image.fromarray(grey).save(folder / "a.png")
+    save_dicom(folder / "b.dcm", 255 - grey, 8, "MONOCHROME1")
+    save_dicom(folder / "c_0001", grey)
+    deep = grey.astype(np.uint16) * 10 + 7
+    Image.fromarray(deep).save(folder / "d.png")
+    save_dicom(folder / "e.dcm", deep, 12)
+    (folder / "f.txt").write_text("some notes")
+    done = cli("predict", "dicom", "--run", "outputs/linear", cwd=bench)
+    scores = [row["p_pneumonia"] for row in csv.DictReader(io.StringIO(done.out))]
+    assert done.code == 0 and len(scores) == 5 and len(set(scores[:3])) == len(set(scores[3:])) == 1
+    said = "passed over: 1 .txt; recognised by content, not by name: 1 without extension"
+    assert f"note: dicom: {said}\n" in done.err
+    (bench / "nothing").mkdir(exist_ok=True)
+    (bench / "nothing/f.txt").write_text("some notes")
+    refused(
+        cli("predict", "nothing", "--run", "outputs/linear", cwd=bench), "WebP and DICOM", "there is: 1 .txt"
     )
-    rows = predict_rows(bench, "dicom", "--run", "outputs/linear")
-    scores = [float(r["p_pneumonia"]) for r in rows]
-    assert scores[1] == pytest.approx(scores[0], abs=1e-9) and scores[2] == pytest.approx(scores[0], abs=0.02)
+
+
+@pytest.mark.parametrize("tag", range(2, 9))
+def test_predict_scores_turned_files_alike(bench, tag):
+    path = sorted((bench / "xray/test/PNEUMONIA").iterdir())[0]
+    grey = Image.open(path).convert("L")
+    stored = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    stored |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # what the tag says must be undone
+    folder, exif = bench / "turned", Image.Exif()
+    folder.mkdir(exist_ok=True)
+    exif[0x0112] = tag
+    grey.save(folder / "a.png")
+    grey.transpose(Image.Transpose[stored[tag]]).save(folder / "b.png", exif=exif)
+    plain, turned = predict_rows(bench, "turned", "--run", "outputs/linear")
+    assert plain.pop("path") != turned.pop("path") and plain == turned
 
 
 def test_predict_streams(bench):

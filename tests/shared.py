@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -179,6 +180,27 @@ class Evil:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+def save_dicom(path, pixels, bits=8, photometric="MONOCHROME2", change=None, **tags):
+    """Write a DICOM image; `tags` replace what it says, `change` edits the data set last."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.Rows, file.Columns = pixels.shape[:2]
+    file.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
+    file.PixelRepresentation, file.PhotometricInterpretation = 0, photometric
+    file.BitsAllocated, file.BitsStored, file.HighBit = 8 * pixels.itemsize, bits, bits - 1
+    file.PixelData = pixels.tobytes()
+    for key, value in tags.items():
+        setattr(file, key, value)
+    if change:
+        change(file)
+    file.save_as(path, enforce_file_format=True)
 
 
 def touch(root, *names):
