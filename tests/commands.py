@@ -1,9 +1,13 @@
 """Tests of commands."""
 
+import ast
 import importlib
+import json
 import re
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +22,10 @@ from sklearn.preprocessing import StandardScaler
 import demo
 import images
 import plan
+import scripts
 from index import list_images
 from split import split_train_val
-from tests.shared import SCRIPTS, cli, copy_set, load_pth, read_json, refused, same_tensors, succeed
+from tests.shared import REPO, SCRIPTS, cli, copy_set, load_pth, read_json, refused, same_tensors, succeed
 from vit import VisionTransformer
 
 
@@ -285,3 +290,163 @@ def test_scaling_by_the_training_pixels(flags, tiny_npz, tmp_path):
         refused(cli(*argv, "--out", "o", "--mean", *bad, cwd=tmp_path), "--mean", bad[-1])
     refused(cli("data", "--statistics", "nowhere", cwd=tmp_path), "nowhere")
     refused(cli("data", cwd=tmp_path), "--statistics")
+
+
+# ---------------------------------------------------------------- what messages advise
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """{script: its flags}, of every script that reads a command line."""
+    found = {script: scripts.flags_of(script) for script in (*scripts.ALL, "benchmark", "data")}
+    assert all("--help" in flags for flags in found.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    "script, argv, owners",
+    [
+        ("train_scratch", ["--weights", "w.npz"], "train_pretrained.py, train_cnn.py, train_hybrid.py"),
+        ("train_linear", ["--seeds", 1], "train_scratch.py, train_pretrained.py"),
+        ("predict", ["x.png", "--min-recall=0.9"], "calibrate.py, monitor.py"),
+        ("compare", ["--site", "x"], "calibrate.py, predict.py, monitor.py"),
+        ("explain", ["--html", "x"], "compare.py"),
+        ("calibrate", ["--freeze-epochs", 3], "train_pretrained.py, train_cnn.py"),
+        ("monitor", ["log.csv", "--no-amp"], "train_scratch.py"),
+    ],
+)
+def test_a_flag_of_another_script_names_that_script(script, argv, owners, parsers, tmp_path):
+    flag = next(text for text in map(str, argv) if text.startswith("--")).partition("=")[0]
+    done = cli(script, *argv, cwd=tmp_path)
+    refused(done, f"{flag} is a flag of {owners}")
+    named = re.findall(r"\b(\w+)\.py", done.err.partition(" is a flag of ")[2].partition(";")[0])
+    assert named == [other for other in scripts.ALL if flag in parsers[other]]  # all of them, and no other
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_asking_for_a_flag_runs_nothing(parsers, tmp_path, monkeypatch):
+    """A script is asked for its parser without being run, and one that lacks a package has none to show."""
+    monkeypatch.chdir(tmp_path)
+    assert scripts.having("--no-such-flag") == [] and "--seg-weight" in parsers["train_hybrid"]
+    assert scripts.having("--seg-weight", "train_hybrid.py") == []
+    monkeypatch.setitem(sys.modules, "train_cnn", None)  # importing it is an ImportError
+    assert scripts.flags_of("train_cnn") == set()
+    assert list(tmp_path.iterdir()) == [] and "--epochs" not in parsers["compare"]
+
+
+def messages(path):
+    """[(line, text)] of the strings of a file that hold a flag, docstrings and bare flags left out; what an
+    f-string fills in is {}."""
+    tree, found, skipped = ast.parse(path.read_text()), [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            skipped.add(id(node.value))  # a docstring
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            skipped |= {id(part) for part in node.values}
+            found.append((node.lineno, "".join(parts)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            found.append((node.lineno, node.value))
+    return [(line, text) for line, text in found if re.search(r"(?<![\w-])--[a-z]", text)]
+
+
+OTHERS = {"--unzip", "--nproc_per_node", "--help"}  # of kaggle, of torchrun, of all
+
+
+def test_messages_name_flags_that_there_are(parsers):
+    """A flag named after a script (calibrate.py --site) is one of that script; in a script's own messages, a
+    flag without one is its own; in shared rooms it is one of some script."""
+    every, wrong = set().union(*parsers.values()) | OTHERS, []
+    for path in sorted(REPO.glob("*.py")):
+        for line, text in messages(path):
+            for match in re.finditer(r"(?<![\w-])--[a-z][\w-]*", text):
+                before = re.findall(r"\b(\w+)\.py\b", text[: match.start()].rpartition(". ")[2])
+                owner = before[-1] if before and before[-1] in parsers else path.stem
+                if match[0] not in (parsers.get(owner, every) | OTHERS):
+                    wrong.append(f"{path.name}:{line}: {match[0]} is no flag of {owner}: {text[:80]}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("script", ["calibrate", "explain", "train_linear"])
+def test_where_images_have_moved_only_own_flags_are_advised(runs, script, synthetic, tmp_path, parsers):
+    """--demo and --download are for training. calibrate.py and explain.py find the images by --data-dir."""
+    shutil.copytree(runs.out / "scratch", tmp_path / "outputs/scratch")
+    path = tmp_path / "outputs/scratch/results.json"
+    results = read_json(path)
+    results["data"]["data_dir"] = "elsewhere"
+    path.write_text(json.dumps(results))
+    argv = [] if script == "train_linear" else ["--run", "outputs/scratch"]
+    done = cli(script, *argv, "--cache-dir", "cache", cwd=tmp_path)
+    refused(done, "no data: ", "--data-dir DIR")
+    assert set(re.findall(r"--[a-z][\w-]*", done.err)) <= parsers[script]
+    if script == "explain":
+        argv += ["--data-dir", synthetic, "--cache-dir", "cache", "--tests", 0, "--method", "rollout"]
+        assert "wrote outputs/scratch/explain/val/sheet.png" in succeed(script, *argv, cwd=tmp_path).out
+        refused(cli(script, "x.png", *argv, cwd=tmp_path), "--data-dir, --cache-dir: files that are named")
+    if script == "calibrate":
+        bad = copy_set(synthetic, tmp_path)
+        next((bad / "train/NORMAL").iterdir()).write_bytes(b"")
+        refused(
+            cli("explain", *argv, "--data-dir", bad, "--cache-dir", "cache", cwd=tmp_path), "Mend or remove"
+        )
+        assert "--skip-bad" in parsers["calibrate"] - parsers["explain"]
+
+
+# ---------------------------------------------------------------- no run
+
+
+def test_a_run_that_is_not_there_lists_those_that_are(runs, tmp_path):
+    shutil.copytree(runs.out, tmp_path / "outputs")
+    log = tmp_path / "log.csv"
+    log.write_text("path,score,diagnosis\na,1,1\n")
+    listed = "the runs that are there: outputs/scratch, outputs/"
+    for script, argv in (
+        ("predict", ["x"]),
+        ("explain", []),
+        ("calibrate", []),
+        ("compare", []),
+        ("monitor", [log]),
+    ):
+        done = cli(script, *argv, "--run", "outputs/scrach", cwd=tmp_path)
+        refused(done, listed, "outputs/linear", "python train_scratch.py --out outputs/scrach makes one")
+        assert set(re.findall(r"--[a-z][\w-]*", done.err)) <= {"--out"}
+    done = cli("train_scratch", "--data-dir", "x", "--teacher", "outputs/pretraind", "--demo", cwd=tmp_path)
+    assert done.code == 2
+    (tmp_path / "empty").mkdir()
+    done = cli("predict", "x", cwd=tmp_path / "empty")
+    refused(done, "outputs/pretrained", "there is no run yet; python train_pretrained.py makes one")
+    refused(cli("predict", "x", "--run", "outputs", cwd=tmp_path), "outputs/pretrained")  # the folder above
+
+
+def test_the_command_that_makes_a_run():
+    for folder, command in (
+        ("outputs/scratch", "python train_scratch.py"),
+        ("outputs/mae", "python pretrain_mae.py"),
+        ("outputs/linear-demo", "python train_linear.py --out outputs/linear-demo"),
+        ("my runs/cnn2", "python train_cnn.py --out 'my runs/cnn2'"),
+        ("nowhere", "python train_scratch.py --out nowhere"),
+    ):
+        assert scripts.making(folder) == command
+    assert scripts.making("x", "pretrain_mae") == "python pretrain_mae.py --out x"
+
+
+def test_an_interrupted_run_without_a_checkpoint_says_how_to_go_on(runs, tmp_path):
+    folder = Path(shutil.copytree(runs.out / "scratch", tmp_path / "outputs/scratch"))
+    results = read_json(folder, "results.json")
+    command = "python train_scratch.py --out outputs/scratch --epochs 2"
+    results |= {"finished": False, "command": f"{command} --overwrite"}
+    (folder / "results.json").write_text(json.dumps(results))
+    done = cli("calibrate", cwd=tmp_path)
+    refused(done, "no finished runs", f"continue it with {command} --resume\n", "name it with --run")
+    (folder / "checkpoint.pth").unlink()
+    for script, argv in (("calibrate", ["--run"]), ("predict", ["x", "--run"]), ("explain", ["--run"])):
+        done = cli(script, *argv, "outputs/scratch", cwd=tmp_path)
+        refused(done, "interrupted before it had a checkpoint", f"continue it with {command} --resume")
+    assert "name it with --run" not in cli("calibrate", cwd=tmp_path).err
+    (folder / "last.pth").unlink()
+    refused(
+        cli("predict", "x", "--run", "outputs/scratch", cwd=tmp_path), f"again with {command} --overwrite"
+    )
+    (folder / "results.json").write_text(json.dumps({**results, "finished": True}))
+    refused(cli("predict", "x", "--run", "outputs/scratch", cwd=tmp_path), "train the model again, or copy")
