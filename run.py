@@ -83,8 +83,8 @@ class Run:
         if who := lock.holder(self.folder):
             return f"{self} is being trained by {who}: wait until it has ended"
         if not (self.folder / "last.pth").exists():
-            return f"{self} was interrupted before it was first saved: train it again"
-        return f"{self} was interrupted: continue it with --resume"
+            return f"{self} is not finished, and has no last.pth to go on from: train it again"
+        return f"{self} is not finished: continue it with --resume"
 
     @property
     def kind(self):
