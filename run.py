@@ -84,7 +84,7 @@ class Run:
         """Why a run that is not finished is not, and what to do, as text."""
         if who := lock.holder(self.folder):
             return f"{self} is being trained by {who}: wait until it has ended"
-        return f"{self} was interrupted: {self.to_finish}"
+        return f"{self} is not finished: {self.to_finish}"
 
     @property
     def kind(self):
