@@ -7,9 +7,10 @@ DICOM (needs the package pydicom). Prints CSV (or --jsonl) to stdout, progress t
 decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
 findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
 empty without a threshold) for each.
-Preprocessing, precision, scaling and thresholds are those of the run's calibration, so the test folder gives
-calibrate.py's scores. Where they are no probabilities (a run trained with class weights), a line on stderr says
-so. A file that cannot be read gets a note in its row and makes the exit code 2; the rest is scored all the same.
+Preprocessing, precision, scaling and thresholds are those of the run's calibration, so the test folder
+gives calibrate.py's scores. Where they are no probabilities (a run trained with class weights), a line on
+stderr says so. A file that cannot be read gets a note in its row and makes the exit code 2; the rest is
+scored all the same.
 `typicality` is the share of validation images at least as odd, and `note` says when it is 0.01 or less, or
 brightness, contrast, colour or size is unlike the training images. A line on stderr says whether all
 images together are like validation (shift.py says how); --summary writes that to a file, and --keep to the
