@@ -83,7 +83,7 @@ def say_precision(runs):
         listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in sorted(words.items()))
         say(
             f"note: the members are scored in different precision ({listed}), the ensemble in one for all, "
-            "so its probability is the mean of theirs to about 0.01 only; its thresholds are chosen on its own"
+            "so its probability is the mean of theirs to about 0.01; its thresholds are chosen on its own"
         )
 
 

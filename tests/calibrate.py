@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 import calibrate
 import common
@@ -339,6 +340,70 @@ def test_temperature_flag_keeps_decisions(bench):
     with np.load(bench / "outputs/linear/scores.npz") as file:
         assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
     assert cli("calibrate", "--run", "outputs/linear", *FLOOR, cwd=bench).code == 0
+
+
+def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
+    """Slope and bias from the command line: probabilities change, decisions @Rec and @Guar do not, and who
+    scores by the calibration, or by an older site's thresholds, follows."""
+    shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "outputs/run")
+    shutil.copytree(bench / "xray/test", tmp_path / "clinic")
+    (tmp_path / "xray").symlink_to(bench / "xray")
+    argv = ("calibrate", "--run", "outputs/run", *FLOOR)
+    site = ("calibrate", "--run", "outputs/run", "--site", "clinic", "--name", "here", "--min-recall", 0.8)
+    succeed(*site, cwd=tmp_path)
+    plain, before = (
+        read_json(tmp_path, "outputs/run/calibration.json"),
+        Run(tmp_path / "outputs/run").scores(),
+    )
+    done = succeed(*argv, "--temperature", "platt", cwd=tmp_path)
+    found, run = read_json(tmp_path, "outputs/run/calibration.json"), Run(tmp_path / "outputs/run")
+    line, after = found["platt"]["PNEUMONIA"], run.scores()
+    assert found["format"] == common.SCALED and not found["temperature_applied"]
+    odds = before["val_logits"][:, 1].astype(float) - before["val_logits"][:, 0]
+    fitted = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000).fit(odds[:, None], before["val_labels"])
+    assert line["slope"] == pytest.approx(fitted.coef_[0, 0], rel=1e-3)
+    assert line["bias"] == pytest.approx(fitted.intercept_[0], rel=1e-3, abs=1e-3)
+    assert after["val_p1"].mean() == pytest.approx(before["val_labels"].mean(), abs=1e-6)
+    for side in ("val", "test"):
+        for point in ("at_rec", "at_guaranteed"):
+            rows = found[side][point], plain[side][point]
+            assert all(rows[0][k] == rows[1][k] for k in ("tp", "fp", "tn", "fn"))
+        changed = ((before[f"{side}_p1"] >= 0.5) != (after[f"{side}_p1"] >= 0.5)).sum()
+        assert found["changed"][side] == {"at_0.5": changed, "at_rec": 0, "at_guaranteed": 0}
+        assert f"@0.5 {changed}, @Rec 0, @Guar 0" in done.out
+    assert "slope" in done.out and "as common as in validation" in done.out
+    rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/run")
+    assert [float(r["p_pneumonia"]) for r in rows] == after["test_p1"].tolist()
+    decided = after["test_p1"] >= found["threshold"]
+    assert [r["decision@Rec"] == "PNEUMONIA" for r in rows] == decided.tolist()
+    said = cli("predict", "xray/test/NORMAL", "--run", "outputs/run", cwd=tmp_path).err
+    assert "p_... are probabilities, by Platt scaling" in said and "62.5% have PNEUMONIA" in said
+    text = succeed("compare", cwd=tmp_path).out
+    assert f"slope {line['slope']:.3f}, bias {line['bias']:+.3f}" in text and "by Platt scaling" in text
+    # Thresholds of a site belong to the scores they were chosen on.
+    refused(cli("predict", "clinic", "--run", "outputs/run", "--site", "here", cwd=tmp_path), "--temperature")
+    refused(cli(*site, "--temperature", "platt", cwd=tmp_path), "--temperature belongs to the run")
+    succeed(*site, cwd=tmp_path)
+    succeed("predict", "clinic", "--run", "outputs/run", "--site", "here", cwd=tmp_path)
+    for damage in (
+        {"platt": 3},
+        {"platt": {"PNEUMONIA": {"slope": -1.0, "bias": 0.0}}},
+        {"precision": "int4"},
+    ):
+        common.write_json(run.folder / "calibration.json", {**found, **damage})
+        refused(cli("predict", "clinic", "--run", "outputs/run", cwd=tmp_path), "is damaged", *damage)
+    for words, kept in (((), False), (("scale",), True), (("platt", "--no-temperature"), False)):
+        succeed(*argv, *(("--temperature", *words) if words else ()), cwd=tmp_path)
+        last = read_json(tmp_path, "outputs/run/calibration.json")
+        assert last["temperature_applied"] is kept and "platt" not in last and last["format"] == 1
+    refused(cli(*argv, "--temperature", "isotonic", cwd=tmp_path), "isotonic")
+
+
+def test_platt_scaling_of_a_run_that_separates_validation_is_refused(bench):
+    argv = ("calibrate", "--run", "outputs/linear", "--temperature", "platt")
+    before = read_json(bench, "outputs/linear/calibration.json")
+    refused(cli(*argv, cwd=bench), "separate", "--temperature scale")
+    assert read_json(bench, "outputs/linear/calibration.json") == before
 
 
 def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):

@@ -293,6 +293,8 @@ def test_only_flags_of_the_script_are_advised(capsys):
             common.start(lambda flags=flags: main(*flags))
         assert capsys.readouterr().err == f"error: {text}\n"
     assert common.advice("--skip-bad", "x") == "x"
+
+
 def test_notes_are_said_once_where_that_is_asked(capsys):
     with common.notes_once():
         for text in ("a", "b", "a"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import label
 
 import data
 import demo
@@ -428,10 +429,94 @@ def test_onnx_of_a_masked_run_finds_the_lungs_itself(looks, synthetic):
     succeed("predict", "--export", "m.onnx", "--run", "outputs/linear", cwd=looks)
     session = runtime.InferenceSession(str(looks / "m.onnx"), providers=["CPUExecutionProvider"])
     files = sorted((synthetic / "test/NORMAL").iterdir())[:4]
+    for i, picture in enumerate(lungs_alone(images.decode(files[0], 64))):
+        Image.fromarray(picture).save(looks / f"strange{i}.png")
+        files.append(looks / f"strange{i}.png")
     rows = predict_rows(looks, "--run", "outputs/linear", *files)
+    assert ["no lungs" in row["note"] for row in rows] == [False] * 6 + [True]
     pixels = np.stack([images.decode(file, 64) for file in files])[:, None]
     got = session.run(None, {"image": pixels.astype(np.float32) / 255})[0]
     assert got == pytest.approx([float(row["p_pneumonia"]) for row in rows], abs=1e-3)
+
+
+def lungs_alone(chest):
+    """A chest's two lungs alone on black, the same with a marker beside them, and a blank image."""
+    alone = np.where(two_lungs(len(chest)), np.maximum(chest, 40), 0).astype(np.uint8)
+    marked = alone.copy()
+    marked[2:6, 2:6] = 255
+    return alone, marked, np.full_like(chest, 120)
+
+
+def windings(side):
+    """Shapes whose pixels are far from each other along the shape, and noise of several densities."""
+    spiral, comb = np.zeros((2, side, side), bool)
+    for k in range(2, side // 2, 4):  # rings, each joined to the next
+        spiral[k, k : side - k] = spiral[side - k - 1, k : side - k] = True
+        spiral[k : side - k, k] = spiral[k : side - k, side - k - 1] = True
+        spiral[k + 1 : k + 4, k + (k % 8) // 4] = True
+    comb[2::2, 2:-2] = True
+    comb[3::4, -3] = comb[1::4, 2] = True
+    noise = [np.random.default_rng(seed).random((side, side)) < 0.3 + 0.08 * seed for seed in range(5)]
+    shapes = [spiral, comb, two_lungs(side), np.zeros_like(comb), np.ones_like(comb), *noise]
+    return np.stack([shape[::down, ::across] for shape in shapes for down in (1, -1) for across in (1, -1)])
+
+
+@pytest.mark.parametrize("side", [33, 64, 224])
+def test_regions_without_loops_are_those_of_scipy(side):
+    lit = windings(side)
+    found, settled = lungs.regions(torch.from_numpy(lit))
+    assert settled.all()
+    for shape, numbers in zip(lit, found.numpy().reshape(lit.shape)):
+        labels, count = label(shape)
+        pairs = np.unique(np.stack([labels[shape], numbers[shape]]), axis=1)
+        assert pairs.shape[1] == count == len(set(pairs[1]))  # one number each, of no other region
+
+
+def test_what_is_cut_already_is_found_alike_in_the_graph():
+    """Around every limit: lit area, frame, the size of regions; and on images that are no cuts."""
+    rng, cases = np.random.default_rng(0), list(lungs_alone(np.full((64, 64), 130, np.uint8)))
+    for shape in windings(64):
+        cases.append(np.where(shape, rng.integers(0, 256, shape.shape), 0))
+    for share in (0.049, 0.0501, 0.2, 0.4499, 0.4501, 0.6):  # a block of that area
+        rows = np.arange(64 * 64).reshape(64, 64)
+        cases.append(np.where((rows >= 600) & (rows < 600 + share * 64 * 64), 17, 16))
+    for spot in (39, 40, 41, 42):  # 1% are 40.96 pixels
+        image = np.where(two_lungs(), 90, 0)
+        image[30:34, 30:41].flat[:spot] = 90
+        cases.append(image)
+    for lit in (47, 48, 49, 50, 51):  # of the 496 pixels of the frame
+        image = np.where(two_lungs(), 90, 0)
+        image[0, :lit] = 255
+        cases.append(image)
+    pixels, found = np.stack(cases).astype(np.uint8), []
+    graph = lungs.already_cut_in_graph(torch.from_numpy(pixels).float().unsqueeze(1))
+    masks, is_cut, unsettled = (part.numpy() for part in graph)
+    for image, mask, cut in zip(pixels, masks, is_cut.ravel()):
+        expected = lungs.already_cut(image)
+        found.append(expected is not None)
+        assert cut == found[-1]
+        assert not cut or np.array_equal(mask[0] > 0, expected)
+    assert not unsettled.any() and 5 < sum(found) < len(found) - 5
+
+
+def test_regions_that_are_not_settled_are_told(monkeypatch):
+    monkeypatch.setattr(lungs, "ROUNDS", 1)
+    monkeypatch.setattr(lungs, "SHORTEN", 1)
+    lit = windings(64)
+    _, settled = lungs.regions(torch.from_numpy(lit))
+    assert not settled[:8].any() and settled[12:16].all()  # windings; no pixel at all
+
+
+@pytest.mark.skipif(not (SHARED / "rsna_lungs").exists(), reason="needs the shared images")
+def test_real_lungs_on_black_are_found_alike_in_the_graph():
+    files = sorted((SHARED / "rsna_lungs/images").iterdir())[:60]
+    pixels = np.stack([images.decode(file, 224) for file in files])
+    masks, is_cut, unsettled = lungs.already_cut_in_graph(torch.from_numpy(pixels).float().unsqueeze(1))
+    expected = [lungs.already_cut(image) for image in pixels]
+    assert is_cut.ravel().tolist() == [mask is not None for mask in expected] and not unsettled.any()
+    for mask, wanted in zip(masks[:, 0].numpy() > 0, expected):
+        assert wanted is None or np.array_equal(mask, wanted)
+    assert is_cut.float().mean() > 0.5
 
 
 def test_a_run_refuses_another_source_of_masks(looks, tmp_path, synthetic):

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 import common
 import images
+import inputs as inputs_module
 import metrics
 from inputs import Inputs
 from run import Run
 from tests.fixtures import FLOOR
-from tests.shared import cli, file_list, predict_rows, refused, save_dicom
+from tests.shared import cli, file_list, predict_rows, refused, save_dicom, succeed
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -138,6 +140,117 @@ def test_predict_streams(bench):
     for i in range(1, 30):
         next(rows)
         assert taken <= 4 * (2 + i // 4 + 1)
+
+
+@pytest.fixture(scope="module")
+def halves(bench):
+    """A run whose checkpoint was trained in bf16 and whose calibration was made in it."""
+    folder = bench / "half"
+    shutil.copytree(bench / "outputs/scratch-seed0", folder / "run")
+    results = common.read_json(folder / "run/results.json")
+    common.write_json(folder / "run/results.json", {**results, "recipe": {**results["recipe"], "amp": True}})
+    fast, inputs_module.fast_bf16 = inputs_module.fast_bf16, lambda device: True
+    try:
+        assert cli("calibrate", "--run", folder / "run", *FLOOR, cwd=bench).code == 0
+        assert cli("calibrate", "--run", folder / "run", *site_of("here"), cwd=bench).code == 0
+    finally:
+        inputs_module.fast_bf16 = fast
+    return Run(folder / "run")
+
+
+def site_of(name):
+    return ("--site", "xray/test", "--name", name, "--min-recall", 0.8, "--bootstrap", 100)
+
+
+def test_precision_belongs_to_the_calibration(bench, halves):
+    """Calibrated in bf16, then scored on a machine that is slow in it (as this one is made to believe): the
+    very same scores from predict, explain and for a site."""
+    import explain
+
+    kept, plain = halves.scores(), Run(bench / "outputs/scratch-seed0").scores()
+    assert (
+        halves.calibration()["precision"] == "bf16"
+        and np.abs(kept["test_p1"] - plain["test_p1"]).max() > 1e-6
+    )
+    rows = predict_rows(bench, "xray/test", "--run", halves)
+    assert [float(r["p_pneumonia"]) for r in rows] == kept["test_p1"].tolist()
+    explainer = explain.Explainer(halves, torch.device("cpu"), methods=["gradcam"])
+    assert np.array_equal(explainer.scores(explain.load_split(halves, "test")), kept["test_p1"])
+    sites = []
+    for name in ("here", "there"):  # made where bf16 is fast, and where it is not
+        assert name == "here" or cli("calibrate", "--run", halves, *site_of(name), cwd=bench).code == 0
+        sites.append(halves.site(name)["findings"])
+    assert sites[0] == sites[1]
+    done = cli("predict", "xray/test/NORMAL", "--run", halves, cwd=bench)
+    assert "calibrated in bf16" in done.err and "slow" in done.err
+    plain_run = cli("predict", "xray/test/NORMAL", "--run", "outputs/scratch-seed0", cwd=bench)
+    assert "bf16" not in plain_run.err
+
+
+def test_a_calibration_in_fp32_is_scored_so_where_bf16_is_fast(bench, halves, monkeypatch, tmp_path):
+    run = Run(shutil.copytree(halves.folder, tmp_path / "run"))
+    assert cli("calibrate", "--run", run, *FLOOR, cwd=bench).code == 0
+    assert run.calibration()["precision"] == "fp32"
+    monkeypatch.setattr(inputs_module, "fast_bf16", lambda device: True)
+    rows = predict_rows(bench, "xray/test", "--run", run)
+    assert [float(r["p_pneumonia"]) for r in rows] == run.scores()["test_p1"].tolist()
+    refused(cli("predict", "xray/test", "--run", run, "--site", "here", cwd=bench), "another precision")
+
+
+def test_precision_that_cannot_be_had_or_was_not_kept_is_said(bench, halves, monkeypatch, tmp_path):
+    """A device without bf16: fp32, and why scores differ. A calibration of an older version: bf16, if the run
+    was trained so."""
+    kept = halves.scores()["test_p1"]
+    run = Run(shutil.copytree(halves.folder, tmp_path / "run"))
+    old = {k: v for k, v in run.calibration().items() if k != "precision"}
+    common.write_json(run.folder / "calibration.json", old)
+    done = succeed("predict", "xray/test", "--run", run, cwd=bench)
+    assert "older version, which kept no precision: bf16 is taken" in done.err
+    scores = [float(r["p_pneumonia"]) for r in csv.DictReader(io.StringIO(done.out))]
+    assert scores == kept.tolist()
+    monkeypatch.setattr(inputs_module, "can_bf16", lambda device: False)
+    done = succeed("predict", "xray/test", "--run", halves, cwd=bench)
+    assert "calibrated in bf16, which cpu cannot do here: fp32 is used" in done.err
+    scores = [float(r["p_pneumonia"]) for r in csv.DictReader(io.StringIO(done.out))]
+    assert 0 < np.abs(scores - kept).max() < 0.02
+
+
+def test_export_counts_decisions_that_precision_changes(bench, halves):
+    """The file computes in fp32 what was calibrated in bf16: the count is that of a pass in fp32 by hand."""
+    onnx, _, _ = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
+    done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
+    meta = {p.key: p.value for p in onnx.load(bench / "half.onnx").metadata_props}
+    assert meta["precision"] == "fp32" and meta["calibrated in"] == "bf16"
+    kept, threshold = halves.scores(), halves.calibration()["threshold"]
+    pixels = np.stack([images.decode(bench / "xray" / f, 32) for f in kept["val_files"]])
+    inputs = Inputs.of_run(halves.results, torch.device("cpu"))  # fp32 here
+    with torch.inference_mode():
+        p = metrics.tempered(inputs.logits(halves.model(), inputs.grey(pixels)).numpy(), 1.0)
+    changed = [((kept["val_p1"] >= t) != (p >= t)).sum() for t in (0.5, threshold)]
+    close = [(np.abs(p - t) < 1e-6).sum() for t in (0.5, threshold)]  # rounding may turn these either way
+    said = re.search(r"\(bf16 there, fp32 here\): @0.5 (\d+) of (\d+), @Rec (\d+) of", done.out)
+    assert int(said[2]) == len(p) and np.abs(p - kept["val_p1"]).max() > 1e-6
+    for k, group in enumerate((1, 3)):
+        assert abs(int(said[group]) - changed[k]) <= close[k]
+    (bench / "xray").rename(bench / "gone")
+    try:
+        done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
+    finally:
+        (bench / "gone").rename(bench / "xray")
+    assert "decisions on validation could not be counted: " in done.out
+
+
+def test_export_holds_the_views_of_test_time_augmentation(bench):
+    runtime = [pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime")][-1]
+    run = Run(bench / "outputs/scratch-seed1")
+    assert cli("calibrate", "--run", run, "--tta", *FLOOR, cwd=bench).code == 0
+    done = succeed("predict", "--export", "tta.onnx", "--run", run, "--tta", cwd=bench)
+    kept = run.scores("tta")
+    pixels = np.stack([images.decode(bench / "xray" / f, 32) for f in kept["test_files"]])[:, None]
+    session = runtime.InferenceSession(str(bench / "tta.onnx"))
+    got = session.run(None, {"image": pixels.astype(np.float32) / 255})[0]
+    assert got == pytest.approx(kept["test_p1"], abs=1e-4) and "differs from predict.py" in done.out
+    assert np.abs(kept["test_p1"] - run.scores()["test_p1"]).max() > 1e-3
 
 
 def test_export_matches_pytorch(bench):

@@ -161,7 +161,7 @@ def test_platt_undoes_the_weights_of_classes():
         assert p1["test"][:, k].mean() == pytest.approx(truth[3000:, k].mean(), abs=0.015)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 2]), st.booleans())
 def test_platt_decides_alike_at_rec_and_guar(seed, digits, several):
     """Thresholds move along with the scores: the same images are called, on both sides, ties and all; at 0.5

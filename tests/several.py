@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import gradient
+import scaling
 from export import Exported
 from inputs import Inputs
 from models import Ensemble, PixelLinear
@@ -202,6 +203,12 @@ def test_exported_probabilities(folders, findings):
         with torch.inference_mode():
             expected = run.task.scores(inputs.logits(model, x).numpy(), 1.7)
             assert np.allclose(Exported(model, inputs, run.task, 1.7)(x).numpy(), expected, atol=1e-6)
+            platt = {name: {"slope": 0.5 + k, "bias": 1.0 - k} for k, name in enumerate(run.task.findings)}
+            logits = inputs.logits(model, x).numpy()
+            expected = run.task.scores_from(logits, {"temperature_applied": False, "platt": platt})
+            lines = scaling.lines({"platt": platt}, run.task.findings)
+            exported = Exported(model, inputs, run.task, 1.0, lines=lines)(x).numpy()
+            assert np.allclose(exported, expected, atol=1e-6)
 
 
 def test_exported_findings(findings, tmp_path):
