@@ -614,7 +614,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
         "--batch-size",
         10,
         "--no-amp",
-        *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4, "--mixup", 0.4),
+        *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4),
     ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
