@@ -90,8 +90,8 @@ def extension(name):
 class Search:
     """A search of folders for image files, which counts what it passes over.
 
-    `by_content`: {extension: images that their name does not tell}; `passed`: {reason: files or folders}. Both
-    grow as `walk` advances."""
+    `by_content`: {extension: images that their name does not tell}; `passed`: {reason: files or folders}.
+    Both grow as `walk` advances."""
 
     def __init__(self):
         self.by_content, self.passed = Counter(), Counter()
