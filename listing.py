@@ -90,11 +90,11 @@ def extension(name):
 class Search:
     """A search of folders for image files, which counts what it passes over.
 
-    `found`: {extension: image files}; `by_content`: those of them that their name does not tell; `passed`:
-    {reason: files or folders}. All grow as `walk` advances."""
+    `by_content`: {extension: images that their name does not tell}; `passed`: {reason: files or folders}.
+    Both grow as `walk` advances."""
 
     def __init__(self):
-        self.found, self.by_content, self.passed = Counter(), Counter(), Counter()
+        self.by_content, self.passed = Counter(), Counter()
 
     def walk(self, top):
         """Yield the image files under a folder, sorted by name, those of a folder before those of its
@@ -110,7 +110,7 @@ class Search:
             folder = waiting.pop()
             place = os.path.realpath(folder)
             if place in searched or (place != home and home.startswith(os.path.join(place, ""))):
-                self.passed["folders linked in a circle"] += 1
+                self.passed["folders linked again"] += 1
                 continue
             searched.add(place)
             if time.monotonic() - last > SEARCH_NOTE:
@@ -157,12 +157,10 @@ class Search:
         if not _is(entry.is_file):
             broken = not os.path.exists(entry.path)
             if broken and known:
-                self.found[what] += 1
                 return True
             self.passed["broken links" if broken else "no regular files"] += 1
             return False
         if known:
-            self.found[what] += 1
             return True
         try:
             with open(entry.path, "rb") as file:
@@ -171,7 +169,6 @@ class Search:
             self.passed["that cannot be opened"] += 1
             return False
         if kind_of(head):
-            self.found[what] += 1
             self.by_content[what] += 1
             return True
         self.passed["DICOMDIR" if DICOMDIR in head else what] += 1
@@ -179,7 +176,7 @@ class Search:
 
     def add(self, other):
         """Count what another Search counted, too."""
-        for name in ("found", "by_content", "passed"):
+        for name in ("by_content", "passed"):
             getattr(self, name).update(getattr(other, name))
 
     def pass_over(self, count, reason):

@@ -43,8 +43,10 @@ def test_dicom_of_eight_bits_is_read_as_it_is(tmp_path):
 
 
 def deep():
-    """A picture of 12 bits that leaves some of the range free."""
-    return full_range().astype(np.uint16) * 8 + 5
+    """A picture of 12 bits that leaves some of the range free, but for a marker of three pixels."""
+    values = full_range().astype(np.uint16) * 8 + 5
+    values[12, 3:6] = 4095
+    return values
 
 
 def by_definition(values, padding=None):

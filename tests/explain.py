@@ -17,7 +17,7 @@ from augment import gaussian_blur
 from inputs import Inputs
 from run import Run
 from task import Answer
-from tests.shared import CPU, cli, refused, succeed, tiny_vit
+from tests.shared import CPU, cli, refused, save_dicom, succeed, tiny_vit
 
 PLAIN = Inputs((0.5,) * 3, (0.5,) * 3, CPU)
 GREY = Inputs((0.0,), (1.0,), CPU)
@@ -373,6 +373,21 @@ def test_unreadable_images_are_named_and_the_others_explained(bench, scratch_run
     refused(done, "4 of 5 files", *bad)
     assert [p.name for p in (scratch_run.folder / "explain").iterdir()] == [f"{good.stem}.png"]
     refused(cli("explain", bad[0], "--run", scratch_run, cwd=bench), bad[0], "1 of 1 files")
+
+
+def test_a_folder_is_explained_and_what_is_passed_over_said(bench, scratch_run, tmp_path):
+    picture = Image.open(bench / sorted((bench / "xray/test/NORMAL").iterdir())[0]).convert("L")
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "in/a.bmp")
+    save_dicom(tmp_path / "in/IM_1", np.asarray(picture))
+    (tmp_path / "in/b.gif").write_bytes(b"GIF89a")
+    done = succeed("explain", tmp_path / "in", "--run", scratch_run, "--method", "rollout", cwd=bench)
+    assert sorted(p.name for p in (scratch_run.folder / "explain").iterdir()) == ["IM_1.png", "a.png"]
+    said = "passed over: 1 .gif; recognised by content, not by name: 1 without extension"
+    assert f"note: {tmp_path}/in: {said}\n" in done.err
+    (tmp_path / "in/a.bmp").unlink()
+    (tmp_path / "in/IM_1").unlink()
+    refused(cli("explain", tmp_path / "in", "--run", scratch_run, cwd=bench), "no image files", "1 .gif")
 
 
 def test_explain_refuses_what_it_cannot_explain(bench, scratch_run):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import demo
 import frozen
+import index as indices
 import lungs
 import recipe
 import sources
@@ -23,11 +25,14 @@ from split import epoch_order, groups, image_weights
 from task import Task
 from tests.shared import (
     CPU,
+    SHARED,
     cli,
     randomise,
     read_json,
     refused,
+    save_dicom,
     small_vit,
+    smooth_picture,
     succeed,
     touch,
     toy_subset,
@@ -117,6 +122,60 @@ def test_folders(elsewhere):
     assert with_train[0] == elsewhere and plain[0] == elsewhere.resolve()
     with pytest.raises(InputError, match="does not exist"):
         sources.read(str(elsewhere.parent), config_of(elsewhere))
+
+
+@pytest.fixture
+def clinic(tmp_path):
+    """Class folders of six files: two JPEG, two DICOM, one in a folder, a DICOM without extension."""
+    for k, name in enumerate(("NORMAL", "PNEUMONIA")):
+        folder = tmp_path / "clinic" / name
+        (folder / "more").mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(smooth_picture(40, 40, 10 * k + i)).save(folder / f"{i}.jpeg")
+            save_dicom(folder / f"{i}.dcm", smooth_picture(40, 40, 10 * k + 2 + i))
+        Image.fromarray(smooth_picture(40, 40, 10 * k + 4)).save(folder / "more/a.webp", lossless=True)
+        save_dicom(folder / "IM_0001", smooth_picture(40, 40, 10 * k + 5))
+        (folder / "notes.txt").write_text("nothing")
+    return tmp_path / "clinic"
+
+
+def test_every_reading_of_a_folder_finds_every_kind_of_file(clinic, capsys):
+    """--also, --also-unlabelled and --site: all twelve, with the pixels of their pictures."""
+    config = config_of(clinic)
+    root, labelled = sources.read(str(clinic), config)
+    site = sources.load_site(config, str(clinic))
+    folder, unlabelled = sources.read_unlabelled(str(clinic), config)
+    assert len(labelled.files) == len(unlabelled.files) == len(site) == 12
+    assert labelled.targets.tolist() == site.targets.tolist() == [0] * 6 + [1] * 6
+    said = "passed over: 2 .txt; recognised by content, not by name: 2 without extension"
+    assert capsys.readouterr().err == f"note: {clinic}: {said}\n"  # once, though three readings say so
+    loaded = data.load(config, folder, unlabelled, "also")[0]
+    wanted = {"more/a.webp": 4, "IM_0001": 5, "0.dcm": 2, "1.dcm": 3}
+    for file, image in zip(loaded.files, loaded.pixels()):
+        name, k = file.split("/", 1)[1], int(file.startswith("PNEUMONIA"))
+        if name in wanted:
+            picture = Image.fromarray(smooth_picture(40, 40, 10 * k + wanted[name]))
+            expected = picture.resize((32, 32), Image.Resampling.BILINEAR)
+            assert np.array_equal(image, expected), file
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path):
+    touch(tmp_path / "empty", "a.heic", "b.csv")
+    with pytest.raises(InputError, match="--also-unlabelled .*WebP and DICOM.*there is: 1 .csv, 1 .heic"):
+        sources.read_unlabelled(str(tmp_path / "empty"), config_of(tmp_path))
+
+
+def test_cases_of_dicom_and_of_dropped_formats():
+    folder = SHARED / "cases"
+    if not folder.exists():
+        pytest.skip("../shared is absent")
+    for root, part, counts in (
+        ("dicom_in_training_and_site/train_mixed", "train", [16, 16]),
+        ("dicom_in_training_and_site", "site", [16, 16]),
+        ("dropped_formats_and_subfolders", "train", [24, 24]),
+    ):
+        index = indices.list_images(folder / root, part)
+        assert np.bincount(index.targets).tolist() == counts
 
 
 def test_names_of_sources(tmp_path):
