@@ -5,8 +5,8 @@
 False alarms: half of the validation patients make the reference, batches are drawn from the other half, once
 as they come and once with 10% of sick people, by their true labels. Power: batches from the official test
 set, from another hospital (--nih; studies/nih.py says what is in it), and from corrupted validation images
-(--only names some), each with the whole of validation as the reference. Prints markdown: the share of draws called
-shifted with its 95% interval (Wilson), and of single images called odd.
+(--only names some), each with the whole of validation as the reference. Prints markdown: the share of draws
+called shifted with its 95% interval (Wilson), and of single images called odd.
 
     python studies/typicality.py --run outputs/pretrained --distances
 

@@ -49,11 +49,11 @@ def test_another_prevalence_is_no_shift(auroc, monkeypatch):
     """The sick and the healthy are alike in both; 70% are sick in validation, 10% in the batch. A test that
     compares those called sick with one another rejects half of these draws and more."""
     monkeypatch.setattr(shares, "DRAWS", 99)
-    task, tries, found = Task(), 25, []
+    task, tries, found = Task(), 20, []
     for seed in range(tries):
         rng = np.random.default_rng([seed, 1])
         known = reference(rng, (0.3, 0.7), 300, task, auroc)
-        features, logits, _ = people(rng, (0.9, 0.1), 150, auroc)
+        features, logits, _ = people(rng, (0.9, 0.1), 100, auroc)
         found.append(judged(known, features, logits, task, seed))
     verdicts = [v["verdict"] for v in found]
     assert set(verdicts) <= {"share", "shifted"}
@@ -61,7 +61,7 @@ def test_another_prevalence_is_no_shift(auroc, monkeypatch):
     spans = [v["shares"]["PNEUMONIA"] for v in found if v["shares"]]
     missed = sum(not low <= 0.1 <= high for low, high in spans)
     assert missed <= binom.ppf(0.999, tries, 0.05)
-    assert np.mean([high - low for low, high in spans]) < 0.2
+    assert np.mean([high - low for low, high in spans]) < 0.25
     assert "another share of sick people (" in found[0]["says"]
     assert "precision, accuracy, NPV and calibrated probabilities change" in shift.sentence(found[0])
 
@@ -93,19 +93,19 @@ def test_another_share_of_one_finding_is_no_shift(monkeypatch):
         features[:, :2] += 3 * truth
         return features, 3 * features[:, :2] - 4.5, truth
 
-    verdicts, tries = [], 12
+    verdicts, tries = [], 8
     for seed in range(tries):
         rng = np.random.default_rng([seed, 3])
-        features, logits, truth = table(rng, (0.5, 0.8), 300)
+        features, logits, truth = table(rng, (0.4, 0.6), 400)
         truth[:20] = -1  # labels of some are unknown
         labels = shares.kinds(FINDINGS, truth)
-        arrays = shift.learn(table(rng, (0.5, 0.8), 200)[0], features, logits, range(300), labels)
-        features, logits, _ = table(rng, (0.5, 0.05), 120)
+        arrays = shift.learn(table(rng, (0.4, 0.6), 200)[0], features, logits, range(400), labels)
+        features, logits, _ = table(rng, (0.4, 0.05), 200)
         verdicts.append(judged(shift.Reference(arrays, ""), features, logits, FINDINGS, seed))
     found = [v["verdict"] for v in verdicts]
     assert found.count("shifted") <= binom.ppf(0.999, tries, shares.LEVEL)
     assert [v["people"] for v in verdicts].count("people with Edema") > tries / 2
-    moved, logits, _ = table(rng, (0.5, 0.05), 200)
+    moved, logits, _ = table(rng, (0.4, 0.05), 200)
     verdict = judged(shift.Reference(arrays, ""), moved + 1, logits, FINDINGS)
     assert verdict["verdict"] == "shifted" and "or with a single one" in verdict["says"]
 
