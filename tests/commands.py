@@ -335,13 +335,15 @@ def test_asking_for_a_flag_runs_nothing(parsers, tmp_path, monkeypatch):
 
 
 def messages(path):
-    """[(line, text)] of the strings of a file that hold a flag, docstrings and bare flags left out; what an
+    """[(line, text)] of the strings of a file that hold a flag, docstrings and help texts left out; what an
     f-string fills in is {}."""
     tree, found, skipped = ast.parse(path.read_text()), [], set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             skipped.add(id(node.value))  # a docstring
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.keyword) and node.arg == "help":
+            skipped |= {id(part) for part in ast.walk(node.value)}
+        if isinstance(node, ast.JoinedStr) and id(node) not in skipped:
             parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
             skipped |= {id(part) for part in node.values}
             found.append((node.lineno, "".join(parts)))
@@ -351,7 +353,7 @@ def messages(path):
     return [(line, text) for line, text in found if re.search(r"(?<![\w-])--[a-z]", text)]
 
 
-OTHERS = {"--unzip", "--nproc_per_node", "--help"}  # of kaggle, of torchrun, of all
+OTHERS = {"--unzip", "--nproc_per_node", "--standalone", "--help"}  # of kaggle, of torchrun, of all
 
 
 def test_messages_name_flags_that_there_are(parsers):
@@ -361,7 +363,7 @@ def test_messages_name_flags_that_there_are(parsers):
     for path in sorted(REPO.glob("*.py")):
         for line, text in messages(path):
             for match in re.finditer(r"(?<![\w-])--[a-z][\w-]*", text):
-                before = re.findall(r"\b(\w+)\.py\b", text[: match.start()].rpartition(". ")[2])
+                before = re.findall(r"\b(\w+)\.py\b", re.split(r"\. |; ", text[: match.start()])[-1])
                 owner = before[-1] if before and before[-1] in parsers else path.stem
                 if match[0] not in (parsers.get(owner, every) | OTHERS):
                     wrong.append(f"{path.name}:{line}: {match[0]} is no flag of {owner}: {text[:80]}")

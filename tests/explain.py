@@ -1,6 +1,7 @@
 """Tests of explain and maps."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import explain
 import maps
 import models
 from augment import gaussian_blur
+from entries import Entry
+from evidence import map_blocks
 from inputs import Inputs
 from run import Run
 from task import Answer
@@ -416,3 +419,53 @@ def test_the_mean_of_alike_maps_claims_no_certainty():
         assert found == pytest.approx({"mean": value, "lo": low, "hi": high})
     values = np.random.default_rng(0).random(50)
     assert maps.mean_interval(values)["lo"] < values.mean() < maps.mean_interval(values)["hi"] < 0.65
+
+
+# ---------------------------------------------------------------- splits apart, nothing stale, progress
+
+
+def test_splits_are_kept_apart_and_nothing_stale_stays(bench, scratch_run, monkeypatch):
+    """The sheet of test does not replace that of validation, and no test of other pictures lies beside it."""
+
+    def draw(path, rows, methods, title):  # a second a picture is left out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(title)
+
+    monkeypatch.setattr(explain, "draw", draw)
+    argv = ["--run", scratch_run, "--method", "rollout"]
+    succeed("explain", *argv, "--tests", 2, cwd=bench)
+    val, test = (scratch_run.explained_folder(split) for split in ("val", "test"))
+    before = (val / "sheet.png").read_bytes()
+    (val / "of_another_sheet.png").write_bytes(b"")
+    done = succeed("explain", *argv, "--tests", 2, "--split", "test", cwd=bench)
+    assert f"wrote {test}/sheet.png" in done.out and (val / "sheet.png").read_bytes() == before
+    assert {k: r["split"] for k, r in scratch_run.explained().items()} == {"val": "val", "test": "test"}
+    assert "testing the maps on 2 test images" in done.err
+    rows = map_blocks([Entry(scratch_run)])[2].rows
+    assert [row[0].rpartition(" on ")[2] for row in rows] == ["validation", "test"]
+    succeed("explain", *argv, "--tests", 0, cwd=bench)
+    assert not (val / "explain.json").exists() and not (val / "of_another_sheet.png").exists()
+    assert (test / "explain.json").exists() and list(scratch_run.explained()) == ["test"]
+
+
+def test_reports_of_older_versions_stand_until_their_split_is_explained_again(scratch_run):
+    old = {"split": "test", "images": 1}
+    common.write_json(scratch_run.folder / "explain/explain.json", old)
+    assert scratch_run.explained() == {"test": old}
+    common.write_json(scratch_run.folder / "explain/val/explain.json", {"split": "val"})
+    assert scratch_run.explained() == {"test": old, "val": {"split": "val"}}
+    common.write_json(scratch_run.folder / "explain/test/explain.json", {"split": "test", "images": 2})
+    assert scratch_run.explained()["test"]["images"] == 2
+
+
+def test_tests_of_maps_say_how_far_they_are(monkeypatch, capsys):
+    """Every step is counted, and there are as many as were announced; without a name it is silent."""
+    monkeypatch.setattr(maps, "Pace", lambda: common.Pace(every=-1))
+    lungs, grey = np.ones((20, 32, 32), bool), torch.rand(20, 1, 32, 32)
+    maps.faithfulness(tiny_vit(), PLAIN, grey, lungs, ["rollout", "gradcam"], progress="tests")
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.match(r"tests: (\d+) of (\d+) steps: ", line).groups() for line in lines]
+    total = 2 + 2 * 4  # parts of 16 images; for each method the head, two blocks and the patches
+    assert counts == [(str(i + 1), str(total)) for i in range(total)]
+    maps.faithfulness(tiny_vit(), PLAIN, grey[:2], lungs[:2], ["rollout"])
+    assert capsys.readouterr().err == ""
