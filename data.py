@@ -191,6 +191,7 @@ def load_train_val(config, tell=print):
         f"{twins.say_copies(info)}"
     )
     twins.warn(files, content, info["copies"])
+    twins.warn_of_labels(index.files, index.content, index.targets)
     if note:
         say(note)
     _say_absent(config.task, info)

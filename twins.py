@@ -119,6 +119,16 @@ def joined(patients, content):
     return [first[part[code]] for code in codes]
 
 
+def warn_of_labels(files, content, targets):
+    """A note on copies of a file that are said to be different things: `targets` [N] or [N, K]."""
+    first, wrong = {}, []
+    for file, number, target in zip(files, content.tolist(), np.asarray(targets).tolist()):
+        if number >= 0 and first.setdefault(number, (file, target))[1] != target:
+            wrong.append(f"{first[number][0]} and {file}")
+    if wrong:
+        say(f"note: {len(wrong)} files have the bytes of another with other labels, such as {wrong[0]}")
+
+
 def count(content):
     """{"val_train", "test_train", "test_val": images of the first side with a copy on the second} of the
     contents {side: int64 [n]}."""

@@ -146,7 +146,10 @@ def test_counts_by_hand(capsys):
     assert "1 validation images are copies, byte for byte, of training images, 3 test images are" in err
     assert "val0 and train1; test0 and train0; test2 and val1" in err
     twins.warn(files, content, dict.fromkeys(counts, 0))
+    twins.warn_of_labels(["a", "b", "c", "d"], np.array([0, 0, 1, -1]), [1, 1, 0, 0])
     assert capsys.readouterr().err == ""
+    twins.warn_of_labels(["a", "b", "c", "d"], np.array([0, 0, 1, 1]), [[1, 0], [1, 1], [0, 0], [0, 0]])
+    assert "1 files have the bytes of another with other labels, such as a and b" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the same picture
