@@ -329,7 +329,7 @@ def tta_views(flip=False):
     def view(zoom, dx, dy, mirrored):
         def apply(x):
             values = (0.0, zoom, -1.0 if mirrored else 1.0, dx, dy)
-            return affine(x, *(torch.full((len(x),), v, device=x.device) for v in values))
+            return affine(x, *(torch.full((x.shape[0],), v, device=x.device) for v in values))
 
         return apply if mirrored or (zoom, dx, dy) != (1.0, 0.0, 0.0) else lambda x: x
 

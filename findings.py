@@ -237,6 +237,13 @@ def class_blocks(entries):
     return blocks
 
 
+def ece_cell(quality):
+    """Calibration error before and after scaling; a dash where a side has too few images for it."""
+    if quality is None:
+        return "-"
+    return "{:.3f} → {:.3f}".format(*(quality[when]["ece"] for when in WHEN))
+
+
 def probability_blocks(entries):
     """Mean score against share of positives, calibration error, and the scaling, finding by finding."""
     rows = []
@@ -245,7 +252,7 @@ def probability_blocks(entries):
             continue
         after, quality = scaling.applied(e.calibration), e.found[name]["probability"]
         mean, share = scaling.averages(e.found[name], after)
-        errors = ["{:.3f} → {:.3f}".format(*(quality[s][w]["ece"] for w in WHEN)) for s in ("val", "test")]
+        errors = [ece_cell(quality.get(side)) for side in ("val", "test")]
         cells = [scaling.cell(e.calibration, name), f"{mean:.3f}", f"{share:.3f}", *errors]
         rows.append([f"{name}: {e.name}", *cells])
     text = (

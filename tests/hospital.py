@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,10 @@ class Kept:
     """What hospital.promise needs of a Run."""
 
     checkpoint_sha256 = "x"
+    task, results = SimpleNamespace(findings=()), {}
+
+    def calibration(self, name):
+        return {"temperature": 1.0, "temperature_applied": False, "precision": "fp32"}
 
     def __str__(self):
         return "run"

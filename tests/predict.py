@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 import common
+import export
 import images
 import inputs as inputs_module
 import metrics
+import predict
 from inputs import Inputs
 from run import Run
 from tests.fixtures import FLOOR
@@ -125,8 +127,6 @@ def test_predict_scores_turned_files_alike(bench, tag):
 
 def test_predict_streams(bench):
     """Files are taken from the iterator batch by batch: never more than two batches are in the air."""
-    import predict
-
     scorer = predict.Scorer(Run(bench / "outputs/linear"), torch.device("cpu"), tta=False)
     path, taken = str(bench / "xray" / file_list(bench, "outputs/linear")[0]), 0
 
@@ -162,7 +162,7 @@ def site_of(name):
     return ("--site", "xray/test", "--name", name, "--min-recall", 0.8, "--bootstrap", 100)
 
 
-def test_precision_belongs_to_the_calibration(bench, halves):
+def test_precision_belongs_to_the_calibration(bench, halves, monkeypatch):
     """Calibrated in bf16, then scored on a machine that is slow in it (as this one is made to believe): the
     very same scores from predict, explain and for a site."""
     import explain
@@ -174,6 +174,7 @@ def test_precision_belongs_to_the_calibration(bench, halves):
     )
     rows = predict_rows(bench, "xray/test", "--run", halves)
     assert [float(r["p_pneumonia"]) for r in rows] == kept["test_p1"].tolist()
+    monkeypatch.chdir(bench)
     explainer = explain.Explainer(halves, torch.device("cpu"), methods=["gradcam"])
     assert np.array_equal(explainer.scores(explain.load_split(halves, "test")), kept["test_p1"])
     sites = []
@@ -215,7 +216,7 @@ def test_precision_that_cannot_be_had_or_was_not_kept_is_said(bench, halves, mon
     assert 0 < np.abs(scores - kept).max() < 0.02
 
 
-def test_export_counts_decisions_that_precision_changes(bench, halves):
+def test_export_counts_decisions_that_precision_changes(bench, halves, monkeypatch):
     """The file computes in fp32 what was calibrated in bf16: the count is that of a pass in fp32 by hand."""
     onnx, _, _ = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
     done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
@@ -232,24 +233,21 @@ def test_export_counts_decisions_that_precision_changes(bench, halves):
     assert int(said[2]) == len(p) and np.abs(p - kept["val_p1"]).max() > 1e-6
     for k, group in enumerate((1, 3)):
         assert abs(int(said[group]) - changed[k]) <= close[k]
-    (bench / "xray").rename(bench / "gone")
-    try:
-        done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
-    finally:
-        (bench / "gone").rename(bench / "xray")
-    assert "decisions on validation could not be counted: " in done.out
+    scorer = predict.Scorer(halves, torch.device("cpu"), tta=False)
+    monkeypatch.chdir(bench.parent)  # the images are not where they were
+    assert "could not be counted: " in export.counted(scorer, None)
 
 
-def test_export_holds_the_views_of_test_time_augmentation(bench):
-    runtime = [pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime")][-1]
+def test_exported_views_are_those_of_test_time_augmentation(bench):
+    """A graph of a run calibrated with --tta averages over the same views."""
     run = Run(bench / "outputs/scratch-seed1")
     assert cli("calibrate", "--run", run, "--tta", *FLOOR, cwd=bench).code == 0
-    done = succeed("predict", "--export", "tta.onnx", "--run", run, "--tta", cwd=bench)
-    kept = run.scores("tta")
+    kept, scorer = run.scores("tta"), predict.Scorer(run, torch.device("cpu"), tta=True)
     pixels = np.stack([images.decode(bench / "xray" / f, 32) for f in kept["test_files"]])[:, None]
-    session = runtime.InferenceSession(str(bench / "tta.onnx"))
-    got = session.run(None, {"image": pixels.astype(np.float32) / 255})[0]
-    assert got == pytest.approx(kept["test_p1"], abs=1e-4) and "differs from predict.py" in done.out
+    with torch.inference_mode():
+        model = export.Exported(scorer.model, scorer.inputs.on("cpu"), scorer.task, 1.0)
+        got = model(torch.from_numpy(pixels).float() / 255).numpy()
+    assert got == pytest.approx(kept["test_p1"], abs=1e-5)
     assert np.abs(kept["test_p1"] - run.scores()["test_p1"]).max() > 1e-3
 
 
