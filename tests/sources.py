@@ -125,7 +125,7 @@ def test_folders(elsewhere):
 
 
 @pytest.fixture
-def clinic(tmp_path):
+def mixed_clinic(tmp_path):
     """Class folders of six files: two JPEG, two DICOM, one in a folder, a DICOM without extension."""
     for k, name in enumerate(("NORMAL", "PNEUMONIA")):
         folder = tmp_path / "clinic" / name
@@ -139,16 +139,16 @@ def clinic(tmp_path):
     return tmp_path / "clinic"
 
 
-def test_every_reading_of_a_folder_finds_every_kind_of_file(clinic, capsys):
+def test_every_reading_of_a_folder_finds_every_kind_of_file(mixed_clinic, capsys):
     """--also, --also-unlabelled and --site: all twelve, with the pixels of their pictures."""
-    config = config_of(clinic)
-    root, labelled = sources.read(str(clinic), config)
-    site = sources.load_site(config, str(clinic))
-    folder, unlabelled = sources.read_unlabelled(str(clinic), config)
+    config = config_of(mixed_clinic)
+    root, labelled = sources.read(str(mixed_clinic), config)
+    site = sources.load_site(config, str(mixed_clinic))
+    folder, unlabelled = sources.read_unlabelled(str(mixed_clinic), config)
     assert len(labelled.files) == len(unlabelled.files) == len(site) == 12
     assert labelled.targets.tolist() == site.targets.tolist() == [0] * 6 + [1] * 6
     said = "passed over: 2 .txt; recognised by content, not by name: 2 without extension"
-    assert capsys.readouterr().err == f"note: {clinic}: {said}\n"  # once, though three readings say so
+    assert capsys.readouterr().err == f"note: {mixed_clinic}: {said}\n"  # once, though three readings say so
     loaded = data.load(config, folder, unlabelled, "also")[0]
     wanted = {"more/a.webp": 4, "IM_0001": 5, "0.dcm": 2, "1.dcm": 3}
     for file, image in zip(loaded.files, loaded.pixels()):
