@@ -77,7 +77,7 @@ def _other_split(flag, title, other, config, split):
     again = "pretrain_mae.py" if flag == "--init" else "the teacher"
     advice = f"run {again} again with the settings of this run, or give this run those"
     if "undersample" in differ and config.undersample and flag == "--init":
-        advice = "pretrain_mae.py draws no balanced set, so leave out --balance undersample-once here"
+        advice = "leave out --balance undersample-once here: the encoder saw no balanced set"
     return (
         f"{title} was trained on another split of these images ({listed}): validation and test here may "
         f"hold some that it learnt; {advice}"

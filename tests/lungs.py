@@ -289,7 +289,8 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
     config = masked(small_set)
     folder = Path(config.data_dir, "train", "NORMAL")
     chest = demo.draw_radiograph(np.random.default_rng(0), side=64)
-    for file in folder.iterdir():
+    for i, file in enumerate(folder.iterdir()):
+        chest[0, 0] = i  # no two files are copies of each other: a split keeps those together
         Image.fromarray(chest).save(file)
     train, val, _ = data.load_train_val(config)
     assert "no lungs found on 12 of 24 train images" in capsys.readouterr().err
@@ -305,8 +306,8 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
     again, _, _ = data.load_train_val(config)
     assert "stale or damaged" in capsys.readouterr().err
     assert np.array_equal(again.lungs(), before)
-    for file in folder.iterdir():  # other images: no lungs on these
-        Image.fromarray(np.full((20, 20), 9, np.uint8)).save(file)
+    for i, file in enumerate(folder.iterdir()):  # other images: no lungs on these
+        Image.fromarray(np.full((20, 20), 9 + i, np.uint8)).save(file)
     changed, _, _ = data.load_train_val(config)
     assert not changed.lungs().any()
     assert "no lungs found on 24 of 24" in capsys.readouterr().err
