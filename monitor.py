@@ -107,8 +107,8 @@ def read_log(path, threshold, words, column="score"):
     score = "score" if "score" in head else column
     missing = [name for name in ("path", score, "diagnosis") if name not in head]
     if missing:
-        also = " (nor score)" if score in missing and score != "score" else ""
-        absent = " and ".join(missing) + also
+        words = {score: f"{score} (nor score)"} if score != "score" else {}
+        absent = " and ".join(words.get(name, name) for name in missing)
         raise common.InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
     at, seen, patients, last = {name: head.index(name) for name in head}, set(), set(), ""
     sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)

@@ -8,6 +8,7 @@ import numpy as np
 import data
 import sources
 import tables
+import twins
 from common import InputError, say, sha256
 from split import cut
 
@@ -141,7 +142,7 @@ def _refuse_other_sources(title, other, config, val, split, held_out):
         root, learnt = _learnt(text, text in there.also, settings)
         known = {f"held out of {name} here": data.same_images(learnt, (s,)) for name, s in held_out.items()}
         known["validation images here"] = data.same_images(learnt, (val,))
-        known["test images here"] = sources.same_files(root, learnt.files, home, test_files)
+        known["test images here"] = twins.same_files(root, learnt.files, home, test_files)
         for what, files in known.items():
             if files:
                 raise InputError(
