@@ -91,10 +91,11 @@ class Search:
     """A search of folders for image files, which counts what it passes over.
 
     `by_content`: {extension: images that their name does not tell}; `passed`: {reason: files or folders}.
-    Both grow as `walk` advances."""
+    Both grow as `walk` advances. `used`: paths of files that are read for something else, a table say."""
 
-    def __init__(self):
+    def __init__(self, used=()):
         self.by_content, self.passed = Counter(), Counter()
+        self.used = {os.path.realpath(path) for path in used}
 
     def walk(self, top):
         """Yield the image files under a folder, sorted by name, those of a folder before those of its
@@ -162,6 +163,8 @@ class Search:
             return False
         if known:
             return True
+        if self.used and os.path.realpath(entry.path) in self.used:
+            return False
         try:
             with open(entry.path, "rb") as file:
                 head = file.read(HEAD)

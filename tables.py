@@ -78,7 +78,7 @@ def read_table(path, root, findings):
             f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path; "
             f"{columns(head)}. Columns are separated by commas, semicolons or tabs"
         )
-    here = find_table_images(root, nih)
+    here = find_table_images(root, nih, used=(path, *(Path(root, name) for name in LISTS.values())))
     read = read_nih(path, head, rows, findings) if nih else read_plain(path, head, findings)
     name_at, patient_at = (head.index(c) if c in head else None for c in (name_column, patient_column))
     listed = Listed(path, root, here)
@@ -126,14 +126,15 @@ def read_table(path, root, findings):
     return Index(files, targets, patients, np.array(known), np.full(len(files), "", dtype="U5"))
 
 
-def find_table_images(root, nih):
+def find_table_images(root, nih, used=()):
     """{name in a table: path relative to `root`} of the images under `root`: of the NIH layout the bare names
-    in images*/ and images*/images/, else the relative paths. InputError if a bare name occurs twice."""
+    in images*/ and images*/images/, else the relative paths. `used`: files there that are read as tables. InputError if a bare name
+    occurs twice."""
     found, root = {}, Path(root)
     if not root.is_dir():
         raise InputError(f"no data: the folder {root} does not exist")
     tops = sorted(p for p in root.glob("images*") if p.is_dir()) if nih else [root]
-    search = Search()
+    search = Search(used)
     for path in itertools.chain.from_iterable(map(search.walk, tops)):
         file = Path(path).relative_to(root).as_posix()
         key = os.path.basename(file) if nih else file

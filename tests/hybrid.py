@@ -305,4 +305,8 @@ def test_wrong_input_to_the_hybrid(flags, tiny_npz, tmp_path):
     refused(cli(*argv, "--img-size", 40, cwd=tmp_path), "40x40", "patch size 16", "take")
     refused(cli(*argv, "--img-size", 32, "--d-model", 30, cwd=tmp_path), "d_model 30")
     refused(cli("train_hybrid", *flags, "--weights", "nowhere.npz", cwd=tmp_path), "nowhere.npz")
-    refused(cli(*argv, "--img-size", 32, "--lungs", "nowhere.npz", cwd=tmp_path), "--lungs nowhere.npz")
+    refused(
+        cli(*argv, "--img-size", 32, "--lungs", "nowhere.npz", cwd=tmp_path),
+        "lung masks nowhere.npz",
+        "--lungs",
+    )

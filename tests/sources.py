@@ -148,7 +148,8 @@ def test_every_reading_of_a_folder_finds_every_kind_of_file(mixed_clinic, capsys
     assert len(labelled.files) == len(unlabelled.files) == len(site) == 12
     assert labelled.targets.tolist() == site.targets.tolist() == [0] * 6 + [1] * 6
     said = "passed over: 2 .txt; recognised by content, not by name: 2 without extension"
-    assert capsys.readouterr().err == f"note: {mixed_clinic}: {said}\n"  # once, though three readings say so
+    notes = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert notes == [f"note: {mixed_clinic}: {said}"]  # once, though three readings say so
     loaded = data.load(config, folder, unlabelled, "also")[0]
     wanted = {"more/a.webp": 4, "IM_0001": 5, "0.dcm": 2, "1.dcm": 3}
     for file, image in zip(loaded.files, loaded.pixels()):

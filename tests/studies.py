@@ -375,11 +375,11 @@ def test_typicality_study_on_the_drawn_set(own_bench, monkeypatch):
     monkeypatch.setattr(typicality, "SIZES", (20,))
     argv = ("studies.typicality", "--run", "outputs/linear", "--draws", 5, "--corrupted", 20)
     rows = table_rows(succeed(*argv, cwd=own_bench).out)
-    assert [r[0] for r in rows[:2]] == ["validation", "official test"]
-    assert len(rows) == 2 + len(signals.corruptions())
+    assert [r[0] for r in rows[:3]] == ["validation", "validation, 10% sick", "official test"]
+    assert len(rows) == 3 + len(signals.corruptions())
     assert all(0 <= float(r[1].rstrip("%")) <= 100 for r in rows)
     assert (
-        float(rows[0][2].split()[0]) <= 0.4 < float(rows[1][2].split()[0])
+        float(rows[0][2].split()[0]) <= 0.4 < float(rows[2][2].split()[0])
     )  # its test set is another machine's
 
 
