@@ -128,8 +128,8 @@ def read_table(path, root, findings):
 
 def find_table_images(root, nih, used=()):
     """{name in a table: path relative to `root`} of the images under `root`: of the NIH layout the bare names
-    in images*/ and images*/images/, else the relative paths. `used`: files there that are read as tables. InputError if a bare name
-    occurs twice."""
+    in images*/ and images*/images/, else the relative paths. `used`: files there that are read as tables.
+    InputError if a bare name occurs twice."""
     found, root = {}, Path(root)
     if not root.is_dir():
         raise InputError(f"no data: the folder {root} does not exist")
