@@ -20,6 +20,7 @@ import numpy as np
 
 import betting
 import common
+import scaling
 from index import patient_id
 from run import Run
 from tables import clean_patient, numbered, open_table
@@ -161,6 +162,12 @@ def main():
     args = parse()
     run = Run(args.run)
     finding, threshold, floor = threshold_of(run, args)
+    calibration = run.calibration("tta" if args.tta else "")
+    if scaling.applied(calibration):
+        common.say(
+            f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "
+            "gave before calibrate.py applied it must not be in the log"
+        )
     classes = [name.lower() for name in run.task.classes]
     health = [f"no {finding.lower()}", "0", *(classes[:1] if run.task.kind == "softmax" else [])]
     log = read_log(args.log, threshold, (tuple(health), (finding.lower(), "1")))
