@@ -26,6 +26,7 @@ import numpy as np
 
 import betting
 import common
+import scaling
 from index import patient_id
 from run import Run
 from tables import clean_patient, numbered, open_table
@@ -263,6 +264,12 @@ def main():
     args = parse()
     run = Run(args.run)
     finding, threshold, floor = threshold_of(run, args)
+    calibration = run.calibration("tta" if args.tta else "")
+    if scaling.applied(calibration):
+        common.say(
+            f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "
+            "gave before calibrate.py applied it must not be in the log"
+        )
     column = f"p_{run.task.column_words[run.task.findings.index(finding)]}"
     log = read_log(args.log, threshold, truths(run.task, finding), column)
     say_counts(args.log, log)

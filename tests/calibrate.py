@@ -381,6 +381,10 @@ def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
     assert "p_... are probabilities, by Platt scaling" in said and f"{share:.1f}% have PNEUMONIA" in said
     text = succeed("compare", cwd=tmp_path).out
     assert f"slope {line['slope']:.3f}, bias {line['bias']:+.3f}" in text and "by Platt scaling" in text
+    row = f"xray/x.jpeg,{found['threshold']},PNEUMONIA"
+    (tmp_path / "log.csv").write_text(f"path,score,diagnosis\n{row}\n")
+    said = succeed("monitor", "log.csv", "--run", "outputs/run", cwd=tmp_path).err
+    assert "for scores after Platt scaling" in said
     # Thresholds of a site belong to the scores they were chosen on.
     refused(cli("predict", "clinic", "--run", "outputs/run", "--site", "here", cwd=tmp_path), "--temperature")
     refused(cli(*site, "--temperature", "platt", cwd=tmp_path), "--temperature belongs to the run")

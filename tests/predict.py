@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+import ensemble
 import export
 import images
 import inputs as inputs_module
@@ -186,6 +187,15 @@ def test_precision_belongs_to_the_calibration(bench, halves, monkeypatch):
     assert "calibrated in bf16" in done.err and "slow" in done.err
     plain_run = cli("predict", "xray/test/NORMAL", "--run", "outputs/scratch-seed0", cwd=bench)
     assert "bf16" not in plain_run.err
+
+
+def test_members_in_different_precision_are_named(bench, halves, capsys):
+    other = Run(bench / "outputs/scratch-seed1")
+    ensemble.say_precision([halves, other])
+    said = capsys.readouterr().err
+    assert f"bf16: {halves}" in said and f"fp32: {other}" in said
+    ensemble.say_precision([other, Run(bench / "outputs/scratch-seed0")])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_calibration_in_fp32_is_scored_so_where_bf16_is_fast(bench, halves, monkeypatch, tmp_path):
