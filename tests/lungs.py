@@ -442,7 +442,9 @@ def test_onnx_of_a_masked_run_finds_the_lungs_itself(looks, synthetic):
 
 def lungs_alone(chest):
     """A chest's two lungs alone on black, the same with a marker beside them, and a blank image."""
-    alone = np.where(two_lungs(len(chest)), np.maximum(chest, 40), 0).astype(np.uint8)
+    down, across = np.abs(np.mgrid[-1 : 1 : len(chest) * 1j, -1 : 1 : len(chest) * 1j])
+    inside = ((across - 0.42) / 0.3) ** 2 + (down / 0.62) ** 2 < 1
+    alone = np.where(inside, np.maximum(chest, 40), 0).astype(np.uint8)
     marked = alone.copy()
     marked[2:6, 2:6] = 255
     return alone, marked, np.full_like(chest, 120)
