@@ -131,11 +131,14 @@ def test_an_interrupted_run_without_a_checkpoint_is_to_be_resumed(tmp_path):
     """Where there is something to go on from; where there is not, it is to be trained again."""
     begun = dict(finished=False, best_epoch=0, history=[])
     run = write_results(tmp_path / "outputs/run", **begun)
-    for saved, words in ((True, "continue it with --resume"), (False, "train it again")):
+    for saved, words in (
+        (True, ("continue it with", "--resume")),
+        (False, ("start it again", "--overwrite")),
+    ):
         (run.folder / "last.pth").write_bytes(b"") if saved else (run.folder / "last.pth").unlink()
         for script in ("calibrate", "predict", "explain"):
             more = ("x.png",) if script == "predict" else ()
-            refused(cli(script, *more, "--run", "outputs/run", cwd=tmp_path), words)
+            refused(cli(script, *more, "--run", "outputs/run", cwd=tmp_path), *words)
         done = cli("train_scratch", "--out", "outputs/run", cwd=tmp_path)
         refused(done, "already holds an interrupted run", "--overwrite")
         assert ("--resume" in done.err) == saved
