@@ -118,7 +118,7 @@ class Reference:
         if not n:
             return report | _conclusion("few", {}, None)
         scores = task.scores(np.concatenate([self.logits, batch.logits]))
-        pool = self._pool(batch, scores[:, 0] >= 0.5)
+        pool = self._pool(batch)
         asked = questions(task, self.arrays["labels"], scores)
 
         # First against all of validation, at its own shares.
@@ -148,16 +148,16 @@ class Reference:
         verdict = "few" if n < LEAST else "share"
         return report | _conclusion(verdict, found.tests, found.p_joint, question, found.spans)
 
-    def _pool(self, batch, strata):
-        """All that is compared, validation first. Images of each stratum are compared with one another: those
-        of a probability of 0.5 or more, and the others. Then the share of sick people matters less. The
-        thresholds would not do as limits, since they were chosen on these validation images."""
+    def _pool(self, batch):
+        """All that is compared, validation first, in one stratum: on corrupted validation images that found
+        more shifts than strata by score did (EXPERIMENTS.md, section 22)."""
         places = batch.places
         samples = {
             "features": np.concatenate([self.arrays["features"], places[:, 1:]]),
             "scores": np.concatenate([self.logits, batch.logits]),
         }
         distances = np.concatenate([self.arrays["far"], places[:, 0]])
+        strata = np.zeros(len(distances), dtype=int)
         return Pool(distances, samples, strata, len(self.logits))
 
 
