@@ -55,35 +55,21 @@ def gaussian_kernel(values):
     return np.exp(-squared / max(np.median(squared), 1e-12)).astype(np.float32)
 
 
-def two_sample_test(kernel, new, strata, draws=None, seed=0):
+def two_sample_test(kernel, new, draws=None, seed=0):
     """Whether the images `new` (bool [N]) and the others come from one distribution: the p-value of a
-    permutation test of the squared maximum mean discrepancy under kernel float [N, N].
-
-    Images are exchanged within `strata` [N] only, and the discrepancies of the strata are added up. This is
-    exact for any strata that depend on the images alone. None if no stratum has two of each."""
-    parts = []
-    for stratum in np.unique(strata):
-        here = np.flatnonzero(strata == stratum)
-        b = int(new[here].sum())
-        a = len(here) - b
-        if min(a, b) < 2:
-            continue
-        # As if divided by the variance: else small strata, whose discrepancies vary more, would decide.
-        scale = np.sqrt(a * b / len(here))
-        weights = np.where(new[here], scale / b, -scale / a).astype(np.float32)
-        parts.append((kernel[np.ix_(here, here)], weights))
-    if not parts:
+    permutation test of the squared maximum mean discrepancy under kernel float [N, N] (Gretton et al. 2012,
+    JMLR 13:723). None if one side has fewer than two images."""
+    n_new = int(new.sum())
+    n_known = len(new) - n_new
+    if min(n_known, n_new) < 2:
         return None
+    weights = np.where(new, 1 / n_new, -1 / n_known).astype(np.float32)
     rng, draws = np.random.default_rng(seed), draws or DRAWS
-    observed = sum(float(w @ k @ w) for k, w in parts)
-    least = observed * (1 - 1e-5)  # what is equal up to rounding counts as a tie
+    least = float(weights @ kernel @ weights) * (1 - 1e-5)  # what is equal up to rounding counts as a tie
 
     def exceeding(count):
-        drawn = np.zeros(count)
-        for k, w in parts:
-            mixed = rng.permuted(np.tile(w, (count, 1)), axis=1).T  # (N, count)
-            drawn += ((k @ mixed) * mixed).sum(axis=0)
-        return int((drawn >= least).sum())
+        mixed = rng.permuted(np.tile(weights, (count, 1)), axis=1).T  # (N, count)
+        return int((((kernel @ mixed) * mixed).sum(axis=0) >= least).sum())
 
     # A p-value that is large after a few draws decides nothing. Smaller ones get all draws.
     first = min(FIRST, draws)
@@ -96,11 +82,11 @@ def two_sample_test(kernel, new, strata, draws=None, seed=0):
 class Pool:
     """Validation images [M] and a batch [n] side by side: what the tests compare of them.
 
-    distances [M + n]: from the training images; samples: {name: values [M + n, D]}; strata [M + n], from the
-    images alone. The kernels are computed once, for all shares."""
+    distances [M + n]: from the training images; samples: {name: values [M + n, D]}. The kernels are
+    computed once, for all shares."""
 
-    def __init__(self, distances, samples, strata, M):
-        self.distances, self.strata, self.M, self.n = distances, strata, M, len(distances) - M
+    def __init__(self, distances, samples, M):
+        self.distances, self.M, self.n = distances, M, len(distances) - M
         self.kernels = {name: gaussian_kernel(values) for name, values in samples.items()}
         self.batch = np.arange(M, M + self.n)
 
@@ -120,7 +106,7 @@ class Pool:
         for seed, (name, kernel) in enumerate(self.kernels.items()):
             if any(p is not None and p <= enough for p in found.values()):
                 break
-            found[name] = two_sample_test(kernel[np.ix_(both, both)], new, self.strata[both], seed=seed)
+            found[name] = two_sample_test(kernel[np.ix_(both, both)], new, seed=seed)
         return found
 
 

@@ -238,7 +238,12 @@ def say_copies(split, look_alikes=None):
     none = "no picture looks the same on two sides"
     if "test_train" not in counts:  # training decodes no test image
         none = "no validation image looks like a training image"
-    return f"{text}; {told(counts, 'look like') or none}" if counts else text
+    if not counts:
+        return text
+    look_alikes = told(counts, "look like") or none
+    if exact and any(counts.values()):
+        look_alikes += " (copies included)"
+    return f"{text}; {look_alikes}"
 
 
 def warn(files, content, counts):

@@ -191,7 +191,7 @@ def test_subsamples_and_batch_are_exchangeable(monkeypatch):
         y, other, _ = people(rng, (0.9, 0.1), 30)
         values = np.concatenate([x, y])
         samples = {"features": values, "scores": np.concatenate([logits, other])}
-        pool = shares.Pool(np.linalg.norm(values, axis=1), samples, values[:, 0] > values[:, 1], 120)
+        pool = shares.Pool(np.linalg.norm(values, axis=1), samples, 120)
         orders = [rng.permutation(np.flatnonzero(classes == k)) for k in (0, 1)]
         for name, p in pool.tests(shares.subsample(np.array([0.9, 0.1]), orders, rng.random(2))).items():
             found[name].append(p)
@@ -200,33 +200,24 @@ def test_subsamples_and_batch_are_exchangeable(monkeypatch):
 
 
 def test_permutation_test_against_all_permutations(monkeypatch):
-    """Two strata so small that every assignment can be tried."""
+    """Two sides so small that every assignment can be tried."""
     monkeypatch.setattr(shares, "CLEAR", 1.0)  # no p-value is left after a few draws
     rng = np.random.default_rng(1)
     x = np.concatenate([rng.normal(size=(5, 2)), rng.normal(size=(5, 2)) + 0.8])
-    new, strata = np.repeat([False, True], 5), np.array([0, 0, 0, 1, 1, 0, 0, 1, 1, 1])
+    new = np.repeat([False, True], 5)
     squared = ((x[:, None] - x[None]) ** 2).sum(2)
     kernel = np.exp(-squared / np.median(squared))
     assert shares.gaussian_kernel(x) == pytest.approx(kernel, abs=1e-6)
 
-    def statistic(first, second, k):
-        i, j = list(first), list(second)
-        return k[np.ix_(i, i)].mean() + k[np.ix_(j, j)].mean() - 2 * k[np.ix_(i, j)].mean()
+    def statistic(first):
+        i, j = list(first), list(set(range(10)) - set(first))
+        return kernel[np.ix_(i, i)].mean() + kernel[np.ix_(j, j)].mean() - 2 * kernel[np.ix_(i, j)].mean()
 
-    values = []
-    for s in (0, 1):
-        here = np.flatnonzero(strata == s)
-        n = int(new[here].sum())
-        own = tuple(np.flatnonzero(~new[here]))
-        every, m = range(len(here)), len(own)
-        splits = [own, *[c for c in combinations(every, m) if c != own]]
-        scale, k = m * n / (m + n), kernel[np.ix_(here, here)]
-        values.append([scale * statistic(c, set(every) - set(c), k) for c in splits])
-    sums = [a + b for a, b in product(*values)]
-    expected = np.mean(np.array(sums) >= sums[0] - 1e-9)
-    got = shares.two_sample_test(kernel.astype(np.float32), new, strata, draws=4000)
+    observed = statistic(range(5))
+    expected = np.mean([statistic(c) >= observed - 1e-9 for c in combinations(range(10), 5)])
+    got = shares.two_sample_test(kernel.astype(np.float32), new, draws=4000)
     assert got == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 4000))
-    assert shares.two_sample_test(kernel, new, new) is None
+    assert shares.two_sample_test(kernel, np.arange(10) == 0) is None
 
 
 def test_odd_images_against_simulation():
