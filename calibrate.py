@@ -171,7 +171,7 @@ def shown_fingerprint(subset, inputs):
 def has_reference(run, name, key):
     """Whether a run has the reference with this key."""
     try:
-        return run.reference(name, key) is not None
+        return shift.reference_of(run, name, key) is not None
     except common.InputError as error:
         common.say(f"{error}; it is made again now")
         return False

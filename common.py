@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import scripts
+
 FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
 SCALED = 2  # of a calibration.json with Platt scaling, which older versions would leave out in silence
 JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
@@ -167,9 +169,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
         if _script["runs"]:
             _script["flags"] = frozenset(self._option_string_actions)
-        return super().parse_args(args, namespace)
+        return parsed
 
     def error(self, message):
         wrong = re.findall(r"(?:^|\s)(--[\w-]+)", message) if message.startswith("unrecognized") else []
@@ -178,9 +181,7 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, wrong):
         """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
-        from scripts import having  # here, not above: it knows the scripts, which all know this module
-
-        if owners := having(wrong, self.prog):
+        if owners := scripts.having(wrong, self.prog):
             return f"{wrong} is a flag of {', '.join(owners)};"
         close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
         return f"did you mean {close[0]}?" if close else ""

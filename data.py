@@ -200,6 +200,19 @@ def load_train_val(config, tell=print):
     return train, val, info
 
 
+def load_split(run, split, moved=None):
+    """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
+    trained. InputError if they are not those it was trained with."""
+    config = DataConfig.from_json({**run.results["data"], **(moved or {})})
+    _, val, found = load_train_val(config, tell=say)
+    if found["fingerprint"] != run.results["split"]["fingerprint"]:
+        raise InputError(
+            f"the images in {config.data_dir} are not those that {run} was trained on (the split's "
+            "fingerprint differs): put those back, or point --data-dir at them"
+        )
+    return val if split == "val" else load_test(config)
+
+
 def same_images(here, there):
     """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
 

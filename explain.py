@@ -264,19 +264,6 @@ def explain_files(explainer, paths, source):
         )
 
 
-def load_split(run, split, moved=None):
-    """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
-    trained. InputError if they are not those it was trained with."""
-    config = data.DataConfig.from_json({**run.results["data"], **(moved or {})})
-    _, val, found = data.load_train_val(config, tell=common.say)
-    if found["fingerprint"] != run.results["split"]["fingerprint"]:
-        raise common.InputError(
-            f"the images in {config.data_dir} are not those that {run} was trained on (the split's "
-            "fingerprint differs): put those back, or point --data-dir at them"
-        )
-    return val if split == "val" else data.load_test(config)
-
-
 def clear(folder):
     """Remove what an earlier call left in the folder of a split: no test may stay beside pictures that it is
     not of."""
@@ -287,7 +274,7 @@ def clear(folder):
 def explain_split(explainer, split, tests, source, moved=None):
     """Draw the sheet and its images, and write explain.json from at most `tests` images, if any; `source`:
     whose lung masks the shares are of; `moved`: see `load_split`."""
-    run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split, moved)
+    run, classes, subset = explainer.run, explainer.classes, data.load_split(explainer.run, split, moved)
     y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
     outlines = explainer.lung_masks(subset, [i for _, i in chosen], source)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import common
+import data
 import demo
 import lungs
 import masks as lung_masks
@@ -198,12 +199,10 @@ def _difference(session, scorer, pixels):
 def counted(scorer, session, batch=32):
     """How many decisions on validation differ between the scores of the calibration and an ONNX file, as a
     line; why that cannot be told where the images or the scores are not there."""
-    from explain import load_split  # slow to import
-
     name = "tta" if scorer.calibration.get("tta") else ""
     precision = scaling.precision_of(scorer.calibration, scorer.run.results)[0]
     try:
-        kept, val = scorer.run.scores(name), load_split(scorer.run, "val")
+        kept, val = scorer.run.scores(name), data.load_split(scorer.run, "val")
         if kept["val_files"].tolist() != list(val.files):
             raise common.InputError("the kept scores are of other images: run calibrate.py again")
     except (common.InputError, OSError) as error:

@@ -103,7 +103,7 @@ class Scorer:
         decisions += ["decision@Guar"] if self.guaranteed is not None else []
         top = ["top_class"] if self.several and self.softmax else []
         self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
-        self.reference, self.batch = run.reference("tta" if tta else ""), shift.Batch()
+        self.reference, self.batch = shift.reference_of(run, "tta" if tta else ""), shift.Batch()
         self.notes = Counter()  # files with a note, and by kind
         self.finder = lung_masks.finder_of(self.config, device)
         self.without_lungs = lung_masks.not_found(self.config)

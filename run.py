@@ -326,20 +326,12 @@ class Run:
 
     def save_reference(self, arrays, name=""):
         """Write reference.npz: the arrays of shift.learn and their key."""
-        with atomic_path(self.folder / f"reference{_dash(name)}.npz") as tmp, open(tmp, "wb") as f:
+        with atomic_path(self.reference_file(name)) as tmp, open(tmp, "wb") as f:
             np.savez(f, **arrays)
 
-    def reference(self, name="", key=None):
-        """The shift.Reference of reference.npz; None if there is none, or none with this key. InputError if
-        it is damaged."""
-        from shift import Reference
-        from tensors import load_arrays
-
-        path = self.folder / f"reference{_dash(name)}.npz"
-        if not path.exists():
-            return None
-        arrays = load_arrays(path)
-        return None if key is not None and str(arrays.get("key")) != key else Reference(arrays, path)
+    def reference_file(self, name=""):
+        """Where the arrays of shift.learn are kept."""
+        return self.folder / f"reference{_dash(name)}.npz"
 
     def save_site(self, site, thresholds, name=""):
         """Write sites/SITE.json: thresholds for another hospital."""

@@ -1,5 +1,6 @@
 """The scripts of this folder: which flags each has, and which one makes a run."""
 
+import argparse
 import difflib
 import importlib
 import os
@@ -7,8 +8,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-
-from common import Parser
 
 TRAINING = {  # script: where it writes its run unless --out says otherwise
     "train_scratch": "scratch",
@@ -34,8 +33,8 @@ def flags_of(script):
     def stop(parser, *args, **kwargs):
         raise _Built(parser)
 
-    usual, argv = Parser.parse_args, sys.argv
-    Parser.parse_args, sys.argv = stop, [f"{script}.py"]
+    usual, argv = argparse.ArgumentParser.parse_args, sys.argv
+    argparse.ArgumentParser.parse_args, sys.argv = stop, [f"{script}.py"]
     try:
         importlib.import_module(script).main()
     except _Built as built:
@@ -43,7 +42,7 @@ def flags_of(script):
     except ImportError:
         return set()
     finally:
-        Parser.parse_args, sys.argv = usual, argv
+        argparse.ArgumentParser.parse_args, sys.argv = usual, argv
     raise RuntimeError(f"{script}.py reads no command line")
 
 

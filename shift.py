@@ -20,6 +20,7 @@ from sklearn.covariance import LedoitWolf
 from common import InputError
 from intervals import in_short
 from shares import LEVEL, ODD, ODD_NEEDS, Pool, joint, mean_test, questions, search
+from tensors import load_arrays
 
 VERSION = 2  # raise it when what is learnt, or how it is judged, changes
 LEAST = 20  # patients that a verdict needs
@@ -158,6 +159,18 @@ class Reference:
         }
         distances = np.concatenate([self.arrays["far"], places[:, 0]])
         return Pool(distances, samples, len(self.logits))
+
+
+def reference_of(run, name="", key=None):
+    """The Reference in a run's reference.npz; None if there is none, or none with this key. InputError if it
+    is damaged."""
+    path = run.reference_file(name)
+    if not path.exists():
+        return None
+    arrays = load_arrays(path)
+    if key is not None and str(arrays.get("key")) != key:
+        return None
+    return Reference(arrays, path)
 
 
 def _whole(arrays):

@@ -17,6 +17,7 @@ import data
 import frozen
 import intervals
 import metrics
+import shift
 import tensors
 from index import patient_id
 from inputs import Inputs
@@ -113,7 +114,7 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     (out / "reference.npz").write_bytes(b"")
     scored.clear()
     succeed("calibrate", "--run", out, cwd=own_runs)
-    assert len(scored) == 2 and Run(out).reference() is not None  # validation and training features
+    assert len(scored) == 2 and shift.reference_of(Run(out)) is not None  # validation and training features
     for damaged in (path.read_bytes()[:500], b""):
         scored.clear()
         path.write_bytes(damaged)

@@ -348,7 +348,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     called = scores["val_p1"] >= scratch_run.calibration()["threshold"]
     right = np.flatnonzero((scores["val_labels"] == target) & (called == target))
     assert len(right) >= 2
-    assert np.array_equal(asked["pixels"], explain.load_split(scratch_run, "val").pixels(right))
+    assert np.array_equal(asked["pixels"], data.load_split(scratch_run, "val").pixels(right))
 
 
 def test_images_of_one_stem_have_pictures_of_their_own(bench, scratch_run, tmp_path):

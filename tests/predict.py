@@ -177,7 +177,7 @@ def test_precision_belongs_to_the_calibration(bench, halves, monkeypatch):
     assert [float(r["p_pneumonia"]) for r in rows] == kept["test_p1"].tolist()
     monkeypatch.chdir(bench)
     explainer = explain.Explainer(halves, torch.device("cpu"), methods=["gradcam"])
-    assert np.array_equal(explainer.scores(explain.load_split(halves, "test")), kept["test_p1"])
+    assert np.array_equal(explainer.scores(data.load_split(halves, "test")), kept["test_p1"])
     sites = []
     for name in ("here", "there"):  # made where bf16 is fast, and where it is not
         assert name == "here" or cli("calibrate", "--run", halves, *site_of(name), cwd=bench).code == 0
