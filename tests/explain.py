@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import common
+import data
 import explain
 import maps
 import models

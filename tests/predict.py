@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import common
+import data
 import ensemble
 import export
 import images
