@@ -16,7 +16,7 @@ Scores are kept while model, images, labels and patients are unchanged, so anoth
 first makes a run of its own of several: its probability is the mean of theirs.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import zlib
 from dataclasses import replace
@@ -24,31 +24,26 @@ from functools import partial
 
 import numpy as np
 
-import common
 import data
-import frozen
-import hospital
-import scaling
-import shares
-import shift
-import sources
-from device import add_device_argument, pick_device
-from ensemble import make_ensemble
-from inputs import Inputs
-from intervals import reported_interval
+from calibration import shares, shift, site
+from calibration.ensemble import make_ensemble
+from calibration.intervals import reported_interval
+from calibration.operating_point import SIDES, Rule, evaluate
+from calibration.wording import POINTS, several_warnings, shared_text, smallest_gap, threshold_text, warnings
+from common import scaling
+from common.cli import COUNT, Number, Parser, check_name
+from common.console import InputError, command_line, notes_once, say, start
+from common.device import add_device_argument, pick_device
+from common.files import FORMAT, SCALED, sha256
+from data import load_test, load_train_val
+from images.subset import pixel_fingerprint
+from layouts.tables import find_table
 from metrics import temperature_limit
-from operating import SIDES, Rule, evaluate
-from run import WITHOUT_CLASSES, find_runs
-from tables import find_table
-from track import Tracker, add_track_argument
-from wording import (
-    POINTS,
-    several_warnings,
-    shared_text,
-    smallest_gap,
-    threshold_text,
-    warnings,
-)
+from models.inputs import Inputs
+from records.run import WITHOUT_CLASSES, find_runs
+from records.track import Tracker, add_track_argument
+from training import other_hospitals
+from training.evaluate import predict
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
@@ -74,8 +69,8 @@ class Sets:
     def of(self, config, fingerprint):
         """(training, validation, test); InputError if the split is not the one with this fingerprint."""
         if config not in self.loaded:
-            train, val, split = data.load_train_val(config, self.tell)
-            self.loaded[config] = (train, val, data.load_test(config)), split["fingerprint"]
+            train, val, split = load_train_val(config, self.tell)
+            self.loaded[config] = (train, val, load_test(config)), split["fingerprint"]
         sets, found = self.loaded[config]
         if found != fingerprint:
             patients = ""
@@ -83,7 +78,7 @@ class Sets:
                 patients = (
                     f"; {config.patients} decides who is on which side, so give the table of the training"
                 )
-            raise common.InputError(
+            raise InputError(
                 f"the images in {config.data_dir} are not those the run was trained on "
                 f"(the split's fingerprint differs): point --data-dir at the same files{patients}, or train "
                 "again if they are the same: copies of a file are kept on one side now"
@@ -93,7 +88,7 @@ class Sets:
     def alike(self, config):
         """How many images look the same on two sides (sources.look_alikes), of settings that were loaded."""
         if config not in self.copies:
-            self.copies[config] = sources.look_alikes(config, *self.loaded[config][0])
+            self.copies[config] = other_hospitals.look_alikes(config, *self.loaded[config][0])
         return self.copies[config]
 
 
@@ -115,7 +110,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     model.to(device)
 
     def outputs(subset, what):
-        return frozen.predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
+        return predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
 
     found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
     if not learnt:
@@ -155,7 +150,7 @@ def keys(run, inputs, sides, some, tta):
         about += [inputs.look, inputs.reads_lungs, run.config.lungs_sha256]
     prints = [shown_fingerprint(s, inputs) for s in sides]
     of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
-    return common.sha256([*about, prints]), common.sha256([*about, *of_reference])
+    return sha256([*about, prints]), sha256([*about, *of_reference])
 
 
 def shown_fingerprint(subset, inputs):
@@ -165,15 +160,15 @@ def shown_fingerprint(subset, inputs):
     if inputs.needs_lungs:
         for row in subset.rows:
             masks = zlib.crc32(np.ascontiguousarray(subset.masks[row]), masks)
-    return common.sha256([data.pixel_fingerprint(subset), list(map(str, subset.patients)), masks])
+    return sha256([pixel_fingerprint(subset), list(map(str, subset.patients)), masks])
 
 
 def has_reference(run, name, key):
     """Whether a run has the reference with this key."""
     try:
         return shift.reference_of(run, name, key) is not None
-    except common.InputError as error:
-        common.say(f"{error}; it is made again now")
+    except InputError as error:
+        say(f"{error}; it is made again now")
         return False
 
 
@@ -183,9 +178,9 @@ def kept_scores(run, name, key):
         kept = run.scores(name)
         if "key" in kept and str(kept["key"]) == key:
             return {k: v for k, v in kept.items() if not k.endswith("_p1")}
-    except common.InputError as error:
+    except InputError as error:
         if "does not exist" not in str(error):
-            common.say(f"{error}: scoring again")
+            say(f"{error}: scoring again")
     return None
 
 
@@ -270,11 +265,11 @@ def show_several(title, result):
 
 def add_rule_arguments(parser):
     """The flags of the operating point."""
-    between = common.Number(float, 0, 1, above=True, below=True)
+    between = Number(float, 0, 1, above=True, below=True)
     group = parser.add_argument_group("threshold")
     group.add_argument(
         "--min-recall",
-        type=common.Number(float, 0, 1, above=True),
+        type=Number(float, 0, 1, above=True),
         default=0.95,
         metavar="X",
         help="recall floor, in (0, 1]",
@@ -307,7 +302,7 @@ def add_rule_arguments(parser):
     )
     group.add_argument(
         "--bootstrap",
-        type=common.Number(int, 100, 10**6),
+        type=Number(int, 100, 10**6),
         default=2000,
         metavar="N",
         help="draws of the patient bootstrap",
@@ -323,7 +318,7 @@ def add_rule_arguments(parser):
 
 def parse():
     """Checked command line -> (args, Rule)."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     add_rule_arguments(parser)
     group = parser.add_argument_group("runs")
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
@@ -358,21 +353,21 @@ def parse():
         "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
     )
     group.add_argument("--verify-cache", action="store_true", help="read the whole cache to see it is intact")
-    group.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
+    group.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(group)
     args = parser.parse_args()
     if bool(args.ensemble) != bool(args.out) or args.ensemble and args.run:
-        raise common.InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
+        raise InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
-        raise common.InputError("--site DIR and --name WHERE belong together, without --ensemble")
+        raise InputError("--site DIR and --name WHERE belong together, without --ensemble")
     if args.site and args.temperature:
-        raise common.InputError(
+        raise InputError(
             "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
             "first, and then give --site without it"
         )
-    common.check_name("--name", args.name)
+    check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
-        raise common.InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
+        raise InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
@@ -401,7 +396,7 @@ def images(sets, args, results):
 
 
 def main():
-    with common.notes_once():  # what is said of the images belongs to all runs
+    with notes_once():  # what is said of the images belongs to all runs
         run_all(*parse())
 
 
@@ -411,29 +406,29 @@ def run_all(args, rule):
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
     name = "tta" if tta else ""
     if args.site:
-        return hospital.calibrate(args, rule, device, tta)
+        return site.calibrate(args, rule, device, tta)
     if args.ensemble:
         ready = partial(images, sets, args)
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
     for run in find_runs(args.runs_dir, args.run):
         if run.kind in WITHOUT_CLASSES:
-            raise common.InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
+            raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         three = images(sets, args, run.results)
         scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
         try:
             result, p1 = evaluate(scores, rule, run.task)
-        except common.InputError as error:
-            raise common.InputError(f"{run}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{run}: {error}") from None
         found = run.findings(result).values()
         promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
         result |= {
-            "format": common.SCALED if rule.platt else common.FORMAT,
+            "format": SCALED if rule.platt else FORMAT,
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
             "alike": sets.alike(settings(args, run.results)),
             "precision": Inputs.of_run(run.results, device, tta).precision,
-            "command": common.command_line(),
+            "command": command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
         tracker = Tracker(args.track, run)
@@ -455,4 +450,4 @@ def run_all(args, rule):
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

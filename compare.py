@@ -8,22 +8,23 @@ other file, --csv the main table. Runs on different test sets get sections of th
 in the seed also get a row with their mean and standard deviation. Needs no torch and takes seconds.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import re
 from pathlib import Path
 
-import common
-import findings
-import plots
-import render
-import report
-from entries import load_entries, without_members
+from common.cli import Parser
+from common.console import InputError, say, start
+from common.files import check_output
+from report import findings, tables
+from report.plots import draw_all
+from report.render import TITLE, Heading, Image, to_html, to_markdown, write_text
+from report.rows import load_entries, without_members
 
 
 def parse():
     """Checked command line, `figures` filled in. InputError if something could not be written there."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")
     parser.add_argument("--figures", metavar="DIR", help="folder for the plots (default: RUNS_DIR/figures)")
@@ -34,7 +35,7 @@ def parse():
     args.figures = Path(args.figures or Path(args.runs_dir, "figures"))
     for flag, path in (("--csv", args.csv), ("--html", args.html)):
         if path:
-            common.check_output(flag, path)
+            check_output(flag, path)
     check_figures(args.figures, given)
     return args
 
@@ -42,9 +43,9 @@ def parse():
 def check_figures(folder, given):
     """InputError if the plots' folder is something else, or is `given` in a folder that is not there."""
     if folder.exists() and not folder.is_dir():
-        raise common.InputError(f"{folder} is not a folder: name another place for the output")
+        raise InputError(f"{folder} is not a folder: name another place for the output")
     if given and not folder.exists():
-        common.check_output("--figures", folder)
+        check_output("--figures", folder)
 
 
 def file_stem(name, used):
@@ -57,24 +58,24 @@ def file_stem(name, used):
 def main():
     args = parse()
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
-    blocks = [render.Heading(1, render.TITLE)]
+    blocks = [Heading(1, TITLE)]
     for entries in groups:
         shown = without_members(entries)
-        blocks += (findings if entries[0].several else report).section(entries, shown)
-        pictures = plots.draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
-        blocks += [render.Heading(3, "Plots"), *(render.Image(*picture) for picture in pictures)]
+        blocks += (findings if entries[0].several else tables).section(entries, shown)
+        pictures = draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
+        blocks += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
         count += len(pictures)
     if args.csv:
-        report.write_csv(args.csv, groups)
+        tables.write_csv(args.csv, groups)
     if args.html:
-        page = render.to_html(blocks, any(e.synthetic for entries in groups for e in entries))
-        render.write_text(args.html, page)
-    print(render.to_markdown(blocks), flush=True)  # the reader may close the pipe: all files are written
-    common.say(f"report: {args.html or 'on standard output (--html PATH writes a page)'}")
-    common.say(f"pictures: {count} in {args.figures}")
+        page = to_html(blocks, any(e.synthetic for entries in groups for e in entries))
+        write_text(args.html, page)
+    print(to_markdown(blocks), flush=True)  # the reader may close the pipe: all files are written
+    say(f"report: {args.html or 'on standard output (--html PATH writes a page)'}")
+    say(f"pictures: {count} in {args.figures}")
     if args.csv:
-        common.say(f"table: {args.csv}")
+        say(f"table: {args.csv}")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

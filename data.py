@@ -8,73 +8,212 @@ pixels reach a model: never file names, sizes, or original widths and heights, w
 prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import hashlib
 import math
 import mmap
-import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 
-import index as indices
-import masks as lung_masks
-import tables
-import twins
-from common import InputError, Parser, add_flags, say, sha256, start
-from dataconfig import DataConfig, add_choices
-from images import load_images
-from inputs import Inputs
-from split import POOLED, cut, cut_test, image_weights, say_shared, undersampled
+from common.cli import Number, Parser, add_flags, check_fields, flag
+from common.console import InputError, say, start
+from common.files import sha256
+from common.task import CLASSES, Task
+from images import twins
+from images.cache import load_images
+from images.decode import RESIZES
+from images.describe import _count_text, _say_absent, _say_inexact, describe
+from images.split import POOLED, cut, cut_test, image_weights, say_shared, undersampled
+from images.subset import Subset
+from layouts import tables
+from layouts.download import KAGGLE
+from layouts.folders import find_classes, find_root, read_folders
+from layouts.listing import PARTS
+from lungs import masks as lung_masks
+from lungs.show import LOOKS
+from models.inputs import MODES, Inputs
+
+# ---------------------------------------------------------------- what is asked
+
+DEFAULT_DIR = "Data/chest_xray"
+SPLITS = ("patient", "image", "published", *POOLED)
+IMG_SIZE = Number(int, 1, 2048)
+FRACTION = Number(float, 0, 1, above=True, below=True)
 
 
-class Subset:
-    """Some rows of the cached images.
+@dataclass(frozen=True)
+class DataConfig:
+    """Everything that decides which images are seen, how, and what is asked; kept in results.json.
 
-    `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
-    memory-mapped and shared between subsets; `rows` int64 [N] into it;
-    `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
-    each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
-    packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
-    """
+    `classes`: of class folders, the healthy one first; with `labels`, the findings asked. `fractions`: of
+    train, validation and test, () for the usual ones."""
 
-    def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None, sources=None):
-        self.files, self.targets, self.images, self.rows = files, targets, images, rows
-        self.masks = masks
-        self.sources = np.zeros(len(files), np.int64) if sources is None else sources
-        self.patients = [indices.patient_id(f) for f in files] if patients is None else patients
-        self._levels = levels
+    data_dir: str = flag(
+        DEFAULT_DIR, "folder with train/ and test/, or of the images of --labels", metavar="DIR"
+    )
+    img_size: int = flag(224, "side of the square input (default: 224; of the drawn set 96)", IMG_SIZE, "PX")
+    resize: str = flag("squash", "non-square originals: distort, letterbox, or cut to the middle", RESIZES)
+    split: str = flag(
+        "patient",
+        "validation: whole patients, single images, or the published val/; pooled: train and test are put "
+        "together and cut anew, by patient or by image",
+        SPLITS,
+    )
+    split_seed: int = flag(0, "seed of the split", Number(int, 0, 2**32 - 1), "N")
+    val_fraction: float = 0.2
+    skip_bad: bool = flag(False, "leave out unreadable images instead of stopping")
+    cache_dir: str = flag("Data/cache", "where decoded images are kept", metavar="DIR")
+    verify_cache: bool = flag(False, "read the whole cache at the start to see that it is intact")
+    classes: tuple = CLASSES
+    normalise: str = flag("none", "exposure: as it is, to one mean and spread, or a flat histogram", MODES)
+    input: str = flag(
+        "full",
+        "what the model sees: everything, the lungs' box, the lungs (the rest grey), both, or, as a control, "
+        "everything but the lungs",
+        LOOKS,
+    )
+    lungs: str = flag(
+        lung_masks.SHIPPED,
+        "where --input and the hybrid take lung masks from: weights of train_lungs.py, heuristic, or a .npz",
+        metavar="SOURCE",
+    )
+    labels: str = flag(
+        "", "table of findings instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
+    )
+    patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
+    fractions: tuple = ()
+    also: tuple = ()  # DIR or DIR:LABELS.csv of other hospitals, for training
+    also_unlabelled: tuple = ()
+    lungs_sha256: str = ""  # of the source of masks, where they are needed
+    reads_lungs: bool = False  # the model is given the masks themselves, too
+    undersample: bool = False  # pooled splits: as many images of each class as of the rarest, before the cut
 
     @property
-    def levels(self):
-        if self._levels is None:
-            images = (self.images[row] for row in self.rows)
-            self._levels = np.array([(image.mean() / 255, image.std() / 255) for image in images])
-        return self._levels
+    def needs_lungs(self):
+        """Whether the images must come with masks of the lungs."""
+        return self.input != "full" or self.reads_lungs
 
-    def __len__(self):
-        return len(self.files)
+    @property
+    def task(self):
+        return Task(self.classes, "sigmoid" if self.labels else "softmax")
 
-    def take(self, index):
-        """The Subset of these positions."""
-        files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
-        levels = None if self._levels is None else self._levels[index]
-        about = dict(patients=patients, levels=levels, masks=self.masks, sources=self.sources[index])
-        return Subset(files, self.targets[index], self.images, self.rows[index], **about)
+    @property
+    def shares(self):
+        """The fractions of train, validation and test that a split aims at."""
+        if self.fractions:
+            return self.fractions
+        if self.split in POOLED:
+            return 0.6, 0.2, 0.2
+        rest = 0.8
+        return (
+            (0.7, 0.1, 0.2)
+            if self.labels
+            else (rest * (1 - self.val_fraction), rest * self.val_fraction, 0.2)
+        )
 
-    def pixels(self, index=slice(None)):
-        """uint8 [n, S, S] of these positions, in memory."""
-        return self.images[self.rows[index]]
+    @property
+    def val_share(self):
+        """Validation's fraction of all that is not test."""
+        if not self.fractions and not self.labels and self.split not in POOLED:
+            return self.val_fraction
+        return self.shares[1] / (self.shares[0] + self.shares[1])
 
-    def lungs(self, index=slice(None)):
-        """bool [n, S, S] of these positions, True on the lungs. InputError if the masks are not there."""
-        if self.masks is None:
-            raise InputError("these images come without lung masks, which the model needs")
-        return lung_masks.unpack(self.masks[self.rows[index]])
+    @classmethod
+    def from_args(cls, args):
+        """Parsed flags -> DataConfig; the classes are those found. InputError if there are none."""
+        values = {name: getattr(args, name) for name in asdict(cls()) if hasattr(args, name)}
+        values["fractions"] = check_fractions(values.get("fractions") or ())
+        for name in ("also", "also_unlabelled"):
+            values[name] = tuple(getattr(args, name, None) or ())
+        if values.get("input", "full") != "full" or values.get("reads_lungs"):
+            values["lungs_sha256"] = lung_masks.fingerprint(values["lungs"])
+            if lung_masks.holds_masks(values["lungs"]) and values.get("input") != "pair":
+                say(
+                    f"note: {values['lungs']} holds the masks of certain images, so predict.py cannot show "
+                    f"others to this run; --lungs {lung_masks.SHIPPED} finds lungs on any"
+                )
+        if values.get("labels"):
+            values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
+            wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]
+            values["classes"] = tables.table_findings(values["labels"], wanted)
+        else:
+            if getattr(args, "findings", None):
+                raise InputError("--findings belongs to a table of findings: give --labels too")
+            root = find_root(values["data_dir"])
+            values["classes"] = find_classes(root, getattr(args, "healthy", None))
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, value):
+        """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
+        try:
+            lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions", "also", "also_unlabelled")}
+            config = cls(**{**value, **lists})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the data settings of the run are incomplete or unknown: {error}") from None
+        wrong = check_fields(config)
+        if not isinstance(value.get("classes"), (list, tuple)) or not all(
+            isinstance(c, str) for c in config.classes
+        ):
+            wrong.append("classes")
+        if config.fractions and not (
+            len(config.fractions) == 3 and all(map(FRACTION.contains, config.fractions))
+        ):
+            wrong.append("fractions")
+        if wrong:
+            named = ", ".join(f"{k} is {str(value.get(k))[:60]}" for k in wrong)
+            raise InputError(f"the data settings of the run are damaged: {named}")
+        return config
+
+
+def check_fractions(values):
+    """The fractions of train, validation and test as a tuple; InputError unless they add up to 1."""
+    if values and abs(sum(values) - 1) > 1e-6:
+        raise InputError(f"--fractions must add up to 1, got {' + '.join(f'{v:g}' for v in values)}")
+    return tuple(values)
+
+
+def add_arguments(parser, also=True):
+    """The data flags that every training script shares; `also`: images of other hospitals, too."""
+    group = parser.add_argument_group("data")
+    add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
+    add_choices(group)
+    about = "labelled images of another hospital join training: folders of the classes, or a table"
+    if also:
+        group.add_argument("--also", nargs="+", default=[], metavar="DIR[:LABELS.csv]", help=about)
+    group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
+    group.add_argument(
+        "--download",
+        nargs="?",
+        const=KAGGLE,
+        metavar="OWNER/NAME",
+        help=f"fetch a Kaggle set into --data-dir first ({KAGGLE} unless named)",
+    )
+
+
+def add_unlabelled_argument(group):
+    """--also-unlabelled, for training that needs no labels."""
+    about = "images of other hospitals without labels, all under a folder, join training"
+    group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
+
+
+def add_choices(group):
+    """The flags that choose classes, findings and fractions."""
+    group.add_argument("--findings", metavar="A,B,...", help="ask these findings of --labels (default: all)")
+    group.add_argument(
+        "--healthy", metavar="CLASS", help="the healthy class (default: normal, healthy, no finding)"
+    )
+    group.add_argument(
+        "--fractions",
+        type=FRACTION,
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="where no split is published (default: 0.6 0.2 0.2 pooled, 0.7 0.1 0.2 of a table)",
+    )
 
 
 class Batch(NamedTuple):
@@ -100,11 +239,11 @@ def open_index(config):
         if config.split == "published" and not (index.part == "test").any():
             raise InputError(f"--split published: {root} has no {' and '.join(tables.LISTS.values())}")
     else:
-        root = indices.find_root(config.data_dir, config.classes)
-        there = [p for p in indices.PARTS if p == "train" or (root / p).is_dir()]
+        root = find_root(config.data_dir, config.classes)
+        there = [p for p in PARTS if p == "train" or (root / p).is_dir()]
         if config.split == "published" and "val" not in there:
             raise InputError(f"--split published: {root} has no val/ folder")
-        index = indices.read_folders(
+        index = read_folders(
             root, config.classes, [p for p in there if p != "val" or config.split == "published"]
         )
     if config.patients:
@@ -211,87 +350,6 @@ def load_split(run, split, moved=None):
             "fingerprint differs): put those back, or point --data-dir at them"
         )
     return val if split == "val" else load_test(config)
-
-
-def same_images(here, there):
-    """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
-
-    def prints(subset):
-        return [hashlib.blake2b(subset.images[row].tobytes(), digest_size=16).digest() for row in subset.rows]
-
-    known = {p for subset in there for p in prints(subset)}
-    return [file for file, p in zip(here.files, prints(here)) if p in known]
-
-
-def describe(config, root, train, val, test, kept, test_from):
-    """The "split" of a results.json, but for the sizes of the originals."""
-    sides, seen = {"train": train, "val": val, "test": test}, set(train.patients)
-    either = seen | set(val.patients)
-    sigmoid = config.task.kind == "sigmoid"
-    counts = {
-        s: {
-            c: int(((i.targets[:, k] == 1) if sigmoid else (i.targets == k)).sum())
-            for k, c in enumerate(config.classes)
-        }
-        for s, i in sides.items()
-    }
-    info = {
-        **{s: len(i.files) for s, i in sides.items()},
-        "counts": counts,
-        "shared_patients": sum(patient in seen for patient in val.patients),
-        "unknown_patients": kept.unknown,
-        "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
-        "test_from": test_from,
-        "synthetic": Path(root, "SYNTHETIC").exists(),  # demo.py leaves it in what it draws
-        "set": root.resolve().name,
-    }
-    if sigmoid:
-        labelled = [sorted(zip(i.files, i.targets.tolist())) for i in (train, val)]
-        info["fingerprint"] = sha256([config.classes, labelled])
-    # The published parts of a set of folders number their patients separately.
-    if test_from != "published" or config.labels or config.patients:
-        info["shared_patients_test"] = sum(patient in either for patient in test.patients)
-    return info
-
-
-def _count_text(counts):
-    """ "3 A + 5 B", of many findings the first few."""
-    items = [f"{n} {c}" for c, n in counts.items()]
-    return " + ".join(items[:6]) + (f" + {len(items) - 6} more" if len(items) > 6 else "")
-
-
-def _say_absent(task, info):
-    """A note on findings that no training image, or every one, has."""
-    total = info["train"]
-    never = [c for c, n in info["counts"]["train"].items() if n == 0]
-    always = [c for c, n in info["counts"]["train"].items() if n == total]
-    for names, text in ((never, "no training image has"), (always, "every training image has")):
-        if names and task.kind == "sigmoid":
-            say(f"note: {text} {', '.join(names)}, so nothing can be learnt about it")
-
-
-def _say_inexact(targets, config, have):
-    """A note if whole patients do not add up to the class counts of a stratified split of images."""
-    _, plain = train_test_split(
-        targets, test_size=config.val_share, stratify=targets, random_state=config.split_seed
-    )
-    want = [int((plain == k).sum()) for k in range(len(config.classes))]
-    if want != have:
-        say(f"note: whole patients allow no exact stratified split: validation has {have}, nearest to {want}")
-
-
-def pixel_fingerprint(subset):
-    """SHA-256 over a subset's file names, targets and pixels: equal iff a model sees the same data."""
-    crc = 0
-    for row in subset.rows:
-        crc = zlib.crc32(subset.images[row], crc)
-    return sha256([subset.files, subset.targets.tolist(), crc])
-
-
-def input_range(subset):
-    """Least and greatest mean and standard deviation of an image (grey levels 0 to 1) that a model saw."""
-    low, high = subset.levels.min(axis=0), subset.levels.max(axis=0)
-    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(("mean", "std"))}
 
 
 def statistics(subset, inputs):

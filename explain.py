@@ -17,7 +17,7 @@ be read is named and makes the exit code 2; the others are drawn all the same.
 How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import itertools
 import os
@@ -29,18 +29,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
-import data
-import frozen
-import lungs
-import maps
-import masks as lung_masks
-from device import add_device_argument, pick_device
-from images import read_image
-from inputs import Inputs
-from listing import Search
-from run import Run
-from tables import find_table
+from common.cli import Number, Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, pick_device
+from common.files import FORMAT, atomic_path, write_json
+from data import load_split
+from images.decode import read_image
+from images.find import Search
+from images.subset import Subset
+from layouts.tables import find_table
+from lungs import masks as lung_masks
+from lungs import show
+from lungs.show import plausible
+from models import maps
+from models.inputs import Inputs
+from records.run import Run
+from training.evaluate import predict
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -60,42 +64,40 @@ class Explainer:
         model = run.model() if run.kind in ("vit", "cnn", "hybrid", "ensemble") else None
         parts = maps.explainable(model) if model else []
         if not parts:
-            raise common.InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
+            raise InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
         if any("crop" in look for look in model.config.get("looks", ())):
-            raise common.InputError(
+            raise InputError(
                 f"{run}: its members are shown different cuts of an image, so their maps do not fit "
                 "together: explain one of them"
             )
         stems = [getattr(part, "stem", part) for part in parts if part.kind != "cnn"]
         depth = min((len(stem.blocks) for stem in stems), default=None)
         if depth is not None and not -depth <= layer < depth:
-            raise common.InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
+            raise InputError(f"--layer {layer}: the model has blocks 0 to {depth - 1}")
         if depth is None and layer != -1:
-            raise common.InputError(f"--layer {layer}: of a CNN the last feature map is meant; leave it out")
+            raise InputError(f"--layer {layer}: of a CNN the last feature map is meant; leave it out")
         if not maps.explainable(model, "rollout"):  # of a hybrid no token of the stem collects what is read
             self.methods = [method for method in methods if method != "rollout"]
             if not self.methods:
-                raise common.InputError(f"{run} has no attention to roll out: --method gradcam")
+                raise InputError(f"{run} has no attention to roll out: --method gradcam")
         self.calibration, task = run.calibration(), run.task
         if finding is not None and finding not in task.findings:
-            raise common.InputError(f"--finding {finding} is not one of {', '.join(task.findings)}")
+            raise InputError(f"--finding {finding} is not one of {', '.join(task.findings)}")
         self.finding = finding or task.findings[0]
         self.column = task.findings.index(self.finding)
         self.classes = task.classes if len(task.classes) == 2 else (f"no {self.finding}", self.finding)
         if task.kind == "sigmoid":
             self.classes = (f"no {self.finding}", self.finding)
         if target is not None and target not in task.classes:
-            raise common.InputError(f"--target {target} is not one of {', '.join(task.classes)}")
+            raise InputError(f"--target {target} is not one of {', '.join(task.classes)}")
         if target is not None and self.classes != task.classes:
-            raise common.InputError(
-                "--target is for two classes: name one of several findings with --finding"
-            )
+            raise InputError("--target is for two classes: name one of several findings with --finding")
         self.explained = target or self.finding
         self.answer = task.answer(self.explained)
         self.target = int(self.explained == self.finding)  # its number in `classes`
         found = run.findings(self.calibration)[self.finding]
         if "why_not" in found:
-            raise common.InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
+            raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
         self.model = model.to(device)
         self.inputs = Inputs.of_calibration(run, self.calibration, device)
@@ -103,10 +105,10 @@ class Explainer:
 
     def scores(self, subset):
         """Probability of the finding, float64 [N], as calibrate.py gives it: no image may change sides."""
-        logits = frozen.predict(self.model, subset, self.inputs).numpy()
+        logits = predict(self.model, subset, self.inputs).numpy()
         scores = self.run.task.scores_from(logits, self.calibration)[:, self.column]
         if not np.isfinite(scores).all():
-            raise common.InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
+            raise InputError(f"{self.run} gives NaN scores: its checkpoint is damaged")
         return scores
 
     def shown(self, subset, index):
@@ -122,7 +124,7 @@ class Explainer:
         if self.exact.look not in ("crop", "masked-crop"):
             return found
         own = torch.from_numpy(subset.lungs(index)).unsqueeze(1).float()
-        pair = lungs.show(torch.from_numpy(found).unsqueeze(1).float(), own, "crop")
+        pair = show.show(torch.from_numpy(found).unsqueeze(1).float(), own, "crop")
         return (pair[:, 0] > 0.5).numpy()
 
     def row(self, file, grey, score, mask, *more):
@@ -197,12 +199,12 @@ def draw(path, rows, methods, title):
         for line, (text, image, found, mask) in zip(axes, rows):
             line[0].set_ylabel(printable(text), fontsize=7)
             shown = draw_row(line, image, found)
-            if lungs.plausible(mask):
+            if plausible(mask):
                 line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
         about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
         figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
         figure.suptitle(textwrap.fill(printable(title), 26 * columns), fontsize=11)
-        with common.atomic_path(path) as tmp:
+        with atomic_path(path) as tmp:
             figure.savefig(tmp, dpi=110)
     plt.close(figure)
 
@@ -239,19 +241,19 @@ def explain_files(explainer, paths, source):
     folders = [path for path in paths if os.path.isdir(path)]
     paths = list(dict.fromkeys(itertools.chain.from_iterable(map(search.walk, paths))))
     if not paths:
-        raise common.InputError(f"no image files in {', '.join(folders)}: {search.nothing()}")
+        raise InputError(f"no image files in {', '.join(folders)}: {search.nothing()}")
     search.tell(", ".join(folders))
     for path in paths:
         try:
             read[path] = read_image(path, config.img_size, config.resize)[0]
         except OSError as error:
-            common.say(f"{path} cannot be read: {error.strerror or error}")
+            say(f"{path} cannot be read: {error.strerror or error}")
     if read:
         files, images, rows = list(read), np.stack(list(read.values())), np.arange(len(read))
         finder = lung_masks.finder_of(config)
         masks = lung_masks.pack(finder(images)) if finder else None
-        subset = data.Subset(files, np.zeros_like(rows), images, rows, masks=masks)
-        whole = ~lungs.plausible(lung_masks.unpack(masks)) if finder else np.zeros(len(files), bool)
+        subset = Subset(files, np.zeros_like(rows), images, rows, masks=masks)
+        whole = ~plausible(lung_masks.unpack(masks)) if finder else np.zeros(len(files), bool)
         outlines = explainer.lung_masks(subset, rows, source)
         for i, (name, score) in enumerate(zip(picture_names(files), explainer.scores(subset))):
             file, note = files[i], [lung_masks.not_found(config)] if whole[i] else []
@@ -259,7 +261,7 @@ def explain_files(explainer, paths, source):
             path = explainer.draw(name, [row])
             print("; ".join([f"{file}: wrote {path}", *note]), flush=True)
     if len(read) < len(paths):
-        raise common.InputError(
+        raise InputError(
             f"{len(paths) - len(read)} of {len(paths)} files could not be read: see the lines above"
         )
 
@@ -274,7 +276,7 @@ def clear(folder):
 def explain_split(explainer, split, tests, source, moved=None):
     """Draw the sheet and its images, and write explain.json from at most `tests` images, if any; `source`:
     whose lung masks the shares are of; `moved`: see `load_split`."""
-    run, classes, subset = explainer.run, explainer.classes, data.load_split(explainer.run, split, moved)
+    run, classes, subset = explainer.run, explainer.classes, load_split(explainer.run, split, moved)
     y, p, rows = run.task.truth(subset.targets)[:, explainer.column], explainer.scores(subset), []
     chosen = pick(y, p, explainer.threshold)
     outlines = explainer.lung_masks(subset, [i for _, i in chosen], source)
@@ -293,18 +295,18 @@ def explain_split(explainer, split, tests, source, moved=None):
     called = f"{SPLITS[split]} images rightly called {classes[target]}"
     right = np.flatnonzero((y == target) & ((p >= explainer.threshold) == y))
     if len(right) < 2:
-        raise common.InputError(
+        raise InputError(
             f"{run}: the maps cannot be tested on fewer than two {called}; --tests 0 leaves the tests out"
         )
     some = np.sort(np.random.default_rng(0).choice(right, min(tests, len(right)), replace=False))
     grey, masks = explainer.shown(subset, some).cpu(), explainer.lung_masks(subset, some, source)
     model, inputs, methods, layer = explainer.model, explainer.exact, explainer.methods, explainer.layer
-    common.say(f"testing the maps on {len(some)} {called} ...")
+    say(f"testing the maps on {len(some)} {called} ...")
     report = maps.faithfulness(model, inputs, grey, masks, methods, layer, explainer.answer, "tests")
-    about = {"format": common.FORMAT, "synthetic": run.results["synthetic"], "split": split}
+    about = {"format": FORMAT, "synthetic": run.results["synthetic"], "split": split}
     about |= {"target": classes[target], "checkpoint": run.checkpoint_sha256, "layer": layer}
     about["lungs"] = source
-    common.write_json(folder / "explain.json", {**about, **report})
+    write_json(folder / "explain.json", {**about, **report})
     print(f"tests on {len(some)} {called}:")
     for method in methods:
         print(summary(maps.METHODS[method], report[method]))
@@ -338,13 +340,13 @@ def moved_settings(args):
     moved = {name: getattr(args, name) for name in names if getattr(args, name)}
     if moved and args.images:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in moved)
-        raise common.InputError(f"{flags}: files that are named are drawn as they are; leave it out")
+        raise InputError(f"{flags}: files that are named are drawn as they are; leave it out")
     return moved
 
 
 def parse():
     """Checked command line."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="files or folders to draw instead of a data split"
     )
@@ -361,13 +363,13 @@ def parse():
     )
     parser.add_argument(
         "--layer",
-        type=common.Number(int, -256, 255),
+        type=Number(int, -256, 255),
         default=-1,
         metavar="N",
         help="block of Grad-CAM; -1: last",
     )
     parser.add_argument(
-        "--tests", type=common.Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
+        "--tests", type=Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
     )
     parser.add_argument(
         "--lungs",
@@ -398,4 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

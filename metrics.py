@@ -12,7 +12,7 @@ from scipy.special import expit, log_softmax, logit
 from scipy.stats import binom
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common import InputError
+from common.console import InputError
 
 
 def check_scores(y_true, p1):

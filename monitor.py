@@ -14,7 +14,7 @@ that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --s
 calibrate.py --tta, for scores of predict.py --tta.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import re
 import sys
@@ -24,12 +24,14 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-import betting
-import common
-import scaling
-from index import patient_id
-from run import Run
-from tables import clean_patient, numbered, open_table
+from calibration import sequential
+from common import scaling
+from common.cli import Number, Parser, check_name
+from common.console import InputError, say, start
+from common.files import atomic_path
+from layouts.listing import patient_id
+from layouts.tables import clean_patient, numbered, open_table
+from records.run import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -84,13 +86,13 @@ def check_row(cell, score, words, where):
     if not cell[score] and score != "score":
         value = None
     elif not 0 <= value <= 1:
-        raise common.InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
+        raise InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
     if not cell["path"]:
-        raise common.InputError(f"{where}: path is empty: each image is to have one row")
+        raise InputError(f"{where}: path is empty: each image is to have one row")
     diagnosis, (absent, present) = cell["diagnosis"].lower(), words
     if diagnosis and diagnosis not in (*absent, *present):
         known = ", ".join((*absent, *present))
-        raise common.InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
+        raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
     sick = diagnosis in present if diagnosis else None
     patient = clean_patient(cell.get("patient", ""))
     if not patient and patient_id(cell["path"]) != cell["path"]:
@@ -110,7 +112,7 @@ def read_log(path, threshold, words, column="score"):
     if missing:
         words = {score: f"{score} (nor score)"} if score != "score" else {}
         absent = " and ".join(words.get(name, name) for name in missing)
-        raise common.InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
+        raise InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
     at, seen, patients, last = {name: head.index(name) for name in head}, set(), set(), ""
     sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
     for number, values in numbered(rows):
@@ -118,9 +120,9 @@ def read_log(path, threshold, words, column="score"):
         where = f"{path}, row {number}"
         row = check_row(cell, score, words, where)
         if row.path in seen:
-            raise common.InputError(f"{where}: {row.path} is there twice: each image is to have one row")
+            raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")
         if row.time < last:
-            raise common.InputError(
+            raise InputError(
                 f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
             )
         seen.add(row.path)
@@ -144,12 +146,12 @@ def read_log(path, threshold, words, column="score"):
 def say_counts(path, log):
     """Notes on rows that do not count, and on images that count as patients."""
     if log.unscored:
-        common.say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
+        say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
     if log.waiting:
-        common.say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
+        say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
     if log.unnamed:
         why = "the column patient is empty there" if log.named else f"{path} has no column patient"
-        common.say(
+        say(
             f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
             "tell no patient. If some are of the same patient, name it in a column patient"
         )
@@ -171,7 +173,7 @@ def draw(path, log, floor, alarm, title):
             continue
         count = np.unique(np.linspace(1, len(outcomes), min(len(outcomes), POINTS_DRAWN)).round().astype(int))
         hits = np.cumsum(outcomes)[count - 1]
-        band = betting.confidence_interval(hits, count - hits)
+        band = sequential.confidence_interval(hits, count - hits)
         ax.fill_between(
             count, band[:, 0], band[:, 1], alpha=0.25, step="mid", label="95% confidence sequence"
         )
@@ -182,7 +184,7 @@ def draw(path, log, floor, alarm, title):
                 ax.axvline(alarm, color="red", label=f"floor refuted, patient {alarm}")
         ax.legend(fontsize=8, loc="lower right")
     figure.suptitle(title, fontsize=11)
-    with common.atomic_path(path) as tmp:
+    with atomic_path(path) as tmp:
         figure.savefig(tmp, dpi=110)
     plt.close(figure)
 
@@ -190,10 +192,10 @@ def draw(path, log, floor, alarm, title):
 def threshold_of(run, args):
     """(threshold, recall floor) of the operating point that is watched. InputError where there is none."""
     if len(run.task.findings) > 1 and args.finding is None:
-        raise common.InputError(f"--finding: which of {', '.join(run.task.findings)}?")
+        raise InputError(f"--finding: which of {', '.join(run.task.findings)}?")
     finding = args.finding or run.task.findings[0]
     if finding not in run.task.findings:
-        raise common.InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
+        raise InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
     name = "tta" if args.tta else ""
     if args.site:
         source = run.site(args.site, name)
@@ -205,29 +207,27 @@ def threshold_of(run, args):
     threshold, floor = found.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:
         where = f" at {args.site}" if args.site else ""
-        raise common.InputError(f"{run} has no threshold @{args.point.title()} for {finding}{where}")
+        raise InputError(f"{run} has no threshold @{args.point.title()} for {finding}{where}")
     if not floor or not 0 < floor < 1:
-        raise common.InputError(
-            f"a recall floor of {floor} cannot be watched: name one below 1 with --min-recall"
-        )
+        raise InputError(f"a recall floor of {floor} cannot be watched: name one below 1 with --min-recall")
     return finding, threshold, floor
 
 
 def parse():
     """Checked command line."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("log", metavar="LOG.csv", help="path,score,diagnosis and perhaps patient,time")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--site", metavar="WHERE", help="thresholds of calibrate.py --site")
     parser.add_argument("--tta", action="store_true", help="the scores are those of predict.py --tta")
     parser.add_argument("--point", choices=tuple(POINTS), default="rec", help="which threshold is in use")
     parser.add_argument("--finding", metavar="NAME", help="which of several findings")
-    between = common.Number(float, 0, 1, above=True, below=True)
+    between = Number(float, 0, 1, above=True, below=True)
     parser.add_argument(
         "--min-recall", type=between, metavar="X", help="the floor (default: that of calibrate.py)"
     )
     args = parser.parse_args()
-    common.check_name("--site", args.site)
+    check_name("--site", args.site)
     return args
 
 
@@ -243,18 +243,18 @@ def picture_name(args, finding, several):
 def say_verdict(alarm, patients, finding, floor):
     """The last line: refuted (exit code 3), not refuted, or too few patients to tell."""
     if alarm:
-        common.say(
+        say(
             f"ALARM: recall >= {floor:g} was refuted at patient {alarm} with {finding}: stop relying "
             "on this threshold, and choose another with calibrate.py --site"
         )
         sys.exit(REFUTED)
-    common.say(f"recall >= {floor:g} is not refuted so far")
+    say(f"recall >= {floor:g} is not refuted so far")
     lower = floor - 0.05 if floor > 0.1 else floor / 2
-    usual = betting.noticed_after(lower, floor)
+    usual = sequential.noticed_after(lower, floor)
     if usual is None or patients < usual:
         after = "more than 100,000" if usual is None else f"about {usual}"
         text = f"{lower:.3f}".removesuffix("0")
-        common.say(
+        say(
             f"note: {patients} patients with {finding} cannot tell yet: a recall of {text} would be noticed "
             f"after {after} of them (in half of all cases)"
         )
@@ -266,7 +266,7 @@ def main():
     finding, threshold, floor = threshold_of(run, args)
     calibration = run.calibration("tta" if args.tta else "")
     if scaling.applied(calibration):
-        common.say(
+        say(
             f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "
             "gave before calibrate.py applied it must not be in the log"
         )
@@ -274,7 +274,7 @@ def main():
     log = read_log(args.log, threshold, truths(run.task, finding), column)
     say_counts(args.log, log)
     hits, right = log.called[log.sick], ~log.called[~log.sick]
-    alarm = betting.refuted_at(hits, floor)
+    alarm = sequential.refuted_at(hits, floor)
     where, views = f" at {args.site}" if args.site else "", " with TTA" if args.tta else ""
     title = f"{run.folder.resolve().name}{where}{views}: threshold {threshold:.4f}"
     path = run.folder / "monitor" / picture_name(args, finding, len(run.task.findings) > 1)
@@ -284,7 +284,7 @@ def main():
     print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
     for name, outcomes in (("recall", hits), ("specificity", right)):
         if len(outcomes):
-            low, high = betting.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
+            low, high = sequential.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
             of = "with" if name == "recall" else "without"
             counted = f"of {len(outcomes)} patients {of} {finding}"
             print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
@@ -293,4 +293,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

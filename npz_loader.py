@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, atomic_path, sha256
-from state_names import GOOGLE, Family, our_names
-from tensors import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
+from common.console import InputError
+from common.files import atomic_path, sha256
+from common.safe_files import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
+from models.state_names import GOOGLE, Family, our_names
 from vit import CONFIGS, VisionTransformer
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"

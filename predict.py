@@ -23,7 +23,7 @@ writes an ONNX file instead (needs onnx, onnxscript and onnxruntime), checked ag
 device.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import csv
 import itertools
@@ -36,18 +36,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-import common
-import lungs
-import masks as lung_masks
-import scaling
-import shift
-from device import add_device_argument, pick_device
-from export import export
-from images import read_image
-from index import patient_id
-from inputs import Inputs
-from listing import Search, find_files
-from run import Run
+from calibration import shift
+from common import scaling
+from common.cli import COUNT, Parser, check_name
+from common.console import InputError, Pace, say, start
+from common.device import add_device_argument, pick_device
+from common.files import check_output, write_json
+from images.decode import read_image
+from images.find import Search, find_files
+from layouts.listing import patient_id
+from lungs import masks as lung_masks
+from lungs.show import plausible
+from models.inputs import Inputs
+from records.onnx import export
+from records.run import Run
 
 NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
 
@@ -93,9 +95,7 @@ class Scorer:
             self.inputs = Inputs.of_calibration(run, calibration, device)
             unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
-            raise common.InputError(
-                f"{run}: results.json or its calibration is incomplete ({error!r})"
-            ) from None
+            raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
         self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
         words = self.task.column_words
         self.probabilities = [f"p_{word}" for word in words]
@@ -114,12 +114,12 @@ class Scorer:
         """uint8 [B, S, S] -> (probabilities float64 [B, F], logits [B, K], whether the image has no lungs
         although they are needed, bool [B], features float32 [B, D])."""
         masks = self.finder(images) if self.finder else None
-        whole = ~lungs.plausible(masks) if self.finder else np.zeros(len(images), bool)
+        whole = ~plausible(masks) if self.finder else np.zeros(len(images), bool)
         outputs = self.inputs.logits_and_features(self.model, self.inputs.grey(images, masks)).cpu().numpy()
         logits, features = outputs[:, : self.task.outputs], outputs[:, self.task.outputs :]
         scores = self.task.scores_from(logits, self.calibration)
         if not np.isfinite(scores).all():
-            raise common.InputError(
+            raise InputError(
                 "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
             )
         return scores, logits, whole, features
@@ -207,7 +207,7 @@ class Scorer:
 
 def parse():
     """Checked command line."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="files, folders or globs")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument(
@@ -222,16 +222,16 @@ def parse():
     parser.add_argument(
         "--keep", metavar="NAME", help="keep that verdict in the run under this name, for compare.py"
     )
-    parser.add_argument("--batch-size", type=common.COUNT, default=64, metavar="N", help="images a step")
+    parser.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(parser)
     args = parser.parse_args()
-    common.check_name("--keep", args.keep)
-    common.check_name("--site", args.site)
+    check_name("--keep", args.keep)
+    check_name("--site", args.site)
     for flag, path in (("--summary", args.summary), ("--export", args.export)):
         if path:
-            common.check_output(flag, path)
+            check_output(flag, path)
     if bool(args.paths) == bool(args.export):
-        raise common.InputError("give either PATHS to score or --export FILE.onnx")
+        raise InputError("give either PATHS to score or --export FILE.onnx")
     return args
 
 
@@ -276,20 +276,20 @@ def report(scorer, args, counts):
         lacking = "typicality and a verdict on all images together"
         if scorer.reference is not None:
             lacking = "a verdict on all images together, which needs the true labels of validation"
-        common.say(
+        say(
             f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
             f"--run {scorer.run}{flags} for {lacking}"
         )
         if args.summary or args.keep:
-            raise common.InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")
+            raise InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")
         return
-    common.say(shift.sentence(verdict))
+    say(shift.sentence(verdict))
     if following := advice(verdict, scorer.run, args.site):
-        common.say(following)
+        say(following)
     about = {"run": str(scorer.run), "checkpoint": scorer.run.checkpoint_sha256, "paths": args.paths[:20]}
     about |= {**counts, **verdict}
     if args.summary:
-        common.write_json(args.summary, about)
+        write_json(args.summary, about)
     if args.keep:
         scorer.run.save_batch(args.keep, about)
 
@@ -298,9 +298,9 @@ def main():
     args = parse()
     scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site)
     if scorer.results["synthetic"]:
-        common.say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
+        say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
     if line := scaling.remark(scorer.calibration, scorer.run):
-        common.say(line)
+        say(line)
     if args.export:
         return export(scorer, args.export)
     search = Search()
@@ -309,7 +309,7 @@ def main():
     if not args.jsonl:
         writer.writeheader()
     count = 0
-    pace = common.Pace()
+    pace = Pace()
     for row in scorer.rows(files, args.batch_size):
         count += 1
         if args.jsonl:
@@ -318,15 +318,15 @@ def main():
             writer.writerow(row)
         pace.count(count, "files")
     if not count:
-        raise common.InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
+        raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
     search.tell(", ".join(args.paths[:3]))
     reference, bad = scorer.reference, scorer.notes["unreadable"]
     typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
-    common.say(count_of_notes(count, scorer.notes, typicality))
+    say(count_of_notes(count, scorer.notes, typicality))
     report(scorer, args, {"images": count, "unreadable": bad})
     if bad:
-        raise common.InputError(f"{bad} of {count} files could not be read; their rows say why")
+        raise InputError(f"{bad} of {count} files could not be read; their rows say why")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

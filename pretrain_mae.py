@@ -10,14 +10,15 @@ Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one C
 90 epochs take an hour and a quarter.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import common
-import dataconfig
-import plan
-import recipe
-from objective import Reconstruction
-from vit import CONFIGS, MaskedAutoencoder
+from common.cli import Parser
+from common.console import start
+from data import add_arguments, add_unlabelled_argument
+from models.mae import MaskedAutoencoder
+from training import plan, recipe
+from training.loss import Reconstruction
+from vit import CONFIGS
 
 DEFAULTS = recipe.Defaults(
     out="outputs/mae",
@@ -35,13 +36,13 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    parser = Parser(__doc__)
+    add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
     )
-    dataconfig.add_unlabelled_argument(group)
+    add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
 
@@ -56,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

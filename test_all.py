@@ -1,6 +1,6 @@
 """All tests of the project: pytest test_all.py (a few minutes on two cores; needs no data and no network).
 
-They live in tests/, one file a room; `pytest tests/vit.py` runs one of them. This file gathers them, so that
+They live in tests/, one file a room; `pytest tests/test_vit.py` runs one of them. This file gathers them, so that
 one command runs all. Expected values come from brute force, closed form, counts by hand, or an independent
 library (timm, scipy, scikit-learn, torchvision, PIL), never from recorded output. Tests on real files skip
 where ../shared is absent.
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = sorted(p.stem for p in Path(__file__).with_name("tests").glob("*.py"))
-ROOMS = [room for room in ROOMS if room not in ("__init__", "shared", "fixtures")]
+ROOMS = sorted(p.stem for p in Path(__file__).with_name("tests").glob("test_*.py"))
 
 
 def gather(into):

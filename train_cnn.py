@@ -7,16 +7,15 @@ download; without either they are random. Input size and scaling are those of ti
 checkpoint.pth, last.pth and results.json to outputs/cnn.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import cnn
-import common
-import dataconfig
-import inputs
 import npz_loader
-import plan
-import recipe
-from device import processes
+from common.cli import Parser
+from common.console import say, start, tell
+from common.device import processes
+from data import add_arguments
+from models import cnn, inputs
+from training import plan, recipe
 
 # The settings of earlier work on this set. The default differs in its augmentation, that of ViT-Ti/16; no run
 # compared the two on a CNN.
@@ -51,11 +50,11 @@ def defaults(name):
 
 
 def main():
-    early = common.Parser(None, add_help=False)  # the model decides the default of --batch-size
+    early = Parser(None, add_help=False)  # the model decides the default of --batch-size
     early.add_argument("--model", default="convnextv2_tiny")
     chosen = defaults(early.parse_known_args()[0].model)
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    parser = Parser(__doc__)
+    add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="a CNN of timm")
     inputs.add_scaling_arguments(group)
@@ -74,17 +73,15 @@ def main():
         more = {}
         if args.weights or args.pretrained:
             report = cnn.load_weights(model, args.weights) if args.weights else cnn.download(model)
-            common.tell(npz_loader.describe(report))
+            tell(npz_loader.describe(report))
             more["weights"] = {key: report[key] for key in report if key != "loaded"}
         else:
-            common.say(
-                f"note: {args.model} starts from random weights; --weights or --pretrained name others"
-            )
+            say(f"note: {args.model} starts from random weights; --weights or --pretrained name others")
         if p.recipe.accumulate * processes()[1] > 1 and cnn.has_batch_norm(model):
-            common.say("note: BatchNorm takes the statistics of each part of a batch by itself")
+            say("note: BatchNorm takes the statistics of each part of a batch by itself")
         mean, std = inputs.chosen_scaling(args, *model.scaling)
         plan.train(p, model, name=args.model, mean=mean, std=std, **more)
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

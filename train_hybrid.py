@@ -7,16 +7,16 @@ mirrored mask. First all but the stem is trained, then everything at a fifth of 
 train_pretrained.py reads will do. Writes checkpoint.pth, last.pth and results.json to outputs/hybrid.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import common
-import dataconfig
-import inputs
 import npz_loader
-import plan
-import recipe
-from hybrid import Hybrid
-from models import LIMITS
+from common.cli import Number, Parser
+from common.console import start, tell
+from data import add_arguments
+from models import inputs
+from models.build import LIMITS
+from models.hybrid import Hybrid
+from training import plan, recipe
 
 # The settings of earlier work on this set, its learning rate halved when validation AUROC stands still. The
 # default is shorter, under the augmentation of ViT-Ti/16; the two were not compared.
@@ -52,15 +52,15 @@ def add_model_arguments(parser):
     )
     for name, (usual, text) in sizes.items():
         flag = f"--{name.replace('_', '-')}"
-        kind = common.Number(int, 1, LIMITS[name])
+        kind = Number(int, 1, LIMITS[name])
         group.add_argument(flag, type=kind, default=usual, metavar="N", help=text)
     text = "let the query read the tokens of the whole map too"
     group.add_argument("--global-tokens", action="store_true", help=text)
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    parser = Parser(__doc__)
+    add_arguments(parser)
     add_model_arguments(parser)
     recipe.add_arguments(parser, DEFAULTS)
     parser.set_defaults(reads_lungs=True)
@@ -83,11 +83,11 @@ def main():
         )
         report = npz_loader.load_npz(model.stem, args.weights)
         mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
-        common.tell(npz_loader.describe(report))
+        tell(npz_loader.describe(report))
         name = f"hybrid-{npz_loader.architecture_name(model.stem.config)}"
         weights = {k: report[k] for k in npz_loader.KEPT}
         plan.train(p, model, name=name, mean=mean, std=std, weights=weights)
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

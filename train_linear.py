@@ -7,7 +7,7 @@ weights, so that outputs/linear holds a checkpoint.pth and results.json like any
 scores it in the same way. Takes seconds.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 import time
 from dataclasses import asdict, replace
@@ -17,19 +17,18 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-import common
 import data
-import dataconfig
-import demo
-import frozen
-import plan
-import recipe
-import sources
-from inputs import Inputs
-from models import PixelLinear
-from objective import Supervised
-from split import epoch_order, image_weights
-from track import Tracker
+from common.cli import Number, Parser
+from common.console import InputError, start, tell
+from data import add_arguments, load_train_val
+from images.split import epoch_order, image_weights
+from images.subset import input_range
+from models.build import PixelLinear
+from models.inputs import Inputs
+from records.track import Tracker
+from training import other_hospitals, plan, recipe
+from training.evaluate import predict
+from training.loss import Supervised
 
 BALANCES = ("none", "weights", "undersample-once", "sources")
 
@@ -76,19 +75,19 @@ def watched(model, task, inputs, parts, others):
     """What a row of the history says of a fitted model on the Subsets in `parts` and in `others`, by name."""
     row = {"others": {}}
     for name, subset in parts.items():
-        logits, targets = frozen.predict(model, subset, inputs), torch.from_numpy(subset.targets)
+        logits, targets = predict(model, subset, inputs), torch.from_numpy(subset.targets)
         row[f"{name}_loss"] = float(task.losses(logits, targets).sum() / task.weights(targets).sum())
         row |= Supervised(task).watch(subset.targets, logits, name)
     for name, subset in others.items():
-        logits = frozen.predict(model, subset, inputs)
+        logits = predict(model, subset, inputs)
         row["others"][name] = Supervised(task).watch(subset.targets, logits, "held_out")
     return row
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
-    penalty = common.Number(float, 1e-12, 1e12)
+    parser = Parser(__doc__)
+    add_arguments(parser)
+    penalty = Number(float, 1e-12, 1e12)
     parser.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"
     )
@@ -97,11 +96,11 @@ def main():
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     run = plan.run_from_args(args)
-    demo.prepare(args)
+    plan.prepare(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
         nearest = max(32, round(config.img_size / 32) * 32)
-        raise common.InputError(
+        raise InputError(
             f"--img-size must be a multiple of 32 here, such as {nearest}; got {config.img_size}"
         )
     with plan.training(run):
@@ -110,19 +109,19 @@ def main():
 
 def train_linear(args, config, run):
     """Load the data, fit the model, write the run."""
-    train, val, split = data.load_train_val(config, common.tell)
-    train, others, also = sources.join(config, train, val, common.tell)
+    train, val, split = load_train_val(config, tell)
+    train, others, also = other_hospitals.join(config, train, val, tell)
     split |= {"also": also} if also else {}
-    seen = data.input_range(train)
+    seen = input_range(train)
     if args.balance == "undersample-once":  # the images that the other arms are trained on, with --seed 0
         train = train.take(np.sort(epoch_order(0, 0, train.targets, args.balance)))
-        common.tell(f"trained on {len(train)} images, as many of each class as of the rarest")
+        tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
     inputs = replace(inputs, look=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
-    pooled = frozen.predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
+    pooled = predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weights = image_weights(train.targets, train.sources, args.balance)
     weight, bias = fit(pooled, train.targets, args.C, task, weights, args.balance == "weights")
     with torch.no_grad():
@@ -153,11 +152,11 @@ def train_linear(args, config, run):
     tracker.begin({k: results[k] for k in ("model", "data", "split", "recipe")})
     tracker.end(results)
     tracker.close()
-    common.tell(
+    tell(
         f"logistic regression on 32x32 pixels: val AUROC {row['val_auroc']:.4f}; "
         f"wrote {run}/checkpoint.pth and results.json"
     )
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -9,19 +9,20 @@ outputs/lungs. Copy the last one over the project's own, or name it with --lungs
 took 13 minutes on two CPU cores without AVX512-BF16.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
 from dataclasses import replace
 
 from safetensors.torch import save_file
 
-import common
-import dataconfig
-import lungs
-import masks
-import plan
-import recipe
-from objective import Segmentation
+from common.cli import Parser
+from common.console import start
+from common.files import atomic_path
+from data import add_arguments
+from lungs import masks
+from lungs.unet import SIDE, LungNet
+from training import plan, recipe
+from training.loss import Segmentation
 
 DEFAULTS = recipe.Defaults(
     out="outputs/lungs",
@@ -44,17 +45,17 @@ def export(run):
     """Write the weights of a run's best epoch as lung_unet.safetensors, in half precision."""
     path = run.folder / masks.SHIPPED
     state = {name: value.half().contiguous() for name, value in run.model().state_dict().items()}
-    with common.atomic_path(path) as tmp:
+    with atomic_path(path) as tmp:
         save_file(state, tmp)
     print(f"wrote {path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser, also=False)
+    parser = Parser(__doc__)
+    add_arguments(parser, also=False)
     group = parser.add_argument_group("lungs")
     group.add_argument("--masks", required=True, metavar="NPZ", help="the true lung masks")
-    parser.set_defaults(img_size=lungs.SIDE)
+    parser.set_defaults(img_size=SIDE)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
 
@@ -62,10 +63,10 @@ def main():
         source = dict(input="pair", lungs=args.masks, lungs_sha256=masks.fingerprint(args.masks))
         p = replace(p, config=replace(p.config, **source))
         p.seed()
-        model = lungs.LungNet()
+        model = LungNet()
         plan.train(p, model, name="lungs", mean=(0.0,), std=(1.0,), objective=Segmentation)
         export(p.run)
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

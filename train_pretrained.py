@@ -12,14 +12,14 @@ for Ti/16.
 trains the head alone on frozen features: a linear probe.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import common
-import dataconfig
-import inputs
 import npz_loader
-import plan
-import recipe
+from common.cli import Parser
+from common.console import start, tell
+from data import add_arguments
+from models import inputs
+from training import plan, recipe
 from vit import READOUTS, VisionTransformer
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
@@ -34,8 +34,8 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    parser = Parser(__doc__)
+    add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
@@ -66,7 +66,7 @@ def main():
         )
         report = npz_loader.load_npz(model, args.weights)
         mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
-        common.tell(npz_loader.describe(report))
+        tell(npz_loader.describe(report))
         plan.train(
             p,
             model,
@@ -78,4 +78,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

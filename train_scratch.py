@@ -9,15 +9,14 @@ a minute (a minute and a half with --recipe paper), on older ones about four. Th
 that is calibrate.py's job.
 """
 
-import prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: see there)
 
-import common
-import dataconfig
-import plan
-import recipe
-from common import InputError
-from run import Run
-from teacher import Teacher
+from common.cli import Parser
+from common.console import InputError, start
+from data import add_arguments, add_unlabelled_argument
+from records.run import Run
+from training import plan, recipe
+from training.teacher import Teacher
 from vit import CONFIGS, build_vit
 
 # Defaults of flags; EXPERIMENTS.md has what each choice was made on.
@@ -32,8 +31,8 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = common.Parser(__doc__)
-    dataconfig.add_arguments(parser)
+    parser = Parser(__doc__)
+    add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help="architecture")
     group.add_argument(
@@ -41,7 +40,7 @@ def main():
     )
     about = "learn the probabilities of this finished run, too, by --teacher-weight"
     group.add_argument("--teacher", default=None, metavar="DIR", help=about)
-    dataconfig.add_unlabelled_argument(group)
+    add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
     if args.also_unlabelled and not args.teacher:
@@ -70,4 +69,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

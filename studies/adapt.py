@@ -23,17 +23,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import data
-import hospital
-import sources
-import tables
-from device import add_device_argument, pick_device
-from hospital import halves
-from intervals import intervals_at_threshold
+from calibration import site
+from calibration.intervals import intervals_at_threshold
+from calibration.site import halves
+from common.cli import Parser
+from common.console import start
+from common.device import add_device_argument, pick_device
+from common.files import atomic_path
+from data import load
+from layouts import tables
 from metrics import summarize_at_threshold
-from run import Run
+from records.run import Run
 from studies.nih import list_nih
+from training import other_hospitals
 
 GROUPS = ("normal", "abnormal_no_opacity", "lung_opacity")
 COLUMNS = ("path", "patient", "group", "PNEUMONIA")
@@ -46,7 +48,7 @@ def write_tables(folder, name, rows):
     for side, positions in zip(("learn", "held"), sides):
         path = folder / f"{name}_{side}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with common.atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+        with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *(rows[i] for i in positions)])
         print(f"{path}: {len(positions)} images, {sum(int(sick[i]) for i in positions)} with pneumonia")
 
@@ -65,9 +67,9 @@ def rsna_rows(folder):
 def held_out(run, place, table, device):
     """(truth [N], scores [N], patients [N], groups [N], the run's threshold) on the held-out half of a
     hospital."""
-    root, index = sources.read(f"{place}:{table}", run.config)
-    subset = data.load(run.config, root, index, "held-out")[0]
-    truth, scores, shipped = hospital.scored(run, subset, device, None, 64)
+    root, index = other_hospitals.read(f"{place}:{table}", run.config)
+    subset = load(run.config, root, index, "held-out")[0]
+    truth, scores, shipped = site.scored(run, subset, device, None, 64)
     head, rows = tables.open_table(table)
     group = {row[head.index("path")]: row[head.index("group")] for row in rows}
     groups = np.array([group[f] for f in subset.files])
@@ -91,7 +93,7 @@ def figures(y, p, patients, threshold):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--nih", required=True, metavar="DIR", help="images/ and sample_labels.csv of NIH")
     parser.add_argument("--rsna", metavar="DIR", help="lungs of RSNA: images/ and labels.csv")
     parser.add_argument("--tables", default="Data/adapt", metavar="DIR", help="where the tables are")
@@ -126,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -23,18 +23,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 import timm
 
-import common
 import data
-import engine
-import frozen
-import workload
-from augment import Augment
-from cnn import Cnn
-from device import add_device_argument, fast_bf16, pick_device
-from hybrid import Hybrid
-from inputs import Inputs
-from plan import Plan
-from run import Run
+from common.cli import COUNT, Parser
+from common.console import start
+from common.device import add_device_argument, fast_bf16, pick_device
+from data import Batches
+from images.augment import Augment
+from images.subset import Subset
+from models.cnn import Cnn
+from models.hybrid import Hybrid
+from models.inputs import Inputs
+from records.run import Run
+from studies import workload
+from training import loop as loop_module
+from training.evaluate import predict
+from training.plan import Plan
 from vit import CONFIGS, build_vit
 
 SIDE = 224
@@ -57,15 +60,15 @@ def ours(model, count, args, folder):
     masks = np.zeros((count, SIDE, SIDE // 8), np.uint8)
     masks[:, SIDE // 4 : 3 * SIDE // 4, SIDE // 32 : SIDE * 3 // 32] = 255
     files, targets = [f"{i}.png" for i in range(count)], np.arange(count) % 2
-    subset = data.Subset(files, targets, images, np.arange(count), masks=masks)
+    subset = Subset(files, targets, images, np.arange(count), masks=masks)
     reads = getattr(model, "reads_lungs", False)
     inputs = Inputs(workload.MEAN, workload.MEAN, args.device, args.amp, reads_lungs=reads)
     config = data.DataConfig(str(folder), SIDE)
     plan = Plan(workload.RECIPE, Augment(), config, Run(folder / "run"), args.device, args.amp)
     objective = workload.Unwatched(config.task)
-    loop = engine.Loop(model, objective, plan, inputs, {"split": {"synthetic": False}})
+    loop = loop_module.Loop(model, objective, plan, inputs, {"split": {"synthetic": False}})
     loop.prepare(count)
-    source, index = data.Batches(subset, inputs), torch.arange(count)
+    source, index = Batches(subset, inputs), torch.arange(count)
 
     def step():
         loop.net.train()
@@ -75,7 +78,7 @@ def ours(model, count, args, folder):
         loop.optimizer.step()
         loop.gradient.seen = []
 
-    return step, lambda: frozen.predict(model, subset, inputs, batch_size=count)
+    return step, lambda: predict(model, subset, inputs, batch_size=count)
 
 
 def plain(name, count, args):
@@ -109,9 +112,9 @@ def seconds(function):
 
 
 def main():
-    parser = common.Parser(__doc__)
-    parser.add_argument("--batch-size", type=common.COUNT, default=16, metavar="N", help="images a step")
-    parser.add_argument("--repeats", type=common.COUNT, default=5, metavar="N", help="turns that are counted")
+    parser = Parser(__doc__)
+    parser.add_argument("--batch-size", type=COUNT, default=16, metavar="N", help="images a step")
+    parser.add_argument("--repeats", type=COUNT, default=5, metavar="N", help="turns that are counted")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="which (default: all)"
     )
@@ -137,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -17,8 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-from run import Run
+from common.cli import Parser
+from common.console import InputError, start
+from records.run import Run
 from studies import matrix
 from studies.signals import BORROWED_LEAST, panel, read_figures
 
@@ -145,13 +146,13 @@ def verdicts(candidates):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="outputs/matrix", metavar="DIR", help="where the run folders are")
     args = parser.parse_args()
     found = [candidate(row, args.out) for row in matrix.accuracy()]
     candidates = [c for c in found if c]
     if not candidates:
-        raise common.InputError(
+        raise InputError(
             f"{args.out} holds no run of the accuracy part with its panel: run studies/matrix.py accuracy "
             "--nih DIR first"
         )
@@ -166,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -16,9 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import data
-from run import find_runs
+from common.cli import Parser
+from common.console import InputError, start
+from common.files import atomic_path
+from data import load_test
+from records.run import find_runs
 from studies.kermany import group
 from studies.unit import in_block
 
@@ -34,11 +36,11 @@ def margins(runs):
     InputError unless all runs have the same images and one finding."""
     for run in runs:
         if len(run.task.findings) != 1:
-            raise common.InputError(f"{run} has {len(run.task.findings)} findings: this study is about one")
+            raise InputError(f"{run} has {len(run.task.findings)} findings: this study is about one")
     found = [run.scores() for run in runs]
     for run, scores in zip(runs, found):
         if not np.array_equal(scores["test_files"], found[0]["test_files"]):
-            raise common.InputError(f"{run} was scored on other test images than {runs[0]}")
+            raise InputError(f"{run} was scored on other test images than {runs[0]}")
     above = []
     for run, scores in zip(runs, found):
         chosen = run.calibration()
@@ -68,19 +70,19 @@ def draw(subset, rows, above, path):
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         ax.set_title(f"{Path(subset.files[i]).stem[:24]}\n{above[i]:+.2f}", fontsize=7)
     figure.tight_layout()
-    with common.atomic_path(path) as tmp:
+    with atomic_path(path) as tmp:
         figure.savefig(tmp, dpi=80)
     plt.close(figure)
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all in --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw what all get wrong (.png, .jpg)")
     args = parser.parse_args()
     if args.sheet and args.sheet.suffix not in (".png", ".jpg"):
-        raise common.InputError(f"--sheet {args.sheet}: name a .png or .jpg file")
+        raise InputError(f"--sheet {args.sheet}: name a .png or .jpg file")
     runs = find_runs(args.runs_dir, args.run)
     files, labels, above = margins(runs)
     wrong = (above >= 0) != (labels == 1)
@@ -91,10 +93,10 @@ def main():
         names = [Path(files[i]).stem for i in always if labels[i] == label]
         print(f"{title}: {', '.join(names) or 'none'}")
     if args.sheet and len(always):
-        subset = data.load_test(runs[0].config)  # in the order of the scores
+        subset = load_test(runs[0].config)  # in the order of the scores
         draw(subset, always[np.argsort(-labels[always], kind="stable")], above.mean(axis=0), args.sheet)
         print(f"wrote {args.sheet}")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

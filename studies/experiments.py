@@ -34,10 +34,11 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import data
-from device import add_device_argument, pick_device
-from run import find_runs
+from common.cli import Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, pick_device
+from data import load_train_val
+from records.run import find_runs
 from studies.nih import load_nih
 from studies.signals import signals
 
@@ -54,12 +55,12 @@ class Sets:
         files."""
         config = run.config
         if config not in self.loaded:
-            _, val, split = data.load_train_val(config, common.say)
+            _, val, split = load_train_val(config, say)
             nih = load_nih(self.nih_folder, config) if self.nih_folder else None
             self.loaded[config] = (val, nih), split["fingerprint"]
         subsets, fingerprint = self.loaded[config]
         if fingerprint != run.results["split"]["fingerprint"]:
-            raise common.InputError(f"the images in {config.data_dir} are not those {run} was trained on")
+            raise InputError(f"the images in {config.data_dir} are not those {run} was trained on")
         return subsets
 
 
@@ -83,7 +84,7 @@ def against_test(rows, runs):
 
 def parse():
     """The command line."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all in --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     nih_help = "a folder of NIH ChestX-ray14: images/ and sample_labels.csv"
@@ -108,7 +109,7 @@ def main():
     runs, device, sets = find_runs(args.runs_dir, args.run), pick_device(args.device), Sets(args.nih)
     calibrated = [run for run in runs if "" in run.calibrated()]
     if args.against_test and len(calibrated) < 4:
-        raise common.InputError(
+        raise InputError(
             f"--against-test needs 4 runs with a calibration.json, found {len(calibrated)}: "
             "run calibrate.py first"
         )
@@ -125,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -25,13 +25,16 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
 import data
-import frozen
-from device import add_device_argument, fast_bf16, pick_device
-from index import find_classes, find_root
-from inputs import Inputs
+from common.cli import Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, fast_bf16, pick_device
+from data import load_test, load_train_val
+from images.subset import Subset
+from layouts.folders import find_classes, find_root
+from models.inputs import Inputs
 from npz_loader import DEFAULT_PATH, config_from_npz, load_npz
+from training.evaluate import predict
 from vit import VisionTransformer
 
 # Where three training images of 224 px show the stamp: rows from, to; columns from, to.
@@ -67,7 +70,7 @@ def templates(train):
     InputError unless `train` holds the three images they are cut from, at 224 px."""
     names = [Path(f).stem for f in train.files]
     if train.images.shape[1] != 224 or not set(STAMPS) <= set(names):
-        raise common.InputError("--stamps needs the training images of the Kermany set")
+        raise InputError("--stamps needs the training images of the Kermany set")
     found = []
     for name, (top, bottom, left, right) in STAMPS.items():
         image = train.pixels(names.index(name))
@@ -94,15 +97,15 @@ def border_alone(train, weights, device, folds=5):
     InputError if the weights cannot be read, or for fewer patients than `folds`."""
     side, patients = train.images.shape[1], train.patients
     if len(set(patients)) < folds:
-        raise common.InputError(f"--border needs {folds} patients, found {len(set(patients))}")
+        raise InputError(f"--border needs {folds} patients, found {len(set(patients))}")
     images = train.pixels().copy()
     images[:, side // 8 : -(side // 8), side // 8 : -(side // 8)] = 128
     model = VisionTransformer(**{**config_from_npz(weights), "img_size": side, "num_classes": 2})
     report = load_npz(model, weights)
-    subset = data.Subset(train.files, train.targets, images, np.arange(len(images)))
+    subset = Subset(train.files, train.targets, images, np.arange(len(images)))
     scaling = tuple(report["mean"]), tuple(report["std"])
     inputs = Inputs(*scaling, device, fast_bf16(device))
-    features = frozen.predict(model.to(device), subset, inputs, output=inputs.features, progress="features")
+    features = predict(model.to(device), subset, inputs, output=inputs.features, progress="features")
     p = cross_val_predict(
         make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced")),
         features.numpy(),
@@ -117,7 +120,7 @@ def border_alone(train, weights, device, folds=5):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--stamps", metavar="DIR", help="count the stamped images in this data folder")
     group.add_argument("--border", metavar="DIR", help="judge the borders of the images in this data folder")
@@ -131,15 +134,15 @@ def main():
     if args.border:
         config = replace(config, classes=find_classes(find_root(args.border), args.healthy))
         device = pick_device(args.device)
-        train, _, _ = data.load_train_val(config, common.say)
+        train, _, _ = load_train_val(config, say)
         auroc = border_alone(train, args.weights, device)
         print(
             f"the border alone (outer eighth of {len(train)} training images): out-of-fold AUROC {auroc:.3f}"
         )
     else:
-        train, val, _ = data.load_train_val(config, common.say)
-        print(count_stamps(train, val, data.load_test(config)))
+        train, val, _ = load_train_val(config, say)
+        print(count_stamps(train, val, load_test(config)))
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

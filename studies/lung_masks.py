@@ -32,13 +32,15 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
 import data
-import dataconfig
-import lungs
-import masks
-from images import to_square
-from inputs import Inputs
+from common.cli import Parser
+from common.console import say, start
+from common.files import atomic_path
+from data import DEFAULT_DIR, Batches, load_test, load_train_val
+from images.decode import to_square
+from lungs import masks as masks_module
+from lungs.show import LOOKS, boxes, crop, plausible
+from models.inputs import Inputs
 from studies.kermany import group
 
 matplotlib.use("Agg")
@@ -53,10 +55,10 @@ SMALL = 128  # px, of convex and dilated masks
 
 def load(config, source):
     """{part: Subset} with the masks of a source."""
-    about = dict(input="masked", lungs=str(source), lungs_sha256=masks.fingerprint(source))
+    about = dict(input="masked", lungs=str(source), lungs_sha256=masks_module.fingerprint(source))
     config = replace(config, **about)
-    train, val, _ = data.load_train_val(config, common.say)
-    return {"train": train, "val": val, "test": data.load_test(config)}
+    train, val, _ = load_train_val(config, say)
+    return {"train": train, "val": val, "test": load_test(config)}
 
 
 def overlaps(found, truth):
@@ -78,7 +80,7 @@ def overlap_table(found, true):
             for one in ("all", *np.unique(groups)):
                 rows = known & ((groups == one) | (one == "all"))
                 dice, iou = overlaps(drawn[rows], truth[rows])
-                none = (~lungs.plausible(drawn[rows])).sum()
+                none = (~plausible(drawn[rows])).sum()
                 lines.append(
                     f"| {name} | {part} | {one} | {rows.sum()} | {dice.mean():.3f} | {iou.mean():.3f} | "
                     f"{np.percentile(dice, 5):.3f} | {(dice < 0.8).sum()} | {none} |"
@@ -112,7 +114,7 @@ def dilated(masks):
 def features(masks):
     """{what is seen of masks bool [N, S, S]: float32 [N, D]}."""
     whole = torch.from_numpy(masks).unsqueeze(1).float()
-    cut = torch.cat([lungs.crop(part, lungs.boxes(part)) for part in whole.split(512)])
+    cut = torch.cat([crop(part, boxes(part)) for part in whole.split(512)])
     return {
         "in place": F.adaptive_avg_pool2d(whole, 16).flatten(1).numpy(),
         "cut to its box": F.adaptive_avg_pool2d(cut, 16).flatten(1).numpy(),
@@ -156,7 +158,7 @@ def contours(subset, true, path, count=40):
             fontsize=7,
         )
         ax.axis("off")
-    with common.atomic_path(path) as tmp:
+    with atomic_path(path) as tmp:
         figure.savefig(tmp, dpi=90)
     plt.close(figure)
 
@@ -167,7 +169,7 @@ def refused(finder):
     for name in PICTURES:
         picture = Image.fromarray(img_as_ubyte(getattr(pictures, name)()))
         found.append(finder(to_square(picture.convert("L"), 224, "squash")[None])[0])
-    return int((~lungs.plausible(np.stack(found))).sum()), len(found)
+    return int((~plausible(np.stack(found))).sum()), len(found)
 
 
 def speeds(subset, unet, count=640):
@@ -183,22 +185,24 @@ def speeds(subset, unet, count=640):
             work(chunk)
         lines.append(f"| {name} | {images / (time.process_time() - begin):.0f} |")
 
-    for name, source, images in (("U-Net", unet, count), ("heuristic", masks.HEURISTIC, 64)):
-        finder = masks.Finder(source)
+    for name, source, images in (("U-Net", unet, count), ("heuristic", masks_module.HEURISTIC, 64)):
+        finder = masks_module.Finder(source)
         add(f"masks by the {name}", partial(lambda find, chunk: find(pixels[chunk.numpy()]), finder), images)
-    for look in lungs.LOOKS:
+    for look in LOOKS:
         inputs = Inputs((0.5,) * 3, (0.5,) * 3, torch.device("cpu"), look=look)
-        batches = data.Batches(subset, inputs)
+        batches = Batches(subset, inputs)
         add(f"a batch, --input {look}", partial(lambda i, b, chunk: i.scale(b.get(chunk).x), inputs, batches))
     return "\n".join(lines)
 
 
 def main():
-    parser = common.Parser(__doc__)
-    parser.add_argument("--data-dir", default=dataconfig.DEFAULT_DIR, metavar="DIR", help="the images")
+    parser = Parser(__doc__)
+    parser.add_argument("--data-dir", default=DEFAULT_DIR, metavar="DIR", help="the images")
     parser.add_argument("--cache-dir", default="Data/cache", metavar="DIR", help="decoded images and masks")
     parser.add_argument("--masks", required=True, metavar="NPZ", help="the true masks")
-    parser.add_argument("--unet", default=masks.SHIPPED, metavar="PATH", help="weights of train_lungs.py")
+    parser.add_argument(
+        "--unet", default=masks_module.SHIPPED, metavar="PATH", help="weights of train_lungs.py"
+    )
     parser.add_argument("--work", default="outputs", metavar="DIR", help="where contours.png is written")
     parser.add_argument("--speed", action="store_true", help="print images a second instead")
     args = parser.parse_args()
@@ -206,14 +210,14 @@ def main():
     if args.speed:
         return print(speeds(load(config, args.unet)["train"], args.unet))
     sets = {}
-    for name, source in (("people", args.masks), ("U-Net", args.unet), ("heuristic", masks.HEURISTIC)):
+    for name, source in (("people", args.masks), ("U-Net", args.unet), ("heuristic", masks_module.HEURISTIC)):
         begin = time.perf_counter()
         sets[name] = load(config, source)
         seconds, count = time.perf_counter() - begin, sum(map(len, sets[name].values()))
         print(f"masks of {name}: {seconds:.1f} s for {count} images")
     print(
         "no lungs found on {} of {} pictures that are no radiographs".format(
-            *refused(masks.Finder(args.unet))
+            *refused(masks_module.Finder(args.unet))
         )
     )
     true = sets["people"]
@@ -224,11 +228,11 @@ def main():
     for change in (convex, dilated):
         changed = found[f"U-Net, {change.__name__}"] = {p: change(m) for p, m in found["U-Net"].items()}
         files = [file for part in PARTS for file in sets["U-Net"][part].files]
-        packed = np.concatenate([masks.pack(changed[part]) for part in PARTS])
-        with common.atomic_path(Path(args.work, f"{change.__name__}.npz")) as tmp, open(tmp, "wb") as file:
+        packed = np.concatenate([masks_module.pack(changed[part]) for part in PARTS])
+        with atomic_path(Path(args.work, f"{change.__name__}.npz")) as tmp, open(tmp, "wb") as file:
             np.savez_compressed(file, masks=packed, names=np.array(files))
     print(alone_table(found, targets))
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -27,9 +27,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-from intervals import reported_interval
-from run import Run
+from calibration.intervals import reported_interval
+from common.cli import Parser
+from common.console import InputError, say, start
+from records.run import Run
 from studies.signals import panel, read_figures
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -157,7 +158,7 @@ def commands(row, args):
     """(run folder, [training command, calibration, signals]) of each seed of a Row; nothing for one that
     needs --nih where there is none."""
     if row.name.endswith("-nih") and not args.nih:  # it sees those images, or begins from a run that did
-        common.say(f"note: {row.name} is left out: it needs --nih")
+        say(f"note: {row.name} is left out: it needs --nih")
         return
     flags = shlex.split(row.flags.format(out=args.out, nih=args.nih))
     for seed in (s for s in row.seeds if args.seeds is None or s in args.seeds):
@@ -185,7 +186,7 @@ def carry_out(folder, steps):
             argv = [sys.executable, SCRIPTS / command[0], *command[1:]]
             code = subprocess.run(argv, stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
-            common.say(f"note: exit code {code}, see {log.name}; the next row follows")
+            say(f"note: exit code {code}, see {log.name}; the next row follows")
             return False
     return True
 
@@ -215,7 +216,7 @@ def line(folder):
 
 def parse():
     """The command line; what follows -- is left as a list in `more`."""
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--data-dir", default="Data/chest_xray", metavar="DIR", help="the images")
     parser.add_argument("--weights-dir", default="weights", metavar="DIR", help="where the weights lie")
@@ -237,7 +238,7 @@ def parse():
     try:
         re.compile(args.only)
     except re.error as error:
-        raise common.InputError(f"--only {args.only}: no regular expression ({error})") from None
+        raise InputError(f"--only {args.only}: no regular expression ({error})") from None
     return args
 
 
@@ -249,7 +250,7 @@ def main():
             rows.setdefault(row.name, row)  # of two parts with the same row the first is meant
     chosen = [step for row in rows.values() for step in commands(row, args)]
     if not chosen:
-        raise common.InputError(f"no row of {', '.join(args.parts)} is left by --only, --seeds and --nih")
+        raise InputError(f"no row of {', '.join(args.parts)} is left by --only, --seeds and --nih")
     done = []
     for folder, steps in chosen:
         if args.dry_run:
@@ -263,4 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-import data
-import masks as lung_masks
-from images import load_images
+from common.console import InputError
+from common.files import check_regular
+from images.cache import load_images
+from images.subset import Subset
+from lungs import masks as lung_masks
 
 PNEUMONIA_LIKE = {"Pneumonia", "Consolidation", "Infiltration"}
 
@@ -20,7 +21,7 @@ def list_nih(folder):
     Listed images that are not there are passed over. InputError if the list cannot be read, or if either
     group is empty."""
     path, found = Path(folder, "sample_labels.csv"), ([], [])
-    common.check_regular(path)
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
@@ -29,11 +30,11 @@ def list_nih(folder):
                 if (sick or findings == {"No Finding"}) and Path(folder, name).is_file():
                     found[sick].append((name, row.get("Patient ID") or name))
     except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise common.InputError(
+        raise InputError(
             f"--nih: {path} is not a readable list of NIH findings ({type(error).__name__}: {error})"
         ) from None
     if not found[0] or not found[1]:
-        raise common.InputError(
+        raise InputError(
             f"--nih: of the images listed in {path}, {folder}/images holds {len(found[0])} without a finding "
             f"and {len(found[1])} with pneumonia, consolidation or infiltration; both groups are needed"
         )
@@ -58,4 +59,4 @@ def load_nih(folder, config):
         what = f"images in {folder}"
         masks = lung_masks.load_masks(config.lungs, found, files, what, config.lungs_sha256)
     about = dict(patients=[patients[r] for r in rows], masks=masks)
-    return data.Subset([files[r] for r in rows], targets[rows], found.images, rows, **about)
+    return Subset([files[r] for r in rows], targets[rows], found.images, rows, **about)

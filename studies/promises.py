@@ -23,13 +23,12 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import betting
-import common
-import hospital
-import shift
-from intervals import wilson_interval
-from operating import Rule
-from task import Task
+from calibration import sequential, shift, site
+from calibration.intervals import wilson_interval
+from calibration.operating_point import Rule
+from common.cli import COUNT, Parser
+from common.console import start
+from common.task import Task
 
 DIMENSIONS, VALIDATED = 24, 344
 BATCHES = (20, 50, 100, 250, 500, 1000)
@@ -71,7 +70,7 @@ def true_recalls(seed, n, rule):
     uniform, so that the recall of a threshold t is 1 - t."""
     rng = np.random.default_rng([seed, n])
     y, p = np.repeat([0, 1], n), np.concatenate([rng.random(n) ** 3, rng.random(n)])
-    found = hospital.choose(y, p, np.arange(2 * n), rule)
+    found = site.choose(y, p, np.arange(2 * n), rule)
     points = {"@Rec": "threshold", "@Mean": "mean", "@Guar": "guaranteed"}
     return {point: 1 - found[key] for point, key in points.items() if found.get(key) is not None}
 
@@ -126,15 +125,15 @@ def watch(draws):
     print("| ---: | ---: | ---: | ---: |")
     for recall in RECALLS:
         rng = np.random.default_rng(int(100 * recall))
-        found = [betting.refuted_at(rng.random(SICK) < recall, 0.95) for _ in range(draws)]
+        found = [sequential.refuted_at(rng.random(SICK) < recall, 0.95) for _ in range(draws)]
         delays = [f for f in found if f]
         spans = [f"{np.percentile(delays, q):.0f}" for q in (50, 95)] if recall < 0.95 else ["-", "-"]
         print(f"| {recall:.2f} | {share(len(delays), draws)} | {' | '.join(spans)} |", flush=True)
 
 
 def main():
-    parser = common.Parser(__doc__)
-    parser.add_argument("--draws", type=common.COUNT, default=1000, metavar="N", help="draws of each row")
+    parser = Parser(__doc__)
+    parser.add_argument("--draws", type=COUNT, default=1000, metavar="N", help="draws of each row")
     parser.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help="these tables")
     args = parser.parse_args()
     tables = dict(zip(TABLES, (notice, shares, promise, watch)))
@@ -143,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import common
-import data
-import frozen
-import masks as lung_masks
-from augment import borrow_frame
-from inputs import Inputs
+from common.console import InputError
+from common.files import read_json, sha256, write_json
+from images.augment import borrow_frame
+from images.subset import Subset, pixel_fingerprint
+from lungs import masks as lung_masks
 from metrics import choose_threshold_by_min_recall
-from run import WITHOUT_CLASSES
-from schema import REAL, mismatches
+from models.inputs import Inputs
+from records.run import WITHOUT_CLASSES
+from records.schema import REAL, mismatches
+from training.evaluate import predict
 
 VERSION = 1  # of everything below that decides a figure: raise it with any change of the corruptions
 MIN_RECALL = 0.95
@@ -110,7 +111,7 @@ class Scorer:
     def __init__(self, run, device):
         self.run, self.inputs, self.task = run, Inputs.of_run(run.results, device), run.config.task
         if run.kind in WITHOUT_CLASSES or len(self.task.findings) != 1:
-            raise common.InputError(f"{run}: signals are defined for classifiers of two classes only")
+            raise InputError(f"{run}: signals are defined for classifiers of two classes only")
 
     @cached_property
     def finder(self):
@@ -130,9 +131,9 @@ class Scorer:
                 masks = np.concatenate(
                     [lung_masks.pack(self.finder(some)) for some in np.array_split(pixels, 16)]
                 )
-            subset = data.Subset(subset.files, subset.targets, pixels, rows, masks=masks)
+            subset = Subset(subset.files, subset.targets, pixels, rows, masks=masks)
         how = dict(output=output, batch_size=128, progress=str(self.run))
-        return frozen.predict(self.model, subset, self.inputs, **how)
+        return predict(self.model, subset, self.inputs, **how)
 
     def __call__(self, subset, pixels=None):
         """Probability of the finding, float64 [N], of images as for `outputs`."""
@@ -144,7 +145,7 @@ class Scorer:
         results, inputs = self.run.results, self.inputs
         how = [results["model_config"], inputs.mean, inputs.std, inputs.normalise, inputs.amp, VERSION]
         how += [inputs.look, self.run.config.lungs_sha256] if inputs.needs_lungs else []
-        return common.sha256([self.run.checkpoint_sha256, how, data.pixel_fingerprint(subset)])
+        return sha256([self.run.checkpoint_sha256, how, pixel_fingerprint(subset)])
 
 
 # What signals.json holds of a run, in the order of the table's columns.
@@ -222,13 +223,13 @@ def kept_figures(score, part, subset, compute, spec):
     parts are left alone."""
     path, key = score.run.folder / "signals.json", score.key(subset)
     try:
-        kept = common.read_json(path)
-    except common.InputError:  # absent or damaged
+        kept = read_json(path)
+    except InputError:  # absent or damaged
         kept = {}
     if mismatches(kept.get(part), {"key": str, "figures": spec}) or kept[part]["key"] != key:
         kept = {name: kept[name] for name in PARTS if name in kept}  # no part of older versions
         kept[part] = {"key": key, "figures": compute(score, subset)}
-        common.write_json(path, kept)
+        write_json(path, kept)
     return kept[part]["figures"]
 
 
@@ -236,14 +237,12 @@ def read_figures(folder):
     """All figures in the signals.json of a run folder, {name: figure}; none without that file. InputError if
     it is damaged."""
     path, found = Path(folder, "signals.json"), {}
-    kept = common.read_json(path) if path.is_file() else {}
+    kept = read_json(path) if path.is_file() else {}
     for part, spec in PARTS.items():
         if part in kept:
             if wrong := mismatches(kept[part], {"figures": spec}, part):
                 listed = ", ".join(wrong)[:200]
-                raise common.InputError(
-                    f"{path} is damaged: wrong {listed}; run studies/experiments.py again"
-                )
+                raise InputError(f"{path} is damaged: wrong {listed}; run studies/experiments.py again")
             found |= kept[part]["figures"]
     return found
 

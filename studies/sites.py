@@ -22,13 +22,14 @@ from scipy.stats import binom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import hospital
-from device import add_device_argument, pick_device
-from intervals import wilson_interval
+from calibration import site as site_module
+from calibration.intervals import wilson_interval
+from calibration.operating_point import Rule
+from common.cli import COUNT, Parser
+from common.console import start
+from common.device import add_device_argument, pick_device
 from metrics import one_image_per_patient, summarize_at_threshold
-from operating import Rule
-from run import Run
+from records.run import Run
 from studies.nih import load_nih
 
 SIZES = (25, 50, 100, 200, 400)
@@ -48,7 +49,7 @@ def official_test(run):
 def another_hospital(run, folder, device):
     """The same of the images of nih.load_nih."""
     site = load_nih(folder, run.config)
-    truth, scores, shipped = hospital.scored(run, site, device, None, 64)
+    truth, scores, shipped = site_module.scored(run, site, device, None, 64)
     return truth[:, 0].astype(int), scores[:, 0], np.asarray(site.patients), next(iter(shipped.values()))
 
 
@@ -84,7 +85,7 @@ def draws(y, p, patients, shipped, rule, n, count, candidates=()):
                 break
             local += of_patient[name].tolist()
         others = np.setdiff1d(np.arange(len(y)), local)
-        found = {"shipped": shipped, **hospital.choose(y[local], p[local], patients[local], rule)}
+        found = {"shipped": shipped, **site_module.choose(y[local], p[local], patients[local], rule)}
         sick = np.array(local)[y[local] == 1]
         if len(sick):
             found["borrowed"] = borrowed(candidates, p[sick], patients[sick], rule)
@@ -111,10 +112,10 @@ def row(values, floor):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder of two classes")
     parser.add_argument("--nih", metavar="DIR", help="images of another hospital")
-    parser.add_argument("--draws", type=common.COUNT, default=300, metavar="N", help="draws of each size")
+    parser.add_argument("--draws", type=COUNT, default=300, metavar="N", help="draws of each size")
     add_device_argument(parser)
     args = parser.parse_args()
     run, rule = Run(args.run), Rule()
@@ -134,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -16,14 +16,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
 import data
-import dataconfig
-import tables
-from benchmark import peak_resident
-from operating import Rule, evaluate
-from split import cut
-from task import Task
+from calibration.operating_point import Rule, evaluate
+from common.cli import Parser
+from common.console import say, start
+from common.task import Task
+from data import IMG_SIZE, load_train_val, open_index
+from images.split import cut
+from images.subset import input_range
+from layouts import tables
+from studies.benchmark import peak_resident
 
 
 def draw(table, work, per_folder=10_000):
@@ -58,12 +60,10 @@ def made_up(count, patients, rng):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("table", metavar="CSV", help="the NIH table")
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for images and cache")
-    parser.add_argument(
-        "--img-size", type=dataconfig.IMG_SIZE, default=32, metavar="PX", help="side of the cache"
-    )
+    parser.add_argument("--img-size", type=IMG_SIZE, default=32, metavar="PX", help="side of the cache")
     args = parser.parse_args()
     work, last = Path(args.work), (time.perf_counter(), time.process_time())
 
@@ -81,13 +81,13 @@ def main():
     classes = tables.table_findings(args.table)
     settings = dict(labels=args.table, classes=classes, cache_dir=str(work / "cache"))
     config = data.DataConfig(str(work), args.img_size, **settings)
-    _, index, others, _, _ = data.open_index(config)
+    _, index, others, _, _ = open_index(config)
     cut(index.take(others), config.task, True, config.val_share, 0)
     lap("listing and splitting")
-    data.load_train_val(config, common.say)
+    load_train_val(config, say)
     lap("a start without a cache")
-    train, _, _ = data.load_train_val(config, common.say)
-    data.input_range(train)
+    train, _, _ = load_train_val(config, say)
+    input_range(train)
     lap("a start with the cache there")
     rng, scores = np.random.default_rng(0), {}
     for side, images, patients in (("val", 2000, 700), ("test", 25_596, 2797)):
@@ -99,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

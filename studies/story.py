@@ -16,8 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-from run import Run
+from common.cli import COUNT, Parser
+from common.console import InputError, start
+from common.files import atomic_path
+from records.run import Run
 from studies.nih import list_nih
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -43,7 +45,7 @@ def lay_out(nih, folder, tried, labelled):
 
 
 def write(path, rows):
-    with common.atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -56,22 +58,22 @@ def call(script, *flags, to=None):
         to.write_text(done.stdout)
     print((("" if to else done.stdout) + done.stderr).rstrip(), flush=True)
     if done.returncode not in (0, 3):
-        raise common.InputError(f"{script}.py ended with exit code {done.returncode}, see above")
+        raise InputError(f"{script}.py ended with exit code {done.returncode}, see above")
     print(f"exit code {done.returncode}")
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder of two classes")
     parser.add_argument("--nih", required=True, metavar="DIR", help="images/ and sample_labels.csv of NIH")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for all of it")
-    parser.add_argument("--tried", type=common.COUNT, default=300, metavar="N", help="images tried first")
-    parser.add_argument("--labelled", type=common.COUNT, default=200, metavar="N", help="of these, labelled")
+    parser.add_argument("--tried", type=COUNT, default=300, metavar="N", help="images tried first")
+    parser.add_argument("--labelled", type=COUNT, default=200, metavar="N", help="of these, labelled")
     parser.add_argument("--less", default="0.94", metavar="R", help="the lower floor asked for at last")
     args = parser.parse_args()
     folder = Path(args.out)
     if folder.exists():
-        raise common.InputError(f"--out {folder} is there already: name a new folder")
+        raise InputError(f"--out {folder} is there already: name a new folder")
     later = lay_out(args.nih, folder, args.tried, args.labelled)
     shutil.copytree(Run(args.run).folder, folder / "outputs/pretrained")
     run = ("--run", folder / "outputs/pretrained")
@@ -88,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

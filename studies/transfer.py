@@ -22,13 +22,14 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import data
-from augment import PRESETS
-from device import add_device_argument, pick_device
-from intervals import delong_interval, intervals_at_threshold
+from calibration.intervals import delong_interval, intervals_at_threshold
+from common.cli import Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, pick_device
+from data import load_test, load_train_val
+from images.augment import PRESETS
 from metrics import choose_threshold_by_min_recall, summarize_at_threshold
-from run import find_runs
+from records.run import find_runs
 from studies import kermany
 from studies.nih import load_nih
 from studies.signals import MIN_RECALL, Scorer, borrow_borders, corruptions, panel, some_to_corrupt
@@ -135,7 +136,7 @@ def stamped(train):
     """Boolean [N]: which images carry the stamp of one unit; none where the Kermany set is not at hand."""
     try:
         return np.any([kermany.stamped(train, part) for part in kermany.templates(train)], axis=0)
-    except common.InputError:
+    except InputError:
         return np.zeros(len(train.files), bool)
 
 
@@ -153,7 +154,7 @@ class Backbone:
 
     def read(self, nih):
         """(what heads are trained on, {part: (features, targets)} of all that the panel needs)."""
-        train, val, _ = data.load_train_val(self.config, common.say)
+        train, val, _ = load_train_val(self.config, say)
         other, some, y = load_nih(nih, self.config), some_to_corrupt(val), val.targets
         torch.manual_seed(0)
         known = {
@@ -176,7 +177,7 @@ class Backbone:
 
     def read_test(self):
         """(features, targets, patients) of the test images, which nothing above opens."""
-        test = data.load_test(self.config)
+        test = load_test(self.config)
         return self.features(test), test.targets, np.array(test.patients)
 
 
@@ -231,7 +232,7 @@ def compare(backbones, nih):
     for backbone in backbones:
         known, parts = backbone.read(nih)
         if files not in (None, known["validation"]):
-            raise common.InputError(f"{backbone.name} has other validation images than {backbones[0].name}")
+            raise InputError(f"{backbone.name} has other validation images than {backbones[0].name}")
         files, truth = known["validation"], {name: y for name, (_, y) in parts.items()}
         for method, way in methods(known).items():
             head = heads[backbone.name, method] = trained(known, *way)
@@ -260,7 +261,7 @@ def compare(backbones, nih):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all in --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     parser.add_argument("--nih", required=True, metavar="DIR", help="images of another hospital")
@@ -271,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -26,18 +26,19 @@ from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules lie one folder up
 
-import common
-import data
-import frozen
-import masks as lung_masks
-import shares
-import shift
-from device import add_device_argument, pick_device
-from inputs import Inputs
-from intervals import delong_interval, wilson_interval
-from run import Run
+from calibration import shares, shift
+from calibration.intervals import delong_interval, wilson_interval
+from common.cli import COUNT, Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, pick_device
+from data import load_test, load_train_val
+from images.subset import Subset
+from lungs import masks as lung_masks
+from models.inputs import Inputs
+from records.run import Run
 from studies.nih import load_nih
 from studies.signals import corruptions
+from training.evaluate import predict
 
 SIZES = (20, 50, 100, 250)
 SICK = 0.1
@@ -56,7 +57,7 @@ class Outputs:
     def of(self, subset, what):
         """(features [N, D], logits [N, K], patients [N], labels [N, G] of shares.kinds) of a Subset."""
         how = dict(output=self.inputs.logits_and_features, progress=what)
-        found = frozen.predict(self.model, subset, self.inputs, **how).numpy()
+        found = predict(self.model, subset, self.inputs, **how).numpy()
         K = self.task.outputs
         labels = shares.kinds(self.task, subset.targets)
         return found[:, K:], found[:, :K], np.array(subset.patients), labels
@@ -71,7 +72,7 @@ class Outputs:
         if finder:
             masks = lung_masks.pack(np.concatenate([finder(part) for part in np.array_split(pixels, 16)]))
         about = dict(patients=subset.patients, masks=masks)
-        return data.Subset(subset.files, subset.targets, pixels, np.arange(len(pixels)), **about)
+        return Subset(subset.files, subset.targets, pixels, np.arange(len(pixels)), **about)
 
 
 def draw(known, outputs, found, rng, n, sick=None):
@@ -177,21 +178,21 @@ def compare_distances(features, targets, files):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="a calibrated run folder")
     parser.add_argument("--nih", metavar="DIR", help="images of another hospital")
-    parser.add_argument("--draws", type=common.COUNT, default=300, metavar="N", help="batches of each size")
-    parser.add_argument("--corrupted", type=common.COUNT, default=300, metavar="N", help="images to corrupt")
+    parser.add_argument("--draws", type=COUNT, default=300, metavar="N", help="batches of each size")
+    parser.add_argument("--corrupted", type=COUNT, default=300, metavar="N", help="images to corrupt")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these corruptions")
     parser.add_argument("--distances", action="store_true", help="compare distances on training images")
     add_device_argument(parser)
     args = parser.parse_args()
     changes = corruptions()
     if unknown := set(args.only or ()) - set(changes):
-        raise common.InputError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(changes)}")
+        raise InputError(f"--only {', '.join(sorted(unknown))}: there is {', '.join(changes)}")
     outputs = Outputs(Run(args.run), pick_device(args.device))
     config, rng = outputs.run.config, np.random.default_rng(0)
-    train, val, _ = data.load_train_val(config, common.say)
+    train, val, _ = load_train_val(config, say)
     if args.distances:
         few = train.take(np.sort(rng.permutation(len(train))[: 2 * shift.TRAINING]))
         return compare_distances(outputs.of(few, "training")[0].astype(float), few.targets, few.files)
@@ -199,7 +200,7 @@ def main():
     usual = outputs.of(train.take(some), "training")[0]
     found = {
         "validation": outputs.of(val, "validation"),
-        "official test": outputs.of(data.load_test(config), "test"),
+        "official test": outputs.of(load_test(config), "test"),
     }
     if args.nih:
         found["another hospital"] = outputs.of(load_nih(args.nih, config), "nih")
@@ -229,4 +230,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -21,11 +21,12 @@ from skimage.exposure import match_histograms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-import common
-import data
-from device import add_device_argument, pick_device
-from inputs import Inputs
-from run import find_runs
+from common.cli import Parser
+from common.console import InputError, say, start
+from common.device import add_device_argument, pick_device
+from data import load_test, load_train_val
+from models.inputs import Inputs
+from records.run import find_runs
 from studies.signals import Scorer
 
 FIRST, LAST = 195, 256  # NORMAL2-IM-0195 to 0256; drawn after the errors had been looked at
@@ -88,8 +89,8 @@ def transplants(run, device):
         scores = run.task.scores_from(scorer.outputs(subset, pixels), calibration)[:, 0]
         return (scores >= calibration["threshold"]).mean()
 
-    train, val, _ = data.load_train_val(run.config, common.say)
-    test = data.load_test(run.config)
+    train, val, _ = load_train_val(run.config, say)
+    test = load_test(run.config)
     healthy = {name: s.take(np.flatnonzero(s.targets == 0)) for name, s in (("train", train), ("val", val))}
     block = in_block(test.files) & (test.targets == 0)
     groups = {
@@ -109,7 +110,7 @@ def transplants(run, device):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all in --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="folder of the run folders")
     parser.add_argument("--transplant", action="store_true", help="change images, too")
@@ -118,7 +119,7 @@ def main():
     runs, device = find_runs(args.runs_dir, args.run), pick_device(args.device)
     for run in runs:
         if len(run.task.findings) != 1 or not in_block(run.scores()["test_files"]).any():
-            raise common.InputError(f"{run} was not scored on the Kermany set's official test images")
+            raise InputError(f"{run} was not scored on the Kermany set's official test images")
     print("| run | of the block | of the other healthy | specificity on those |\n| --- |" + " ---: |" * 3)
     print("\n".join(map(false_alarms, runs)))
     for run in runs if args.transplant else ():
@@ -129,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

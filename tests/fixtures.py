@@ -15,14 +15,13 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-import device
+from common import device as device_module
 
 # Before another module takes its name: what a test computes must not depend on the processor that it runs on.
-detect_bf16, device.fast_bf16 = device.fast_bf16, lambda device: False
+detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: False
 
 import data
-import dataconfig
-import demo
+from images.drawn import make_synthetic
 from tests.shared import cli, google_arrays, succeed
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -35,7 +34,7 @@ def synthetic(tmp_path_factory):
     """A small synthetic data folder: train 36 + 60, test 15 + 25 images. Read only: tests that change it copy
     it."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
-    demo.make_synthetic(root, train=96, test=40)
+    make_synthetic(root, train=96, test=40)
     return root
 
 
@@ -88,7 +87,7 @@ def bench(tmp_path_factory):
     """A synthetic set with enough patients for a guarantee, and calibrated runs: linear, and scratch with two
     seeds."""
     folder = tmp_path_factory.mktemp("bench")
-    demo.make_synthetic(folder / "xray", train=420, test=60)
+    make_synthetic(folder / "xray", train=420, test=60)
     common_flags = ("--data-dir", "xray", "--img-size", "32")
     assert cli("train_linear", *common_flags, cwd=folder).code == 0
     assert cli("train_scratch", *common_flags, "--seeds", 0, 1, "--max-steps", 3, cwd=folder).code == 0
@@ -100,7 +99,7 @@ def bench(tmp_path_factory):
 def small_set(tmp_path):
     """A data folder of its own: 12 + 12 training and 3 + 3 test PNGs, each of one grey value."""
     for split, count in (("train", 12), ("test", 3)):
-        for k, name in enumerate(dataconfig.CLASSES):
+        for k, name in enumerate(data.CLASSES):
             folder = tmp_path / "set" / split / name
             folder.mkdir(parents=True)
             for i in range(count):

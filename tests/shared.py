@@ -21,13 +21,13 @@ import pytest
 import torch
 from PIL import Image
 
-import common
-import data
-import recipe
-import vit
-from gradient import Gradient
-from objective import Supervised
-from task import Task
+from common.console import start
+from common.task import Task
+from images.subset import Subset
+from training import recipe
+from training.loss import Supervised
+from training.step import Gradient
+from vit import VisionTransformer
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -50,7 +50,7 @@ def cli(script, *argv, cwd):
     sys.argv = [f"{script}.py", *map(str, argv)]
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            common.start(main)
+            start(main)
     except SystemExit as stop:
         code = stop.code
     finally:
@@ -105,7 +105,7 @@ def small_vit(**changes):
     settings = dict(
         img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, drop_rate=0.0, drop_path_rate=0.0
     )
-    return vit.VisionTransformer(**{**settings, **changes}).eval()
+    return VisionTransformer(**{**settings, **changes}).eval()
 
 
 def randomise(model, seed=0):
@@ -157,7 +157,7 @@ def vit_for(arrays_settings=None, **changes):
     """A fresh model for `google_arrays()` of the given settings."""
     s = {**dict(dim=12, depth=2, heads=3, patch=4, grid=2, classes=2), **(arrays_settings or {})}
     torch.manual_seed(5)
-    return vit.VisionTransformer(
+    return VisionTransformer(
         **{
             **dict(
                 img_size=s["grid"] * s["patch"],
@@ -227,7 +227,7 @@ def toy_subset(count, seed, side=16):
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 2
     images = (rng.uniform(0, 180, (count, side, side)) + 25 * labels[:, None, None]).astype(np.uint8)
-    return data.Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
+    return Subset([f"{i}.png" for i in range(count)], labels, images, np.arange(count))
 
 
 def two_class_gradient(inputs, accumulate=1, change=lambda x: x, **fields):
@@ -268,7 +268,7 @@ def file_list(folder, run):
 
 def tiny_vit(seed=0, **kwargs):
     torch.manual_seed(seed)
-    model = vit.VisionTransformer(
+    model = VisionTransformer(
         **{**dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3), **kwargs}
     )
     for p in model.parameters():

@@ -1,0 +1,348 @@
+"""How sure a figure is: intervals, the patient bootstrap, and paired tests. numpy and scipy, no torch, no
+files.
+
+Labels, scores and thresholds are those of metrics.py.
+"""
+
+import math
+
+import numpy as np
+from scipy.stats import binomtest, norm, rankdata
+
+from common.console import InputError
+from common.proportions import (
+    alike_figures,
+    alike_interval,
+    check_level,
+    count_of,
+    fewer_patients,
+    no_width,
+    proportion_of_patients,
+    relevant_images,
+    sure_share,
+    wilson_interval,
+)
+from metrics import check_groups, check_scores, ends_of_ties, summarize_at_threshold
+
+
+def _delong(y, scores):
+    """AUROCs [M] of M scores [M, N] and their covariance [M, M], in O(M N log N).
+
+    DeLong, DeLong and Clarke-Pearson (1988), by the midranks of Sun and Xu (2014,
+    doi:10.1109/LSP.2014.2337313)."""
+    pos, neg = scores[:, y == 1], scores[:, y == 0]
+    m, n = pos.shape[1], neg.shape[1]
+    if min(m, n) < 2:
+        raise InputError(
+            f"DeLong's method needs two images of each class, got {m} positives and {n} negatives"
+        )
+    rank_all = rankdata(np.concatenate([pos, neg], axis=1), axis=1)
+    # The fraction of negatives below each positive, and of positives above each negative; ties count half.
+    v10 = (rank_all[:, :m] - rankdata(pos, axis=1)) / n
+    v01 = 1 - (rank_all[:, m:] - rankdata(neg, axis=1)) / m
+    return v10.mean(axis=1), np.atleast_2d(np.cov(v10)) / m + np.atleast_2d(np.cov(v01)) / n
+
+
+def delong_interval(y_true, p1, level=0.95):
+    """AUROC with DeLong's normal interval, clipped to [0, 1] -> (auroc, lo, hi).
+
+    At an AUROC of 0 or 1 the estimated variance is 0, and so is the width.
+    InputError: as `check_scores`; `level` outside (0, 1); fewer than two images of a class."""
+    y, p = check_scores(y_true, p1)
+    check_level(level)
+    (auroc,), ((variance,),) = _delong(y, p[None])
+    half = norm.ppf((1 + level) / 2) * math.sqrt(max(0.0, variance))
+    return float(auroc), float(max(0.0, auroc - half)), float(min(1.0, auroc + half))
+
+
+def delong_test(y_true, p1_a, p1_b):
+    """Paired DeLong test of two scores on the same images -> (AUROC a - AUROC b, two-sided p-value).
+
+    The p-value is 1 when both rank every pair alike. Where the estimated variance is 0 but the AUROCs differ
+    (1 against one half, say), it is that of a sign test of m pairs of one positive and one negative each, m
+    the fewer of the two. InputError: as `delong_interval`."""
+    y, a = check_scores(y_true, p1_a)
+    _, b = check_scores(y_true, p1_b)
+    (auc_a, auc_b), cov = _delong(y, np.stack([a, b]))
+    difference, variance = auc_a - auc_b, cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
+    if variance <= 1e-18:
+        pairs = int(min(y.sum(), len(y) - y.sum()))
+        return float(difference), 1.0 if abs(difference) < 1e-12 else 2.0 * 0.5**pairs
+    return float(difference), float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
+
+
+def mcnemar_test(correct_a, correct_b):
+    """Exact McNemar test of paired booleans [N] -> (only a correct, only b correct, two-sided p-value)."""
+    a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+# ---------------------------------------------------------------- the patient bootstrap
+
+BLOCK = 2**15  # numbers held in one block of draws, so that memory does not grow with their number
+
+
+def bootstrap_weights(groups, n=2000, seed=0):
+    """How often each image is drawn when whole groups (patients) are drawn with replacement, n times.
+
+    Yields blocks int64 [rows, N], n rows in all, of about `BLOCK` numbers each (one row if N is larger). The
+    draws do not depend on the size of the blocks. InputError: no groups, or n < 1."""
+    if n < 1 or len(groups) == 0:
+        raise InputError(f"the bootstrap needs a draw and an image, got {n} draws of {len(groups)} images")
+    _, codes = np.unique(np.asarray(groups), return_inverse=True)
+    count, rng = codes.max() + 1, np.random.default_rng(seed)
+    most_rows = max(1, BLOCK // len(codes))
+    for start in range(0, n, most_rows):
+        rows = min(most_rows, n - start)
+        draws = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        hits = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
+        yield hits[:, codes]
+
+
+def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, seed=0):
+    """Percentile bootstrap interval of any `statistic(y_true, p1) -> float` -> (lo, hi).
+
+    `groups` [N] (patients) are drawn whole; without them, single images are drawn. Draws for which the
+    statistic is NaN or raises ValueError (only one class, say) are left out. `bootstrap_summary` is far
+    faster for the figures it knows. InputError: as `check_scores`; `level` outside (0, 1); fewer than half of
+    the draws are left."""
+    y, p = check_scores(y_true, p1)
+    check_level(level)
+    groups = np.arange(len(y)) if groups is None else check_groups(groups, y)
+    values = []
+    for block in bootstrap_weights(groups, n, seed):
+        for weights in block:
+            index = np.repeat(np.arange(len(y)), weights)
+            try:
+                values.append(float(statistic(y[index], p[index])))
+            except ValueError:
+                values.append(math.nan)
+    return percentiles(np.array(values), level)
+
+
+def bootstrap_summary(y_true, p1, thresholds, weights):
+    """The figures of `summarize_at_threshold` for every bootstrap draw, at each of `thresholds` [T].
+
+    `weights`: blocks [rows, N], n rows in all, as `bootstrap_weights` yields them.
+    Returns T dicts {acc, precision, recall, specificity, f1, auroc, auprc}: float64 [n] each, NaN for draws
+    of one class only. auroc and auprc do not depend on the threshold: they are computed once, and all dicts
+    hold the same arrays. InputError: as `check_scores`; a threshold is NaN."""
+    y, p = check_scores(y_true, p1)
+    thresholds = np.asarray(thresholds, dtype=np.float64)
+    if np.isnan(thresholds).any():
+        raise InputError("the threshold is NaN")
+    order = np.argsort(-p, kind="stable")
+    y, p = y[order], p[order]
+    ends = ends_of_ties(p)
+    above = np.searchsorted(-p[ends], -thresholds, side="right")  # distinct scores called positive
+    blocks = [_bootstrap_block(y, ends, above, block[:, order]) for block in weights]
+    positives, negatives, tp, fp, auroc, auprc = (np.concatenate(part, axis=-1) for part in zip(*blocks))
+    both_classes, called_positive = (positives > 0) & (negatives > 0), tp + fp
+    at_thresholds = {  # [T, n]
+        "acc": (tp + negatives - fp) / (positives + negatives),
+        "precision": tp / np.maximum(called_positive, 1),
+        "recall": tp / np.maximum(positives, 1),
+        "specificity": 1 - fp / np.maximum(negatives, 1),
+        "f1": 2 * tp / np.maximum(called_positive + positives, 1),
+    }
+    at_thresholds = {name: np.where(both_classes, values, np.nan) for name, values in at_thresholds.items()}
+    curve = {"auroc": np.where(both_classes, auroc, np.nan), "auprc": np.where(both_classes, auprc, np.nan)}
+    return [
+        {**{name: values[t] for name, values in at_thresholds.items()}, **curve}
+        for t in range(len(thresholds))
+    ]
+
+
+def _bootstrap_block(y, ends, above, weights):
+    """Positives, negatives [rows], tp, fp [T, rows], AUROC and AUPRC [rows] of the draws `weights` [rows, N].
+
+    Labels [N] and weights are in descending order of score; `ends` are the last indices of the distinct
+    scores, and `above` [T] is how many of these each threshold calls positive. AUROC counts pairs, ties as
+    one half; AUPRC is average precision, the sum of precision * (increase in recall). Without both classes
+    they are 0."""
+    rows = len(weights)
+    # [rows, k]: true and false positives when the k highest distinct scores are called positive
+    tp, fp = np.zeros((2, rows, len(ends) + 1))
+    tp[:, 1:] = np.cumsum(weights * y, axis=1)[:, ends]
+    fp[:, 1:] = np.cumsum(weights, axis=1)[:, ends] - tp[:, 1:]
+    positives, negatives = tp[:, -1].copy(), fp[:, -1].copy()  # views would keep the whole block alive
+    tp_steps = np.diff(tp, axis=1)
+    pairs_won = (np.diff(fp, axis=1) * (tp[:, 1:] - tp_steps / 2)).sum(axis=1)
+    precision = tp[:, 1:] / np.maximum(tp[:, 1:] + fp[:, 1:], 1)
+    auroc = pairs_won / np.maximum(positives * negatives, 1)
+    auprc = (tp_steps * precision).sum(axis=1) / np.maximum(positives, 1)
+    return positives, negatives, tp[:, above].T, fp[:, above].T, auroc, auprc
+
+
+def percentiles(values, level=0.95):
+    """The percentile interval of draws [n], NaN left out -> (lo, hi)."""
+    defined = values[np.isfinite(values)]
+    if len(defined) == 0 or len(defined) * 2 < len(values):
+        raise InputError(
+            f"{len(values) - len(defined)} of {len(values)} bootstrap draws are undefined (they hold one "
+            "class only, say): too few images or patients for an interval"
+        )
+    lo, hi = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)])
+    return float(lo), float(hi)
+
+
+def span_of_draws(value, draws, instead, level=0.95):
+    """{"value", "lo", "hi"}: the percentile interval of draws [n], or `instead`, (lo, hi), where all of them
+    are the same."""
+    span = percentiles(draws, level)
+    low, high = instead if no_width(span) else span
+    return {"value": float(value), "lo": float(low), "hi": float(high)}
+
+
+def proportion_interval(hits, groups, n=2000, level=0.95, seed=0):
+    """The interval of the mean of `hits`, bool [N], by a bootstrap of whole `groups` [N] (patients); Wilson's
+    by patients where every draw is the same -> [lo, hi]. InputError: no image."""
+    hits, groups = np.asarray(hits, np.float64), np.asarray(groups)
+    draws = [(block @ hits) / block.sum(axis=1) for block in bootstrap_weights(groups, n, seed)]
+    instead = proportion_of_patients(float(hits.mean()), count_of(groups), level)
+    found = span_of_draws(hits.mean(), np.concatenate(draws), instead, level)
+    return [found["lo"], found["hi"]]
+
+
+def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
+    """`intervals_at_thresholds` for a single threshold -> {figure: {method: [lo, hi]}}."""
+    return intervals_at_thresholds(y_true, p1, [thr], groups, n, level, seed)[0]
+
+
+def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, seed=0):
+    """Intervals of the figures of `summarize_at_threshold`: {figure: {method: [lo, hi]}} for each threshold.
+
+    "bootstrap", for every figure: `groups` [N] (patients) drawn whole, n times; the only method that knows
+    that images of one patient are alike. "patients": the interval that takes its place, for figures of which
+    every draw is the same. "wilson", of images: recall, specificity, precision and acc; left out where the
+    proportion is of nothing. "delong", of images: auroc.
+
+    InputError: as `summarize_at_threshold`, `delong_interval` and `bootstrap_interval`."""
+    y, p = check_scores(y_true, p1)
+    check_level(level)
+    groups = check_groups(groups, y)
+    draws = bootstrap_summary(y, p, thresholds, bootstrap_weights(groups, n, seed))
+    return intervals_of_draws(y, p, thresholds, draws, groups, level)
+
+
+def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
+    """`intervals_at_thresholds` of checked labels, scores and groups, and the draws of
+    `bootstrap_summary`."""
+    rows = [summarize_at_threshold(y, p, thr) for thr in thresholds]
+    delong = list(delong_interval(y, p, level)[1:])
+    found = []
+    for row, figures in zip(rows, draws):
+        tp, fp, tn, fn = (row[key] for key in ("tp", "fp", "tn", "fn"))
+        intervals = {name: {"bootstrap": list(percentiles(v, level))} for name, v in figures.items()}
+        for name, k, total in (
+            ("recall", tp, tp + fn),
+            ("specificity", tn, tn + fp),
+            ("precision", tp, tp + fp),
+            ("acc", tp + tn, tp + tn + fp + fn),
+        ):
+            if total:
+                intervals[name]["wilson"] = list(wilson_interval(k, total, level))
+        intervals["auroc"]["delong"] = list(delong)
+        alike = alike_figures(y, p >= row["thr"], groups, row, level)
+        for name, methods in intervals.items():
+            if no_width(methods["bootstrap"]):
+                methods["patients"] = alike[name]
+        found.append(intervals)
+    return found
+
+
+def reported_interval(row, key):
+    """The interval [lo, hi] to show of figure `key` of a summary `row` that has its "interval".
+
+    The patient bootstrap; but where every draw gives the same value (0 or all of n), what the number of
+    patients alone tells, because a width of 0 would claim certainty. Older calibrations have Wilson's
+    interval of images there."""
+    found = row["interval"][key]
+    if not no_width(found["bootstrap"]):
+        return found["bootstrap"]
+    return found.get("patients", found.get("wilson", found["bootstrap"]))
+
+
+def in_short(p):
+    """A p-value, or None, as text."""
+    return "-" if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed=0):
+    """Model a minus model b on the same images, each at its own threshold.
+
+    {figure: {difference, lo, hi}} for acc, precision, recall, specificity, f1, auroc and auprc, with 95%
+    intervals by a paired bootstrap of whole `groups` [N] (patients), or by `alike_interval` where every draw
+    is the same though the scores are not; "delong": p-value for AUROC;
+    "mcnemar_recall" and "mcnemar_specificity": exact p-values on the positives and on the negatives.
+
+    InputError: as `intervals_at_thresholds`."""
+    y, a = check_scores(y_true, p1_a)
+    _, b = check_scores(y_true, p1_b)
+    groups = check_groups(groups, y)
+    draws_a, draws_b = (
+        bootstrap_summary(y, p, [thr], bootstrap_weights(groups, n, seed))[0]
+        for p, thr in ((a, thr_a), (b, thr_b))
+    )
+    row_a, row_b = summarize_at_threshold(y, a, thr_a), summarize_at_threshold(y, b, thr_b)
+    called_a, called_b = a >= thr_a, b >= thr_b
+    relevant = relevant_images(y, called_a | called_b)
+    relevant["f1"] = relevant["recall"] | relevant["precision"]
+    patients = {name: count_of(groups[images]) for name, images in relevant.items()}
+    same_model = thr_a == thr_b and np.array_equal(a, b)
+    out = {}
+    for name in draws_a:
+        difference = row_a[name] - row_b[name]
+        number = patients.get(name, fewer_patients(y, groups))
+        instead = (0.0, 0.0) if same_model else alike_interval(difference, number, least=-1.0)
+        found = span_of_draws(difference, draws_a[name] - draws_b[name], instead)
+        out[name] = {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
+    right_a, right_b = called_a == y, called_b == y
+    out["delong"] = delong_test(y, a, b)[1]
+    for label, name in ((1, "mcnemar_recall"), (0, "mcnemar_specificity")):
+        out[name] = mcnemar_test(right_a[y == label], right_b[y == label])[2]
+    return out
+
+
+def mean_auroc_draws(truth, scores, groups, n=2000, seed=0):
+    """Mean AUROC over findings, its bootstrap draws, and the mean `sure_share` of the findings -> (float,
+    float64 [n], float).
+
+    `truth` [N, F] of 1, 0 and -1 for unknown; `scores` [N, F]; `groups` [N] are drawn whole, the same
+    ones for every call with this seed. In a draw without both classes of some finding the mean is over the
+    others.
+    InputError: as `bootstrap_summary`; a finding without both classes."""
+    groups, values, drawn, shares = np.asarray(groups), [], [], []
+    for k in range(truth.shape[1]):
+        known = truth[:, k] >= 0
+        y, p = truth[known, k], scores[known, k]
+        shares.append(sure_share(fewer_patients(y, groups[known])))
+        values.append(summarize_at_threshold(y, p, 0.5)["auroc"])
+        weights = (block[:, known] for block in bootstrap_weights(groups, n, seed))
+        drawn.append(bootstrap_summary(y, p, [0.5], weights)[0]["auroc"])
+    return float(np.mean(values)), mean_of_defined(drawn), float(np.mean(shares))
+
+
+def difference_of_means(a, b):
+    """Two results of `mean_auroc_draws` on the same images -> {difference, lo, hi}, a minus b with a 95%
+    interval: a paired bootstrap, because the draws are of the same patients; where every draw is the same,
+    the mean of the findings' `alike_interval`."""
+    difference, share = a[0] - b[0], a[2]
+    instead = difference * share - (1 - share), difference * share + (1 - share)
+    found = span_of_draws(difference, a[1] - b[1], instead)
+    return {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
+
+
+def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):
+    """Mean AUROC of scores `a` minus that of `b`, both [N, F]: `difference_of_means` of their
+    `mean_auroc_draws`."""
+    return difference_of_means(*(mean_auroc_draws(truth, scores, groups, n, seed) for scores in (a, b)))
+
+
+def mean_of_defined(values):
+    """The mean over the first axis of [F, n], NaN left out: [n], NaN where none is defined."""
+    values = np.asarray(values)
+    defined = np.isfinite(values)
+    total = np.where(defined, values, 0).sum(axis=0)
+    return np.where(defined.any(axis=0), total / np.maximum(defined.sum(axis=0), 1), np.nan)

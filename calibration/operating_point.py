@@ -1,0 +1,367 @@
+"""An operating point: thresholds chosen on validation by a Rule, and every figure of merit on both sides."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from calibration.intervals import (
+    bootstrap_summary,
+    bootstrap_weights,
+    intervals_of_draws,
+    mean_of_defined,
+    proportion_interval,
+    reported_interval,
+    span_of_draws,
+)
+from common.console import InputError
+from common.proportions import count_of, f1_of_patients, proportion_of_patients
+from common.task import Task
+from metrics import (
+    brier,
+    calibration_error,
+    check_both_classes,
+    choose_threshold_by_min_recall,
+    choose_threshold_with_guarantee,
+    fit_platt,
+    fit_temperature,
+    lowered_to_midpoint,
+    nll,
+    predictive_values,
+    summarize_at_threshold,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an operating point is chosen and reported.
+
+    min_recall: the recall that the thresholds must reach on validation, in (0, 1].
+    confidence: of the guaranteed threshold, in (0, 1).
+    strict: whether it is an error that this threshold cannot be given; if not, the result says why.
+    jointly: whether the guarantees of several findings are to hold all at once.
+    temperature: whether to divide the logits by the fitted temperature before anything else.
+    platt: whether to give the log odds of each finding a fitted slope and bias instead (metrics.fit_platt).
+    bootstrap: draws of the patient bootstrap, 1 to 1,000,000.
+    prevalence: fraction of sick people for which predictive values are reported, in (0, 1).
+
+    InputError: a number out of its range; both temperature and platt.
+    """
+
+    min_recall: float = 0.95
+    confidence: float = 0.95
+    strict: bool = False
+    jointly: bool = False
+    temperature: bool = False
+    bootstrap: int = 2000
+    prevalence: float = 0.1
+    platt: bool = False
+
+    def __post_init__(self):
+        if self.temperature and self.platt:
+            raise InputError("temperature and platt exclude each other: Platt scaling holds the temperature")
+        if not 0 < self.min_recall <= 1:
+            raise InputError(f"min_recall must lie in (0, 1], got {self.min_recall}")
+        for name in ("confidence", "prevalence"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+        if not 1 <= self.bootstrap <= 1_000_000:
+            raise InputError(f"bootstrap must lie in 1..1,000,000, got {self.bootstrap}")
+
+
+LEAST = 5  # images with and without a finding, of several, that figures of it need on each side
+SIDES = {"val": "validation", "test": "test"}
+
+
+class Side(NamedTuple):
+    """One finding on one side. truth: int [N], 0 or 1; before, after: its probability without and with the
+    fitted temperature or Platt scaling; p1: the one of them that thresholds apply to; patients [N]; known:
+    bool, which of all images of the side these are, those whose truth is known."""
+
+    truth: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    p1: np.ndarray
+    patients: np.ndarray
+    known: np.ndarray
+
+
+def evaluate(scores, rule, task=None):
+    """Choose thresholds on validation and report every figure on validation and test.
+
+    `scores`: {val,test}_{labels [N] or [N, K], logits [N, K], patients [N]}; not changed.
+    `task`: NORMAL or PNEUMONIA unless given.
+    Returns (the content of calibration.json, {"val": p1, "test": p1}), p1 being the probabilities that the
+    thresholds apply to: [N] for one finding, [N, F] for several.
+    InputError: no positives or no negatives of the only finding on one side; arrays that do not match; where
+    `rule.strict`, no guarantee."""
+    task = task or Task()
+    fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
+    about = {"min_recall": rule.min_recall, "temperature": fitted, "temperature_applied": rule.temperature}
+    about["bootstrap"] = rule.bootstrap
+    if rule.platt:
+        about["platt"] = _fit_platt(scores, task)
+    columns = {name: {} for name in task.findings}
+    p1 = {}
+    for side in SIDES:
+        logits, patients = scores[f"{side}_logits"], np.asarray(scores[f"{side}_patients"])
+        truth = task.truth(scores[f"{side}_labels"])
+        before, after = task.scores(logits), task.scaled_scores(logits, about)
+        p1[side] = task.scores_from(logits, about)
+        for k, name in enumerate(task.findings):
+            known = truth[:, k] >= 0
+            values = (values[known, k] for values in (truth, before, after, p1[side]))
+            columns[name][side] = Side(*values, patients[known], known)
+    if len(columns) == 1:
+        (only,) = columns.values()
+        for side, name in SIDES.items():
+            check_both_classes(only[side].truth, f"{name} labels")
+        everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+        found, _ = _evaluate_finding(only, everyone, rule)
+        return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
+    found = _evaluate_several(columns, scores, rule, task)
+    return {**about, **found}, p1
+
+
+def _fit_platt(scores, task):
+    """Platt scaling of every finding on validation: {finding: {"slope", "bias"}, or {"why_not": text} where
+    it cannot be}. InputError where no finding can be scaled."""
+    truth, odds = task.truth(scores["val_labels"]), task.log_odds(scores["val_logits"])
+    found, least = {}, LEAST if len(task.findings) > 1 else 0  # as for thresholds
+    for k, name in enumerate(task.findings):
+        y, z = truth[truth[:, k] >= 0, k], odds[truth[:, k] >= 0, k]
+        if min((y == 1).sum(), (y == 0).sum()) < least:
+            found[name] = {"why_not": f"fewer than {LEAST} validation images with it, or without it"}
+            continue
+        try:
+            found[name] = dict(zip(("slope", "bias"), fit_platt(z, y)))
+        except InputError as error:
+            found[name] = {"why_not": str(error)}
+    if not any("slope" in line for line in found.values()):
+        reasons = "; ".join(f"{name}: {line['why_not']}" for name, line in found.items())
+        raise InputError(f"--temperature platt: {reasons[:400]}; --temperature scale asks for no bias")
+    return found
+
+
+# ---------------------------------------------------------------- one finding
+
+
+def _evaluate_finding(sides, everyone, rule):
+    """(What calibration.json says of one finding, {side: its bootstrap draws}), on the sides given;
+    `everyone`: {side: patients [N] of all images}, who are drawn."""
+    val = sides["val"]
+    thresholds, gap, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
+    found, draws = {"threshold": thresholds["at_rec"], "gap": gap}, {}
+    for side, s in sides.items():
+        found[side], draws[side] = summarize(s, everyone[side], thresholds, rule)
+        if guarantee["threshold"] is not None:
+            guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
+    found["guarantee"] = guarantee
+    if rule.temperature or rule.platt:
+        found["changed"] = _changed(sides, thresholds, rule)
+    found["probability"] = {
+        side: {
+            "before": _probability_figures(s.truth, s.before),
+            "after": _probability_figures(s.truth, s.after),
+        }
+        for side, s in sides.items()
+    }
+    return found, draws
+
+
+def _changed(sides, thresholds, rule):
+    """How many decisions of each side are others than without the scaling, where thresholds are chosen in the
+    same way: {side: {name of the threshold: count}}. Those chosen on validation move along with the scores;
+    0.5 does not."""
+    val = sides["val"]
+    plain = _choose_thresholds(val.truth, val.before, val.patients, rule)[0]
+    return {
+        side: {n: int(((s.before >= plain[n]) != (s.p1 >= thr)).sum()) for n, thr in thresholds.items()}
+        for side, s in sides.items()
+    }
+
+
+def _probability_figures(y, p):
+    """Quality of p as a probability: calibration error with its bins, Brier score and log-likelihood."""
+    ece, bins = calibration_error(y, p)
+    return {"ece": ece, "brier": brier(y, p), "nll": nll(y, p), "bins": bins}
+
+
+def _choose_thresholds(y, p, patients, rule):
+    """The operating points, chosen on validation -> ({name: threshold}, gap of @Rec, what is guaranteed).
+
+    Each lies between two validation scores, `gap` logits from the nearest (metrics.lowered_to_midpoint)."""
+    chosen, _, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
+    threshold, gap = lowered_to_midpoint(chosen, p)
+    thresholds = {"at_0.5": 0.5, "at_rec": threshold}
+    guarantee = {
+        "confidence": rule.confidence,
+        "threshold": None,
+        "positive_patients": len(np.unique(patients[y == 1])),
+    }
+    try:
+        chosen, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
+    except InputError as error:
+        if rule.strict:
+            raise
+        guarantee["why_not"] = str(error)
+        return thresholds, gap, guarantee
+    # Lowering a threshold can only raise recall, so the promise holds.
+    thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(chosen, p)
+    guarantee["threshold"] = thresholds["at_guaranteed"]
+    return thresholds, gap, guarantee
+
+
+def summarize(side, everyone, thresholds, rule):
+    """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
+    y, p, values = side.truth, side.p1, list(thresholds.values())
+    weights = bootstrap_weights(everyone, rule.bootstrap)
+    draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
+    intervals, rows = intervals_of_draws(y, p, values, draws, side.patients), {}
+    for (name, thr), interval in zip(thresholds.items(), intervals):
+        row = summarize_at_threshold(y, p, thr)
+        ppv, npv = predictive_values(row["recall"], row["specificity"], rule.prevalence)
+        row["interval"] = interval
+        row["at_prevalence"] = {
+            "prevalence": rule.prevalence,
+            "ppv": None if np.isnan(ppv) else ppv,
+            "npv": None if np.isnan(npv) else npv,
+        }
+        rows[name] = row
+    return rows, draws[0]
+
+
+# ---------------------------------------------------------------- several findings
+
+
+def _too_few(side, name):
+    """Why a finding of several has no figures on a Side called `name`, as text; None if it has."""
+    for count, word in ((int(side.truth.sum()), "with"), (int((side.truth == 0).sum()), "without")):
+        if count < LEAST:
+            return f"{count} {SIDES[name]} images {word} it, fewer than {LEAST}"
+    return None
+
+
+def shared_out(rule, findings):
+    """The Rule of each of so many findings. With `rule.jointly` their guarantees are to hold all at once: by
+    the union bound each is given the confidence 1 - (1 - confidence) / findings."""
+    if not rule.jointly:
+        return rule
+    return replace(rule, confidence=1 - (1 - rule.confidence) / findings)
+
+
+def _evaluate_several(columns, scores, rule, task):
+    """What calibration.json says of several findings: each by name, and figures over all of them.
+
+    Whether a finding gets a threshold, and how many share the confidence where `rule.jointly`, is decided by
+    the validation images alone. One that is too rare on test has no figures there, and "test_why_not"."""
+    why_not = {name: _too_few(sides["val"], "val") for name, sides in columns.items()}
+    usable = [name for name, reason in why_not.items() if reason is None]
+    if not usable:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
+        raise InputError(f"no finding has enough images: {reasons[:300]}")
+    each = shared_out(rule, len(usable))
+    everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+    findings, draws = {}, {}
+    for name, sides in columns.items():
+        there = {side: s for side, s in sides.items() if _too_few(s, side) is None}
+        if why_not[name]:
+            findings[name], draws[name] = {"why_not": why_not[name]}, {}
+        else:
+            try:
+                findings[name], draws[name] = _evaluate_finding(there, everyone, each)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            if "test" not in there:
+                findings[name]["test_why_not"] = _too_few(sides["test"], "test")
+        findings[name]["curves"] = {}
+        for side, s in there.items():  # enough for AUROC, if not for a threshold
+            known, draw = _curves(s, everyone[side], rule, draws[name].get(side))
+            findings[name]["curves"][side], draws[name][side] = known, draw
+    summary = {}
+    for side in SIDES:
+        averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
+        summary[side] = {"findings": averaged, **_means(findings, draws, averaged, side)}
+        if task.kind == "softmax":
+            labels, logits = (np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits"))
+            summary[side] |= class_figures(labels, logits.argmax(axis=1), task.classes, everyone[side], rule)
+    joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
+    return {"findings": findings, "summary": summary, "jointly": joint}
+
+
+def _curves(side, everyone, rule, draws=None):
+    """({"auroc", "auprc": {value, lo, hi}} of a Side, its bootstrap draws)."""
+    if draws is None:
+        weights = bootstrap_weights(everyone, rule.bootstrap)
+        blocks = (block[:, side.known] for block in weights)
+        draws = bootstrap_summary(side.truth, side.p1, [0.5], blocks)[0]
+    row, found = summarize_at_threshold(side.truth, side.p1, 0.5), {}
+    (row["interval"],) = intervals_of_draws(side.truth, side.p1, [0.5], [draws], side.patients)
+    for key in ("auroc", "auprc"):
+        lo, hi = reported_interval(row, key)
+        found[key] = {"value": row[key], "lo": lo, "hi": hi}
+    return found, draws
+
+
+def _means(findings, draws, names, side):
+    """{"auroc", "auprc": {value, lo, hi}}: means over findings; the draws of all are of the same patients. In
+    a draw without a positive of some finding the mean is over the others. Where every draw is the same, the
+    limits are the means of the findings' own."""
+    found = {}
+    for key in ("auroc", "auprc") if names else ():
+        each = [findings[name]["curves"][side][key] for name in names]
+        value, *own = (float(np.mean([figure[k] for figure in each])) for k in ("value", "lo", "hi"))
+        drawn = mean_of_defined([draws[name][side][key] for name in names])
+        found[key] = span_of_draws(value, drawn, own)
+    return found
+
+
+def class_figures(labels, decided, classes, patients, rule):
+    """Figures of the most probable class: labels, decisions int [N] -> {"confusion": counts [K][K], rows the
+    truth; "accuracy", "macro_f1": {value, lo, hi} by patient bootstrap; "classes": {name: {n, precision,
+    recall, f1, recall_interval (patient bootstrap)}}}. Where every draw is the same, an interval is that of
+    so many patients. Precision and F1 are 0 where a class is never decided; macro F1 is over the classes that
+    occur."""
+    number = len(classes)
+    cells = np.zeros((len(labels), number * number))
+    cells[np.arange(len(labels)), labels * number + decided] = 1
+    confusion = cells.sum(axis=0).reshape(number, number)
+    drawn = np.concatenate([block @ cells for block in bootstrap_weights(patients, rule.bootstrap)])
+    drawn = drawn.reshape(-1, number, number)
+    right, truth, called = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    found = {"confusion": confusion.astype(int).tolist(), "classes": {}}
+    limits = []  # of the F1 of every class that occurs, by its patients alone
+    for k, name in enumerate(classes):
+        of_class, either = labels == k, (labels == k) | (decided == k)
+        span = None
+        if truth[k]:
+            hits = decided[of_class] == k
+            span = proportion_interval(hits, patients[of_class], rule.bootstrap)
+        f1 = float(2 * right[k] / max(truth[k] + called[k], 1))
+        if either.any():
+            limits.append(f1_of_patients(f1, count_of(patients[either])))
+        found["classes"][name] = {
+            "n": int(truth[k]),
+            "precision": float(right[k] / max(called[k], 1)),
+            "recall": float(right[k] / max(truth[k], 1)),
+            "f1": f1,
+            "recall_interval": span,
+        }
+    accuracy, macro_f1 = float(_accuracy(confusion[None])[0]), float(_macro_f1(confusion[None])[0])
+    by_patients = proportion_of_patients(accuracy, count_of(patients))
+    found["accuracy"] = span_of_draws(accuracy, _accuracy(drawn), by_patients)
+    found["macro_f1"] = span_of_draws(macro_f1, _macro_f1(drawn), np.mean(limits, axis=0))
+    return found
+
+
+def _accuracy(confusion):
+    """Confusion matrices [n, K, K] -> [n]."""
+    return np.trace(confusion, axis1=1, axis2=2) / np.maximum(confusion.sum(axis=(1, 2)), 1)
+
+
+def _macro_f1(confusion):
+    """Confusion matrices [n, K, K] -> [n]: the mean F1 of the classes that occur."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    occurring = confusion.sum(axis=1) + confusion.sum(axis=2)
+    f1 = 2 * right / np.maximum(occurring, 1)
+    return f1.sum(axis=1) / np.maximum((occurring > 0).sum(axis=1), 1)

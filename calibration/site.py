@@ -1,0 +1,343 @@
+"""Thresholds of a trained run for another hospital, chosen on a few of its own labelled images.
+
+A threshold promises nothing where patients differ from those of validation. Local labels can promise again:
+@Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
+0.95 with confidence 0.95. No rule that assumes nothing can do with fewer: if the true recall of a threshold
+is just below the floor r, all of n patients are found with a chance of nearly r^n, so they refute it with
+confidence c only if r^n <= 1 - c.
+
+Fewer can promise less: @Mean, the threshold of split conformal prediction (Vovk et al. 2005; Angelopoulos and
+Bates 2023, arXiv:2107.07511, section 1), has a recall of at least the floor on average over samples like this
+one. It needs 19 patients for 0.95.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+import data
+from calibration.intervals import reported_interval
+from calibration.operating_point import LEAST, Side, shared_out, summarize
+from calibration.wording import chance_text, concerns
+from common import scaling
+from common.console import InputError, command_line, say
+from data import load_train_val
+from images import twins
+from images.subset import same_images
+from metrics import (
+    can_guarantee,
+    choose_threshold_by_min_recall,
+    choose_threshold_with_guarantee,
+    counts_at_threshold,
+    lowered_to_midpoint,
+    one_image_per_patient,
+    positives_needed,
+)
+from models.inputs import Inputs
+from records.run import find_runs
+from training import other_hospitals
+from training.evaluate import predict
+
+SHOWN = ("recall", "specificity")
+POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
+
+needed = positives_needed  # patients with the finding that @Guar needs, all of them found
+
+
+def needed_on_average(floor):
+    """Patients with the finding that @Mean needs: the least n with (1 - floor) (n + 1) >= 1."""
+    return math.ceil(1 / (1 - floor) - 1 - 1e-9)
+
+
+def instead(patients, floor, confidence):
+    """What so few patients can promise, rounded down so that it is granted when asked for: {"floor": the
+    recall at the same confidence, "confidence": that of the same recall}, either None where there is none
+    above 0."""
+    return {
+        "floor": granted(
+            (1 - confidence) ** (1 / patients), lambda x: can_guarantee(patients, x, confidence)
+        ),
+        "confidence": granted(1 - floor**patients, lambda x: can_guarantee(patients, floor, x)),
+    }
+
+
+def granted(value, test, digits=3):
+    """The greatest number of so many decimals, at most `value`, that passes `test`; with more decimals where
+    that would be 0. None if there is none."""
+    while digits < 10:
+        steps = math.floor(value * 10**digits)
+        for number in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
+            rounded = round(number / 10**digits, digits)
+            if 0 < rounded < 1 and test(rounded):
+                return rounded
+        digits += 1
+    return None
+
+
+def conformal_threshold(scores, patients, floor):
+    """The threshold @Mean, of the scores of images with the finding; None if there are too few patients.
+
+    With one image each of n patients it is the k-th smallest score, k = floor((1 - r) (n + 1)): a new
+    patient's score is below it with a chance of at most k / (n + 1) <= 1 - r. One image a patient is drawn
+    201 times, as for @Guar, and the median threshold taken."""
+    draws = one_image_per_patient(scores, patients)  # (201, n), ascending
+    k = math.floor((1 - floor) * (draws.shape[1] + 1) + 1e-9)
+    return float(np.sort(draws[:, k - 1])[len(draws) // 2]) if k else None
+
+
+def has_enough(y):
+    """Whether a finding gets a threshold: truth [N] of 0, 1 and -1 for unknown."""
+    return bool(min((y == 1).sum(), (y == 0).sum()) >= LEAST)
+
+
+def choose(y, p, patients, rule):
+    """Local thresholds for one finding -> JSON: truth int [N], 0 or 1; scores [N]; patients [N]; an
+    operating.Rule.
+
+    {"positives", "negatives": images; "positive_patients", "negative_patients"; "needed": of the former for
+    @Guar; "threshold": @Rec; "mean", "guaranteed": thresholds or None; "gaps": {name: how far each of these
+    lies from the nearest score, in logits}; "specificities": {name: on these images}; "concerns": {name: what
+    is bad about it on these images}; "instead": what so few can promise, where @Guar cannot be given}, or
+    {"why_not": text, ...} where there are too few images for any threshold.
+
+    Each threshold lies between two scores of these images (metrics.lowered_to_midpoint)."""
+    found = {
+        "positives": int(y.sum()),
+        "negatives": int((y == 0).sum()),
+        "positive_patients": len(np.unique(patients[y == 1])),
+        "negative_patients": len(np.unique(patients[y == 0])),
+        "needed": needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
+    }
+    if not has_enough(y):
+        counts = f"{found['positives']} images with it and {found['negatives']} without"
+        return found | {"why_not": f"{counts}; {LEAST} of each are needed"}
+    thr, recall, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
+    found |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
+    if rule.min_recall < 1:
+        found["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
+        try:
+            how = (rule.min_recall, rule.confidence, patients)
+            found["guaranteed"] = choose_threshold_with_guarantee(y, p, *how)[0]
+        except InputError:
+            if rule.strict:
+                raise
+            found["instead"] = instead(found["positive_patients"], rule.min_recall, rule.confidence)
+    found |= {"gaps": {}, "specificities": {}, "concerns": {}}
+    for name in POINTS:
+        if found[name] is not None:
+            found[name], found["gaps"][name] = lowered_to_midpoint(found[name], p)
+            row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, found[name])))
+            found["specificities"][name] = row["tn"] / found["negatives"]
+            # @Mean may miss more of these images than the floor allows: it promises an average.
+            found["concerns"][name] = concerns(row, rule.min_recall if name == "threshold" else 0)
+    return found
+
+
+def halves(patients, y, seed=0):
+    """Two halves of the images, whole patients on one side, alike in their truth [N]: index arrays."""
+    names, first = np.unique(patients, return_index=True)
+    sick = np.array([y[patients == name].max() for name in names])
+    rng, side = np.random.default_rng(seed), np.zeros(len(names), int)
+    for k in (0, 1):
+        members = rng.permutation(np.flatnonzero(sick == k))
+        side[members[: (len(members) + k) // 2]] = 1
+    chosen = np.isin(patients, names[side == 1])
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def scored(run, subset, device, tta, batch_size):
+    """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
+    also returned {finding: threshold or None}, apply to."""
+    calibration = run.calibration("tta" if tta else "")
+    inputs = Inputs.of_calibration(run, calibration, device)
+    if tta and tta != calibration["tta"]:
+        say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
+    model = run.model().to(device)
+    logits = predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
+    shipped = {name: f.get("threshold") for name, f in run.findings(calibration).items()}
+    return run.task.truth(subset.targets), run.task.scores_from(logits, calibration), shipped
+
+
+def held_out(y, p, patients, shipped, rule):
+    """How local thresholds would fare on new patients: chosen on one half of the patients, figures of the
+    other half, those of the `shipped` threshold beside them, with intervals (as operating.summarize gives
+    them) -> JSON; None where a half has too few images."""
+    here, there = halves(patients, y)
+    found = choose(y[here], p[here], patients[here], replace(rule, strict=False))
+    if "why_not" in found or not has_enough(y[there]):
+        return None
+    names = dict(at_rec="threshold", at_mean="mean", at_guaranteed="guaranteed")
+    thresholds = {k: found[name] for k, name in names.items() if found[name] is not None}
+    thresholds |= {"at_shipped": shipped} if shipped is not None else {}
+    side = Side(y[there], *[p[there]] * 3, patients[there], np.ones(len(there), bool))
+    rows, _ = summarize(side, patients[there], thresholds, rule)
+    return {"chosen_on": found["positive_patients"], "images": len(there), "points": rows}
+
+
+def promise(run, name, subset, rule, *, device, tta=None, batch_size=64, report=False):
+    """Choose the thresholds of `run` for the Subset of a site called `name`, print them, and keep them in the
+    run; with `report` what they are worth, too.
+
+    InputError where no finding gets a threshold."""
+    truth, scores, shipped = scored(run, subset, device, tta, batch_size)
+    patients, findings = np.asarray(subset.patients), {}
+    usable = sum(has_enough(truth[:, k]) for k in range(truth.shape[1]))
+    each = shared_out(rule, max(1, usable))
+    joint = {"confidence": rule.confidence, "findings": usable} if rule.jointly and len(shipped) > 1 else None
+    if joint and usable:
+        print(joint_line(f"{run} at {name}", joint, each), flush=True)
+    for k, (finding, usual) in enumerate(shipped.items()):
+        known = truth[:, k] >= 0
+        y, p, whose = truth[known, k].astype(int), scores[known, k], patients[known]
+        try:
+            findings[finding] = choose(y, p, whose, each)
+        except InputError as error:
+            raise InputError(f"{run} at {name}: {finding}: {error}") from None
+        alone = len(shipped) == 1
+        print("\n".join(lines(f"{run} at {name}", finding, findings[finding], each, alone)), flush=True)
+        if report and "why_not" not in findings[finding]:
+            found = findings[finding]["held_out"] = held_out(y, p, whose, usual, each)
+            print("\n".join(held_out_lines(found, rule.min_recall)), flush=True)
+    if all("why_not" in f for f in findings.values()):
+        raise InputError(f"{name}: too few labelled images for a threshold, see above: nothing was kept")
+    for line in advice(findings, rule):
+        print(line, flush=True)
+    about = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(subset), shipped=shipped)
+    about |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
+    about |= dict(jointly=joint)
+    about["scores"] = scaling.basis(run.calibration("tta" if tta else ""), run)
+    run.save_site(name, {**about, "findings": findings}, "tta" if tta else "")
+
+
+def calibrate(args, rule, device, tta):
+    """What calibrate.py does with --site: thresholds for another hospital, for every run."""
+    if rule.min_recall < 1:
+        guaranteed = needed(rule.min_recall, rule.confidence)
+        several = " (with --jointly more, where there are several findings)" if rule.jointly else ""
+        print(
+            f"needed at {args.name}: {guaranteed} patients with a finding for @Guar{several}, "
+            f"{needed_on_average(rule.min_recall)} for @Mean; {LEAST} images with it and without it "
+            "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
+        )
+    for run in find_runs(args.runs_dir, args.run):
+        moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+        config = data.DataConfig.from_json({**run.results["data"], **moved})
+        site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
+        refuse_seen(run, site, args.site, moved)
+        how = dict(device=device, tta=tta, batch_size=args.batch_size, report=args.report)
+        promise(run, args.name, site, rule, **how)
+
+
+def refuse_seen(run, site, folder, moved):
+    """InputError if the Subset `site` holds images that the run, or one it was made from, was trained or
+    validated on. `moved`: settings of the data that are not as they were trained."""
+    for name, other in [(str(run), run), *run.forebears()]:
+        if other is None:
+            say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
+            continue
+        config = data.DataConfig.from_json({**other.results["data"], **moved})
+        train, val, _ = load_train_val(config, say)
+        train = other_hospitals.join(config, train, val, say)[0]
+        if known := same_images(site, (train, val)):
+            by = str(run) if other is run else f"{name}, from which {run} was made,"
+            raise InputError(
+                f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
+                f"that {by} was trained and validated on: they can promise nothing"
+            )
+        if pairs := [pair for part in (train, val) for pair in twins.alike(site, part)]:
+            say(
+                f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
+                f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
+            )
+
+
+def held_out_lines(found, floor):
+    """What `held_out` gives, as lines of text, with warnings where figures are bad."""
+    if found is None:
+        return ["  too few images to hold out half of the patients"]
+    out = [
+        f"  chosen on half of the patients ({found['chosen_on']} with it), on the {found['images']} images "
+        "of the other half:"
+    ]
+    for point, row in found["points"].items():
+        spans = ["{:.3f} [{:.3f}, {:.3f}]".format(row[k], *reported_interval(row, k)) for k in SHOWN]
+        word = {"at_rec": "@Rec", "at_mean": "@Mean", "at_guaranteed": "@Guar"}.get(point, "as shipped")
+        out.append(f"    {word:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
+        out += [f"      warning: {text}" for text in concerns(row, floor)]
+    return out
+
+
+def joint_line(name, joint, each):
+    """What --jointly asks of every finding, as text; `each`: the Rule of one finding."""
+    text = f"{name}: the floors of {joint['findings']} findings hold at once with confidence "
+    text += f"{joint['confidence']:g}: by the union bound each alone with {each.confidence:.6g}"
+    if each.min_recall < 1:
+        text += f", which needs {needed(each.min_recall, each.confidence)} patients with it for @Guar"
+    return text
+
+
+def advice(findings, rule):
+    """With several findings, the confidence at which all of them get @Guar, as lines of text; none where all
+    have it, or none can."""
+    chosen = [found for found in findings.values() if "why_not" not in found]
+    if len(findings) == 1 or not any("instead" in found for found in chosen):
+        return []
+    fewest, sharing = min(found["positive_patients"] for found in chosen), len(chosen)
+    if not rule.jointly:
+        sharing = 1
+
+    def all_get_it(confidence):
+        return can_guarantee(fewest, rule.min_recall, 1 - (1 - confidence) / sharing)
+
+    confidence = granted(1 - sharing * rule.min_recall**fewest, all_get_it)
+    if confidence is None:
+        return ["  no --guarantee gives all of these findings @Guar: too few patients with one of them"]
+    text = f"  with --guarantee {confidence:g} all {len(chosen)} findings that have a threshold get @Guar"
+    return [text + (", all floors at once" if rule.jointly else ", each floor alone")]
+
+
+def lines(name, finding, found, rule, alone=True):
+    """What `choose` found, as lines of text; `alone`: whether it is the only finding."""
+    floor, confidence = rule.min_recall, rule.confidence
+    counts = f"{found['positives']} images of {found['positive_patients']} patients with {finding}, "
+    counts += f"{found['negatives']} of {found['negative_patients']} without"
+    if "why_not" in found:
+        return [f"{name}: {counts}: no threshold: {found['why_not']}"]
+    chance = chance_text(found["positives"], found["positive_patients"], floor)
+    promises = {
+        "threshold": f"recall >= {floor:g} on these; for new patients below it with {chance}",
+        "mean": f"recall >= {floor:g} on average over samples like this one",
+        "guaranteed": f"true recall >= {floor:g} with confidence {confidence:.6g}, while patients stay like "
+        "these",
+    }
+    out = [f"{name}: {counts}"]
+    for point, mark in POINTS.items():
+        if found[point] is not None:
+            gap = f"{found['gaps'][point]:.2g} logits from the nearest score"
+            out.append(f"  {mark:5} {found[point]:.4f}: {promises[point]} ({gap})")
+            out += [f"    warning: on these images {text}" for text in found["concerns"][point]]
+        elif point == "mean" and floor < 1:
+            out.append(f"  no @Mean: needs {needed_on_average(floor)} patients with {finding}")
+    if "instead" in found:
+        out.append(instead_line(finding, found, rule, alone))
+    return out
+
+
+def instead_line(finding, found, rule, alone):
+    """Why there is no @Guar, and what so few patients can promise, as text. Flags are named where they are
+    sure to be granted: --guarantee asks for @Guar of all findings, so with several see `advice`."""
+    floor, confidence, less = rule.min_recall, rule.confidence, found["instead"]
+    more = found["needed"] - found["positive_patients"]
+    text = f"  no @Guar: needs {found['needed']} patients with {finding}, {more} more."
+    options = []
+    if less["floor"] is not None:
+        options.append(
+            f"of {less['floor']:g} with confidence {confidence:.6g} (--min-recall {less['floor']:g})"
+        )
+    if less["confidence"] is not None:
+        flag = f" (--guarantee {less['confidence']:g})" if alone else ""
+        options.append(f"of {floor:g} with confidence {less['confidence']:g}{flag}")
+    if not options:
+        return text
+    return f"{text} These can promise a recall {', or '.join(options)}"

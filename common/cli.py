@@ -1,0 +1,125 @@
+"""What every script shares: one error type, one way to write a file, one way to start and stop."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+
+from common import scripts
+from common.console import InputError, remember_flags
+
+
+class Parser(argparse.ArgumentParser):
+    """--help is the script's docstring and the flags with their defaults. A wrong command line is an
+    InputError; flags must be written out, because an abbreviated one could be taken for another."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        remember_flags(self._option_string_actions)
+        return parsed
+
+    def error(self, message):
+        wrong = re.findall(r"(?:^|\s)(--[\w-]+)", message) if message.startswith("unrecognized") else []
+        hints = "".join(f"{hint} " for hint in map(self._hint, dict.fromkeys(wrong)) if hint)
+        raise InputError(f"{message} ({hints}see python {self.prog} --help)")
+
+    def _hint(self, wrong):
+        """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
+        if owners := scripts.having(wrong, self.prog):
+            return f"{wrong} is a flag of {', '.join(owners)};"
+        close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        return f"did you mean {close[0]}?" if close else ""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Number:
+    """An argparse type: a finite int or float between `low` and `high`, the ends included unless
+    `above`/`below`.
+
+    Number(int, 1, 100), Number(float, 0, 1, above=True): 0 < x <= 1. Also callable on values already parsed.
+    """
+
+    def __init__(self, kind, low, high, above=False, below=False):
+        self.kind, self.low, self.high, self.above, self.below = kind, low, high, above, below
+        self.__name__ = kind.__name__
+
+    def contains(self, value):
+        """Whether a value (of any type) is a number in the range."""
+        numeric = int if self.kind is int else (int, float)
+        if not isinstance(value, numeric) or isinstance(value, bool) or value != value:
+            return False
+        return (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self):
+        return f"{'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not self.contains(value):
+            kind = "a whole number" if self.kind is int else "a number"
+            hint = "; separate several by spaces" if "," in str(text) else ""
+            raise argparse.ArgumentTypeError(f"{str(text)[:40]!r} is not {kind} in {self}{hint}")
+        return value
+
+
+COUNT = Number(int, 1, 2**20)  # batch sizes, epochs and the like
+SEED = Number(int, 0, 2**63 - 1)
+
+
+def flag(default, help, kind=None, metavar=None):
+    """A dataclass field that is a command-line flag too. `kind`: a Number, a tuple of choices, or None for
+    text or, where the default is a bool, a switch."""
+    about = {"help": help, "kind": kind, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def check_name(flag, name):
+    """InputError unless a name given by a flag, if any, can be part of a file name."""
+    if name is not None and not re.fullmatch(r"[\w-][\w. -]{0,59}", name):
+        raise InputError(f"{flag} {name[:60]!r}: give a name of letters, digits, dots and dashes")
+
+
+def add_flags(group, cls, leave_out=(), **defaults):
+    """A flag for every `flag` field of a dataclass but those in `leave_out`; `defaults` replace the fields'
+    own."""
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata or field.name in leave_out:
+            continue
+        name, kind = f"--{field.name.replace('_', '-')}", field.metadata["kind"]
+        about = {"default": defaults.get(field.name, field.default), "help": field.metadata["help"]}
+        if isinstance(field.default, bool):
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **about)
+        elif isinstance(kind, tuple):
+            group.add_argument(name, choices=kind, **about)
+        else:
+            group.add_argument(name, type=kind or str, metavar=field.metadata["metavar"], **about)
+
+
+def check_fields(value):
+    """Names of the fields of a dataclass instance whose type, choice or range is wrong."""
+    wrong = []
+    for field in dataclasses.fields(value):
+        found, kind = getattr(value, field.name), field.metadata.get("kind")
+        if isinstance(kind, Number):
+            good = kind.contains(found) or found is None and field.default is None
+        elif isinstance(kind, tuple):
+            good = found in kind if isinstance(found, str) else False
+        else:
+            like = (int, float) if isinstance(field.default, float) else type(field.default)
+            good = isinstance(found, like) and "\0" not in str(found)
+        wrong += [] if good else [field.name]
+    return wrong

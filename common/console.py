@@ -1,0 +1,197 @@
+"""What every script shares: one error type, one way to write a file, one way to start and stop."""
+
+import contextlib
+import errno
+import os
+import shlex
+import sys
+import time
+
+from common import prelude
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message says what, where, and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped on request after saving its state. `signum` is the signal that asked for it."""
+
+    def __init__(self, message, signum):
+        super().__init__(message)
+        self.signum = signum
+
+
+_script = {"runs": False, "flags": None}  # whether `start` runs a main(), and the flags of its command line
+
+
+def remember_flags(flags):
+    """Keep the flags of the command line that `start` has run, for `has_flag`."""
+    if _script["runs"]:
+        _script["flags"] = frozenset(flags)
+
+
+def has_flag(flag):
+    """Whether the script that runs has a flag; True where none runs, as in a notebook."""
+    return _script["flags"] is None or flag in _script["flags"]
+
+
+def advice(flag, text):
+    """`text`, which advises `flag`, where the script that runs has that flag; else ""."""
+    return text if has_flag(flag) else ""
+
+
+class Pace:
+    """Says every half minute how far a long job is and what remains, where no progress bar can be drawn."""
+
+    def __init__(self, every=30):
+        self.every, self.begin, self.last = every, time.monotonic(), time.monotonic()
+
+    def step(self, done, total, text):
+        """`done` of `total` units are done; `text` says what of."""
+        now = time.monotonic()
+        if now - self.last > self.every and done:
+            self.last = now
+            say(f"{text}: {(total - done) * (now - self.begin) / done / 60:.1f} min left")
+
+    def count(self, done, what):
+        """The same where the total is not known."""
+        now = time.monotonic()
+        if now - self.last > self.every:
+            self.last = now
+            say(f"{done} {what}, {done / (now - self.begin):.1f} a second")
+
+
+def command_line():
+    """The command as typed, quoted for a shell, for results.json and resume messages."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    runner = ["python"] if number == "1" else ["torchrun", "--nproc_per_node", number]
+    return shlex.join([*runner, os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+# ---------------------------------------------------------------- output, start and stop
+
+_lost_output = []  # the error that ended standard output, if any
+_said = set()  # what say_once has said in this command
+
+
+_already_said = None  # within notes_once: what was said
+
+
+@contextlib.contextmanager
+def notes_once():
+    """Meanwhile `say` says each text once: for scripts that do the same for several runs."""
+    global _already_said
+    _already_said = set()
+    try:
+        yield
+    finally:
+        _already_said = None
+
+
+def say(message):
+    """One line on stderr. Under torchrun only the first process speaks, except of errors."""
+    if sys.stderr is None:
+        return
+    if _already_said is not None:
+        if message in _already_said:
+            return
+        _already_said.add(message)
+    if os.environ.get("RANK", "0") == "0" or str(message).startswith("error: "):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody is listening
+            print(message, file=sys.stderr, flush=True)
+
+
+def say_once(message):
+    """`say`, but the same line only once in a command."""
+    if message not in _said:
+        _said.add(message)
+        say(message)
+
+
+def tell(line):
+    """Print a line about long work. If standard output is gone, the work goes on and a note says so, once."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _discard_output(error)
+        say(f"note: standard output cannot be written ({error.strerror}); the work goes on without it")
+
+
+def _discard_output(error):
+    """Point standard output at nothing, so that later prints, and Python's own last flush, cannot fail."""
+    _lost_output.append(error)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_output():
+    """Results are UTF-8 everywhere; names that are not valid Unicode are escaped. InputError if stdout is
+    closed."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+        raise InputError("standard output is closed: redirect it to a file, or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def start(main):
+    """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143
+    on SIGTERM, 141 when the reader of standard output went away before the end."""
+    code = 0
+    _lost_output.clear()
+    _script.update(runs=True, flags=None)
+    _said.clear()
+    try:
+        with prelude.interruptible():
+            _prepare_output()
+            main()
+            sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        if (text := prelude.missing(error)) is None:
+            raise
+        say(f"error: {text}")
+        code = 2
+    except InputError as error:
+        say(f"error: {_one_line(error)}")
+        code = 2
+    except BrokenPipeError as error:  # `compare.py | head`
+        _discard_output(error)
+        code = 141
+    except OSError as error:
+        if error.filename is not None:
+            say(f"error: {_one_line(error.filename)}: {error.strerror}")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG):
+            _discard_output(error)
+        else:  # not about a file: a bug, so let it be seen
+            raise
+        code = 2
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "interrupted")
+        code = 128 + getattr(stop, "signum", 2)
+    finally:
+        _script.update(runs=False, flags=None)
+    if _lost_output and not isinstance(_lost_output[0], BrokenPipeError):
+        say(f"error: standard output cannot be written ({_lost_output[0].strerror})")
+        code = code or 2
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # DistributedDataParallel keeps gloo's threads for the life of the process. One that frees a tensor
+        # while the interpreter is torn down aborts it, now and then, so under torchrun nothing is torn down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _one_line(error):
+    """An error as one line; lists that are indented by two spaces keep their lines."""
+    text = str(error)
+    return text if "\n  " in text else " ".join(text.split("\n"))
+
+
+def printable(text):
+    """Text on one line that any UTF-8 file can hold: line ends become spaces, the unprintable is escaped."""
+    text = " ".join(str(text).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

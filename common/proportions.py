@@ -1,0 +1,127 @@
+"""Intervals by numbers of people alone: of a proportion, and what replaces a bootstrap whose draws are all
+the same. numpy and scipy, no torch, no files."""
+
+import math
+
+import numpy as np
+from scipy.stats import beta, norm
+
+from common.console import InputError
+
+
+def wilson_interval(k, n, level=0.95):
+    """Wilson (1927) score interval of the proportion k/n -> (lo, hi).
+
+    InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
+    _check_count(k, n, level)
+    z = norm.ppf((1 + level) / 2)
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    low = 0.0 if k == 0 else float(max(0, centre - half))
+    high = 1.0 if k == n else float(min(1, centre + half))
+    return low, high
+
+
+def clopper_pearson_interval(k, n, level=0.95):
+    """Clopper-Pearson (1934) interval of the proportion k/n -> (lo, hi): exact, hence wide.
+
+    InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
+    _check_count(k, n, level)
+    tail = (1 - level) / 2
+    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
+    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
+    return low, high
+
+
+def _check_count(k, n, level):
+    if n < 1 or not 0 <= k <= n:
+        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
+    check_level(level)
+
+
+def check_level(level):
+    if not 0 < level < 1:
+        raise InputError(f"the level of an interval must lie in (0, 1), got {level}")
+
+
+# ---------------------------------------------------------------- where every draw is the same
+
+# If all patients are alike (none missed, say), every draw of the bootstrap gives the same value. Its interval
+# would have a width of 0, which would claim certainty. These take its place.
+
+
+def count_of(groups):
+    """The number of different groups (patients)."""
+    return len(np.unique(np.asarray(groups)))
+
+
+def fewer_patients(y, groups):
+    """The fewer of the patients with a positive image and those with a negative one: y, groups [N]."""
+    return min(count_of(groups[y == 1]), count_of(groups[y == 0]))
+
+
+def sure_share(n, level=0.95):
+    """If n independent people are all alike, at least this share of all people is like them: (a/2)^(1/n), a =
+    1 - level. Were it less, n alike would have a chance below a/2."""
+    check_level(level)
+    return ((1 - level) / 2) ** (1 / n) if n else 0.0
+
+
+def alike_interval(value, n, level=0.95, least=0.0):
+    """The interval of a mean of n independent patients (or pairs of patients) who all gave `value` -> (lo,
+    hi). At least `sure_share` of all patients give it; the others may give anything in [least, 1]. With a
+    `value` of 1 or 0 it is Clopper and Pearson's."""
+    share = sure_share(n, level)
+    rest = 1 - share
+    return value * share + least * rest, value * share + rest
+
+
+def auprc_at_least(auroc, prevalence):
+    """The least average precision that any ROC curve of this area can have at this prevalence, in (0, 1).
+
+    At recall u and false-positive rate f the precision is u / (u + c), c = f (1 - prevalence) / prevalence,
+    and the mean of f over u is 1 - AUROC. Minimising the mean of u / (u + c) over all c of mean C, by its
+    Lagrangian dual, gives 1 - sqrt(2 C / 3) where C <= 1/6, and (4/9) / (C + 1/2) otherwise."""
+    excess = (1 - auroc) * (1 - prevalence) / prevalence
+    if excess <= 1 / 6:
+        return 1 - math.sqrt(2 * excess / 3)
+    return 4 / 9 / (excess + 0.5)
+
+
+def relevant_images(y, called):
+    """{figure: which images it is a proportion of, bool [N]}."""
+    everything = np.ones(len(y), bool)
+    return {"recall": y == 1, "specificity": y == 0, "precision": called, "acc": everything}
+
+
+def proportion_of_patients(value, n, level=0.95):
+    """Wilson's interval of a proportion `value`, by n patients instead of images -> (lo, hi).
+
+    Of no patient it is (0, 1)."""
+    return wilson_interval(value * n, n, level) if n else (0.0, 1.0)
+
+
+def f1_of_patients(value, n, level=0.95):
+    """The same of an F1: of the images that are positive or called so, a share J is both, and F1 = 2 J / (1 +
+    J). n: the patients of these images."""
+    low, high = proportion_of_patients(value / (2 - value), n, level)
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+
+def alike_figures(y, called, groups, row, level):
+    """{figure: [lo, hi]} of a summary `row`, by the number of patients alone."""
+    found = {}
+    for name, images in relevant_images(y, called).items():
+        found[name] = proportion_of_patients(row[name], count_of(groups[images]), level)
+    found["f1"] = f1_of_patients(row["f1"], count_of(groups[called | (y == 1)]), level)
+    pairs = fewer_patients(y, groups)
+    for name in ("auroc", "auprc"):
+        found[name] = alike_interval(row[name], pairs, level)
+    if no_width((row["auprc"], 1.0)):
+        found["auprc"] = auprc_at_least(found["auroc"][0], y.mean()), 1.0
+    return {name: list(map(float, span)) for name, span in found.items()}
+
+
+def no_width(span):
+    """Whether an interval (lo, hi) has no width, but for rounding."""
+    return span[1] - span[0] <= 1e-12

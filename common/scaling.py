@@ -1,0 +1,230 @@
+"""What lies between a model's logits and the scores of a calibration: a temperature or Platt scaling, and the
+precision in which the logits were computed. What a calibration.json says of it, in words and for comparison.
+
+A temperature divides all logits: it cannot undo what a weighted loss adds to them, the logarithm of the
+weight. Platt scaling gives the log odds of each finding against the rest a slope and a bias, so it can. Its
+probabilities are those of people of whom as many have the finding as in validation. No torch, no files.
+"""
+
+import numpy as np
+
+from common.console import InputError, say
+
+PLATT, TEMPERATURE = "Platt scaling", "temperature"
+POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
+SIDES = {"val": "validation", "test": "test"}
+SCALING = "scaling (--temperature)"
+UNBALANCED = ("none", None)  # values of --balance that leave the prevalence of training as it is
+NOTICED = 0.05  # a mean score this far from the share of positives is said
+
+
+# ---------------------------------------------------------------- what is applied
+
+
+def applied(calibration):
+    """Whether the thresholds of a calibration apply to scaled scores."""
+    return bool(calibration["temperature_applied"] or "platt" in calibration)
+
+
+def fitted(calibration):
+    """The name of the scaling that a calibration has fitted, applied or not."""
+    return PLATT if "platt" in calibration else TEMPERATURE
+
+
+def lines(calibration, findings):
+    """((slope, bias) of every finding) of a calibration with Platt scaling, None of any other. A finding that
+    could not be scaled keeps its log odds: (1, 0)."""
+    platt = calibration.get("platt")
+    if platt is None:
+        return None
+    return tuple((platt[n].get("slope", 1.0), platt[n].get("bias", 0.0)) for n in findings)
+
+
+def precision_of(calibration, results):
+    """("bf16" or "fp32", whether that is certain) of the logits that a calibration was made from. Older
+    versions kept no precision: a run that was trained in fp32 was scored so, one trained in bf16 most
+    likely."""
+    if "precision" in calibration:
+        return calibration["precision"], True
+    return ("bf16", False) if results["recipe"]["amp"] else ("fp32", True)
+
+
+def basis(calibration, run):
+    """What decides the scores of a calibration, as JSON: thresholds chosen on others do not fit them."""
+    temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
+    return {
+        "temperature": temperature,
+        "platt": lines(calibration, run.task.findings),
+        "precision": precision_of(calibration, run.results)[0],
+        "tta": calibration.get("tta"),
+    }
+
+
+def differences(old, new):
+    """What differs between two of `basis`, as words; slopes, biases and temperatures that rounding alone
+    tells apart are equal."""
+    names = {"precision": "precision", "tta": "views"}
+    found = [word for key, word in names.items() if old.get(key) != new[key]]
+    try:
+        alike = bool(old.get("platt")) == bool(new["platt"])
+        alike = alike and np.allclose(old["temperature"], new["temperature"], rtol=1e-3)
+        alike = alike and np.allclose(old.get("platt") or [], new["platt"] or [], rtol=1e-3, atol=1e-4)
+    except (TypeError, ValueError):  # a damaged file, or other findings
+        alike = False
+    return found if alike else [*found, SCALING]
+
+
+def check_site(site, path, calibration, run):
+    """InputError if the thresholds of a site were chosen on other scores than the calibration of the run
+    gives now. Older versions did not keep on which; where that may matter, a note says so."""
+    if "scores" in site:
+        differ = differences(site["scores"], basis(calibration, run))
+    else:
+        differ = [SCALING] if "platt" in calibration else []
+        now = {name: found.get("threshold") for name, found in run.findings(calibration).items()}
+        if not differ and site["shipped"] != now:
+            say(
+                f"note: {path} was made by an older version, for another calibration: if --temperature or "
+                "the precision has changed since, run calibrate.py --site again"
+            )
+    if differ:
+        raise InputError(
+            f"{path} was made for scores of another {' and '.join(differ)} than those of {run} now: run "
+            "calibrate.py --site again"
+        )
+
+
+# ---------------------------------------------------------------- in words
+
+
+def averages(found, after):
+    """(mean score, share of positives) of one finding's validation images, of what a calibration says of it;
+    `after`: of the scaled scores."""
+    bins = found["probability"]["val"]["after" if after else "before"]["bins"]
+    n = sum(b["n"] for b in bins)
+    return tuple(sum(b["n"] * b[key] for b in bins) / max(n, 1) for key in ("score", "positives"))
+
+
+def balances(results):
+    """The values of --balance, other than none, that a run or the members of an ensemble were trained with,
+    sorted."""
+    given = [results["recipe"].get("balance")]
+    members = results.get("members")
+    for member in members if isinstance(members, list) else []:
+        given.append(member.get("balance") if isinstance(member, dict) else None)
+    return sorted({str(name) for name in given if name not in UNBALANCED})
+
+
+def nature(calibration, run):
+    """What the scores p_... of a calibrated run are, as text; "" where they are near the prevalence by
+    themselves."""
+    if "platt" in calibration:
+        return _of_platt(calibration, run.task)
+    named = run.findings(calibration)
+    known = {n: averages(f, applied(calibration)) for n, f in named.items() if "probability" in f}
+    name = max(
+        known, key=lambda n: abs(known[n][0] - known[n][1])
+    )  # some finding has figures: evaluate asks it
+    mean, share = known[name]
+    trained = balances(run.results)
+    if not trained and abs(mean - share) < NOTICED:
+        return ""
+    cause = f" (trained with --balance {', '.join(trained)})" if trained else ""
+    return (
+        f"scores, not probabilities at the images' prevalence{cause}: on validation that of {name} is "
+        f"{mean:.2f} on average, where {100 * share:.1f}% have it"
+    )
+
+
+def remark(calibration, run):
+    """`nature` as a note of predict.py, with what to do; "" where there is nothing to say."""
+    text = nature(calibration, run)
+    if text and "platt" not in calibration:
+        views = " --tta" if calibration.get("tta") else ""
+        text += f"; calibrate.py{views} --temperature platt makes probabilities of them"
+    return f"note: p_... are {text}" if text else ""
+
+
+def _of_platt(calibration, task):
+    """What the scores of Platt scaling are."""
+    kept = [n for n, line in calibration["platt"].items() if "slope" not in line]
+    text = "probabilities, by Platt scaling, for people among whom findings are as common as in validation"
+    if len(task.findings) == 1:
+        text += f", where {100 * averages(calibration, True)[1]:.1f}% have {task.findings[0]}"
+    if task.kind == "softmax" and task.outputs > 2:
+        text += "; each is scaled by itself, so those of the classes do not add up to 1"
+    return text + (f"; not scaled, so no probabilities: {', '.join(kept)}" if kept else "")
+
+
+def cell(calibration, finding):
+    """The fitted scaling of a finding, for a table."""
+    line = calibration.get("platt", {}).get(finding)
+    if line is None:
+        used = "" if calibration["temperature_applied"] else " (not applied)"
+        return f"{calibration['temperature']:.3f}{used}"
+    if "slope" not in line:
+        return "not scaled"
+    return f"slope {line['slope']:.3f}, bias {line['bias']:+.3f}"
+
+
+def in_report(entries):
+    """What the scores of entries.Entry are, and which decisions their scaling changes, as text."""
+    text = "A temperature of two classes and Platt scaling change no ranking and no decision @Rec and @Guar. "
+    for e in entries:
+        changed = _changes(e.run.findings(e.calibration))
+        if changed:
+            text += f"{e.name}: decisions changed by {fitted(e.calibration)}, {changed}. "
+        about = nature(e.calibration, e.run)
+        text += f"{e.name} gives {about}. " if about else ""
+    return text.strip()
+
+
+def told(calibration, findings):
+    """Lines for calibrate.py on the scaling that is applied: {finding: what a calibration says of it}."""
+    known = {n: f for n, f in findings.items() if "changed" in f}
+    out = _platt_lines(calibration["platt"], known) if "platt" in calibration else []
+    changed = _changes(findings)
+    return out + ([f"  decisions changed by {fitted(calibration)}, {changed}"] if changed else [])
+
+
+def _changes(findings):
+    """How many decisions a scaling has changed, of all findings together, as text; "" where it has none."""
+    known = [found for found in findings.values() if "changed" in found]
+    if not known:
+        return ""
+    parts = []
+    for side in SIDES:
+        counts = []
+        for point, mark in POINTS.items():
+            having = [found["changed"][side][point] for found in known if point in found["changed"][side]]
+            counts += [f"{mark} {sum(having)}"] if having else []
+        parts.append(f"of {sum(_decisions(f, side) for f in known)} on {SIDES[side]}: {', '.join(counts)}")
+    return "; ".join(parts)
+
+
+def _decisions(found, side):
+    """How many images of a side have a known truth for a finding."""
+    return sum(found[side]["at_0.5"][key] for key in ("tp", "fp", "tn", "fn"))
+
+
+def _platt_lines(platt, known):
+    """Slopes and biases, what they do to the calibration error, and what could not be scaled."""
+    out = ["  Platt scaling, for probabilities where findings are as common as in validation:"]
+    for name, line in platt.items():
+        if "slope" in line:
+            quality = _quality(known[name]) if name in known else ""
+            out.append(f"    {name}: slope {line['slope']:.3f}, bias {line['bias']:+.3f}{quality}")
+    for name, line in platt.items():
+        if "slope" not in line:
+            out.append(f"    {name}: not scaled, so no probability: {line['why_not']}")
+    return out
+
+
+def _quality(found):
+    """How common a finding is in validation, and its calibration errors before and after scaling."""
+    text = f"; {100 * averages(found, True)[1]:.1f}% of validation have it"
+    for side in SIDES:
+        before, after = (found["probability"][side][when] for when in ("before", "after"))
+        text += f"; {side} ECE {before['ece']:.3f} -> {after['ece']:.3f}"
+        text += f", NLL {before['nll']:.3f} -> {after['nll']:.3f}"
+    return text

@@ -1,0 +1,94 @@
+"""The scripts of this folder: which flags each has, and which one makes a run."""
+
+from common.prelude import ROOT
+
+import argparse
+import difflib
+import importlib
+import itertools
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+TRAINING = {  # script: where it writes its run unless --out says otherwise
+    "train_scratch": "scratch",
+    "train_pretrained": "pretrained",
+    "train_linear": "linear",
+    "train_cnn": "cnn",
+    "train_hybrid": "hybrid",
+    "pretrain_mae": "mae",
+    "train_lungs": "lungs",
+}
+ROOMS = ("common", "images", "models", "training")  # where flags are made, besides the scripts
+LISTED = 8  # runs in a message
+ALL = (*TRAINING, "calibrate", "predict", "explain", "monitor", "compare")
+
+
+class _Built(Exception):
+    """Carries a parser out of the main() that built it."""
+
+
+def flags_of(script):
+    """The flags of a script, those of its parser: set of str. Its main() goes as far as the command line, no
+    further. Empty where the script cannot be imported, because a package is missing."""
+
+    def stop(parser, *args, **kwargs):
+        raise _Built(parser)
+
+    usual, argv = argparse.ArgumentParser.parse_args, sys.argv
+    argparse.ArgumentParser.parse_args, sys.argv = stop, [f"{script}.py"]
+    try:
+        importlib.import_module(script).main()
+    except _Built as built:
+        return set(built.args[0]._option_string_actions)
+    except ImportError:
+        return set()
+    finally:
+        argparse.ArgumentParser.parse_args, sys.argv = usual, argv
+    raise RuntimeError(f"{script}.py reads no command line")
+
+
+def having(flag, besides=""):
+    """The scripts, but the file `besides`, that have a flag: list of file names."""
+    if not _occurs(flag):  # then no script need be imported, which takes seconds
+        return []
+    others = [script for script in ALL if f"{script}.py" != besides]
+    return [f"{script}.py" for script in others if flag in flags_of(script)]
+
+
+def _occurs(flag):
+    """Whether the code names a flag at all, as such or as the field of a dataclass."""
+    name = flag.removeprefix("--").removeprefix("no-")
+    pattern = rf'"--{re.escape(name)}"|^ +{re.escape(name.replace("-", "_"))}: \w+ = flag\('
+    files = itertools.chain(ROOT.glob("*.py"), *(ROOT.glob(f"{room}/*.py") for room in ROOMS))
+    texts = (path.read_text(encoding="utf-8") for path in files)
+    return any(re.search(pattern, text, re.MULTILINE) for text in texts)
+
+
+def making(folder, script=None):
+    """The command that makes a run in `folder`: by `script`, or the one whose usual folder has the nearest
+    name."""
+    usual = {out: script for script, out in TRAINING.items()}
+    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", Path(folder).name)
+    nearest = difflib.get_close_matches(stem, usual, 1, cutoff=0.5) or [out for out in usual if out in stem]
+    script = script or usual[nearest[0] if nearest else "scratch"]
+    if Path(folder) == Path("outputs", TRAINING[script]):
+        return f"python {script}.py"
+    return f"python {script}.py --out {shlex.quote(str(folder))}"
+
+
+def there_is(folder, script=None):
+    """What to do where `folder` holds no run, as the end of a sentence: the runs that are there, beside it,
+    in it and under outputs/, those of the nearest names first; and the command that makes one."""
+    places = dict.fromkeys(Path(os.path.normpath(place)) for place in (folder.parent, folder, "outputs"))
+    found = [path.parent for place in places for path in sorted(place.glob("*/results.json"))]
+    names = [str(path) for path in dict.fromkeys(found)]
+    likeness = {name: difflib.SequenceMatcher(None, Path(name).name, folder.name).ratio() for name in names}
+    names.sort(key=lambda name: -likeness[name])
+    listed = ", ".join(names[:LISTED])
+    if len(names) > LISTED:
+        listed += f" and {len(names) - LISTED} more"
+    runs = f"the runs that are there: {listed}" if names else "there is no run yet"
+    return f"; {runs}; {making(folder, script)} makes one here"

@@ -1,0 +1,182 @@
+"""From an image file to grey uint8 pixels: decoding, orientation, grey range, the cache of decoded images.
+
+JPEG, PNG, TIFF, BMP and WebP are read by Pillow, DICOM by dicom.py; what a file is, its first bytes tell, not
+its name. Whatever is wrong with a file, reading it raises OSError with the reason and nothing else, so that
+one bad file never stops work on the others.
+
+Files of 8 bits keep their grey values. Above 8 bits (PNG, TIFF, DICOM, whole numbers or floats) the 0.5 and
+the 99.5 percentile of the pixels that are no padding become black and white; padding becomes black. So
+neither the depth of a file nor a single bright marker decides how bright the picture is.
+"""
+
+import itertools
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from common.console import InputError, Pace, advice, say
+from common.files import atomic_path, read_json, sha256, write_json
+from images.decode import _check_regular, _decode
+
+CACHE_VERSION = 5  # raise it when decoding changes, so that old caches are rebuilt
+
+
+# ---------------------------------------------------------------- many files, cached
+
+
+class Decoded(NamedTuple):
+    """images: uint8 [N, S, S], memory-mapped read-only; rows: int64 [M], those that could be read; levels:
+    float64 [M, 2], mean and standard deviation of their grey levels, 0 to 1; sizes: {"width": [least,
+    greatest], "height": ...} of the originals, px; path, crc32: the file of `images` and its checksum."""
+
+    images: np.ndarray
+    rows: np.ndarray
+    levels: np.ndarray
+    sizes: dict
+    path: Path
+    crc32: int
+
+
+def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=False):
+    """The Decoded images of `files`, names relative to `root`.
+
+    Kept on disk under `cache_dir`, keyed by names, sizes, modification times and settings: a stale cache is
+    rebuilt, and a damaged one too, as far as a sample of its rows tells; with `verify` all of it is read.
+    `name` ("train", say) is part of the cache file's name and of messages. Unreadable images: InputError
+    naming them, or with `skip_bad` they are left out and counted.
+    """
+    key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(os.path.join(root, file))] for file in files]])
+    place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
+    path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
+    info = valid_cache(path, key, verify)
+    if info is None:
+        info = _build_cache(path, key, root, files, size, resize)
+    bad = info["bad"]
+    count = f"{len(bad)} of {len(files)} {name} images in {root}"
+    some = "; ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
+    if not info["kept"]:
+        raise InputError(f"{count} cannot be read, so none is left: {some}")
+    if bad and not skip_bad:
+        raise InputError(
+            f"{count} cannot be read: {some}. Mend or remove them"
+            + advice("--skip-bad", ", or leave them out with --skip-bad")
+        )
+    if bad:
+        say(f"--skip-bad: left out {count}: {some}")
+    sizes = {"width": info["width"], "height": info["height"]}
+    images, levels = np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["levels"])
+    return Decoded(images, np.array(info["kept"], dtype=np.int64), levels, sizes, path, info["crc32"])
+
+
+def _stamp(path):
+    """[size in bytes, modification time in ns] of a file; [None, None] if there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return [None, None]  # a broken link, say: decoding it will give the reason
+    return [about.st_size, about.st_mtime_ns]
+
+
+def valid_cache(path, key, verify):
+    """The cache's side file if it belongs to `key` and the array is intact, else None.
+
+    Every byte is read if `verify`, or if the file is not the one that was written here (it was copied, say);
+    else a sample of rows."""
+    try:
+        info = read_json(path.with_suffix(".json"))
+        check = info.pop("check", None)
+        if info.get("key") == key and check == sha256(info):
+            unchanged = info["stamp"] == _stamp(path) and not verify
+            if (_sample(path) == info["sample"]) if unchanged else (_crc32(path) == info["crc32"]):
+                return info
+        say(f"cache {path} is stale or damaged: rebuilding it")
+    except (InputError, OSError, KeyError):
+        pass  # absent or unreadable: build it
+    return None
+
+
+def _sample(path, count=64):
+    """CRC-32 of `count` rows of the array at `path`, evenly spread; None if it is no array."""
+    _check_regular(path)
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        return None
+    return zlib.crc32(np.ascontiguousarray(images[np.linspace(0, len(images) - 1, count).astype(int)]))
+
+
+def _crc32(path):
+    _check_regular(path)
+    crc = 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _build_cache(path, key, root, files, size, resize):
+    """Decode every file into the array at `path`; write its side file and return that file's content."""
+    kept, bad, sizes, levels = [], [], [], []
+
+    def one(file):
+        try:
+            return _decode(Path(root, file), size, resize)
+        except OSError as error:
+            return f"{file} ({error})"
+
+    # Decoding releases the interpreter lock, so threads use every core; `map` keeps the order, and the
+    # window keeps memory constant however many images there are.
+    with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
+        array = allocate(tmp, (len(files), size, size))
+        windows = (files[begin : begin + 512] for begin in range(0, len(files), 512))
+        results = itertools.chain.from_iterable(pool.map(one, window) for window in windows)
+        for i, result in enumerate(_progress(results, len(files), f"decoding {path.name}")):
+            if isinstance(result, str):
+                bad.append(result)
+            else:
+                array[i], original = result
+                sizes.append(original)
+                levels.append([float(array[i].mean() / 255), float(array[i].std() / 255)])
+                kept.append(i)
+        array.flush()
+        del array
+    info = {"key": key, "files": len(files), "kept": kept, "bad": bad, "levels": levels}
+    for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
+        info[side] = [min(values), max(values)]
+    return seal(path, info)
+
+
+def allocate(path, shape):
+    """A new uint8 array of zeros on disk, memory-mapped. OSError if there is no room for it: without that, a
+    full disk would kill the process later."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
+
+def seal(path, info):
+    """Write the side file of the array at `path`: `info`, which has its key, and what `valid_cache` compares;
+    returns all of it."""
+    info = {**info, "crc32": _crc32(path), "sample": _sample(path), "stamp": _stamp(path)}
+    write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
+    return info
+
+
+def _progress(results, total, title):
+    """Pass `results` on; show a bar on a terminal, and elsewhere say every half minute what remains."""
+    quiet = sys.stderr is None or not sys.stderr.isatty()
+    pace = Pace()
+    with tqdm(total=total, desc=title, unit="img", disable=quiet) as bar:
+        for done, result in enumerate(results, 1):
+            yield result
+            bar.update()
+            if quiet:
+                pace.step(done, total, f"{title}: {done} of {total} images")

@@ -1,0 +1,246 @@
+"""Which images train, validate and test a model, whole patients on one side; and which make up an epoch."""
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from common.console import InputError, advice
+from images import twins
+from layouts.listing import patient_id
+
+POOLED = ("pooled", "pooled-image")
+TRIES = 60  # draws of the patients with images of several classes, of which the best is taken
+BALANCES = (
+    *("weights", "sampler", "both", "undersample", "undersample-once", "none"),
+    *("sources", "sources-sampler"),
+)
+
+
+def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None):
+    """Indices (train, val), both sorted, of images with one class each.
+
+    "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
+    per class, or the nearest that is found, with whole patients on one side: of patients with images of
+    several classes validation's share is drawn (`_share_of_mixed`); the others are shuffled, and per class an
+    exact subset sum takes the earliest patients that reach the count. `patients` [N] (default: as the file
+    names tell). Depends on names, labels, patients and seed only, not on their order. InputError if a class
+    cannot be on both sides.
+    """
+    labels = np.asarray(labels)
+    patients = [patient_id(f) for f in files] if patients is None else patients
+    order = np.array(sorted(range(len(files)), key=files.__getitem__))
+    try:
+        train, val = train_test_split(
+            order, test_size=val_fraction, stratify=labels[order], random_state=seed
+        )
+    except ValueError as error:
+        raise InputError(f"the training images cannot be split: {error}") from None
+    if mode == "image":
+        return np.sort(train), np.sort(val)
+    kinds = np.unique(labels)
+    wanted = np.array([(labels[val] == k).sum() for k in kinds])
+    groups = {}
+    for i in order:
+        groups.setdefault(patients[i], []).append(i)
+    rng = np.random.default_rng(seed)
+    shuffled = [list(groups.values())[i] for i in rng.permutation(len(groups))]
+    single, mixed = {k: [] for k in kinds}, []
+    for images in shuffled:
+        alike = (labels[images] == labels[images[0]]).all()
+        (single[labels[images[0]]] if alike else mixed).append(images)
+    chosen = _choose_patients(single, mixed, labels, wanted, len(val) / len(order), rng)
+    val = np.sort(np.array(chosen, dtype=np.int64))
+    train = np.setdiff1d(order, val)
+    for k in kinds:
+        if not (labels[val] == k).any() or not (labels[train] == k).any():
+            raise InputError(
+                f"class number {k} has too few patients to be in train and validation"
+                + advice("--split", ": use --split image")
+            )
+    return train, val
+
+
+def _choose_patients(single, mixed, labels, wanted, share, rng):
+    """The images of the patients that validate. `single`: {class: patients of that class alone}, `mixed`: the
+    others, each a list of images; `wanted`: the number of images of each class.
+
+    The mixed patients are drawn several times where that brings the counts nearer to `wanted`. Where a class
+    would be missing on a side, more and more of them are drawn, up to half."""
+    kinds = list(single)
+    counts = [[(labels[images] == k).sum() for k in kinds] for images in mixed]
+    counts = np.array(counts, dtype=int).reshape(-1, len(kinds))
+    sizes = [[len(images) for images in single[k]] for k in kinds]
+    totals = np.array([sum(s) for s in sizes]) + counts.sum(axis=0)
+    best = None
+    for attempt in range(TRIES if mixed else 1):
+        more = max(0, 2 * attempt / TRIES - 1)  # 0 in the first half of the attempts
+        if more and best[0][0] == 0:
+            break
+        drawn = _share_of_mixed(counts, share + more * max(0, 0.5 - share), rng)
+        have = counts[drawn].sum(axis=0)
+        alone = [_nearest_subset(s, max(0, n)) for s, n in zip(sizes, (wanted - have).tolist())]
+        have = have + [sum(s[g] for g in part) for s, part in zip(sizes, alone)]
+        missing = int(((have == 0) | (have == totals)).sum())
+        merit = (missing, int(abs(have - wanted).sum()))
+        if best is None or merit < best[0]:
+            best = merit, drawn, alone
+        if best[0] == (0, 0):
+            break
+    _, drawn, alone = best
+    chosen = [i for g in drawn for i in mixed[g]]
+    for k, part in zip(kinds, alone):
+        chosen += [i for g in part for i in single[k][g]]
+    return chosen
+
+
+def _share_of_mixed(counts, share, rng):
+    """Which of the patients with images of several classes are drawn, each with chance `share`: positions.
+    counts [M, K]: how many images of each class they have.
+
+    Systematic sampling (Cochran, Sampling Techniques, chapter 8): those alike in classes and numbers stand
+    next to each other, otherwise in random order, and from a random start on one in 1 / share is taken. So
+    every kind of patient is drawn at nearly its share, and so are the images of every class."""
+    shuffled = rng.permutation(len(counts))
+    rows = counts[shuffled][:, rng.permutation(counts.shape[1])]
+    by_kind = np.lexsort([*rows.T, rows.sum(axis=1), *(rows > 0).T])  # the last key counts first
+    steps = np.floor(np.arange(len(counts) + 1) * share + rng.random())
+    return shuffled[by_kind[np.diff(steps) > 0]]
+
+
+def _nearest_subset(sizes, target):
+    """Indices of a subset of `sizes` whose sum is nearest to `target`, built from the earliest items.
+
+    Subset sum over a bitset of reachable sums; `first[s]` is the item that first made sum s reachable,
+    so following it back never uses an item twice.
+    """
+    limit = target + max(sizes, default=0)
+    reachable, first, mask = 1, {}, (1 << (limit + 1)) - 1
+    for i, size in enumerate(sizes):
+        new = (reachable << size) & ~reachable & mask
+        reachable |= new
+        while new:
+            low = new & -new
+            first[low.bit_length() - 1] = i
+            new ^= low
+        if reachable >> target & 1:
+            break
+    total = min((s for s in (0, *first)), key=lambda s: (abs(s - target), s))
+    chosen = []
+    while total:
+        chosen.append(first[total])
+        total -= sizes[first[total]]
+    return chosen
+
+
+def split_patients(patients, fraction, seed=0):
+    """Indices (rest, part) of images that may have several findings each: random patients, taken whole until
+    about `fraction` of the images are in the part. Depends on names and seed, not on their order.
+
+    InputError if one side would be empty."""
+    names, codes, counts = np.unique(
+        np.asarray(patients, dtype=object), return_inverse=True, return_counts=True
+    )
+    if len(names) < 2:
+        raise InputError(f"a split by patient needs two patients or more, the images are of {len(names)}")
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    reached = np.cumsum(counts[shuffled])[:-1]  # one at least stays on the other side
+    number = int(np.argmin(np.abs(reached - fraction * len(codes)))) + 1
+    inside = np.isin(codes, shuffled[:number])
+    return np.flatnonzero(~inside), np.flatnonzero(inside)
+
+
+def cut(index, task, by_patient, fraction, seed):
+    """Positions (rest, part) of an Index, `fraction` of the images in the part: classes stratified, findings
+    at random; by whole patients or by image.
+
+    By patient, copies of a file (`index.content`) stay together: where a copy would be on the other side, the
+    patients that share files are taken as one, and the cut is made again. So a set without such copies is cut
+    as if nobody had looked."""
+    parts = _cut(index, task, by_patient, fraction, seed)
+    if by_patient and index.content is not None and twins.on_two_sides(index.content, parts[1]):
+        one = index._replace(patients=twins.joined(index.patients, index.content))
+        parts = _cut(one, task, by_patient, fraction, seed)
+    return parts
+
+
+def _cut(index, task, by_patient, fraction, seed):
+    """`cut`, which looks at no copies."""
+    if task.kind == "softmax":
+        mode = "patient" if by_patient else "image"
+        return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)
+    return split_patients(index.patients if by_patient else index.files, fraction, seed)
+
+
+def cut_test(index, config):
+    """Positions (others, test) of an Index and where the test part comes from, as text."""
+    pooled, by_patient = config.split in POOLED, not config.split.endswith("image")
+    test = index.part == "test"
+    if not pooled and test.any():
+        return np.flatnonzero(~test), np.flatnonzero(test), "published"
+    free = np.flatnonzero(index.part != "val")  # a published validation part stays whole
+    _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed)
+    test = free[chosen]
+    others = np.setdiff1d(np.arange(len(index.files)), test)
+    return others, test, "pooled and cut anew" if pooled else "cut off"
+
+
+def say_shared(split):
+    """What the "split" of a results.json says about patients on both sides, as text."""
+    unknown = split.get("unknown_patients", 0)
+    if unknown >= split["train"] + split["val"]:
+        return "patients unknown, so images of one patient may be on both sides"
+    text = f"{split['shared_patients']} validation images share a patient with train"
+    if "shared_patients_test" in split:
+        text += f", {split['shared_patients_test']} test images with train or validation"
+    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
+
+
+# ---------------------------------------------------------------- an epoch
+
+
+def undersampled(targets, seed):
+    """Positions, sorted, of as many random images of each class as the rarest has."""
+    rng, targets = np.random.default_rng(seed), np.asarray(targets)
+    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
+    least = min(map(len, classes))
+    return np.sort(np.concatenate([rng.choice(c, least, replace=False) for c in classes]))
+
+
+def groups(targets, sources):
+    """A number for every class of every source, int64 [N]; of findings, of which an image may have several,
+    for every source."""
+    pairs = np.asarray(sources) if np.ndim(targets) == 2 else np.stack([sources, targets])
+    return np.unique(pairs, axis=-1, return_inverse=True)[1].reshape(-1)
+
+
+def image_weights(targets, sources, balance):
+    """What an image's loss counts for beside its class weight, float32 [N], 1 on average: with "sources" that
+    every group adds up to the same, otherwise 1."""
+    if balance != "sources":
+        return np.ones(len(targets), dtype=np.float32)
+    group = groups(targets, sources)
+    counts = np.bincount(group)
+    return (len(group) / (len(counts) * counts[group])).astype(np.float32)
+
+
+def epoch_order(seed, epoch, targets, balance="none", sources=None):
+    """The positions of an epoch, int64 [M], in order: a function of (seed, epoch) alone, so that a resumed
+    epoch continues in the same order.
+
+    "sampler" and "both": N drawn with replacement, every class alike; "sources-sampler": every class of every
+    source; "undersample": as many of each class as
+    the rarest has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all
+    once."""
+    rng, targets = np.random.default_rng([seed, epoch]), np.asarray(targets)
+    if balance in ("weights", "none", "sources"):
+        return rng.permutation(len(targets))
+    if balance == "sources-sampler":
+        targets = groups(targets, sources)
+    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
+    if balance in ("sampler", "both", "sources-sampler"):
+        picks, order = rng.integers(len(classes), size=len(targets)), np.empty(len(targets), dtype=np.int64)
+        for k, members in enumerate(classes):
+            order[picks == k] = rng.choice(members, (picks == k).sum())
+        return order
+    once = np.random.default_rng([seed, 2**32]) if balance == "undersample-once" else rng
+    least = min(map(len, classes))
+    return rng.permutation(np.concatenate([once.choice(c, least, replace=False) for c in classes]))

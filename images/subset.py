@@ -1,0 +1,89 @@
+"""Images on disk -> train/validation/test -> one grey uint8 array -> batches on the device.
+
+Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
+pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
+
+    python data.py --statistics DIR
+
+prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
+"""
+
+import hashlib
+import zlib
+
+import numpy as np
+
+from common import prelude  # noqa: F401  (first: see there)
+from common.console import InputError
+from common.files import sha256
+from layouts.listing import patient_id
+from lungs import masks as lung_masks
+
+
+class Subset:
+    """Some rows of the cached images.
+
+    `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
+    memory-mapped and shared between subsets; `rows` int64 [N] into it;
+    `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
+    each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
+    packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
+    """
+
+    def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None, sources=None):
+        self.files, self.targets, self.images, self.rows = files, targets, images, rows
+        self.masks = masks
+        self.sources = np.zeros(len(files), np.int64) if sources is None else sources
+        self.patients = [patient_id(f) for f in files] if patients is None else patients
+        self._levels = levels
+
+    @property
+    def levels(self):
+        if self._levels is None:
+            images = (self.images[row] for row in self.rows)
+            self._levels = np.array([(image.mean() / 255, image.std() / 255) for image in images])
+        return self._levels
+
+    def __len__(self):
+        return len(self.files)
+
+    def take(self, index):
+        """The Subset of these positions."""
+        files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
+        levels = None if self._levels is None else self._levels[index]
+        about = dict(patients=patients, levels=levels, masks=self.masks, sources=self.sources[index])
+        return Subset(files, self.targets[index], self.images, self.rows[index], **about)
+
+    def pixels(self, index=slice(None)):
+        """uint8 [n, S, S] of these positions, in memory."""
+        return self.images[self.rows[index]]
+
+    def lungs(self, index=slice(None)):
+        """bool [n, S, S] of these positions, True on the lungs. InputError if the masks are not there."""
+        if self.masks is None:
+            raise InputError("these images come without lung masks, which the model needs")
+        return lung_masks.unpack(self.masks[self.rows[index]])
+
+
+def same_images(here, there):
+    """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
+
+    def prints(subset):
+        return [hashlib.blake2b(subset.images[row].tobytes(), digest_size=16).digest() for row in subset.rows]
+
+    known = {p for subset in there for p in prints(subset)}
+    return [file for file, p in zip(here.files, prints(here)) if p in known]
+
+
+def pixel_fingerprint(subset):
+    """SHA-256 over a subset's file names, targets and pixels: equal iff a model sees the same data."""
+    crc = 0
+    for row in subset.rows:
+        crc = zlib.crc32(subset.images[row], crc)
+    return sha256([subset.files, subset.targets.tolist(), crc])
+
+
+def input_range(subset):
+    """Least and greatest mean and standard deviation of an image (grey levels 0 to 1) that a model saw."""
+    low, high = subset.levels.min(axis=0), subset.levels.max(axis=0)
+    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(("mean", "std"))}

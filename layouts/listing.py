@@ -1,0 +1,52 @@
+"""Which images there are, what is asked of them, and whose they are. Here from class folders; tables.py reads
+tables. No image is decoded.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PARTS = ("train", "val", "test")
+
+
+class Index(NamedTuple):
+    """files: [N] names relative to the data folder; targets: int64 [N] class numbers, or int8 [N, K] of
+    findings (1 present, 0 absent, -1 unknown); patients: [N] names; known: bool [N], whether that name is a
+    patient's or stands for one image; part: [N] the published side, "train", "val", "test", or "" if there is
+    none; content: int64 [N], which files are copies of each other (twins.contents), or None if not asked."""
+
+    files: list
+    targets: np.ndarray
+    patients: list
+    known: np.ndarray
+    part: np.ndarray
+    content: np.ndarray = None
+
+    def take(self, positions):
+        """The Index of these positions."""
+        files, patients = ([v[i] for i in positions] for v in (self.files, self.patients))
+        content = None if self.content is None else self.content[positions]
+        targets, known, part = (values[positions] for values in (self.targets, self.known, self.part))
+        return Index(files, targets, patients, known, part, content)
+
+    @property
+    def unknown(self):
+        """Number of images whose patient is not known."""
+        return int((~self.known).sum())
+
+
+def same_name(files):
+    """`known` where only file names tell: whether `patient_id` finds a patient in them."""
+    return np.array([patient_id(f) != f for f in files], dtype=bool)
+
+
+def patient_id(name):
+    """The patient in a file name of the Kermany set; any other name stands for a patient of its own.
+
+    person1000_virus_1681.jpeg -> person1000; NORMAL2-IM-0587-0001-0002.jpeg -> NORMAL2-IM-0587.
+    The numbers of the test set start again from 1, so ids compare within one split only.
+    """
+    match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", Path(name).stem)
+    return match[1] or match[2] if match else name

@@ -1,0 +1,143 @@
+"""Every kind of model that a run folder can hold, rebuilt from its config; and those that are no network of
+their own: logistic regression on pixels, and ensembles."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.console import InputError
+from lungs.show import LOOKS
+from lungs.unet import LungNet
+from models.cnn import Cnn
+from models.hybrid import Hybrid
+from models.inputs import Inputs
+from models.mae import MaskedAutoencoder
+from vit import VisionTransformer
+
+
+class PixelLinear(nn.Module):
+    """Logistic regression on a coarse picture: images (B, 1, H, W) -> mean-pooled side x side pixels ->
+    logits.
+
+    The yardstick that every other model is held against; H and W must be multiples of `side`.
+    """
+
+    kind = "linear"
+
+    def __init__(self, side=32, num_classes=2):
+        super().__init__()
+        self.config = dict(side=side, num_classes=num_classes)
+        self.side, self.in_chans = side, 1
+        self.head = nn.Linear(side * side, num_classes)
+
+    def features(self, x):
+        """(B, 1, H, W) -> (B, side^2) float32."""
+        return F.adaptive_avg_pool2d(x, self.side).flatten(1)
+
+    def layers(self):
+        """Parts from input to head: (name, module) pairs."""
+        return [("head", self.head)]
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.features(x.float()))
+
+
+class Ensemble(nn.Module):
+    """The mean of several models' probabilities: grey images (B, 1, H, W) in [0, 1], and masks of the lungs
+    as a second channel where a member needs them -> logits (B, K).
+
+    `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel; `looks`:
+    what each is shown of the image, one of lungs.LOOKS, None for all of it. Softmax of the logits (with
+    `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
+    """
+
+    kind = "ensemble"
+
+    def __init__(self, members, means, stds, looks=None, sigmoid=False):
+        super().__init__()
+        self.config = dict(members=members, means=means, stds=stds)
+        self.config |= dict(looks=looks) if looks else {}
+        self.config |= dict(sigmoid=True) if sigmoid else {}
+        self.in_chans, self.looks = 1, looks or ["full"] * len(members)
+        self.shows = bool(looks)  # it cuts the image itself, so it must be told the view, too
+        self.reads_lungs = bool(looks) or any(member.get("kind") == Hybrid.kind for member in members)
+        self.members = nn.ModuleList(build_model(config) for config in members)
+        if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
+            raise InputError("an ensemble needs two or more members, each with its mean, std and look")
+        if unknown := set(self.looks) - set(LOOKS):
+            raise InputError(
+                f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}"
+            )
+
+    def scaled(self, x, view=lambda shown: shown):
+        """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W).
+        `view`: what is done to what each is shown, as for a run of its own (Inputs.views)."""
+        parts = []
+        for member, look, *scaling in zip(
+            self.members, self.looks, self.config["means"], self.config["stds"]
+        ):
+            reads = getattr(member, "reads_lungs", False)
+            inputs = Inputs(*map(tuple, scaling), x.device, look=look, reads_lungs=reads)
+            parts.append(inputs.scale(view(inputs.shown(x[:, :1], x[:, 1:]))))
+        return parts
+
+    def forward(self, x, *view):
+        logits = [member(part).float() for member, part in zip(self.members, self.scaled(x, *view))]
+        if self.config.get("sigmoid"):
+            z = torch.stack(logits)
+            return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)
+        return torch.stack([z.log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
+
+
+# The greatest value of every size in a model_config: room for any model in use, none for a damaged file.
+LIMITS = dict(
+    img_size=2048,
+    patch_size=2048,
+    in_chans=16,
+    num_classes=100_000,
+    embed_dim=16_384,
+    depth=256,
+    num_heads=256,
+    mlp_ratio=64,
+    side=2048,
+    decoder_dim=16_384,
+    decoder_depth=256,
+    decoder_heads=256,
+    d_model=16_384,
+    token_grid=56,
+)
+
+
+def check_config(config):
+    """InputError if a size in a model_config is not a positive number within LIMITS."""
+    for name, value in config.items():
+        values = value if name == "img_size" and isinstance(value, list) else [value]
+        number = (int, float) if name == "mlp_ratio" else int
+        for v in values if name in LIMITS else []:
+            if isinstance(v, bool) or not isinstance(v, number) or not 0 < v <= LIMITS[name]:
+                raise InputError(f"{name} is {str(value)[:40]}, not a number from 1 to {LIMITS[name]}")
+        if name == "reg_tokens" and not (type(value) is int and 0 <= value <= 256):
+            raise InputError(f"reg_tokens is {str(value)[:40]}, not a whole number from 0 to 256")
+        if name == "layer_scale" and not isinstance(value, bool):
+            raise InputError(f"layer_scale is {str(value)[:40]}, not true or false")
+        if name.endswith("_rate") and not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise InputError(f"{name} is {str(value)[:40]}, not a number in [0, 1)")
+
+
+def build_model(config):
+    """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
+    "ensemble" | "lungs" | "cnn" | "hybrid", **its keywords}. InputError for an unknown kind or a size that is
+    out of all proportion."""
+    known = (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn, Hybrid)
+    kinds = {m.kind: m for m in known}
+    config = dict(config)
+    kind = config.pop("kind", None)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"unknown kind of model {kind!r}; known: {', '.join(kinds)}")
+    check_config(config)
+    for part in {"mae": ["encoder"], "hybrid": ["stem"]}.get(kind, ()):
+        check_config(config[part])
+    return kinds[kind](**config)

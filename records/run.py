@@ -1,0 +1,443 @@
+"""A run folder on disk: everything that is known of one trained model. Nothing else knows its file names.
+
+results.json                               settings, data, history
+checkpoint.pth                             weights of the best epoch, tensors only
+last.pth                                   what --resume needs
+scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+reference[-tta].npz                        left by calibrate.py: what new images are held against
+batches/                                   left by predict.py --keep
+sites/                                     left by calibrate.py --site
+monitor/                                   left by monitor.py
+explain/, explain/val/, explain/test/      left by explain.py
+training.lock                              there while the run is trained, see lock.py
+track.json, tensorboard/                   left by --track
+
+What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
+torch is imported only by the methods that need it.
+"""
+
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from common import scaling
+from common.console import InputError, say
+from common.files import (
+    FORMAT,
+    SCALED,
+    atomic_path,
+    check_format,
+    check_regular,
+    read_json,
+    sha256,
+    write_json,
+)
+from common.scripts import there_is
+from common.task import Task
+from records import lock
+from records.schema import (
+    BASIS,
+    BATCH,
+    SITE,
+    mismatches,
+    wrong_calibration,
+    wrong_results,
+    wrong_site_finding,
+)
+
+WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
+
+
+class Run:
+    """One run folder. Nothing is read before it is asked for; whatever is damaged is an InputError naming the
+    file."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if "\0" in str(folder):
+            raise InputError(f"{str(folder)!r} is not a usable folder name")
+
+    def __str__(self):
+        return str(self.folder)
+
+    # ------------------------------------------------------------ results.json
+
+    @property
+    def begun(self):
+        """Whether a run was begun here."""
+        return (self.folder / "results.json").exists()
+
+    @cached_property
+    def results(self):
+        """results.json, checked. InputError if absent, damaged, incomplete, or of a newer format."""
+        path = self.folder / "results.json"
+        if not path.exists():
+            lock.refuse_held(self, "nothing is there yet")
+            raise InputError(f"{path} does not exist{there_is(self.folder)}")
+        results = read_json(path)
+        check_format(results, path)
+        wrong = wrong_results(results)
+        if wrong:
+            listed = ", ".join(dict.fromkeys(wrong))
+            raise InputError(
+                f"{path} is damaged or was not written by a training script: missing or wrong {listed[:300]}"
+            )
+        return results
+
+    def why_unfinished(self):
+        """Why a run that is not finished is not, and what to do, as text."""
+        if who := lock.holder(self.folder):
+            return f"{self} is being trained by {who}: wait until it has ended"
+        return f"{self} is not finished: {self.to_finish}"
+
+    @property
+    def kind(self):
+        """ "vit", "linear", "ensemble", or one of WITHOUT_CLASSES."""
+        return self.results["model_config"]["kind"]
+
+    @property
+    def looks(self):
+        """What of an image the model is shown: names of lungs.LOOKS, sorted; several only of an ensemble
+        whose members differ in it."""
+        given = self.results["model_config"].get("looks")
+        members = given if isinstance(given, list) else []
+        return sorted(set(map(str, members))) or [str(self.results["data"].get("input", "full"))]
+
+    @property
+    def minutes(self):
+        """Of training, of the pretraining it began from, and of its teacher's."""
+        parts = (self.results.get(k, {}) for k in ("init", "teacher"))
+        return self.results["minutes"] + sum(part.get("minutes", 0) for part in parts)
+
+    def forebears(self):
+        """The runs this one was made from, and those they were made from: the encoder it began with, its
+        teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as
+        it was."""
+        parts = [self.results[k] for k in ("init", "teacher") if k in self.results]
+        found = []
+        for part in parts + self.results.get("members", []):
+            if mismatches(part, {"run": str, "checkpoint": str}):
+                raise InputError(f"{self.folder / 'results.json'} is damaged: wrong init, teacher or members")
+            run = Run(part["run"])
+            there = run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == part["checkpoint"]
+            found += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
+        return found
+
+    @cached_property
+    def config(self):
+        """The DataConfig of the run."""
+        from data import DataConfig
+
+        return DataConfig.from_json(self.results["data"])
+
+    @cached_property
+    def task(self):
+        """What the run was trained to answer."""
+        settings = self.results["data"]
+        if wrong := mismatches(settings, {"classes": [str]}):
+            raise InputError(f"{self.folder / 'results.json'} is damaged: missing or wrong data.{wrong[0]}")
+        try:
+            return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+        except InputError as error:
+            raise InputError(f"{self.folder / 'results.json'} is damaged: {error}") from None
+
+    # ------------------------------------------------------------ the model
+
+    @property
+    def checkpoint(self):
+        return self.folder / "checkpoint.pth"
+
+    @property
+    def checkpoint_sha256(self):
+        """What a calibration belongs to. InputError if there is no checkpoint."""
+        self.check_checkpoint()
+        return sha256(self.checkpoint)
+
+    def check_checkpoint(self):
+        """InputError if there is no checkpoint: its training has not come so far, or the file is gone."""
+        if self.checkpoint.exists():
+            return
+        lock.refuse_held(self, "wait until it has ended")
+        if not self.results["finished"]:  # InputError if no run is here
+            raise InputError(f"{self} was interrupted before it had a checkpoint: {self.to_finish}")
+        raise InputError(f"{self.checkpoint} does not exist: train the model again, or copy the file back")
+
+    @property
+    def to_finish(self):
+        """How to go on with an interrupted run, in words: the command that began it, with --resume."""
+        command = str(self.results.get("command", "the command that began it"))
+        command = re.sub(r" --(resume|overwrite)(?= |$)", "", command)
+        if (self.folder / "last.pth").exists():
+            return f"continue it with {command} --resume"
+        return f"nothing to go on from was saved; start it again with {command} --overwrite"
+
+    def model(self):
+        """The model with the weights of the best epoch, in eval mode on the CPU.
+
+        Sizes in results.json are checked against the shapes in the checkpoint before anything is
+        allocated."""
+        import torch
+
+        from common.safe_files import check_state_dict, load_tensors
+        from models.build import build_model
+
+        self.check_checkpoint()
+        weights = load_tensors(self.checkpoint)
+        check_state_dict(weights, self.checkpoint)
+        config = self.results["model_config"]
+        try:
+            with torch.device("meta"):
+                shapes = {n: v.shape for n, v in build_model(config).state_dict().items()}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise InputError(f"{self.folder / 'results.json'} does not describe a model: {error}") from None
+        differ = [f"{n} is absent" for n in shapes.keys() - weights.keys()]
+        differ += [f"{n} is not part of it" for n in weights.keys() - shapes.keys()]
+        differ += [
+            f"{n} is {tuple(weights[n].shape)}, needs {tuple(shapes[n])}"
+            for n in shapes.keys() & weights.keys()
+            if weights[n].shape != shapes[n]
+        ]
+        if differ:
+            listed = "; ".join(sorted(differ))[:300]
+            raise InputError(f"{self.checkpoint} does not fit the model in results.json: {listed}")
+        bad = [n for n, v in weights.items() if not torch.isfinite(v).all()]
+        if bad:
+            raise InputError(
+                f"{self.checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again"
+            )
+        model = build_model(config)
+        if len(self.results["mean"]) != model.in_chans:
+            raise InputError(
+                f"{self.folder / 'results.json'} is damaged: mean does not fit the model's input"
+            )
+        if getattr(model, "reads_lungs", False) != self.results["data"].get("reads_lungs", False):
+            raise InputError(
+                f"{self.folder / 'results.json'} is damaged: reads_lungs does not fit the model's input"
+            )
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_results(self, results):
+        """Write results.json."""
+        write_json(self.folder / "results.json", results)
+        self.__dict__.pop("results", None)
+
+    def save_model(self, model):
+        """Write checkpoint.pth: the model's state dict, on the CPU."""
+        self._save_tensors("checkpoint.pth", {n: p.detach().cpu() for n, p in model.state_dict().items()})
+
+    def save_last(self, value):
+        """Write last.pth: tensors and plain Python values."""
+        self._save_tensors("last.pth", {"format": FORMAT, **value})
+
+    def load_last(self):
+        """The content of last.pth. InputError if absent, damaged or of another format."""
+        from common.safe_files import load_tensors
+
+        path = self.folder / "last.pth"
+        if not path.exists():
+            raise InputError(f"--resume: there is no {path} to continue from; start without --resume")
+        last = load_tensors(path)
+        if last.get("format") != FORMAT:
+            raise InputError(f"{path} has format {last.get('format')}, this version reads {FORMAT}")
+        needed = {"meta": dict, "model": dict, "optimizer": dict, "state": dict, "rng": list}
+        if wrong := mismatches(last, needed):
+            raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)}")
+        return last
+
+    def _save_tensors(self, name, value):
+        import torch
+
+        with atomic_path(self.folder / name) as tmp:
+            try:
+                torch.save(value, tmp)
+            except RuntimeError as error:  # how torch reports a full disk
+                raise OSError(None, str(error).splitlines()[0], str(self.folder / name)) from None
+
+    def clear(self, *, weights):
+        """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
+        too."""
+        names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
+        names += ["reference.npz", "reference-tta.npz"]
+        names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
+        names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+        self.__dict__.pop("results", None)
+
+    # ------------------------------------------------------------ scores and calibration
+
+    def calibrated(self):
+        """The names of the calibrations that are there: "" and "tta"."""
+        return [n for n in ("", "tta") if (self.folder / f"calibration{_dash(n)}.json").exists()]
+
+    def calibration(self, name=""):
+        """calibration.json (or that of test-time augmentation, "tta"), checked.
+
+        InputError if absent, newer, damaged, or made for another checkpoint."""
+        path = self.folder / f"calibration{_dash(name)}.json"
+        if not path.exists():
+            lock.refuse_held(self, "calibrate it when that has ended")
+            flag = " --tta" if name == "tta" else ""
+            raise InputError(f"{self} is not calibrated: run python calibrate.py{flag} first")
+        calibration = read_json(path)
+        check_format(calibration, path, SCALED)
+        if wrong := wrong_calibration(calibration, self.task):
+            raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
+        if calibration["checkpoint"] != self.checkpoint_sha256:
+            raise InputError(
+                f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
+            )
+        return calibration
+
+    def findings(self, calibration):
+        """{finding: what a calibration says of it, or {"why_not": text}}, in the order of the columns."""
+        several = "findings" in calibration
+        return calibration["findings"] if several else {self.task.findings[0]: calibration}
+
+    def save_calibration(self, calibration, scores, name=""):
+        """Write calibration.json and the scores [arrays by name] it was made from."""
+        with atomic_path(self.folder / f"scores{_dash(name)}.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, **scores)
+        write_json(self.folder / f"calibration{_dash(name)}.json", calibration)
+
+    def scores(self, name=""):
+        """The arrays of scores.npz: {val,test}_{files,patients,labels,logits}, key, and what else was saved.
+
+        InputError if the file is absent or damaged."""
+        from common.safe_files import load_arrays
+
+        path = self.folder / f"scores{_dash(name)}.npz"
+        if not path.exists():
+            raise InputError(f"{path} does not exist: run calibrate.py again")
+        arrays = load_arrays(path)
+        for s in ("val", "test"):
+            found = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
+            if any(a is None or a.ndim < 1 or len(a) != len(found[0]) for a in found):
+                raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
+            files, patients, labels, logits = found
+            kinds = (files.dtype.kind, patients.dtype.kind, labels.dtype.kind, logits.dtype.kind)
+            shapes = [a.ndim for a in found]
+            if (
+                kinds != ("U", "U", "i", "f")
+                or shapes not in ([1, 1, 1, 2], [1, 1, 2, 2])
+                or not np.isfinite(logits).all()
+            ):
+                raise InputError(
+                    f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
+                )
+        return arrays
+
+    def save_reference(self, arrays, name=""):
+        """Write reference.npz: the arrays of shift.learn and their key."""
+        with atomic_path(self.reference_file(name)) as tmp, open(tmp, "wb") as f:
+            np.savez(f, **arrays)
+
+    def reference_file(self, name=""):
+        """Where the arrays of shift.learn are kept."""
+        return self.folder / f"reference{_dash(name)}.npz"
+
+    def save_site(self, site, thresholds, name=""):
+        """Write sites/SITE.json: thresholds for another hospital."""
+        write_json(self.folder / "sites" / f"{site}{_dash(name)}.json", {"format": FORMAT, **thresholds})
+
+    def site(self, site, name=""):
+        """sites/SITE.json, checked. InputError if absent, damaged, or made for another checkpoint."""
+        path = self.folder / "sites" / f"{site}{_dash(name)}.json"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+            raise InputError(
+                f"{self} has no thresholds for the site {site!r} (there is {known}): make them with "
+                f"calibrate.py --site DIR --name {site!r}{' --tta' if name else ''}"
+            )
+        found = read_json(path)
+        check_format(found, path)
+        wrong = mismatches(found, SITE) or [n for n in self.task.findings if n not in found["findings"]]
+        wrong += [n for n, f in found["findings"].items() if wrong_site_finding(f)] if not wrong else []
+        wrong += mismatches(found.get("scores", {}), BASIS, "scores") if "scores" in found else []
+        if wrong:
+            raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
+        if found["checkpoint"] != self.checkpoint_sha256:
+            raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
+        scaling.check_site(found, path, self.calibration(name), self)
+        return found
+
+    def save_batch(self, name, verdict):
+        """Write batches/NAME.json."""
+        write_json(self.folder / "batches" / f"{name}.json", {"format": FORMAT, **verdict})
+
+    def batches(self):
+        """{name: verdict} of batches/. InputError if one is damaged."""
+        found = {}
+        for path in sorted(self.folder.glob("batches/*.json")):
+            found[path.stem] = read_json(path)
+            if wrong := mismatches(found[path.stem], BATCH):
+                raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)[:200]}")
+        return found
+
+    def tracked(self):
+        """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
+        path = self.folder / "track.json"
+        found = read_json(path) if path.exists() else {}
+        if mismatches(found, dict.fromkeys(found, str) if isinstance(found, dict) else {"": str}):
+            raise InputError(f"{path} is damaged: delete it")
+        return found
+
+    def save_tracked(self, references):
+        """Write track.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "track.json", references)
+
+    def explained_folder(self, split=""):
+        """Where explain.py writes: of "val" or "test", else of image files."""
+        return self.folder / "explain" / split
+
+    def explained(self):
+        """{"val" or "test": explain.json of explain.py}. Older versions had one for both, in explain/; it
+        stands for its split until that is explained again."""
+        paths = [self.explained_folder(split) / "explain.json" for split in ("", "val", "test")]
+        old, *new = [read_json(path) if path.exists() else None for path in paths]
+        found = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
+        return found | {split: report for split, report in zip(("val", "test"), new) if report is not None}
+
+
+def _dash(name):
+    return f"-{name}" if name else ""
+
+
+def find_runs(runs_dir, chosen=None):
+    """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
+
+    Unfinished runs are passed over with a note, unless chosen; so are those that are being trained, which
+    cannot be chosen. InputError if there is none.
+    """
+    if chosen:
+        runs = [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
+        for run in runs:
+            lock.refuse_held(run, "wait until it has ended")
+            if run.begun and not run.results["finished"]:
+                run.check_checkpoint()
+        return runs
+    runs = []
+    for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
+        if who := lock.holder(path.parent):
+            say(f"note: {path.parent} is being trained by {who}, passed over")
+    for path in sorted(Path(runs_dir).glob("*/results.json")):
+        check_regular(path)
+        run = Run(path.parent)
+        if run.kind in WITHOUT_CLASSES or lock.holder(run):
+            continue
+        if run.results["finished"]:
+            runs.append(run)
+        else:
+            usable = " (name it with --run to use it all the same)" if run.checkpoint.exists() else ""
+            say(f"note: {run} is not finished, passed over{usable}; {run.to_finish}")
+    if not runs:
+        raise InputError(
+            f"no finished runs under {runs_dir}: train one first, "
+            "for instance python train_scratch.py --epochs 15"
+        )
+    return runs

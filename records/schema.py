@@ -1,0 +1,209 @@
+"""What the files of a run folder must hold, and where one does not. No torch, no files."""
+
+from common.cli import Number
+
+REAL = Number(float, -1e300, 1e300)
+POSITIVE = Number(float, 0, 1e300, above=True)
+SHARE = Number(float, 0, 1)
+NATURAL = Number(int, 0, 2**53)
+
+# What a file must hold at least: a type, a Number, [what every item is], {key: what its value is}.
+RESULTS = {
+    "model": str,
+    "model_config": {"kind": str},
+    "params": NATURAL,
+    "minutes": Number(float, 0, 1e9),
+    "synthetic": bool,
+    "split": {
+        "train": NATURAL,
+        "val": NATURAL,
+        "test": NATURAL,
+        "counts": {"train": dict, "val": dict, "test": dict},
+        "fingerprint": str,
+        "set": str,
+    },
+    "data": dict,
+    "recipe": {"amp": bool},
+    "history": [{"train_loss": REAL, "val_loss": REAL}],
+    "best_epoch": NATURAL,
+    "mean": [REAL],
+    "std": [POSITIVE],
+    "finished": bool,
+}
+NEARLY_SHARE = Number(float, -1e-6, 1 + 1e-6)  # a sum of shares may exceed 1 by rounding
+FIGURES = {k: NEARLY_SHARE for k in ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")}
+POINT = {
+    **FIGURES,
+    **{k: NATURAL for k in ("tp", "fp", "tn", "fn")},
+    "thr": SHARE,
+    "interval": {k: {"bootstrap": [REAL]} for k in FIGURES},
+    "at_prevalence": {"prevalence": SHARE},
+}
+QUALITY = {
+    "ece": REAL,
+    "brier": REAL,
+    "nll": REAL,
+    "bins": [{"n": NATURAL, "score": REAL, "positives": REAL}],
+}
+PRECISIONS = ("fp32", "bf16")
+CALIBRATION = {
+    "temperature": POSITIVE,
+    "temperature_applied": bool,
+    "min_recall": SHARE,
+    "bootstrap": NATURAL,
+    "checkpoint": str,
+}
+FINDING = {  # with one finding it stands beside CALIBRATION, with several under "findings", by name
+    "threshold": SHARE,
+    "val": {"at_0.5": POINT, "at_rec": POINT},
+    "test": {"at_0.5": POINT, "at_rec": POINT},
+    "guarantee": {"confidence": SHARE, "positive_patients": NATURAL},
+    "probability": {s: {"before": QUALITY, "after": QUALITY} for s in ("val", "test")},
+}
+SPAN = {k: NEARLY_SHARE for k in ("value", "lo", "hi")}
+CLASS_FIGURES = {
+    "confusion": [[NATURAL]],
+    "accuracy": SPAN,
+    "macro_f1": SPAN,
+    "classes": dict,
+}
+
+
+def mismatches(value, spec, name=""):
+    """Where `value` is not what `spec` asks for: a list of dotted names, at most one an entry."""
+    if isinstance(spec, dict):
+        if not isinstance(value, dict):
+            return [name or "everything"]
+        prefix = f"{name}." if name else ""
+        return [
+            m
+            for k, s in spec.items()
+            for m in (mismatches(value[k], s, prefix + k) if k in value else [prefix + k])
+        ]
+    if isinstance(spec, list):
+        if not isinstance(value, list):
+            return [name]
+        return [name] if any(mismatches(v, spec[0], name) for v in value) else []
+    if isinstance(spec, Number):
+        return [] if spec.contains(value) else [name]
+    return [] if isinstance(value, spec) and not (spec is str and "\0" in value) else [name]
+
+
+# What batches/NAME.json of a run holds.
+BATCH = {
+    "images": NATURAL,
+    "patients": NATURAL,
+    "checkpoint": str,
+    "verdict": str,
+    "says": str,
+    "called_in_validation": SHARE,
+    "odd": (int, float, type(None)),
+    "called": (int, float, type(None)),
+    "p_joint": (int, float, type(None)),
+}
+
+
+# What sites/NAME.json of a run holds.
+SITE = {"site": str, "checkpoint": str, "images": NATURAL, "findings": dict, "shipped": dict}
+SITE |= {"min_recall": SHARE}
+BASIS = {"temperature": POSITIVE, "precision": str}  # under "scores", which older versions leave out
+
+
+def wrong_site_finding(value):
+    """Names of what is wrong in what a site says of one finding."""
+    if mismatches(value, {"why_not": str}) == []:
+        return []
+    wrong = mismatches(value, {"threshold": SHARE})
+    for name in ("mean", "guaranteed"):
+        found = value.get(name, "absent") if isinstance(value, dict) else "absent"
+        wrong += [] if found is None or SHARE.contains(found) else [name]
+    return wrong
+
+
+def wrong_results(results):
+    """Names of what is missing or wrong in a results.json."""
+    wrong = mismatches(results, RESULTS)
+    if wrong:
+        return wrong
+    kind, epochs = results["model_config"]["kind"], results["history"]
+    wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3)]
+    wrong += ["std"] if len(results["mean"]) != len(results["std"]) else []
+    needs_epochs = results["finished"] and kind != "ensemble"
+    wrong += ["best_epoch"] if results["best_epoch"] > len(epochs) or needs_epochs and not epochs else []
+    watched = "val_dice" if kind == "lungs" else "val_auroc"
+    if kind not in ("mae", "ensemble") and any(not SHARE.contains(h.get(watched)) for h in epochs):
+        wrong += ["history"]
+    wrong += [f"split.counts.{s}" for s, n in results["split"]["counts"].items() if not _counts(n)]
+    for name in ("original_size", "input_range"):
+        found = results["split" if name == "original_size" else "data"].get(name, {})
+        wrong += [] if isinstance(found, dict) and all(_range(v) for v in found.values()) else [name]
+    return wrong
+
+
+def wrong_calibration(value, task):
+    """Names of what is missing or wrong in a calibration.json of a Task."""
+    found = wrong_findings(value, task) if "findings" in value else wrong_finding(value)
+    return mismatches(value, CALIBRATION) + wrong_scaling(value, task) + found
+
+
+def wrong_scaling(value, task):
+    """Names of what is wrong in what a calibration says of Platt scaling and precision, where it does."""
+    wrong = [] if value.get("precision", "fp32") in PRECISIONS else ["precision"]
+    platt = value.get("platt")
+    if platt is None:
+        return wrong
+    if not isinstance(platt, dict) or tuple(platt) != task.findings or value.get("temperature_applied"):
+        return [*wrong, "platt"]
+    for name, line in platt.items():
+        refused = mismatches(line, {"why_not": str}) == []
+        if not refused and mismatches(line, {"slope": POSITIVE, "bias": REAL}):
+            wrong.append(f"platt.{name}")
+    return wrong
+
+
+def wrong_finding(value, sides=("val", "test")):
+    """Names of what is wrong in a calibration of one finding that has figures on `sides`."""
+    spec = {k: v for k, v in FINDING.items() if k not in ("val", "test", "probability")}
+    spec |= {side: FINDING[side] for side in sides}
+    spec["probability"] = {side: FINDING["probability"][side] for side in sides}
+    wrong = mismatches(value, spec)
+    for s in () if wrong else sides:
+        wrong += [f"{s}.{p}" for p, row in value[s].items() if mismatches(row, POINT)]
+    guarantee = value.get("guarantee")
+    if not wrong and not SHARE.contains(guarantee.get("threshold")):
+        promised = any("at_guaranteed" in value[s] for s in sides)
+        wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
+    return wrong
+
+
+def wrong_findings(value, task):
+    """Names of what is wrong in a calibration of several findings."""
+    figures = {"findings": [str]} | (CLASS_FIGURES if task.kind == "softmax" else {})
+    wrong = mismatches(value, {"findings": dict, "summary": {"val": figures, "test": figures}})
+    if wrong:
+        return wrong
+    if tuple(value["findings"]) != task.findings:
+        return ["the names of the findings"]
+    for name, found in value["findings"].items():
+        wrong += mismatches(found, {"curves": dict}, name)
+        if not wrong:
+            curves = dict.fromkeys(found["curves"], {"auroc": SPAN, "auprc": SPAN})
+            wrong += mismatches(found["curves"], curves, f"{name}.curves")
+        if wrong or isinstance(found.get("why_not"), str):
+            continue
+        rare_on_test = isinstance(found.get("test_why_not"), str)
+        sides = ("val",) if rare_on_test else ("val", "test")
+        wrong += [f"{name}.{w}" for w in wrong_finding(found, sides)]
+    for side, summary in value["summary"].items():
+        spans = [k for k in ("auroc", "auprc") if summary["findings"] or k in summary]
+        wrong += mismatches(summary, dict.fromkeys(spans, SPAN), f"summary.{side}")
+        wrong += [f"summary.{side}.findings"] if not set(summary["findings"]) <= set(task.findings) else []
+    return wrong
+
+
+def _counts(value):
+    return isinstance(value, dict) and all(NATURAL.contains(v) for v in value.values())
+
+
+def _range(value):
+    return isinstance(value, list) and len(value) == 2 and all(REAL.contains(v) for v in value)

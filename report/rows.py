@@ -1,0 +1,327 @@
+"""Rows of the report: calibrated runs, named, and grouped by what can be compared. No torch."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import scaling
+from common.cli import Number
+from common.console import InputError, say
+from common.files import sha256
+from images.twins import PAIRS
+from metrics import check_both_classes, check_scores
+from records.run import WITHOUT_CLASSES, find_runs
+from records.schema import NATURAL, REAL, mismatches
+
+POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
+ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
+    "scratch": ("ViT scratch", (256, 6, 8, 16)),
+    "ti16": ("ViT-Ti/16", (192, 12, 3, 16)),
+    "s16": ("ViT-S/16", (384, 12, 6, 16)),
+    "b16": ("ViT-B/16", (768, 12, 12, 16)),
+    "b32": ("ViT-B/32", (768, 12, 12, 32)),
+    "l16": ("ViT-L/16", (1024, 24, 16, 16)),
+    "s14": ("DINOv2 ViT-S/14", (384, 12, 6, 14)),
+    "b14": ("DINOv2 ViT-B/14", (768, 12, 12, 14)),
+    "l14": ("DINOv2 ViT-L/14", (1024, 24, 16, 14)),
+}
+SIZE = Number(int, 1, 2**31)
+SIZES = {k: SIZE for k in ("embed_dim", "depth", "num_heads", "patch_size")}
+USUAL = ("scratch", "pretrained", "linear")  # folder names that say nothing new
+
+# What the report shows of results.json and explain.json, beyond what run.Run has checked.
+NEEDED = {
+    "data": {"classes": [str], "img_size": NATURAL, "resize": str, "split": str, "split_seed": NATURAL},
+    "split": {"shared_patients": NATURAL},
+}
+COPIES = {f"{a}_{b}": NATURAL for a, b in PAIRS}
+OPTIONAL = {
+    "init": {"minutes": Number(float, 0, 1e9)},
+    "teacher": {"minutes": Number(float, 0, 1e9), "run": str, "model": str},
+    "members": [{"run": str, "checkpoint": str}],
+    "seed": NATURAL,
+    "command": str,
+    "device": str,
+    "versions": {"torch": str},
+}
+SPAN = {k: REAL for k in ("mean", "lo", "hi")}
+MAP_TESTS = {
+    **{f"{k}_minus_random": SPAN for k in ("deletion", "insertion")},
+    **{f"{k}_share": SPAN for k in ("lung", "border")},
+    **{f"{k}_area": REAL for k in ("lung", "border")},
+    "randomised": [{"rank_correlation": REAL}],
+}
+METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
+
+
+class Column(NamedTuple):
+    """One finding on one side (validation or test), in the order of the file names. Arrays [N]; of several
+    findings the last three are [N, F].
+
+    truth: int64, 0 or 1 (of several findings also -1, unknown); scores: float64 in [0, 1], what thresholds
+    apply to; probabilities: float64, the same after the fitted scaling (scaling.fitted)."""
+
+    files: np.ndarray
+    patients: np.ndarray
+    truth: np.ndarray
+    scores: np.ndarray
+    probabilities: np.ndarray
+
+    def of(self, k):
+        """The Column of finding number k, those images whose truth is known."""
+        known = self.truth[:, k] >= 0
+        return Column(self.files[known], self.patients[known], *(v[known, k] for v in self[2:]))
+
+    @property
+    def patients_known(self):
+        """Whether the patient of any image is known; one that is not stands under the name of its file."""
+        return bool((self.files != self.patients).any())
+
+
+class Entry:
+    """A row of the report: one calibration of a run.
+
+    `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
+    `group`, equal for entries on the same test images; `members`, the checkpoints of an ensemble; `several`,
+    whether the task has several findings. With one: `val` and `test`, Columns, and `points`, the figures by
+    side and operating point. With several: `columns` {side: Columns of [N, F]}, `found` {finding: what the
+    calibration says of it}, `summary` {side: figures over all}. InputError naming the run if damaged.
+    """
+
+    def __init__(self, run, suffix=""):
+        self.run, self.suffix, self.results = run, suffix, run.results
+        if run.kind in WITHOUT_CLASSES:
+            raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
+        wrong = mismatches(self.results, NEEDED)
+        wrong += [
+            m for k, s in OPTIONAL.items() if k in self.results for m in mismatches(self.results[k], s, k)
+        ]
+        if "copies" in self.results.get("split", {}):
+            wrong += mismatches(self.results["split"]["copies"], COPIES, "split.copies")
+        if wrong:
+            raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
+        self.calibration, self.task = run.calibration(suffix), run.task
+        if "alike" in self.calibration and mismatches(self.calibration["alike"], COPIES):
+            raise InputError(f"the calibration of {run} is damaged (alike): run calibrate.py again")
+        self.several = len(self.task.findings) > 1
+        arrays = run.scores(suffix)
+        try:
+            self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
+        except InputError as error:
+            raise InputError(f"the scores of {run} are damaged ({error}): run calibrate.py again") from None
+        if self.several:
+            self.found, self.summary = run.findings(self.calibration), self.calibration["summary"]
+        else:
+            self._one_finding()
+        self.min_recall = self.calibration["min_recall"]
+        self.members = [m["checkpoint"] for m in self.results.get("members", [])]
+        self.minutes = run.minutes
+        self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
+        self.base, self.name = names(run, suffix)
+        test = self.columns["test"]
+        truth = test.truth if self.several else test.truth[:, 0]
+        self.group = sha256([self.task.classes, test.files.tolist(), truth.tolist()])
+        self.family = self._family()
+
+    def _one_finding(self):
+        """What a task of one finding has for short."""
+        self.healthy, self.finding = self.task.classes[0], self.task.findings[0]
+        if self.task.kind == "sigmoid":
+            self.healthy = f"no {self.finding}"
+        self.val, self.test = (self.columns[side].of(0) for side in ("val", "test"))
+        self.points = {
+            (side, point): self.calibration[side][point]
+            for side in ("val", "test")
+            for point in POINTS
+            if point in self.calibration[side]
+        }
+        self.threshold = self.calibration["threshold"]
+
+    def _columns(self, arrays, side):
+        """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""
+        files, patients, labels, logits = (
+            arrays[f"{side}_{k}"] for k in ("files", "patients", "labels", "logits")
+        )
+        sigmoid, outputs = self.task.kind == "sigmoid", self.task.outputs
+        allowed = (-1, 0, 1) if sigmoid else range(outputs)
+        shape = (len(files), outputs) if sigmoid else (len(files),)
+        if logits.shape[1] != outputs or labels.shape != shape or not np.isin(labels, allowed).all():
+            raise InputError(f"the {side} labels or logits are not those of {outputs} classes")
+        scores = arrays.get(f"{side}_p1")
+        truth = self.task.truth(labels).astype(np.int64)
+        if scores is None:
+            scores = self.task.scores_from(logits, self.calibration)
+        elif scores.dtype.kind != "f":
+            raise InputError(f"{side}_p1 holds no numbers")
+        scores = scores[:, None] if scores.ndim == 1 else scores
+        if scores.shape != truth.shape:
+            raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
+        for k in range(truth.shape[1]):
+            known = truth[:, k] >= 0
+            if not self.several or known.any():
+                check_scores(truth[known, k], scores[known, k])
+        if not self.several:
+            check_both_classes(truth[truth[:, 0] >= 0, 0], f"{side} labels")
+        order = np.argsort(files, kind="stable")
+        columns = files, patients, truth, scores, self.task.scaled_scores(logits, self.calibration)
+        return Column(*(c[order] for c in columns))
+
+    def _family(self):
+        settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
+        data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
+        model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
+        rule = [self.calibration.get("tta"), self.min_recall]
+        rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
+        return sha256([model, settings, data, rule])
+
+    @property
+    def explained(self):
+        """The tests of explain.py on validation and on test, each by method, with its "target" and "split": a
+        list of reports.
+
+        InputError if damaged; tests of another checkpoint are left out with a note."""
+        reports = {} if self.suffix else self.run.explained()
+        return [report for report in reports.values() if self._is_explained(report)]
+
+    def _is_explained(self, report):
+        """Whether a report is of this checkpoint; InputError if it is damaged."""
+        wrong = [m for k in METHODS if k in report for m in mismatches(report[k], MAP_TESTS, k)]
+        wrong += [k for k in METHODS if k in report and not wrong and not report[k]["randomised"]]
+        if wrong:
+            raise InputError(f"the explain.json of {self.run} is damaged ({wrong[0]}): run explain.py again")
+        if report.get("checkpoint") != self.calibration["checkpoint"]:
+            say(f"note: the maps of {self.run} are of another checkpoint, so left out; run explain.py again")
+            return False
+        return True
+
+
+# ---------------------------------------------------------------- names
+
+
+def set_name(results):
+    """The name of the data, and how its test part was cut where none is published."""
+    split, settings = results["split"], results["data"]
+    if split.get("test_from", "published") == "published":
+        return split["set"]
+    name = f"{split['set']}, {settings['split']} split {settings['split_seed']}"
+    return name + (", undersampled" if settings.get("undersample") else "")
+
+
+def architecture(model, config):
+    """A readable name from results["model"] and model_config; where the two differ, the config is right."""
+    if config["kind"] == "linear" and SIZE.contains(config.get("side")):
+        return "Logistic regression {0}x{0} px".format(config["side"])
+    plain = re.sub(r"-reg\d+$", "", model)
+    named = plain in ARCHITECTURES or re.fullmatch(r"vit-d\d+-l\d+-h\d+-p\d+(-m[\d.e+-]+)?", plain)
+    if not named or config["kind"] != "vit" or mismatches(config, SIZES):
+        return model
+    shape, ratio = tuple(config[k] for k in SIZES), config.get("mlp_ratio", 4)
+    candidates = ["scratch"] if model == "scratch" else [k for k in ARCHITECTURES if k != "scratch"]
+    for name, known in (ARCHITECTURES[k] for k in candidates):
+        if shape == known and ratio == 4:
+            return name + (f", {config['reg_tokens']} registers" if config.get("reg_tokens") else "")
+    width, layers, _, patch = shape
+    word = "ViT scratch" if model == "scratch" else "ViT"
+    return f"{word} {width}x{layers}, patch {patch}" + (f", MLP ratio {ratio}" if ratio != 4 else "")
+
+
+def names(run, suffix):
+    """(the name shared by all seeds, the name of this run)."""
+    results, folder = run.results, Path(os.path.abspath(run.folder)).name
+    name = architecture(results["model"], results["model_config"])
+    if members := results.get("members"):
+        name = ensemble_name(members, results["model_config"])
+    name += " pretrained" if "weights" in results else ""
+    name += ", masked pretraining" if "init" in results else ""
+    name += ", taught" if "teacher" in results else ""
+    name += f", {' and '.join(run.looks)}" if run.looks != ["full"] else ""
+    others = also_trained_on(results)
+    name += f", also on {', '.join(others)}" if others else ""
+    end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")
+    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", folder)
+    base = name + ("" if stem in USUAL else f" ({stem})") + end
+    return base, name + ("" if folder.removesuffix("-demo") in USUAL else f" ({folder})") + end
+
+
+def also_trained_on(results):
+    """{name: number of images} of other hospitals that joined training."""
+    others = results["split"].get("also")
+    if not isinstance(others, dict):
+        return {}
+    return {n: o["train"] for n, o in others.items() if not mismatches(o, {"train": NATURAL})}
+
+
+def ensemble_name(members, config):
+    """ "ViT scratch, ensemble of 2", or "Ensemble of 3 models" if they are not all of one architecture."""
+    configs = config.get("members")
+    if isinstance(configs, list) and not mismatches(configs, [{"kind": str}]):
+        named = {architecture(str(m.get("model", "ti16")), c) for m, c in zip(members, configs)}
+        if len(named) == 1:
+            return f"{named.pop()}, ensemble of {len(members)}"
+    return f"Ensemble of {len(members)} models"
+
+
+# ---------------------------------------------------------------- which belong together
+
+
+def load_entries(runs_dir, chosen=None):
+    """Entries of all calibrated runs, as lists of those on the same test images; InputError if there is none.
+
+    Runs without a calibration are left out with a note; if chosen by name, that is an InputError."""
+    groups, waiting = {}, []
+    for run in find_runs(runs_dir, chosen):
+        if not run.calibrated() and run.kind not in WITHOUT_CLASSES:
+            waiting.append(str(run))
+            continue
+        for suffix in run.calibrated() or [""]:
+            entry = Entry(run, suffix)
+            groups.setdefault(entry.group, []).append(entry)
+    if waiting and groups and not chosen:
+        say(f"note: not calibrated, so left out: {', '.join(waiting)}; run python calibrate.py")
+    elif waiting:
+        raise InputError(f"not calibrated: {', '.join(waiting)}; run python calibrate.py first")
+    for entries in groups.values():
+        seen = [entry.name for entry in entries]
+        for entry in entries:
+            if seen.count(entry.name) > 1:  # folders of one name in several places
+                entry.name += f" in {entry.run.folder.parent}"
+        if len({entry.min_recall for entry in entries}) > 1:  # not to be compared at their thresholds
+            for entry in entries:
+                entry.name += f" (floor {entry.min_recall:g})"
+                entry.base += f" (floor {entry.min_recall:g})"
+    return list(groups.values())
+
+
+def families(entries):
+    """Lists of two or more entries that differ in the seed alone; a seed trained twice counts once."""
+    found = {}
+    for entry in entries:
+        if not entry.members:
+            found.setdefault(entry.family, {}).setdefault(entry.results.get("seed"), entry)
+    return [list(seeds.values()) for seeds in found.values() if len(seeds) > 1]
+
+
+def without_members(entries):
+    """The entries that are not part of an ensemble among them, for tables and plots that would be crowded."""
+    members = {(entry.suffix, checkpoint) for entry in entries for checkpoint in entry.members}
+    return [e for e in entries if (e.suffix, e.calibration["checkpoint"]) not in members]
+
+
+def missing_ensembles(entries):
+    """[(base name, number of seeds, command)] of the families that no ensemble here holds whole."""
+    found = []
+    for family in families(entries):
+        checkpoints = {e.calibration["checkpoint"] for e in family}
+        one_split = len({e.results["split"]["fingerprint"] for e in family}) == 1
+        made = any(e.suffix == family[0].suffix and checkpoints <= set(e.members) for e in entries)
+        if one_split and not made:
+            folders = [e.run.folder.as_posix() for e in family]
+            out = re.sub(r"-seed\d+$", "", folders[0]) + "-ensemble"
+            words = ["python", "calibrate.py", "--ensemble", *folders, "--out", out]
+            words += ["--tta"] if family[0].suffix else []
+            found.append((family[0].base, len(family), shlex.join(words)))
+    return found

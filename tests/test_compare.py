@@ -1,0 +1,676 @@
+"""Tests of compare: entries (rows), report (tables), render (escapes) and plots.
+
+Most work on run folders written here by hand, with real thresholds and intervals but no trained model."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from PIL import Image
+
+import compare
+import metrics
+from calibration.operating_point import Rule, evaluate
+from common.console import printable
+from common.files import FORMAT, write_json
+from images.split import say_shared
+from records import curves
+from records.curves import label, panels
+from records.run import Run
+from report import rows as rows_module
+from report import tables as tables_module
+from report.render import Code, Table, markdown_text, to_html, to_markdown
+from report.rows import Entry
+from tests.fixtures import FLOOR
+from tests.shared import HEADER, LINK, NAMES, REPO, cli, read_json, refused, succeed, tables
+from vit import CONFIGS
+
+NASTY = "a$b_c|d`e<img src=x>*f*](g)\\h\ni\x1bj\udcff"  # matplotlib, markdown, HTML, terminals, UTF-8
+RULE = Rule(min_recall=0.9, confidence=0.9, bootstrap=100)
+SCRATCH = dict(kind="vit", embed_dim=256, depth=6, num_heads=8, patch_size=16)
+
+
+def noisy_scores(seed, classes=("NORMAL", "PNEUMONIA"), known=True):
+    """Scores of a fair model: 60 validation and 48 test images, two a patient, the patients known or not."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for side, count in (("val", 60), ("test", 48)):
+        labels = (np.arange(count) % 4 > 1).astype(np.int64)
+        causes = ["bacteria" if i % 3 else "virus" for i in range(count)]
+        files = [f"{side}/{classes[k]}/person{i // 2}_{causes[i]}_{i}.jpeg" for i, k in enumerate(labels)]
+        patients = [f"person{i // 2}" for i in range(count)] if known else files
+        logits = rng.normal(size=(count, 2)).astype(np.float32)
+        logits[:, 1] += 2 * labels
+        columns = dict(files=np.array(files), patients=np.array(patients), labels=labels, logits=logits)
+        arrays |= {f"{side}_{k}": v for k, v in columns.items()}
+    return arrays
+
+
+def write_run(folder, seed=0, *, scores=None, suffix="", rule=RULE, with_p1=True, **changes):
+    """A calibrated run on disk -> Run. `changes` replace keys of results.json."""
+    classes = changes.get("data", {}).get("classes", ["NORMAL", "PNEUMONIA"])
+    scores = scores or noisy_scores(seed, classes)
+    counts = {
+        s: {c: int((scores[f"{s}_labels"] == k).sum()) for k, c in enumerate(classes)}
+        for s in ("val", "test")
+    }
+    sizes = {s: len(scores[f"{s}_labels"]) for s in ("val", "test")}
+    split = dict(train=200, **sizes, counts={"train": {c: 100 for c in classes}, **counts})
+    split |= dict(shared_patients=0, fingerprint="f", synthetic=False, set="hospital")
+    settings = dict(img_size=32, resize="squash", split="patient", split_seed=0, classes=classes)
+    history = [dict(train_loss=0.7 - 0.1 * i, val_loss=0.6, val_auroc=0.7 + 0.1 * i) for i in range(3)]
+    results = dict(format=FORMAT, model="scratch", model_config=SCRATCH, params=5_000_000, minutes=2.0)
+    results |= dict(
+        synthetic=False, split=split, data=settings, recipe={"amp": False, "seed": seed}, seed=seed
+    )
+    results |= dict(history=history, best_epoch=3, mean=[0.5], std=[0.5], finished=True)
+    results |= dict(command="python train_scratch.py", device="cpu", versions={"torch": "2.6"})
+    results |= {k: {**results.get(k, {}), **v} if k in ("split", "data") else v for k, v in changes.items()}
+    run = Run(folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.checkpoint.write_bytes(f"weights {folder} {seed}".encode(errors="surrogatepass"))
+    run.save_results(results)
+    calibration, p1 = evaluate(scores, rule)
+    calibration |= dict(format=FORMAT, checkpoint=run.checkpoint_sha256, tta=None)
+    calibration["tta"] = {"flip": False} if suffix else None
+    columns = {f"{side}_p1": p for side, p in p1.items()} if with_p1 else {}
+    run.save_calibration(calibration, {**scores, **columns}, suffix)
+    return run
+
+
+def write_ensemble(folder, members, **changes):
+    """An ensemble of runs, as calibrate.py writes it, with scores of its own."""
+    about = [{"run": str(m), "checkpoint": m.checkpoint_sha256, "model": m.results["model"]} for m in members]
+    config = dict(kind="ensemble", members=[m.results["model_config"] for m in members])
+    settings = dict(model="ensemble", model_config=config, members=about, history=[], best_epoch=0)
+    return write_run(folder, 99, **{**settings, **changes})
+
+
+def edit_results(run, change):
+    results = read_json(run.folder, "results.json")
+    change(results)
+    run.save_results(results)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_architectures_are_those_of_vit():
+    keys = ("embed_dim", "depth", "num_heads", "patch_size")
+    assert {k: shape for k, (_, shape) in rows_module.ARCHITECTURES.items()} == {
+        name: tuple(config[k] for k in keys) for name, config in CONFIGS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "model, shape, name",
+    [
+        ("scratch", (256, 6, 8, 16), "ViT scratch"),
+        ("scratch", (128, 4, 4, 8), "ViT scratch 128x4, patch 8"),
+        ("ti16", (192, 12, 3, 16), "ViT-Ti/16"),
+        ("b16", (768, 12, 12, 16), "ViT-B/16"),
+        ("b16", (384, 12, 6, 32), "ViT 384x12, patch 32"),  # what old versions called b16
+        ("b16", (384, 12, 6, 16), "ViT-S/16"),
+        ("vit-d384-l12-h6-p32", (384, 12, 6, 32), "ViT 384x12, patch 32"),
+        ("my-model", (384, 12, 6, 32), "my-model"),
+    ],
+)
+def test_architecture_is_named_by_what_it_is(model, shape, name):
+    config = {"kind": "vit", **dict(zip(rows_module.SIZES, shape))}
+    assert rows_module.architecture(model, config) == name
+
+
+def test_architecture_of_other_kinds_and_damage():
+    wide = {**SCRATCH, "mlp_ratio": 3}
+    assert rows_module.architecture("scratch", wide) == "ViT scratch 256x6, patch 16, MLP ratio 3"
+    assert (
+        rows_module.architecture("linear", {"kind": "linear", "side": 48}) == "Logistic regression 48x48 px"
+    )
+    for config in ({"kind": "linear", "side": "x"}, {"kind": "vit", "embed_dim": [1]}, {"kind": "vit"}):
+        assert rows_module.architecture("b16", config) == "b16"
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_scores_that_were_not_saved_are_computed(tmp_path, applied):
+    rule = Rule(min_recall=0.9, bootstrap=100, temperature=applied)
+    kept, computed = (
+        Entry(write_run(tmp_path / name, rule=rule, with_p1=with_p1))
+        for name, with_p1 in (("kept", True), ("computed", False))
+    )
+    temperature = kept.calibration["temperature"]
+    for side in ("val", "test"):
+        a, b = getattr(kept, side), getattr(computed, side)
+        np.testing.assert_allclose(b.scores, a.scores, rtol=1e-12)
+        logits = noisy_scores(0)[f"{side}_logits"][np.argsort(noisy_scores(0)[f"{side}_files"])].astype(float)
+        odds = np.exp((logits[:, 1] - logits[:, 0]) / temperature)
+        np.testing.assert_allclose(a.probabilities, odds / (1 + odds), rtol=1e-12)
+        assert np.allclose(a.scores, a.probabilities, rtol=1e-12) == applied
+    assert ((kept.val.scores >= kept.threshold) & (kept.val.truth == 1)).sum() == kept.points[
+        "val", "at_rec"
+    ]["tp"]
+
+
+def test_order_of_the_images_does_not_matter(tmp_path):
+    """The same images in another order are the same test set, and are compared image by image."""
+    scores, order = noisy_scores(0), np.random.default_rng(1).permutation(48)
+    mixed = {k: v[order] if k.startswith("test") else v for k, v in scores.items()}
+    a, b = Entry(write_run(tmp_path / "a")), Entry(write_run(tmp_path / "b", scores=mixed))
+    assert a.group == b.group and np.array_equal(a.test.scores, b.test.scores)
+    [*_, table] = tables_module.pair_blocks([a, b])
+    assert table.rows[0][1].startswith("+0.000 [+0.000, +0.000], p = 1")
+
+
+def test_the_best_model_is_named_with_those_it_is_not_told_apart_from(tmp_path):
+    """Three models: two alike, and one that ranks them backwards."""
+    worse = noisy_scores(0)
+    worse["test_logits"] = -worse["test_logits"]
+    a, b, c = (Entry(write_run(tmp_path / n, scores=s)) for n, s in zip("abc", (None, None, worse)))
+    _, best, _, table = tables_module.pair_blocks([c, a, b])
+    auroc = sklearn.metrics.roc_auc_score(a.test.truth, a.test.scores)
+    assert best.text.startswith(f"Highest AUROC on test: {a.name}, {auroc:.3f} [")
+    assert f"not told apart from it: {b.name}." in best.text and len(table.rows) == 3
+    assert "told apart from every other" in tables_module.pair_blocks([c, a])[1].text
+
+
+DAMAGE = {
+    "no classes": lambda r: r["data"].pop("classes"),
+    "classes are numbers": lambda r: r["data"].update(classes=[0, 1]),
+    "one class": lambda r: r["data"].update(classes=["NORMAL"]),
+    "three classes": lambda r: r["data"].update(classes=["a", "b", "c"]),
+    "an image size in words": lambda r: r["data"].update(img_size="large"),
+    "no shared_patients": lambda r: r["split"].pop("shared_patients"),
+    "a list as init": lambda r: r.update(init=[]),
+    "strings as members": lambda r: r.update(members=["a", "b"]),
+    "a list as seed": lambda r: r.update(seed=[1]),
+    "a list as versions": lambda r: r.update(versions=[]),
+    "a number as command": lambda r: r.update(command=7),
+    "a list as kind": lambda r: r.update(model_config={"kind": ["vit"]}),
+    "strings as history": lambda r: r.update(history=["epoch 1"]),
+    "masked pretraining": lambda r: r["model_config"].update(kind="mae"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_compare_of_damaged_results(tmp_path, damage):
+    run = write_run(tmp_path / "outputs/broken")
+    edit_results(run, DAMAGE[damage])
+    refused(cli("compare", "--run", "outputs/broken", cwd=tmp_path), "broken")
+    assert not (tmp_path / "outputs/figures").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test_p1": np.full(48, np.nan)},
+        {"test_p1": np.full(48, 2.0)},
+        {"test_p1": np.full(47, 0.5)},
+        {"test_p1": np.full((48, 2), 0.5)},
+        {"test_p1": np.full(48, "0.5")},
+        {"test_labels": np.ones(48, np.int64)},
+        {"val_labels": np.full(60, 7)},
+        {"test_logits": np.zeros((48, 3), np.float32)},
+    ],
+    ids=["NaN", "above 1", "too short", "two columns", "text", "one class", "unknown class", "three logits"],
+)
+def test_compare_of_damaged_scores(tmp_path, change):
+    run = write_run(tmp_path / "outputs/broken")
+    run.save_calibration(run.calibration(), {**run.scores(), **change})
+    refused(cli("compare", cwd=tmp_path), "broken", "calibrate.py again")
+
+
+def test_patients_unknown(tmp_path):
+    """Where file names do not tell patients, no sentence of the report claims to know them."""
+    unknown = noisy_scores(0, known=False)
+    for name, split in (("old", {}), ("new", {"unknown_patients": 260})):
+        entry = Entry(write_run(tmp_path / name, scores=unknown, split=split))
+        text = to_markdown(tables_module.section([entry], [entry]))
+        assert tables_module.shared_text(entry) == say_shared(
+            {**entry.results["split"], "unknown_patients": 260}
+        )
+        assert "patients unknown, so images of one patient may be on both sides" in text
+        assert "single images (patients unknown)" in text and "unknown validation, unknown test" in text
+        assert "whole patients" not in text and "0 validation images share" not in text
+
+
+@pytest.mark.parametrize("unknown", [None, 0, 5, 260])
+def test_shared_patients_are_told_as_in_training(tmp_path, unknown):
+    split = {"shared_patients": 3} | ({} if unknown is None else {"unknown_patients": unknown})
+    entry = Entry(write_run(tmp_path / "r", split=split))
+    assert tables_module.shared_text(entry) == say_shared(entry.results["split"])
+
+
+# ---------------------------------------------------------------- which rows belong together
+
+
+def test_seeds_ensembles_and_who_stands_for_whom(tmp_path):
+    runs = [write_run(tmp_path / "outputs" / f"scratch-seed{i}", i) for i in range(3)]
+    write_run(tmp_path / "outputs/again", 2)  # seed 2 once more: counts once
+    [group] = rows_module.load_entries(tmp_path / "outputs")
+    [family] = rows_module.families(group)
+    assert sorted(e.results["seed"] for e in family) == [0, 1, 2]
+    [(name, count, command)] = rows_module.missing_ensembles(group)
+    assert name.startswith("ViT scratch") and count == 3 and rows_module.without_members(group) == group
+    assert command.startswith("python calibrate.py --ensemble ") and "-ensemble" in command.split("--out ")[1]
+
+    shutil.rmtree(tmp_path / "outputs/again")
+    part = write_ensemble(tmp_path / "outputs/part", runs[:2])
+    [group] = rows_module.load_entries(tmp_path / "outputs")
+    assert [e.run.folder.name for e in rows_module.without_members(group)] == ["part", "scratch-seed2"]
+    assert len(rows_module.missing_ensembles(group)) == 1  # no ensemble holds all three
+    shutil.rmtree(part.folder)
+
+    write_ensemble(tmp_path / "outputs/all", runs)
+    [group] = rows_module.load_entries(tmp_path / "outputs")
+    assert [e.name for e in rows_module.without_members(group)] == ["ViT scratch, ensemble of 3 (all)"]
+    assert not rows_module.missing_ensembles(group) and len(rows_module.families(group)) == 1
+    text = to_markdown(tables_module.section(group, rows_module.without_members(group)))
+    main, shift, intervals = tables(text)[:3]
+    assert len(main) - 1 == 2 * (4 + 1) and len(shift) - 1 >= 4
+    assert all("ensemble of 3" in row[0] for row in intervals[1:])
+    assert "--ensemble" not in text and "Which model is better" not in text
+
+
+def test_an_ensemble_does_not_stand_for_augmented_members(tmp_path):
+    """Scores with test-time augmentation are rows of their own; so is what replaces them."""
+    runs = [write_run(tmp_path / f"outputs/s-seed{i}", i) for i in range(2)]
+    for i in range(2):
+        write_run(tmp_path / f"outputs/s-seed{i}", i, suffix="tta")
+    write_ensemble(tmp_path / "outputs/s-ensemble", runs)
+    [group] = rows_module.load_entries(tmp_path / "outputs")
+    assert [(e.run.folder.name, e.suffix) for e in rows_module.without_members(group)] == [
+        ("s-ensemble", ""),
+        ("s-seed0", "tta"),
+        ("s-seed1", "tta"),
+    ]
+    [(_, _, command)] = rows_module.missing_ensembles(group)
+    assert command.endswith(" --tta")
+
+
+@pytest.mark.parametrize("change", [{"split": {"fingerprint": "g"}}, {"recipe": {"amp": False, "lr": 1.0}}])
+def test_runs_that_differ_in_more_than_the_seed_are_no_family(tmp_path, change):
+    write_run(tmp_path / "a-seed0", 0)
+    write_run(tmp_path / "a-seed1", 1, **change)
+    [group] = rows_module.load_entries(tmp_path)
+    assert rows_module.missing_ensembles(group) == []
+
+
+def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
+    a = write_run(tmp_path / "x/scratch")
+    b = write_run(tmp_path / "y/scratch", 1, model="ti16", model_config={**SCRATCH, "embed_dim": 192})
+    write_ensemble(tmp_path / "x/both", [a, b])
+    write_run(tmp_path / "z/scratch", 2)
+    [group] = rows_module.load_entries(
+        None, [tmp_path / f for f in ("x/scratch", "y/scratch", "z/scratch", "x/both")]
+    )
+    assert [e.name for e in group] == [
+        f"ViT scratch in {tmp_path / 'x'}",
+        "ViT 192x6, patch 16",
+        f"ViT scratch in {tmp_path / 'z'}",
+        "Ensemble of 2 models (both)",
+    ]
+
+
+def test_time_includes_masked_pretraining(tmp_path):
+    entry = Entry(write_run(tmp_path / "scratch", init={"run": "mae", "checkpoint": "c", "minutes": 1.5}))
+    assert entry.name == "ViT scratch, masked pretraining" and entry.minutes == 3.5
+    assert tables_module.main_rows([entry])[0][2] == "3.5" and entry.run.results["minutes"] == 2.0
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_classes_are_those_of_the_run(tmp_path):
+    """Nothing in the report is called NORMAL or PNEUMONIA unless the run's classes are."""
+    made = {"data": {"classes": ["clear", "effusion"]}}
+    rows = [Entry(write_run(tmp_path / f"run{i}", i, **made)) for i in range(2)]
+    blocks = tables_module.section(rows, rows)
+    for text in (to_markdown(blocks), to_html(blocks, False)):
+        assert "48 images (24 clear, 24 effusion)" in text and "effusion: validation" in text
+        assert not re.search("PNEUMONIA|[Pp]neumonia|NORMAL", text)
+
+
+def test_predictive_values_share_one_prevalence(tmp_path):
+    """Columns are headed by one prevalence, also where runs were calibrated with different ones."""
+    a = Entry(write_run(tmp_path / "a"))
+    b = Entry(write_run(tmp_path / "b", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.3)))
+    _, table = tables_module.predictive_blocks([a, b])
+    assert table.head[3:] == ["PPV at 10%", "NPV at 10%"] and table.rows[0][1:] == table.rows[1][1:]
+
+
+def test_subgroups_only_where_names_tell_them(tmp_path):
+    scores = noisy_scores(0)
+    entry = Entry(write_run(tmp_path / "a", scores=scores))
+    inside = (entry.test.truth == 1) & np.array(["virus" in f for f in entry.test.files])
+    found = (entry.test.scores >= entry.threshold)[inside].mean()
+    [*_, table] = tables_module.subgroup_blocks([entry])
+    assert table.rows[0][2].startswith(f"{found:.3f} [") and table.rows[0][2].endswith(
+        f"(n = {inside.sum()})"
+    )
+    scores["test_files"] = np.array([f"test/{i}.png" for i in range(48)])
+    assert tables_module.subgroup_blocks([Entry(write_run(tmp_path / "b", scores=scores))]) == []
+
+
+def map_report(run, **changes):
+    span = {"mean": -0.1, "lo": -0.2, "hi": 0.05}
+    tests = {f"{k}_minus_random": span for k in ("deletion", "insertion")}
+    tests |= {"lung_share": span, "border_share": span, "lung_area": 0.4, "border_area": 0.19}
+    tests["randomised"] = [{"rank_correlation": 0.5}, {"rank_correlation": 0.1}]
+    about = {"checkpoint": run.checkpoint_sha256, "split": "val", "target": "NORMAL"}
+    (run.folder / "explain").mkdir(exist_ok=True)
+    write_json(run.folder / "explain/explain.json", {**about, "rollout": tests, **changes})
+
+
+def test_tests_of_maps(tmp_path, capsys):
+    run = write_run(tmp_path / "outputs/scratch")
+    map_report(run)
+    heading, text, table = tables_module.map_blocks([Entry(run)])
+    assert "validation images rightly called NORMAL" in text.text
+    assert table.rows == [
+        ["ViT scratch, attention rollout", *["-0.100 [-0.200, +0.050]"] * 2]
+        + ["-0.10 [-0.20, 0.05] of 0.40", "-0.10 [-0.20, 0.05] of 0.19", "0.50", "0.10"]
+    ]
+    map_report(run, checkpoint="another")
+    assert tables_module.map_blocks([Entry(run)]) == [] and "another checkpoint" in capsys.readouterr().err
+    for damage in ({"rollout": []}, {"gradcam": {}}, {"rollout": 3}):
+        map_report(run, **damage)
+        refused(cli("compare", cwd=tmp_path), "scratch", "explain.py again")
+
+
+# ---------------------------------------------------------------- rendering and escapes
+
+
+def test_markdown_escapes():
+    assert markdown_text("a|b\nc*d*`e`<f>](g) \\") == "a\\|b c\\*d\\*\\`e\\`&lt;f>]\\(g) \\\\"
+    assert markdown_text("$x$ ~a~ &amp; _a_b_") == "\\$x\\$ \\~a\\~ \\&amp; \\_a_b\\_"
+    assert markdown_text(("run ", Code("a`b|c <d>"), ".")) == "run `` a`b\\|c <d> ``."
+    assert printable("a\udcff\x1b[0m\r\nbü→") == "a\\udcff\\x1b[0m bü→"
+    block = Table(["Item", "Answer"], [["x|y", "z"]], prose=True)
+    assert to_markdown([block]) == "| Item | Answer |\n| --- | --- |\n| x\\|y | z |"
+
+
+def test_printable_is_one_line_of_valid_unicode():
+    text = printable("".join(map(chr, range(0x3000))) + "\udc80\ud800\U0010ffff")
+    text.encode("utf-8")
+    assert text.splitlines() == [text] and "\\udc80\\ud800" in text and "ü" in text and "\x1b" not in text
+
+
+class Loads(HTMLParser):
+    """Everything in a page that a browser would load or run."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.pictures, self.style = [], 0, False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.style = tag == "style"
+        if tag in ("script", "link", "iframe", "object", "embed", "base", "form"):
+            self.found.append(tag)
+        for name, value in attrs:
+            if name == "src" and (value or "").startswith("data:image/png;base64,"):
+                self.pictures += 1
+            elif name in ("src", "href", "srcset", "action", "data") or name.startswith("on"):
+                self.found.append(f"{name}={value}")
+            elif name == "style" or name == "http-equiv":
+                self.found.append(name)
+
+    def handle_data(self, text):
+        if self.style:
+            self.found += re.findall(r"url\(.*|@import.*", text)
+
+
+def test_the_check_of_pages_can_fail():
+    for bad in (
+        "<script>1</script>",
+        "<link rel=stylesheet>",
+        '<img src="http://x/y.png">',
+        "<style>a{b:url(c)}</style>",
+        "<a href=x>",
+    ):
+        assert Loads(bad).found, bad
+    assert Loads('<p>http://x url(y) src=</p><img src="data:image/png;base64,http">').found == []
+
+
+def test_nasty_names(tmp_path):
+    """Names that mean something to matplotlib, markdown, HTML or a file system are shown as text."""
+    folder = NASTY.replace("/", "")
+    for i in range(2):
+        split = {"set": f"../{NASTY}"}
+        about = {"command": f"python {NASTY}", "model": f"_{NASTY}"}
+        data_settings = {"classes": ["_$ok$", NASTY]}
+        scores = noisy_scores(i, ("ok", "ill"))
+        path = tmp_path / "outputs" / f"{folder}-seed{i}"
+        write_run(path, i, split=split, data=data_settings, scores=scores, **about)
+    done = succeed("compare", "--html", "r.html", "--csv", "t.csv", cwd=tmp_path)
+    done.out.encode("utf-8")
+    for text in (done.out, (tmp_path / "r.html").read_text("utf-8"), (tmp_path / "t.csv").read_text("utf-8")):
+        assert "\\udcff" in text and "\x1b" not in text and "\udcff" not in text
+    loads = Loads((tmp_path / "r.html").read_text("utf-8"))
+    assert loads.found == [] and loads.pictures == 7
+    shapes = [{len(row) for row in table} for table in tables(done.out.replace("\\|", ""))]
+    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 8
+    plain = re.sub("(`+).*?\\1", "", done.out)  # outside code
+    assert "<" not in plain.replace("&lt;", "") and not re.search(r"(?<!\\)\*", plain)
+    links = re.findall(LINK, done.out)
+    assert len(links) == 7 and all(re.fullmatch(r"outputs/figures/[\w.-]+\.png", link) for link in links)
+    assert {p.name for p in (tmp_path / "outputs/figures").iterdir()} == {os.path.basename(k) for k in links}
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("outputs", "r.html", "t.csv")]
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        assert {len(row) for row in csv.reader(file)} == {1 + len(HEADER)}
+
+
+@pytest.mark.parametrize(
+    "text", ["$", "a$b", "$a_{b$", "a \\$ b", "_hidden", "$\\frac{$", "x" * 300, "^_$\\"]
+)
+def test_labels_are_drawn_as_they_are(text):
+    figure, (ax,) = panels(1, 3, 3)
+    ax.plot([0, 1], label=label(text))
+    ax.set_title(label(text))
+    ax.legend()
+    figure.canvas.draw()  # a formula that cannot be parsed raises here
+    for shown in (ax.title, ax.get_legend().get_texts()[0]):
+        preprocessed, is_formula = shown._preprocess_math(shown.get_text())
+        assert is_formula is False and preprocessed.replace("\n", "").strip() == text
+    curves.plt.close(figure)
+    assert all(len(line) <= 81 for line in label(text).splitlines())
+
+
+def test_file_stems():
+    used = {}
+    names = ["chest_xray", "a b/c", "..", "", "Chest_Xray", "a?b_c" * 40, "ü$"]
+    stems = [compare.file_stem(name, used) for name in names]
+    assert stems[:5] == ["chest_xray", "a-b-c", "data", "data-2", "Chest_Xray-2"]
+    assert len({s.lower() for s in stems}) == len(stems) and max(map(len, stems)) <= 60
+
+
+# ---------------------------------------------------------------- the script
+
+
+def test_compare_needs_no_torch(tmp_path):
+    write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "no/torch").mkdir(parents=True)
+    (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
+    code = "import common, compare; common.start(compare.main)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "no"), str(REPO)])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# ") and len(re.findall(LINK, done.stdout)) == 7
+
+
+def test_compare_says_where_everything_is(tmp_path):
+    write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "site").mkdir()
+    done = succeed("compare", "--html", "site/r.html", "--csv", "t.csv", "--figures", "pics", cwd=tmp_path)
+    assert done.err.splitlines()[-3:] == ["report: site/r.html", "pictures: 7 in pics", "table: t.csv"]
+    assert (tmp_path / "site/r.html").exists() and len(list((tmp_path / "pics").iterdir())) == 7
+
+
+@pytest.mark.parametrize("flag", ["--html", "--csv", "--figures"])
+@pytest.mark.parametrize("target", ["device", "fifo", "folder", "under a file"])
+def test_outputs_are_checked_before_drawing(tmp_path, flag, target):
+    write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    path = {"device": "/dev/null", "under a file": "file/below"}.get(target, target)
+    if (flag, target) == ("--figures", "folder"):
+        path = "file"
+    refused(cli("compare", flag, path, cwd=tmp_path), path.split("/b")[0])
+    assert not (tmp_path / "outputs/figures").exists() and (tmp_path / "file").read_text() == "mine"
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
+
+
+def test_compare_leaves_out_what_is_not_calibrated(tmp_path, capsys):
+    write_run(tmp_path / "outputs/scratch")
+    waiting = write_run(tmp_path / "outputs/waiting")
+    (waiting.folder / "calibration.json").unlink()
+    [[entry]] = rows_module.load_entries(tmp_path / "outputs")
+    assert entry.run.folder.name == "scratch"
+    assert re.search("not calibrated, so left out: .*waiting", capsys.readouterr().err)
+    refused(
+        cli("compare", "--run", "outputs/scratch", "outputs/waiting", cwd=tmp_path),
+        "not calibrated",
+        "waiting",
+    )
+
+
+def test_compare_separates_test_sets(tmp_path):
+    """Runs on other test images, or other labels for them, get tables and plots of their own."""
+    scores = noisy_scores(0)
+    relabelled = {**scores, "test_labels": 1 - scores["test_labels"]}
+    renamed = {**scores, "test_files": np.char.add(scores["test_files"], ".png")}
+    for name, found in (("a", scores), ("b", scores), ("c", relabelled), ("d", renamed)):
+        write_run(tmp_path / "outputs" / name, scores=found)
+    groups = rows_module.load_entries(tmp_path / "outputs")
+    assert [[e.run.folder.name for e in group] for group in groups] == [["a", "b"], ["c"], ["d"]]
+    done = succeed("compare", "--run", "outputs/a", "outputs/c", cwd=tmp_path)
+    assert [len(t) - 1 for t in tables(done.out) if t[0] == HEADER] == [2, 2]
+    links = re.findall(LINK, done.out)
+    assert len(set(links)) == len(links) == 2 * 7 and all((tmp_path / link).exists() for link in links)
+
+
+# ---------------------------------------------------------------- from images to the report
+
+
+@pytest.mark.parametrize(
+    "damage", ["calibration cut", "scores cut", "calibration of a newer format", "calibration without test"]
+)
+def test_compare_of_damaged_files(own_runs, damage):
+    out = own_runs / "outputs" / "scratch"
+    path = out / ("scores.npz" if damage == "scores cut" else "calibration.json")
+    if damage.endswith("cut"):
+        path.write_bytes(path.read_bytes()[:100])
+    elif damage == "calibration without test":
+        path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "test"}))
+    else:
+        path.write_text(json.dumps({**read_json(path), "format": 99}))
+    refused(cli("compare", cwd=own_runs), "scratch")
+
+
+def test_compare_table(runs):
+    """A row for every run @Rec and @0.5, the figures of calibration.json; then validation beside test."""
+    [[_, *rows]] = [t for t in tables(runs.compared.out) if t[0] == HEADER]
+    [[head, *shift]] = [t for t in tables(runs.compared.out) if {"Recall val", "Recall test"} <= set(t[0])]
+    assert len(rows) == 6
+    for name, word in NAMES.items():
+        results, result = (
+            read_json(runs.out, name, "results.json"),
+            read_json(runs.out, name, "calibration.json"),
+        )
+        for point, mark in (("at_rec", "@Rec"), ("at_0.5", "@0.5")):
+            [row] = [r for r in rows if r[0].endswith(mark) and word in r[0]]
+            assert "[SYNTHETIC]" in row[0]
+            c = result["test"][point]
+            assert float(row[1]) == pytest.approx(results["params"] / 1e6, abs=0.006)
+            assert float(row[2]) == pytest.approx(results["minutes"], abs=0.051)
+            expected = [c[k] for k in ("acc", "precision", "recall", "specificity", "f1", "auroc")]
+            assert [float(v) for v in row[3:9]] == pytest.approx(expected, abs=5.1e-4)
+            assert float(row[9]) == pytest.approx(c["thr"], abs=5.1e-5)
+        [row] = [dict(zip(head, r)) for r in shift if word in r[0] and "@Guar" not in r[0]]
+        for title, key in (("Recall", "recall"), ("Spec", "specificity"), ("AUROC", "auroc")):
+            for split in ("val", "test"):  # an interval may follow the figure
+                found = float(row[f"{title} {split}"].split()[0])
+                assert found == pytest.approx(result[split]["at_rec"][key], abs=5.1e-4)
+
+
+def test_compare_prints_markdown_only(runs):
+    out = runs.compared.out
+    assert out.startswith("# ") and "SYNTHETIC" in out
+    assert "40 images (15 NORMAL, 25 PNEUMONIA)" in out and "recall >= 0.9" in out
+    for line in filter(None, out.splitlines()):
+        assert line[0] in "#|" or re.fullmatch(LINK, line) or (line[-1] in ".:" and len(line.split()) > 5), (
+            line
+        )
+
+
+def test_compare_plots(runs):
+    """Every linked picture is there, opens, and is not blank; the training curve is not that of the
+    histogram."""
+    links = re.findall(LINK, runs.compared.out)
+    assert len(links) >= 5 and len(set(links)) == len(links)
+    seen = set()
+    for link in links:
+        with Image.open(runs.cwd / link) as image:
+            image.load()
+            pixels = np.asarray(image.convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 5 and (pixels < 128).mean() > 0.002, link
+        seen.add(pixels.tobytes())
+    assert len(seen) == len(links)
+    found = {p.resolve() for p in (runs.out / "figures").iterdir()}
+    assert found == {(runs.cwd / link).resolve() for link in links}
+
+
+def test_compare_csv(runs):
+
+    with open(runs.cwd / "table.csv", newline="") as f:
+        header, *rows = csv.reader(f)
+    [table] = [t for t in tables(runs.compared.out) if t[0] == HEADER]
+    assert header == ["Data", *HEADER] and [row[1:] for row in rows] == table[1:]
+
+
+def test_a_seed_trained_twice_counts_once(bench, tmp_path):
+    shutil.copytree(bench / "outputs", tmp_path / "outputs")
+    shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "outputs/scratch")
+    done = cli("compare", cwd=tmp_path)
+    assert done.code == 0 and "mean ± sd of 2 seeds" in done.out and "of 3 seeds" not in done.out
+
+
+def test_report_has_every_section_and_html_stands_alone(bench, tmp_path):
+    """With the mean of the seeds, and their ensemble made by the command that the report names."""
+    shutil.copytree(bench / "outputs", tmp_path / "outputs")
+    [hint] = re.findall("run `python (calibrate.py --ensemble .*?)`", succeed("compare", cwd=tmp_path).out)
+    place = ["--data-dir", bench / "xray", "--cache-dir", bench / "Data/cache", *FLOOR]
+    succeed("calibrate", *hint.split()[1:], *place, cwd=tmp_path)
+    done = succeed("compare", "--html", "report.html", "--csv", "t.csv", cwd=tmp_path)
+    text = done.out
+    for heading in (
+        "What the threshold promises",
+        "95% intervals",
+        "Which model is better",
+        "Are the probabilities right",
+        "Subgroups",
+        "How this was evaluated",
+        "mean ± sd of 2 seeds",
+        "ensemble of 2",
+        "@Guar",
+        "SYNTHETIC",
+    ):
+        assert heading in text, heading
+    a, b = (Run(tmp_path / f"outputs/scratch-seed{i}").scores() for i in range(2))
+    y, aurocs = a["test_labels"], [metrics.roc_auc_score(s["test_labels"], s["test_p1"]) for s in (a, b)]
+    both = metrics.roc_auc_score(y, (a["test_p1"] + b["test_p1"]) / 2)
+    mean_row = next(line for line in text.splitlines() if "mean ± sd of 2 seeds @Rec" in line)
+    assert f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f}" in mean_row
+    [row] = [line for line in tables(text)[0] if "ensemble of 2" in line[0] and line[0].endswith("@Rec")]
+    assert row[8] == f"{both:.3f}"
+    page = Loads((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.found == [] and page.pictures == len(re.findall(LINK, text)) == 6
+    assert (tmp_path / "t.csv").read_text("utf-8").splitlines()[0].startswith("Data,Model,Params (M)")

@@ -1,0 +1,86 @@
+"""Tests of interruption."""
+
+import signal
+import time
+
+import pytest
+
+from tests.shared import REPO, cli, load_pth, popen, read_json, refused, same_tensors, strip_time, succeed
+from training import plan
+
+LONG = ["--epochs", 4, "--batch-size", 4, "--patience", 9, "--no-amp", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, flags, tiny_npz):
+    """The same runs as those interrupted below, left alone: {script: (arguments, run folder)}."""
+    cwd, out = tmp_path_factory.mktemp("uninterrupted"), {}
+    for script, more in (
+        ("train_scratch", []),
+        ("train_pretrained", ["--weights", tiny_npz, "--drop-path", 0.2]),
+    ):
+        argv = [*flags, *LONG, *more, "--out", "run"]
+        succeed(script, *argv[:-1], cwd / script, cwd=cwd)
+        out[script] = argv, cwd / script
+    return out
+
+
+@pytest.mark.parametrize(
+    "script, signum, code",
+    [
+        ("train_scratch", signal.SIGINT, 130),
+        ("train_pretrained", signal.SIGTERM, 143),
+        ("train_pretrained", signal.SIGKILL, -9),
+    ],
+)
+def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, script, signum, code):
+    argv, reference = uninterrupted[script]
+    process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 1/4"):
+            time.sleep(0.02)  # into the second epoch
+            process.send_signal(signum)
+            break
+    process.communicate(timeout=60)
+    err, run = (tmp_path / "stderr.txt").read_text(), tmp_path / "run"
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    state = load_pth(run, "last.pth")["state"]
+    assert 1 <= state["epoch"] < 4 and len(state["history"]) == state["epoch"]
+    if signum != signal.SIGKILL:
+        assert state["step"] > 0
+        command = err.strip().splitlines()[-1].strip()
+        assert command == " ".join(["python", f"{script}.py", *map(str, argv), "--resume"])
+    refused(cli(script, *argv, cwd=tmp_path), "interrupted run", "--resume")
+    succeed(script, *argv, "--resume", cwd=tmp_path)
+    assert same_tensors(load_pth(run, "checkpoint.pth"), load_pth(reference, "checkpoint.pth"))
+    found, expected = read_json(run, "results.json"), read_json(reference, "results.json")
+    assert strip_time(found["history"]) == strip_time(expected["history"]) and len(found["history"]) == 4
+    assert found["best_epoch"] == expected["best_epoch"] and found["finished"]
+
+
+def test_a_stop_while_the_head_is_trained_says_that_nothing_is_saved(flags, tiny_npz, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "fit_head", stopped)
+    done = cli("train_pretrained", *flags, "--weights", tiny_npz, cwd=tmp_path)
+    assert done.code == 130 and "nothing is saved yet" in done.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli("train_scratch", *flags, "--out", "file/run", cwd=tmp_path)
+    refused(done, "--out file/run cannot be written to")
+    assert done.out == "" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_whole_chain_as_processes(flags, tmp_path):
+    """Train, calibrate, compare > results.md, from another folder, with real exit codes and streams."""
+    for script, argv in (("train_scratch", [*flags, "--epochs", 1]), ("calibrate", []), ("compare", [])):
+        process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    assert out.startswith("# ") and "| ViT scratch [SYNTHETIC] @Rec |" in out
+    assert (tmp_path / "outputs/figures/synthetic-roc.png").exists()

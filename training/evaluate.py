@@ -1,0 +1,97 @@
+"""A network that is not being trained: what it makes of images, and a head trained on that.
+
+The other loop, which trains, is in engine.py.
+"""
+
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.console import InputError, Pace, say
+from data import Batches
+from images.split import epoch_order, image_weights
+from training.loss import total_weight
+
+
+@torch.inference_mode()
+def predict(model, subset, inputs, *, output=None, batch_size=64, progress=None):
+    """What `output(model, grey)` gives for every image of a Subset, in order; float32 [N, ...] on the CPU.
+
+    By default the logits, `inputs.logits`. The model is in eval mode meanwhile; no augmentation."""
+    output = output or inputs.logits
+    was_training = model.training
+    model.eval()
+    batches, parts, pace = Batches(subset, inputs), [], Pace()
+    chunks = torch.arange(len(subset)).split(batch_size)
+    hidden = progress is None or not sys.stderr.isatty()
+    for i, index in enumerate(tqdm(chunks, desc=progress, unit="batch", leave=False, disable=hidden)):
+        parts.append(output(model, batches.get(index).x))
+        if progress and hidden:
+            pace.step(i + 1, len(chunks), f"{progress}: {len(index) * (i + 1)} of {len(subset)} images")
+    model.train(was_training)
+    return torch.cat(parts).cpu()
+
+
+def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
+    """Stage 1 of two-stage fine-tuning (Kumar et al. 2022, arXiv:2202.10054): train model.head alone, in
+    place.
+
+    The frozen backbone's features of each image, and of recipe.probe_views views of it that `augment` draws,
+    are computed once, so an epoch costs milliseconds; the result is that of epochs through the frozen
+    backbone, to rounding. Returns the last epoch's mean loss, and the outputs for the images themselves, on
+    the CPU.
+    """
+    started = time.perf_counter()
+    model.to(inputs.device)
+
+    def view(model, grey):
+        return inputs.features(model, augment(grey))
+
+    outputs = [inputs.features] + [view] * recipe.probe_views
+    features = [predict(model, train, inputs, output=o, progress="features") for o in outputs]
+    features = torch.cat(features).to(inputs.device)  # (views * N, D)
+    all_targets, origin = (np.concatenate([v] * len(outputs)) for v in (train.targets, train.sources))
+    weights = torch.from_numpy(image_weights(all_targets, origin, recipe.balance)).to(inputs.device)
+    targets = torch.from_numpy(all_targets).to(inputs.device)
+    decay = recipe.weight_decay if recipe.head_decay is None else recipe.head_decay
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
+    say_stage(model, stage)
+    model.head.train()
+    for epoch in range(stage.epochs):
+        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance, origin)
+        total = 0.0
+        for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
+            y, w = targets[index], weights[index]
+            losses = objective.losses(model.head(features[index]), y) * w
+            loss = losses.sum() / total_weight(objective, y, w)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(index)
+    mean = float(total) / len(order)
+    if not math.isfinite(mean):
+        raise InputError(
+            f"the loss of the head became {mean} at learning rate {stage.lr:g}: try a smaller --head-lr"
+        )
+    seconds = time.perf_counter() - started
+    say(f"head alone, {stage.epochs} epochs on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
+    model.head.eval()
+    with torch.no_grad():
+        return mean, model.head(features[: len(train)]).cpu()
+
+
+def say_stage(model, stage, backbone_lr_scale=1.0):
+    """A line on what a Stage trains, and at what rate."""
+    part = model.head if stage.trains == "head" else model
+    count = sum(p.numel() for p in part.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    rate = f"lr {stage.lr:.1e}"
+    if stage.trains == "all" and backbone_lr_scale != 1:
+        part = "of the stem" if hasattr(model, "stem") else "below the head"
+        rate += f", {part} {stage.lr * backbone_lr_scale:.1e}"
+    what = {"head": "the head alone", "neck": "all but the stem", "all": "everything"}[stage.trains]
+    say(f"stage: {what}, {stage.epochs} epochs, {count:,} of {total:,} parameters, {rate}")

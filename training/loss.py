@@ -1,0 +1,124 @@
+"""A network that is not being trained: what it makes of images, and a head trained on that.
+
+The other loop, which trains, is in engine.py.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from common.console import InputError
+
+
+def total_weight(objective, targets, weights=1.0):
+    """What the losses of a batch, times the images' own `weights` [B], are divided by; above 0 also where no
+    label is known, so that their sum 0 stays 0."""
+    return (objective.weights(targets) * weights).sum().clamp(min=1e-6)
+
+
+WATCHED = ("auroc", "loss", "accuracy")
+
+
+def with_both_classes(truth):
+    """Which columns of int8 [N, F] hold a positive and a negative: bool [F]."""
+    return (truth == 1).any(axis=0) & (truth == 0).any(axis=0)
+
+
+class Supervised:
+    """The loss of a Task; `watched`, one of WATCHED, chooses the best epoch.
+
+    The AUROC is the mean over the findings that have both classes. To the loss of an image come, times
+    `segmentation` and `attention` and the image's weight, the two that a hybrid appends to its logits."""
+
+    def __init__(
+        self,
+        task,
+        class_weights=None,
+        label_smoothing=0.0,
+        watched="auroc",
+        *,
+        focal_gamma=0.0,
+        segmentation=0.0,
+        attention=0.0,
+    ):
+        how = dict(label_smoothing=label_smoothing, focal_gamma=focal_gamma)
+        self.task_losses = partial(task.losses, class_weights=class_weights, **how)
+        self.weights = partial(task.weights, class_weights=class_weights)
+        self.task, self.watched, self.more = task, watched, (segmentation, attention)
+
+    def losses(self, outputs, targets):
+        """The loss of every image: outputs [B, K], of a hybrid in training [B, K + 2] -> tensor [B]."""
+        losses = self.task_losses(outputs[:, : self.task.outputs], targets)
+        for factor, column in zip(self.more, outputs[:, self.task.outputs :].unbind(1)):
+            losses = losses + factor * self.weights(targets) * column
+        return losses
+
+    def imitation(self, outputs, wanted):
+        """How far every image's probabilities are from a teacher's: outputs, and its logits [B, K] -> [B]."""
+        return self.task.imitation(outputs[:, : self.task.outputs], wanted)
+
+    def columns(self, truth, side="val"):
+        """The numbers of the findings whose AUROC exists; none on validation is an InputError."""
+        found = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
+        if len(found) == 0 and side == "val":
+            raise InputError(
+                "in validation no finding is present in one image and absent in another, so no AUROC can be "
+                "watched: give it more images with --fractions, or ask other --findings"
+            )
+        return found
+
+    def watch(self, targets, outputs, side="val"):
+        """Targets [N] or [N, K], outputs [N, K or more] on the CPU -> figures for the history. None where no
+        finding has both classes, which on validation is an InputError."""
+        outputs = outputs[:, : self.task.outputs]
+        truth, scores = self.task.truth(targets), self.task.scores(outputs)
+        aurocs = []
+        for k in self.columns(truth, side):
+            known = truth[:, k] >= 0
+            aurocs.append(roc_auc_score(truth[known, k], scores[known, k]))
+        if self.task.kind == "softmax":
+            right = (np.asarray(outputs).argmax(axis=1) == np.asarray(targets))[np.asarray(targets) >= 0]
+        else:
+            right = ((np.asarray(outputs) > 0) == (np.asarray(targets) == 1))[np.asarray(targets) >= 0]
+        auroc = float(np.mean(aurocs)) if aurocs else None
+        return {f"{side}_auroc": auroc, f"{side}_accuracy": float(right.mean()) if len(right) else None}
+
+    def merit(self, row):
+        """What the best epoch has most of, rounded: figures that rounding errors alone tell apart are equal,
+        and then the earlier epoch is kept."""
+        return round(-row["val_loss"] if self.watched == "loss" else row[f"val_{self.watched}"], 9)
+
+
+class Reconstruction:
+    """The loss that a model without classes computes itself, one value an image; the least on validation is
+    best."""
+
+    @staticmethod
+    def losses(outputs, targets):
+        return outputs[:, 0]
+
+    @staticmethod
+    def weights(targets):
+        return torch.ones(len(targets), device=targets.device)
+
+    @staticmethod
+    def watch(targets, outputs, side="val"):
+        return {}
+
+    @staticmethod
+    def merit(row):
+        return -row["val_loss"]
+
+
+class Segmentation(Reconstruction):
+    """The loss of lungs.LungNet, which computes it itself; the greatest mean Dice on validation is best."""
+
+    @staticmethod
+    def watch(targets, outputs, side="val"):
+        return {f"{side}_dice": float((outputs[:, 1] / outputs[:, 2].clamp(min=1)).mean())}
+
+    @staticmethod
+    def merit(row):
+        return row["val_dice"]

@@ -1,0 +1,280 @@
+"""Images of other hospitals that join training: where --also and --also-unlabelled find them, and what their
+tables say in the words of the first hospital's classes.
+
+Validation and test stay the first hospital's, and so does the choice of epoch and threshold.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.console import InputError, say
+from common.files import sha256
+from common.task import is_healthy
+from data import load, open_index
+from images import twins
+from images.find import Search
+from images.split import cut
+from images.subset import Subset, same_images
+from layouts import tables
+from layouts.folders import list_images
+from layouts.listing import Index
+
+EITHER = "--also or --also-unlabelled"
+
+
+def parse(text):
+    """DIR or DIR:LABELS.csv -> (folder, path of the table or None). InputError if either is not there."""
+    folder, colon, table = text.rpartition(":")
+    if not colon or not table.lower().endswith((".csv", ".tsv", ".txt")):
+        folder, table = text, None
+    if not Path(folder).is_dir():
+        raise InputError(f"{EITHER} {text}: there is no folder {folder}")
+    return Path(folder), tables.find_table(table, folder) if table else None
+
+
+def names(texts):
+    """A name for each source, unique: the last part of its folder, or the whole where two would be alike."""
+    folders = [parse(text)[0].resolve() for text in texts]
+    short = [f.name for f in folders]
+    if len(set(map(str, folders))) < len(folders):
+        raise InputError(f"{EITHER} names a folder twice")
+    return [f.name if short.count(f.name) == 1 else f.as_posix().strip("/") for f in folders]
+
+
+def read(text, config):
+    """(root, Index) of one --also of a DataConfig: class folders DIR/CLASS/, or DIR/train/CLASS/ where there
+    is a train/, or the images of a table.
+
+    InputError where it asks something else than the first hospital."""
+    folder, table = parse(text)
+    if config.task.kind == "sigmoid":
+        if not table:
+            raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
+        return folder, _findings(table, folder, config.classes)
+    if table:
+        return folder, _classes(table, folder, config.classes)
+    if (folder / "train").is_dir():
+        return folder, list_images(folder, "train", config.classes)
+    root = folder.resolve()
+    return root.parent, list_images(root.parent, root.name, config.classes)
+
+
+def load_site(config, folder, labels="", patients=""):
+    """The Subset of another hospital's labelled images, prepared as `config` says: folders of the classes, or
+    the images of a table `labels`, as for --also; `patients`: a table path,patient. InputError where classes
+    or findings are not those of `config`."""
+    if config.task.kind == "sigmoid" and not labels:
+        raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
+    if labels:
+        root, table = Path(folder), tables.find_table(labels, folder)
+        how = _findings if config.task.kind == "sigmoid" else _classes
+        index = how(table, root, config.classes)
+    else:
+        place = Path(folder).resolve()
+        root, index = place.parent, list_images(place.parent, place.name, config.classes)
+    index = index._replace(part=np.full(len(index.files), "site"))
+    if patients:
+        index = tables.read_patients(patients, index, root)
+    subset, kept, _ = load(config, root, index, "site")
+    if kept.unknown:
+        which = "every image counts"
+        if kept.unknown < len(subset):
+            which = f"{kept.unknown} of {len(subset)} images count, each,"
+        say(f"note: {folder}: patients unknown: {which} as a patient of its own; see --patients")
+    return subset
+
+
+def read_unlabelled(text, config):
+    """(root, Index) of one --also-unlabelled: every image under a folder; the targets are unknown."""
+    folder = Path(text)
+    if not folder.is_dir():
+        raise InputError(f"--also-unlabelled {text}: there is no folder {folder}")
+    search = Search()
+    files = [Path(f).relative_to(folder).as_posix() for f in search.walk(folder)]
+    if not files:
+        raise InputError(f"--also-unlabelled {text}: no image there; {search.nothing()}")
+    search.tell(folder)
+    shape = (len(files), config.task.outputs) if config.task.kind == "sigmoid" else len(files)
+    targets = np.full(shape, -1, np.int8 if config.task.kind == "sigmoid" else np.int64)
+    unknown = np.zeros(len(files), dtype=bool)
+    return folder, Index(files, targets, list(files), unknown, np.full(len(files), "", dtype="U5"))
+
+
+def _columns(table, wanted):
+    """{name: the table's own name of that finding} for those of `wanted` that it has, in any case."""
+    there = {name.lower(): name for name in tables.table_findings(table)}
+    return {name: there[name.lower()] for name in wanted if name.lower() in there}
+
+
+def _findings(table, folder, findings):
+    """The Index of a table for a task of findings; what the table does not ask is unknown."""
+    found = _columns(table, findings)
+    if not found:
+        raise InputError(f"{table}: it has none of the findings {', '.join(findings)}")
+    index = tables.read_table(table, folder, tuple(found.values()))
+    targets = np.full((len(index.files), len(findings)), -1, dtype=np.int8)
+    targets[:, [findings.index(name) for name in found]] = index.targets
+    if absent := [name for name in findings if name not in found]:
+        say(f"note: {table} does not ask {', '.join(absent)}: unknown on its images")
+    return index._replace(targets=targets)
+
+
+def _classes(table, folder, classes):
+    """The Index of a table for a task of classes: an image is of the class whose column has a 1, and healthy
+    where every disease is 0 and the table's healthy column, if it has one, does not say otherwise. Images of
+    which the table does not say that are left out, and counted."""
+    found = _columns(table, classes[1:])
+    if absent := [name for name in classes[1:] if name not in found]:
+        raise InputError(
+            f"{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has "
+            f"{', '.join(tables.table_findings(table))}"
+        )
+    healthy = [name for name in tables.table_findings(table) if is_healthy(name) or name == classes[0]][:1]
+    index = tables.read_table(table, folder, (*found.values(), *healthy))
+    diseases = index.targets[:, : len(found)]
+    well = (diseases == 0).all(axis=1)
+    sick = ((diseases == 1).sum(axis=1) == 1) & (diseases >= 0).all(axis=1)
+    if healthy:
+        well &= index.targets[:, -1] == 1
+        sick &= index.targets[:, -1] != 1
+    kept = np.flatnonzero(well | sick)
+    if len(kept) < len(well):
+        out = len(well) - len(kept)
+        say(f"note: {table}: {out} of {len(well)} images are of none of {', '.join(classes)}; left out")
+    number = np.where(sick, 1 + diseases.argmax(axis=1), 0).astype(np.int64)
+    index = index._replace(targets=number).take(kept)
+    for k, name in enumerate(classes):
+        if not (index.targets == k).any():
+            raise InputError(f"{table}: no image is {name}: every class needs some")
+    return index
+
+
+class Joined:
+    """Several arrays of images, or of masks, read as one: the rows of the first, then those of the next."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows):
+        rows = np.asarray(rows)
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        if rows.ndim == 0:
+            return self.parts[which][rows - self.starts[which]]
+        out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
+        for k, part in enumerate(self.parts):
+            here = which == k
+            out[here] = part[rows[here] - self.starts[k]]
+        return out
+
+
+# ---------------------------------------------------------------- joining
+
+
+def join(config, train, val, tell=print):
+    """Add the images of --also and --also-unlabelled to the training Subset -> (train, {name: Subset held
+    out}, JSON description).
+
+    Of every labelled source, validation's share of whole patients is held out; it only tells how the model
+    does there, and chooses nothing. InputError where a source holds an image of `val`, or a file of test."""
+    if not config.also and not config.also_unlabelled:
+        return train, {}, {}
+    everything = [*config.also, *config.also_unlabelled]
+    found, held_out, about = [train], {}, {}
+    home, before = open_index(config)[0], []
+    for number, (name, text) in enumerate(zip(names(everything), everything), 1):
+        labelled = number <= len(config.also)
+        root, index = (read if labelled else read_unlabelled)(text, config)
+        index = index._replace(content=twins.contents(root, index.files))
+        subset, kept, _ = load(config, root, index, "also")
+        refuse_known(config, name, root, subset, val)
+        say_known(name, root, subset, [(config.data_dir, home, train.files), *before])
+        before.append((name, root, subset.files))
+        subset.files, subset.patients = (
+            [f"{name}/{v}" for v in part] for part in (kept.files, kept.patients)
+        )
+        subset.sources = np.full(len(subset), number)
+        proof = sha256([subset.files, subset.targets.tolist()])
+        parts = {"train": subset}
+        if labelled:
+            sides = cut(kept, config.task, True, config.val_share, config.split_seed)
+            parts = {side: subset.take(some) for side, some in zip(("train", "val"), sides)}
+            held_out[name] = parts["val"]
+        found.append(parts["train"])
+        about[name] = {side: len(part) for side, part in parts.items()}
+        about[name] |= {"unknown_patients": kept.unknown, "fingerprint": proof}
+        tell(
+            f"also {name}: "
+            + "; ".join(f"{side} {describe(config, p, labelled)}" for side, p in parts.items())
+        )
+    return concatenated(found), held_out, about
+
+
+def describe(config, subset, labelled):
+    """How many images of which class, or with which finding, as text."""
+    if not labelled:
+        return f"{len(subset)} without labels"
+    if config.task.kind == "softmax":
+        return " + ".join(f"{(subset.targets == k).sum()} {name}" for k, name in enumerate(config.classes))
+    return f"{len(subset)} images"
+
+
+def refuse_known(config, name, root, subset, val):
+    """InputError if a source holds validation images, pixel for pixel, or test images, byte for byte (those
+    are not decoded)."""
+    home, index, _, test, _ = open_index(config)
+    there = index.take(test).files
+    known = same_images(subset, (val,)), twins.same_files(root, subset.files, home, there)
+    for what, files in zip(("validation", "test"), known):
+        if files:
+            some = f"{len(files)} of its images, {', '.join(files[:3])} and so on"
+            raise InputError(
+                f"{EITHER} {name}: {some}, are {what} images of {config.data_dir}: trained on them, a model "
+                "would know the answers"
+            )
+    if pairs := twins.alike(subset, val):
+        say(
+            f"note: also {name}: {len(pairs)} of its images look like validation images of "
+            f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is "
+            "flattered"
+        )
+
+
+def say_known(name, root, subset, others):
+    """A note if images of a source are, byte for byte, images of `others`, [(name, root, files)] that train
+    already."""
+    for other, other_root, files in others:
+        if same := twins.same_files(root, subset.files, other_root, files):
+            say(
+                f"note: also {name}: {len(same)} of its images are images of {other} that train already, "
+                f"such as {same[0]}: they count twice, or are held out though the model knows them"
+            )
+
+
+def look_alikes(config, train, val, test):
+    """{"val_train", "test_train", "test_val": images of one side that look like one of the other}, training
+    images of other hospitals among them; says it where there are any."""
+    try:
+        train = join(config, train, val, lambda line: None)[0]
+    except InputError as error:
+        say(f"note: images of other hospitals are not compared with those of test ({error})")
+    counts, note = twins.count_alike({"train": train, "val": val, "test": test})
+    if note:
+        say(note)
+    return counts
+
+
+def concatenated(subsets):
+    """Subsets one after the other as one, without copying their images."""
+    files, patients = ([v for s in subsets for v in getattr(s, k)] for k in ("files", "patients"))
+    targets, levels, origin = (
+        np.concatenate([getattr(s, k) for s in subsets]) for k in ("targets", "levels", "sources")
+    )
+    images = Joined([s.images for s in subsets])
+    rows = np.concatenate([s.rows + start for s, start in zip(subsets, images.starts)])
+    masks = None if subsets[0].masks is None else Joined([s.masks for s in subsets])
+    return Subset(files, targets, images, rows, patients=patients, levels=levels, masks=masks, sources=origin)

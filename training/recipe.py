@@ -1,0 +1,292 @@
+"""What a result depends on beside the data: the flags of training, results.json and the check of --resume all
+come from the fields of Recipe."""
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+from common.cli import COUNT, SEED, Number, Parser, add_flags, flag
+from common.console import InputError
+from common.device import add_device_argument
+from images.augment import add_augment_argument, parse_augment, parse_randaugment
+from images.split import BALANCES
+from records.track import add_track_argument
+from training.loss import WATCHED
+
+RATE = Number(float, 0, 1e38, above=True)
+BELOW_ONE = Number(float, 0, 1, below=True)
+STEPS = Number(int, 0, 2**31)
+SCHEDULES = ("cosine", "constant", "plateau")
+THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before
+
+
+class Stage(NamedTuple):
+    """A part of training. trains: "head", "neck" (all but the stem of a hybrid) or "all"; epochs; lr: peak
+    learning rate."""
+
+    trains: str
+    epochs: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of training. Fields without help are part of a recipe but no flag of their own."""
+
+    epochs: int = flag(
+        15, "passes over the training images; 0: none after --freeze-epochs", Number(int, 0, 2**31), "N"
+    )
+    batch_size: int = flag(32, "images a step, over all processes", COUNT, "N")
+    accumulate: int = flag(
+        1,
+        "run each step in N parts, for less memory: the same step to rounding, but for what a model with "
+        "dropout, stochastic depth or left-out patches draws itself",
+        COUNT,
+        "N",
+    )
+    lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
+    weight_decay: float = flag(
+        0.05, "of AdamW; not on biases, norms, [CLS], positions", Number(float, 0, 100), "X"
+    )
+    schedule: str = flag(
+        "cosine",
+        "of the learning rate after the warm-up; plateau: halved when nothing gets better",
+        SCHEDULES,
+    )
+    min_lr: float = 0.0  # where cosine ends
+    backbone_lr_scale: float = flag(
+        1.0, "learning rate of all but the head and a hybrid's neck, times this", RATE, "X"
+    )
+    layer_decay: float = flag(
+        1.0,
+        "learning rate of each layer, as a share of the next one's, in (0, 1]",
+        Number(float, 0, 1, True),
+        "X",
+    )
+    warmup_epochs: float = 1.0
+    clip: float = 1.0
+    watch: str = flag(
+        "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
+    )
+    stop_on: str = "best"  # what patience waits for: a new best epoch, or a lower validation "loss"
+    patience: int = flag(
+        5,
+        "stop after N epochs without a better one (of train_cnn.py: without a lower validation loss)",
+        COUNT,
+        "N",
+    )
+    max_steps: int = flag(
+        None,
+        "stop after this many steps (those of --freeze-epochs are not counted)",
+        Number(int, 1, 2**31),
+        "N",
+    )
+    ema: float = flag(
+        0.0,
+        "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1), "
+        "reached from 1/10 on; 0: the weights themselves",
+        BELOW_ONE,
+        "X",
+    )
+    loss: str = flag("ce", "cross-entropy, or focal loss", ("ce", "focal"))
+    focal_gamma: float = flag(2.0, "exponent of the focal loss", Number(float, 0, 100), "X")
+    mixup: float = flag(0.0, "MixUp of batches, alpha; 0: none", Number(float, 0, 100), "A")
+    cutmix: float = flag(0.0, "CutMix of batches, alpha; 0: none", Number(float, 0, 100), "A")
+    randaugment: str = flag(
+        "", "after --augment: N random changes of magnitude M, 0 to 30", parse_randaugment, "N,M"
+    )
+    label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
+    balance: str = flag(
+        "weights",
+        "rare classes: weigh the loss by inverse frequency, sample every class alike, or as many images of "
+        "each as of the rarest, drawn anew in every epoch or once; sources: each class of each --also alike",
+        BALANCES,
+    )
+    patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
+    drop_path: float = flag(0.0, "stochastic depth of the last block, in [0, 1)", BELOW_ONE, "X")
+    drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
+    freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
+    head_lr: float = flag(1e-3, "learning rate of that stage", RATE, "X")
+    head_decay: float = None  # weight decay of that stage; None: weight_decay
+    probe_views: int = flag(
+        0, "in that stage, augmented views of each image beside itself", Number(int, 0, 1000), "N"
+    )
+    frozen_epochs: int = flag(
+        0,
+        "of --epochs, the first N train all but the stem; then everything, at a fifth of the rate",
+        Number(int, 0, 2**20),
+        "N",
+    )
+    seg_weight: float = flag(0.0, "weight of the loss of the predicted lung mask", Number(float, 0, 1e6), "W")
+    attention_weight: float = flag(
+        0.0, "weight of the attention paid to other things than lungs", Number(float, 0, 1e6), "W"
+    )
+    teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher", Number(float, 0, 1), "W")
+    teacher_features: float = flag(
+        0.0, "weight of the loss that imitates its features, too", Number(float, 0, 1e6), "W"
+    )
+    mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
+    seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
+
+    @property
+    def stages(self):
+        """The stages of training, in order."""
+        head = [Stage("head", self.freeze_epochs, self.head_lr)] if self.freeze_epochs else []
+        if not self.frozen_epochs:
+            return [*head, Stage("all", self.epochs, self.lr)]
+        frozen = min(self.epochs, self.frozen_epochs)
+        rest = [Stage("all", self.epochs - frozen, self.lr * THAWED)] if self.epochs > frozen else []
+        return [*head, Stage("neck", frozen, self.lr), *rest]
+
+
+SUPERVISED = (
+    "layer_decay",
+    "backbone_lr_scale",
+    "loss",
+    "focal_gamma",
+    "mixup",
+    "cutmix",
+    "randaugment",
+    "watch",
+    "patience",
+    "label_smoothing",
+    "balance",
+    "patch_drop",
+    "drop_path",
+    "drop_rate",
+)
+TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
+MASKED = ("mask_ratio",)
+TAUGHT = ("teacher_weight", "teacher_features")
+HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
+
+
+class Defaults(NamedTuple):
+    """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment":
+    text}}, the first of which is meant unless --recipe names another; `unused`, the fields of Recipe that it
+    has no use for."""
+
+    out: str
+    recipes: dict
+    unused: tuple = ()
+
+
+def add_arguments(parser, defaults):
+    """The flags of training that all arms share."""
+    first = next(iter(defaults.recipes))
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe",
+        choices=tuple(defaults.recipes),
+        default=first,
+        help="which defaults: those chosen in EXPERIMENTS.md (default)"
+        + (", or the plain ones of earlier work (paper)" if "paper" in defaults.recipes else ""),
+    )
+    add_augment_argument(group, "plain")
+    group = parser.add_argument_group("optimisation")
+    add_flags(group, Recipe, leave_out=(*defaults.unused, "seed", "max_steps"))
+    group = add_run_arguments(parser, defaults.out)
+    add_flags(
+        group, Recipe, leave_out=[f.name for f in fields(Recipe) if f.name not in ("seed", "max_steps")]
+    )
+    group.add_argument(
+        "--seeds",
+        type=SEED,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="one run a seed, in OUT-seedN; compare.py reports their mean and spread",
+    )
+    group.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="bf16 autocast (default: where the device does it fast)",
+    )
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    add_device_argument(group)
+
+
+def add_run_arguments(parser, out):
+    """--out, --overwrite and --track; returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--out",
+        default=None,
+        metavar="DIR",
+        help=f"run folder (default: {out}, with -demo appended for --demo)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    add_track_argument(group)
+    parser.set_defaults(default_out=out, resume=False)
+    return group
+
+
+def parse(parser, defaults, argv=None):
+    """The command line -> (args, Recipe, Augment). The named recipe gives the defaults; a flag given by hand
+    wins.
+
+    InputError if a value is out of range, or seeds are given twice."""
+    early = Parser(None, add_help=False)  # so that --help shows the defaults of the recipe that is named
+    early.add_argument("--recipe", default=None)
+    name = early.parse_known_args(argv)[0].recipe
+    chosen = defaults.recipes.get(name) or next(iter(defaults.recipes.values()))
+    flags = {f.name for f in fields(Recipe)} | {"augment"}
+    parser.set_defaults(**{k: v for k, v in chosen.items() if k in flags})
+    args = parser.parse_args(argv)
+    values = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    if args.seeds is not None and (len(set(args.seeds)) < len(args.seeds) or args.seed):
+        raise InputError("give each seed once, by --seeds or by --seed")
+    if not values["epochs"] and not values.get("freeze_epochs"):
+        raise InputError(
+            "--epochs 0 trains nothing"
+            + (": give --freeze-epochs for a linear probe" if "freeze_epochs" in values else "")
+        )
+    fixed = {k: v for k, v in chosen.items() if k in flags and not hasattr(args, k)}  # no flag of their own
+    return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
+
+
+def to_json(recipe, augment, amp, unused=()):
+    """The "recipe" of a results.json: the fields the script uses, those of the augmentation, and bf16."""
+    values = {k: v for k, v in asdict(recipe).items() if k not in unused}
+    return {**values, **asdict(augment), "amp": amp}
+
+
+# What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
+CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
+IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
+IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
+
+
+def differences(old, new):
+    """What differs between the settings of a run and those of the command that would resume it: list of text.
+
+    Values that the older version of a run did not record are not compared."""
+    found = []
+    for key in CHECKED:
+        if key not in new and key in old:
+            found.append(f"{key}: was given, now it is not")
+        elif key in new and key not in old:
+            found.append(f"{key}: was not given, now it is")
+        elif key in new and isinstance(new[key], dict):
+            for name, value in new[key].items():
+                ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
+                if name in old[key] and not ignored:
+                    before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
+                    if before != now:
+                        found.append(f"{key}.{name}: was {_short(before)}, now {_short(now)}")
+        elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
+            found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
+    return found
+
+
+def _short(value):
+    """A value as text, of a checksum its beginning."""
+    checksum = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]!r}..." if checksum else repr(value)
+
+
+def _same_proof(old, new):
+    """Whether both name a file's checksum, which tells more than its path."""
+    return any(k in old and k in new for k in ("sha256", "checkpoint"))

@@ -1,0 +1,165 @@
+"""What a run that another starts from, or learns from, has seen: nothing of it may be held out here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common.console import InputError, say
+from common.files import sha256
+from data import load, load_train_val, open_index
+from images import twins
+from images.split import cut
+from images.subset import same_images
+from layouts import tables
+from training import other_hospitals
+
+# What decides which images validate and test, and the flag of each.
+DECIDES = {
+    "data_dir": "--data-dir",
+    "labels": "--labels",
+    "patients": "--patients",
+    "classes": "--findings",
+    "split": "--split",
+    "split_seed": "--split-seed",
+    "fractions": "--fractions",
+    "skip_bad": "--skip-bad",
+    "undersample": "--balance undersample-once",
+}
+
+
+def refuse_known(flag, run, config, sides, split, held_out):
+    """InputError where `run`, named by `flag`, or a run that it was made from, may have learnt from images
+    that are held out here: its training and validation images are not those of `sides`, the Subsets (train,
+    val) of the first hospital, or its other sources hold images of validation, test, or `held_out`.
+
+    config: the DataConfig here; split: its description; held_out: {name: Subset} of --also."""
+    for name, other in [(str(run), run), *run.forebears()]:
+        title = f"{flag} {run}" + ("" if other is run else f": {name}, from which it was made,")
+        if other is None:
+            say(f"note: {title} is not there any more: whether it saw images held out here is not known")
+            continue
+        if not _same_split(other, config, sides, split):
+            raise InputError(_other_split(flag, title, other, config, split))
+        _refuse_other_pictures(title, other, config, sides)
+        _refuse_other_sources(title, other, config, sides[1], split, held_out)
+
+
+# ---------------------------------------------------------------- the split
+
+
+def _same_split(other, config, sides, split):
+    """Whether a run was trained and validated on the files of `sides`, proved by the checksum that it keeps.
+
+    That of a table holds the findings, too; where others were asked, it is computed for those."""
+    kept = other.results["split"]["fingerprint"]
+    if kept == split["fingerprint"]:
+        return True
+    there = other.config
+    if not (config.labels and there.labels) or there.classes == config.classes:
+        return False
+    index = tables.read_table(config.labels, Path(config.data_dir), there.classes)
+    targets = dict(zip(index.files, index.targets.tolist()))
+    if not all(file in targets for side in sides for file in side.files):
+        return False
+    return kept == sha256([there.classes, [sorted((f, targets[f]) for f in side.files) for side in sides]])
+
+
+def _other_split(flag, title, other, config, split):
+    """The message on a run with another split: what differs, and what to do."""
+    there, kept = other.config, other.results["split"]
+    differ = [k for k in DECIDES if getattr(there, k) != getattr(config, k)]
+    if config.labels == there.labels == "":
+        differ = [k for k in differ if k != "classes"]
+    listed = "; ".join(f"{DECIDES[k]} {_text(there, k)}, here {_text(config, k)}" for k in differ)
+    if not listed:
+        listed = (
+            f"the files or labels have changed since: {kept['train']} + {kept['val']} images then, "
+            f"{split['train']} + {split['val']} now"
+        )
+    again = "pretrain_mae.py" if flag == "--init" else "the teacher"
+    advice = f"run {again} again with the settings of this run, or give this run those"
+    if "undersample" in differ and config.undersample and flag == "--init":
+        advice = "leave out --balance undersample-once here: the encoder saw no balanced set"
+    return (
+        f"{title} was trained on another split of these images ({listed}): validation and test here may "
+        f"hold some that it learnt; {advice}"
+    )
+
+
+def _text(config, name):
+    """A setting as text."""
+    value = getattr(config, name)
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "as usual"
+    return str(value) or "none"
+
+
+def _refuse_other_pictures(title, other, config, sides):
+    """InputError where a run's data folder is another one, in which files of the same names hold other
+    pictures."""
+    there = other.config
+    if Path(there.data_dir).resolve() == Path(config.data_dir).resolve():
+        return
+    if not Path(there.data_dir).is_dir():
+        say(
+            f"note: {title} was trained on {there.data_dir}, which is not there any more; its files have the "
+            "names of those here and are taken for the same"
+        )
+        return
+    theirs = load_train_val(_seen_here(there, config), lambda line: None)[:2]
+    for theirs_side, side in zip(theirs, sides):
+        alike = len(same_images(theirs_side, (side,)))
+        if alike < len(theirs_side):
+            raise InputError(
+                f"{title} was trained on {there.data_dir}, where {len(theirs_side) - alike} files hold other "
+                f"pictures than those of the same names in {config.data_dir}, perhaps ones that validate or "
+                "test here: train it again with this --data-dir"
+            )
+
+
+def _seen_here(there, config, **changes):
+    """The DataConfig of a run with pictures prepared as here, and without masks of the lungs."""
+    how = dict(img_size=config.img_size, resize=config.resize, cache_dir=config.cache_dir)
+    return replace(there, **how, input="full", reads_lungs=False, **changes)
+
+
+# ---------------------------------------------------------------- other hospitals
+
+
+def _refuse_other_sources(title, other, config, val, split, held_out):
+    """InputError where a run's --also or --also-unlabelled hold images of validation, test or `held_out`."""
+    there = other.config
+    same = other.results["split"].get("also", {}) == split.get("also", {})
+    if same and there.split_seed == config.split_seed:
+        return  # the same files, cut alike, which were compared with validation and test already
+    settings = _seen_here(there, config, data_dir=config.data_dir, labels=config.labels)
+    home, index, _, test, _ = open_index(config)
+    test_files = index.take(test).files
+    for text in (*there.also, *there.also_unlabelled):
+        folder = text if text in there.also_unlabelled else text.partition(":")[0]
+        if not Path(folder).is_dir():
+            say(f"note: {title} also learnt from {folder}, which is not there any more: it is not compared")
+            continue
+        root, learnt = _learnt(text, text in there.also, settings)
+        known = {f"held out of {name} here": same_images(learnt, (s,)) for name, s in held_out.items()}
+        known["validation images here"] = same_images(learnt, (val,))
+        known["test images here"] = twins.same_files(root, learnt.files, home, test_files)
+        for what, files in known.items():
+            if files:
+                raise InputError(
+                    f"{title} also learnt from {folder}: {len(files)} of its images, "
+                    f"{', '.join(files[:3])} and so on, are {what}; train it without them, or name other "
+                    "images here"
+                )
+
+
+def _learnt(text, labelled, settings):
+    """(root, Subset) of what a run with these settings learnt from one of its sources."""
+    read = other_hospitals.read if labelled else other_hospitals.read_unlabelled
+    root, index = read(text, settings)
+    subset, kept, _ = load(settings, root, index, "also")
+    if not labelled:
+        return root, subset
+    train, _ = cut(kept, settings.task, True, settings.val_share, settings.split_seed)
+    return root, subset.take(np.asarray(train))
