@@ -1,4 +1,4 @@
-"""What every script shares: one error type, one way to write a file, one way to start and stop."""
+"""Command lines: the parser of every script, types of numbers, and flags made from a dataclass."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,6 @@
-"""What every script shares: one error type, one way to write a file, one way to start and stop."""
+"""What a command says and how it ends: errors of one line, notes on stderr, the pace of long work, exit
+codes.
+"""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""What every script shares: one error type, one way to write a file, one way to start and stop."""
+"""One way to read and write files: whole or not at all, JSON with a format number, checksums."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""The scripts of this folder: which flags each has, and which one makes a run."""
+"""The scripts at the root: which flags each has, and which one makes a run."""
 
 from common.prelude import ROOT
 

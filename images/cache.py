@@ -1,12 +1,7 @@
-"""From an image file to grey uint8 pixels: decoding, orientation, grey range, the cache of decoded images.
+"""A set of images as one uint8 array on disk, decoded once.
 
-JPEG, PNG, TIFF, BMP and WebP are read by Pillow, DICOM by dicom.py; what a file is, its first bytes tell, not
-its name. Whatever is wrong with a file, reading it raises OSError with the reason and nothing else, so that
-one bad file never stops work on the others.
-
-Files of 8 bits keep their grey values. Above 8 bits (PNG, TIFF, DICOM, whole numbers or floats) the 0.5 and
-the 99.5 percentile of the pixels that are no padding become black and white; padding becomes black. So
-neither the depth of a file nor a single bright marker decides how bright the picture is.
+The cache is read as a memory map. It is rebuilt where a file of the set has changed, or where decoding has
+(CACHE_VERSION).
 """
 
 import itertools

@@ -1,12 +1,4 @@
-"""Images on disk -> train/validation/test -> one grey uint8 array -> batches on the device.
-
-Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
-pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
-
-    python data.py --statistics DIR
-
-prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
-"""
+"""What results.json says of a split: counts, patients on two sides, where test comes from."""
 
 from pathlib import Path
 

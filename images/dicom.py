@@ -2,7 +2,7 @@
 dense = bright.
 
 Values that a file leaves empty or that cannot be (a rescale slope of 0, a window without width) are ignored.
-pydicom is imported where the first file is read. Anything may be raised on a damaged file; images.py turns it
+pydicom is imported where the first file is read. Anything may be raised on a damaged file; decode.py turns it
 into OSError.
 """
 

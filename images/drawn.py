@@ -1,4 +1,4 @@
-"""Data for a first try: a small set of drawn radiographs, and the download of the real one."""
+"""A small set of drawn radiographs, for --demo and for tests."""
 
 import json
 import os

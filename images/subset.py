@@ -1,11 +1,5 @@
-"""Images on disk -> train/validation/test -> one grey uint8 array -> batches on the device.
-
-Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
-pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
-
-    python data.py --statistics DIR
-
-prints mean and standard deviation of the training pixels, what --mean auto --std auto take.
+"""A side of the data (Subset): files, labels, patients and pixels, side by side; and what is told from pixels
+alone.
 """
 
 import hashlib

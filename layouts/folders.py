@@ -1,6 +1,4 @@
-"""Which images there are, what is asked of them, and whose they are. Here from class folders; tables.py reads
-tables. No image is decoded.
-"""
+"""Labels from class folders, DIR/{train,val,test}/CLASS/ -> Index. No image is decoded."""
 
 import contextlib
 import itertools

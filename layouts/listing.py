@@ -1,6 +1,4 @@
-"""Which images there are, what is asked of them, and whose they are. Here from class folders; tables.py reads
-tables. No image is decoded.
-"""
+"""The Index of images that every reader of labels returns, and what file names tell: patient and class."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the cells of a table say of an image, in NIH's layout and in the plain one. No files."""
+"""What the cells of NIH's table say of an image: findings joined by | in one column. No files."""
 
 import re
 from functools import cache

@@ -1,4 +1,4 @@
-"""What the cells of a table say of an image, in NIH's layout and in the plain one. No files."""
+"""What the cells of a plain table say of an image: a column a finding, 1, 0, -1 or empty. No files."""
 
 import re
 

@@ -1,5 +1,6 @@
-"""Where the lungs lie in a chest radiograph, by a small U-Net or by an unsupervised heuristic, and what of an
-image a model is shown."""
+"""What of an image a model is shown: the lungs' box, the lungs, or everything but them. And a heuristic that
+finds lungs without a network.
+"""
 
 import numpy as np
 import torch

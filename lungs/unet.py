@@ -1,5 +1,4 @@
-"""Where the lungs lie in a chest radiograph, by a small U-Net or by an unsupervised heuristic, and what of an
-image a model is shown."""
+"""A small U-Net that finds the lungs in a chest radiograph."""
 
 import math
 import re

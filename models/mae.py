@@ -1,8 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), with timm's state-dict names.
-
-Conv patch embedding, [CLS], learnable 1-D position embedding, pre-LN blocks, exact GELU and
-stochastic depth (Huang et al. 2016, arXiv:1603.09382). No data and no files here.
-"""
+"""The masked autoencoder (He et al. 2021, arXiv:2111.06377) that pretrain_mae.py trains."""
 
 import torch
 import torch.nn.functional as F

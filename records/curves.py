@@ -1,6 +1,6 @@
-"""The pictures of the report. No torch.
+"""Training curves as a picture, and the panels, colours and labels that all pictures share. No torch.
 
-A drawing function takes Entries and returns (figure, caption). `label` makes any name safe for matplotlib.
+`label` makes any name safe for matplotlib.
 """
 
 import textwrap

@@ -1,7 +1,6 @@
 """The pictures of the report. No torch.
 
-A drawing function takes Entries and returns (figure, caption). `label` makes any name safe for matplotlib.
-"""
+A drawing function takes Entries and returns (figure, caption)."""
 
 import itertools
 from pathlib import Path

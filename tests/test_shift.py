@@ -1,4 +1,4 @@
-"""Tests of shift: distances against scikit-learn, false alarms by simulation; tests/test_shares.py has the tests
+"""Tests of shift: distances against scikit-learn, false alarms by simulation; test_shares.py has the tests
 under another share of sick people."""
 
 import csv

@@ -1,6 +1,6 @@
 """A network that is not being trained: what it makes of images, and a head trained on that.
 
-The other loop, which trains, is in engine.py.
+The loop that trains is in loop.py.
 """
 
 import math

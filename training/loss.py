@@ -1,6 +1,4 @@
-"""A network that is not being trained: what it makes of images, and a head trained on that.
-
-The other loop, which trains, is in engine.py.
+"""What is minimised: the loss of labelled images, of reconstruction and of segmentation, and what is watched.
 """
 
 from functools import partial
