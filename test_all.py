@@ -1,9 +1,9 @@
 """All tests of the project: pytest test_all.py (a few minutes on two cores; needs no data and no network).
 
 They live in tests/, one file a room; `pytest tests/test_vit.py` runs one of them. This file gathers them, so
-that one command runs all. Expected values come from brute force, closed form, counts by hand, or an independent
-library (timm, scipy, scikit-learn, torchvision, PIL), never from recorded output. Tests on real files skip
-where ../shared is absent.
+that one command runs all. Expected values come from brute force, closed form, counts by hand, or an
+independent library (timm, scipy, scikit-learn, torchvision, PIL), never from recorded output. Tests on real
+files skip where ../shared is absent.
 """
 
 import importlib

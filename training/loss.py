@@ -1,5 +1,4 @@
-"""What is minimised: the loss of labelled images, of reconstruction and of segmentation, and what is watched.
-"""
+"""What is minimised: the loss of labelled images, of reconstruction and of segmentation."""
 
 from functools import partial
 
