@@ -179,7 +179,7 @@ def add_arguments(parser, defaults):
         "--recipe",
         choices=tuple(defaults.recipes),
         default=first,
-        help="which defaults: those chosen in docs/EXPERIMENTS.md (default)"
+        help="which defaults: those chosen in EXPERIMENTS.md (default)"
         + (", or the plain ones of earlier work (paper)" if "paper" in defaults.recipes else ""),
     )
     add_augment_argument(group, "plain")
