@@ -157,6 +157,8 @@ def script_call(words):
     places = [number for number, word in enumerate(words) if word.endswith(".py")]
     if words[1:2] == ["-m"] or not places:
         return None
+    if PLACEHOLDER.fullmatch(words[places[0]].removesuffix(".py")):  # python SCRIPT.py: any of them
+        return None
     return words[places[0]], words[places[0] + 1 :]
 
 
@@ -238,7 +240,8 @@ def test_right_commands_pass():
         "```bash\npython train_scratch.py --epochs N --split SPLIT --seeds 0 1 2 ...  # it's a comment --x\n"
         "python train_scratch.py --data-dir ...\n"
         "OMP_NUM_THREADS=1 python predict.py FOLDER > scores.csv | tee --no-such-flag\n"
-        "python -m pip install --upgrade pip\n```\n`pytest --nothing` and `python data.py --statistics DIR`"
+        "python -m pip install --upgrade pip\n```\n`pytest --nothing`, `python SCRIPT.py --x`, "
+        "`python data.py --statistics DIR`"
     )
     assert wrong_commands(text) == []
 
