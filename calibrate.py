@@ -35,7 +35,7 @@ from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, say, start
 from common.device import add_device_argument, pick_device
 from common.files import FORMAT, SCALED, sha256
-from data import load_test, load_train_val
+from data import load_test, load_train_val, refuse_other_images
 from images.subset import pixel_fingerprint
 from layouts.tables import find_table
 from metrics import temperature_limit
@@ -72,17 +72,7 @@ class Sets:
             train, val, split = load_train_val(config, self.tell)
             self.loaded[config] = (train, val, load_test(config)), split["fingerprint"]
         sets, found = self.loaded[config]
-        if found != fingerprint:
-            patients = ""
-            if config.patients and config.split in ("patient", "pooled"):
-                patients = (
-                    f"; {config.patients} decides who is on which side, so give the table of the training"
-                )
-            raise InputError(
-                f"the images in {config.data_dir} are not those the run was trained on "
-                f"(the split's fingerprint differs): point --data-dir at the same files{patients}, or train "
-                "again if they are the same: copies of a file are kept on one side now"
-            )
+        refuse_other_images(config, found, fingerprint, "the run")
         return sets
 
     def alike(self, config):

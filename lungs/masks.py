@@ -146,6 +146,17 @@ def _make(path, key, source, found, files, title):
     return seal(path, {"key": key, "plausible": count})
 
 
+def of_images(config, decoded, files, title):
+    """The packed masks of Decoded images, as a DataConfig asks for them: see load_masks. `title`: what images
+    these are. InputError where masks from a file do not fit how the images are resized."""
+    if holds_masks(config.lungs) and config.resize != "squash":
+        raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
+    fate = "these are left out" if config.input == "pair" else "these are shown as they are"
+    if config.reads_lungs:
+        fate += ", cut in the middle where left and right are read apart"
+    return load_masks(config.lungs, decoded, files, title, config.lungs_sha256, fate)
+
+
 def finder_of(config, device="cpu"):
     """The Finder that a run's DataConfig asks for; None where no masks are needed."""
     if not config.needs_lungs:

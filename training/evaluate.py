@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from common.console import InputError, Pace, say
-from data import Batches
 from images.split import epoch_order, image_weights
+from models.batches import Batches
 from training.loss import total_weight
 
 

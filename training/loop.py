@@ -14,8 +14,8 @@ from tqdm import tqdm
 from common.console import InputError, Interrupted, Pace, command_line, say, tell
 from common.device import device_name, gather, processes, stop_requests, versions
 from common.files import FORMAT
-from data import Batches
 from images.split import epoch_order
+from models.batches import Batches
 from records.track import Tracker
 from training.evaluate import predict, say_stage
 from training.optimiser import WarmAverage, learning_rate, parameter_groups, plateau_factor
