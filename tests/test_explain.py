@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import explain
+from common import console
 from common.console import InputError, Pace
 from common.files import write_json
 from common.task import Answer
@@ -460,13 +461,13 @@ def test_reports_of_older_versions_stand_until_their_split_is_explained_again(sc
 
 
 def test_tests_of_maps_say_how_far_they_are(monkeypatch, capsys):
-    """Every step is counted, and there are as many as were announced; without a name it is silent."""
-    monkeypatch.setattr(maps, "Pace", lambda: Pace(every=-1))
+    """Every step is counted, and there are as many as were announced; without a title it is silent."""
+    monkeypatch.setattr(console, "Pace", lambda: Pace(every=-1))
     lungs, grey = np.ones((20, 32, 32), bool), torch.rand(20, 1, 32, 32)
-    maps.faithfulness(tiny_vit(), PLAIN, grey, lungs, ["rollout", "gradcam"], progress="tests")
+    maps.faithfulness(tiny_vit(), PLAIN, grey, lungs, ["rollout", "gradcam"], title="tests")
     lines = capsys.readouterr().err.splitlines()
-    counts = [re.match(r"tests: (\d+) of (\d+) steps: ", line).groups() for line in lines]
-    total = 2 + 2 * 4  # parts of 16 images; for each method the head, two blocks and the patches
-    assert counts == [(str(i + 1), str(total)) for i in range(total)]
+    counts = [re.match(r"tests(?:, .+)?: (\d+) of (\d+) (images|models): ", line).groups() for line in lines]
+    redrawn = [(str(i + 1), "4", "models") for i in range(4)]  # the head, two blocks and the patches
+    assert counts == [("16", "20", "images"), ("20", "20", "images"), *redrawn, *redrawn]
     maps.faithfulness(tiny_vit(), PLAIN, grey[:2], lungs[:2], ["rollout"])
     assert capsys.readouterr().err == ""

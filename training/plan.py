@@ -247,7 +247,7 @@ def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encode
             except KeyboardInterrupt:
                 text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
                 raise Interrupted(text, signal.SIGINT) from None
-            loop.state["head_seconds"] = time.perf_counter() - started
+            loop.progress.head_seconds = time.perf_counter() - started
             if not recipe.epochs:
                 loop.keep_head(loss, outputs, stage)
     if recipe.freeze_epochs and recipe.epochs:
