@@ -2,11 +2,12 @@
 
 In the order to read them:
 
-    inputs.py       scaling, precision, views
-    build.py        from a config to a model
-    cnn.py          timm's convolutional networks
-    hybrid.py       left and right lung, read apart
-    mae.py          the masked autoencoder
-    state_names.py  other people's names of weights
-    maps.py         where a ViT looked
+    inputs.py        scaling, precision, views
+    build.py         from a config to a model
+    cnn.py           timm's convolutional networks
+    hybrid.py        left and right lung, read apart
+    mae.py           the masked autoencoder
+    state_names.py   other people's names of weights
+    maps.py          where a ViT looked
+    map_pictures.py  the maps drawn
 """
