@@ -239,7 +239,8 @@ class VisionTransformer(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim * (2 if readout == "cls+mean" else 1), num_classes)
+        read_tokens = 2 if readout == "cls+mean" else 1
+        self.head = nn.Linear(embed_dim * read_tokens, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self):
