@@ -85,14 +85,15 @@ def watched(model, task, inputs, parts, others):
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, recipe.EVERYDAY)
     add_arguments(parser)
+    group = parser.add_argument_group("recipe")
     penalty = Number(float, 1e-12, 1e12)
-    parser.add_argument(
+    group.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"
     )
-    about = "rare classes, as in the other training scripts; there are no epochs to draw anew in"
-    parser.add_argument("--balance", choices=BALANCES, default="none", help=about)
+    about = "rare classes, as in the other training scripts"
+    group.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     run = plan.run_from_args(args)
