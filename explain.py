@@ -14,7 +14,7 @@ that are rightly called --target.
 draws image files instead, to RUN/explain/, without tests, of a folder all that are in it. A file that cannot
 be read is named and makes the exit code 2; the others are drawn all the same.
 
-How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
+How maps are made is in models/maps.py. A map shows what moved the score, not where the disease is.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -24,15 +24,13 @@ import os
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
-from common.files import FORMAT, atomic_path, write_json
+from common.files import FORMAT, write_json
 from data import load_split
 from images.decode import read_image
 from images.find import Search
@@ -43,11 +41,9 @@ from lungs import show
 from lungs.show import plausible
 from models import maps
 from models.inputs import Inputs
+from models.map_pictures import draw, picture_names
 from records.run import Run
 from training.evaluate import predict
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 SPLITS = {"val": "validation", "test": "test"}
 
@@ -152,9 +148,6 @@ class Explainer:
         return path
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def pick(y, p, threshold):
     """Images for the sheet, [(title, index)]: the most confident and borderline of each outcome there is."""
     rows = []
@@ -171,64 +164,6 @@ def pick(y, p, threshold):
             if len(far) > 1:
                 rows.append((f"{title}, most borderline", far[0]))
     return rows
-
-
-def picture_names(files):
-    """A file name for the picture of each image: its stem, with -2, -3, ... where that is taken already.
-
-    Upper and lower case count as the same, as they do on some systems; sheet.png is taken."""
-    taken, names = {"sheet"}, []
-    for stem in (Path(file).stem for file in files):
-        tries = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        names.append(next(name for name in tries if name.casefold() not in taken))
-        taken.add(names[-1].casefold())
-    return [f"{name}.png" for name in names]
-
-
-def draw(path, rows, methods, title):
-    """Write `rows` (see Explainer.row) as a PNG: each image, its maps, and the first map laid over the image
-    and the outline of the lungs.
-
-    methods: names of the maps. Text is drawn as it is: a dollar sign begins no formula."""
-    lines, columns = len(rows), 2 + len(methods)
-    with plt.rc_context({"text.parse_math": False}):
-        size = (2.6 * columns + 0.8, 2.75 * lines + 0.8)
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]}, lungs outlined"]):
-            ax.set_title(name, fontsize=9)
-        for line, (text, image, found, mask) in zip(axes, rows):
-            line[0].set_ylabel(printable(text), fontsize=7)
-            shown = draw_row(line, image, found)
-            if plausible(mask):
-                line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
-        about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
-        figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
-        figure.suptitle(textwrap.fill(printable(title), 26 * columns), fontsize=11)
-        with atomic_path(path) as tmp:
-            figure.savefig(tmp, dpi=110)
-    plt.close(figure)
-
-
-def draw_row(axes, image, grids):
-    """Draw an image uint8 [S, S] and its maps [h, w], each relative to its maximum -> the last one drawn."""
-    scale = dict(cmap="inferno", vmin=0, vmax=1)
-    for ax in axes:
-        ax.set(xticks=[], yticks=[])
-    for ax in (axes[0], axes[-1]):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-    for ax, grid in zip(axes[1:], grids):
-        ax.imshow(grid / max(grid.max(), 1e-12), **scale)
-        if not grid.any():
-            style = dict(color="white", ha="center", va="center", fontsize=8, transform=ax.transAxes)
-            ax.text(0.5, 0.5, "no patch speaks\nfor this class", **style)
-    first = torch.from_numpy(grids[0])[None, None]
-    smooth = F.interpolate(first, size=image.shape, mode="bilinear")[0, 0].numpy()
-    return axes[-1].imshow(smooth / max(smooth.max(), 1e-12), alpha=0.45, **scale)
-
-
-def printable(text):
-    """Text that matplotlib can draw: whatever is not valid Unicode in a file name is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # ---------------------------------------------------------------- main

@@ -128,7 +128,8 @@ def read_log(path, threshold, words, column="score"):
         seen.add(row.path)
         last = row.time
         if row.score is None or row.sick is None:
-            counts["unscored" if row.score is None else "waiting"] += 1
+            missing = "unscored" if row.score is None else "waiting"
+            counts[missing] += 1
             continue
         counts["images"] += 1
         counts["unnamed"] += not row.patient
@@ -160,11 +161,11 @@ def say_counts(path, log):
 def draw(path, log, floor, alarm, title):
     """Write a picture of recall and specificity over time, with confidence sequences."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    sides = (("recall", log.sick, log.called), ("specificity", ~log.sick, ~log.called))
-    for ax, (name, chosen, right) in zip(axes, sides):
+    sides = (("recall", "with", log.sick, log.called), ("specificity", "without", ~log.sick, ~log.called))
+    for ax, (name, word, chosen, right) in zip(axes, sides):
         outcomes = right[chosen]
         ax.set(
-            xlabel=f"patients {'with' if name == 'recall' else 'without'} the finding",
+            xlabel=f"patients {word} the finding",
             ylabel=name,
             ylim=(0, 1.02),
         )

@@ -78,9 +78,9 @@ class Finder:
                 f"{source} holds the masks of certain images, not a way to find lungs on others: train with "
                 f"--lungs {SHIPPED} for that"
             )
-        self.device = torch.device(
-            "cpu" if torch.device(device).type == "mps" else device
-        )  # no antialiasing there
+        self.device = torch.device(device)
+        if self.device.type == "mps":  # no antialiasing there
+            self.device = torch.device("cpu")
         self.net = None if found == HEURISTIC else load_net(found).to(self.device)
 
     @torch.inference_mode()
@@ -156,8 +156,10 @@ def finder_of(config, device="cpu"):
 
 def not_found(config):
     """What happens to an image without plausible lungs in a run with this DataConfig, as text."""
-    halves = ", cut in the middle where left and right are read apart"
-    return "no lungs found: the whole image was used" + (halves if config.reads_lungs else "")
+    text = "no lungs found: the whole image was used"
+    if config.reads_lungs:
+        text += ", cut in the middle where left and right are read apart"
+    return text
 
 
 def open_source(source, side, files=(), what=""):
@@ -168,7 +170,8 @@ def open_source(source, side, files=(), what=""):
         given = GivenMasks(source, side)
         given.check(files, what)
         return lambda pixels, files: given.of(files)
-    finder = Finder(source, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    finder = Finder(source, device)
     return lambda pixels, files: finder(pixels)
 
 

@@ -91,7 +91,9 @@ def grad_cam(model, x, target=1, layer=-1):
     kept = []
 
     def keep(module, inputs, output):
-        kept.append(output if output.requires_grad else output.requires_grad_())
+        if not output.requires_grad:  # of a frozen model
+            output.requires_grad_()
+        kept.append(output)
         return kept[0]
 
     vit = model.stem if model.kind == "hybrid" else model
@@ -292,5 +294,8 @@ def _areas_under_curves(model, inputs, images, methods, layer, target, progress)
 
 def _rank_correlation(maps, others):
     """Mean Spearman correlation of pairs of maps [N, h, w]; 0 for a pair where one is constant."""
-    pairs = zip(maps.flatten(1).numpy(), others.flatten(1).numpy())
-    return float(np.mean([spearmanr(a, b).statistic if a.std() and b.std() else 0.0 for a, b in pairs]))
+    correlations = []
+    for a, b in zip(maps.flatten(1).numpy(), others.flatten(1).numpy()):
+        varies = a.std() > 0 and b.std() > 0
+        correlations.append(spearmanr(a, b).statistic if varies else 0.0)
+    return float(np.mean(correlations))

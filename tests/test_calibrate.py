@@ -15,7 +15,7 @@ import calibrate
 import metrics
 from calibration import intervals, shift
 from common import files as files_module
-from common import safe_files
+from common import proportions, safe_files
 from common.files import SCALED, write_json
 from common.task import Task
 from images.subset import Subset
@@ -36,7 +36,6 @@ from tests.shared import (
     succeed,
     toy_subset,
 )
-from training import evaluate
 from training.evaluate import predict
 
 POINTS = ("at_0.5", "at_rec")
@@ -95,7 +94,7 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     """Another --min-recall scores nothing again; another checkpoint, or damaged scores, does."""
     out = own_runs / "outputs" / "pretrained"
     path, scored, real = out / "scores.npz", [], predict
-    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
+    monkeypatch.setattr(calibrate, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
 
     def p1():
         with np.load(path) as file:
@@ -319,7 +318,7 @@ def test_calibration_json_holds_guarantee_temperature_intervals(bench):
     assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
     row = got["test"]["at_rec"]
     assert row["interval"]["recall"]["wilson"] == pytest.approx(
-        intervals.wilson_interval(row["tp"], row["tp"] + row["fn"])
+        proportions.wilson_interval(row["tp"], row["tp"] + row["fn"])
     )
     assert row["interval"]["auroc"]["delong"] == pytest.approx(
         intervals.delong_interval(s["test_labels"], s["test_p1"])[1:]

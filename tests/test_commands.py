@@ -299,7 +299,7 @@ def test_scaling_by_the_training_pixels(flags, tiny_npz, tmp_path):
 @pytest.fixture(scope="module")
 def parsers():
     """{script: its flags}, of every script that reads a command line."""
-    found = {script: scripts.flags_of(script) for script in (*scripts.ALL, "benchmark", "data")}
+    found = {script: scripts.flags_of(script) for script in (*scripts.ALL, "studies.benchmark", "data")}
     assert all("--help" in flags for flags in found.values())
     return found
 

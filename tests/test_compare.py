@@ -498,7 +498,7 @@ def test_compare_needs_no_torch(tmp_path):
     write_run(tmp_path / "outputs/scratch")
     (tmp_path / "no/torch").mkdir(parents=True)
     (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
-    code = "import common, compare; common.start(compare.main)"
+    code = "import compare; from common.console import start; start(compare.main)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "no"), str(REPO)])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

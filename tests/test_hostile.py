@@ -39,7 +39,7 @@ from tests.shared import cli, read_json, refused
         ("calibrate", ["--batch-size", str(10**12)]),
         ("predict", ["x.png", "--batch-size", str(10**12)]),
         ("explain", ["--tests", str(10**12)]),
-        ("benchmark", ["--images", str(10**12)]),
+        ("studies.benchmark", ["--images", str(10**12)]),
     ],
 )
 def test_numbers_are_finite_and_have_ranges(script, argv, flags, tmp_path):

@@ -277,15 +277,15 @@ def test_wilson_and_clopper_pearson_equal_scipy():
     for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
         for level in (0.9, 0.95):
             result = binomtest(k, n)
-            assert intervals.wilson_interval(k, n, level) == pytest.approx(
+            assert proportions.wilson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "wilson")), abs=1e-12
             )
-            assert intervals.clopper_pearson_interval(k, n, level) == pytest.approx(
+            assert proportions.clopper_pearson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "exact")), abs=1e-9
             )
     for bad in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
-            intervals.wilson_interval(*bad)
+            proportions.wilson_interval(*bad)
 
 
 def test_wilson_covers():
@@ -295,7 +295,7 @@ def test_wilson_covers():
     cover = []
     for p in np.linspace(0.05, 0.95, 19):
         k = np.arange(101)
-        inside = [lo <= p <= hi for lo, hi in (intervals.wilson_interval(int(i), 100) for i in k)]
+        inside = [lo <= p <= hi for lo, hi in (proportions.wilson_interval(int(i), 100) for i in k)]
         cover.append(binom.pmf(k, 100, p)[inside].sum())
     assert 0.94 < np.mean(cover) < 0.965 and min(cover) > 0.91
 
@@ -415,7 +415,7 @@ def test_intervals_at_several_thresholds_are_those_of_each():
     assert together == [intervals.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
     row = metrics.summarize_at_threshold(y, p, 0.5)
     assert together[1]["recall"]["wilson"] == list(
-        intervals.wilson_interval(row["tp"], row["tp"] + row["fn"])
+        proportions.wilson_interval(row["tp"], row["tp"] + row["fn"])
     )
     assert together[1]["auroc"]["delong"] == list(intervals.delong_interval(y, p)[1:])
     with pytest.raises(ValueError, match="one group per label"):
@@ -572,7 +572,7 @@ def test_reported_interval_never_claims_certainty():
     row = metrics.summarize_at_threshold(y, p, 0.5)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
     assert row["interval"]["recall"]["bootstrap"] == [1.0, 1.0]
-    assert intervals.reported_interval(row, "recall") == pytest.approx(intervals.wilson_interval(20, 20))
+    assert intervals.reported_interval(row, "recall") == pytest.approx(proportions.wilson_interval(20, 20))
     row = metrics.summarize_at_threshold(y, p, 0.6)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
     assert intervals.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
@@ -600,7 +600,7 @@ def test_interval_of_alike_patients_counts_patients():
         missed += not low <= 0.95 <= high
         if row["specificity"] == 1:
             degenerate += 1
-            assert [low, high] == pytest.approx(intervals.wilson_interval(20, 20))
+            assert [low, high] == pytest.approx(proportions.wilson_interval(20, 20))
     assert 25 < degenerate < 50 and missed / 100 <= 0.07
 
 
@@ -614,12 +614,12 @@ def test_no_reported_interval_claims_certainty():
     assert all(row[k] > 1 - 1e-12 and 0 < lo < hi == 1 for k, (lo, hi) in spans.items()), spans
     assert spans["auroc"] == pytest.approx([0.025 ** (1 / 20), 1])
     for key, n in (("recall", 30), ("specificity", 20), ("precision", 30), ("acc", 50)):
-        assert spans[key] == pytest.approx(intervals.wilson_interval(n, n)), key
-    share = intervals.wilson_interval(30, 30)[0]  # of the images that are sick or called so
+        assert spans[key] == pytest.approx(proportions.wilson_interval(n, n)), key
+    share = proportions.wilson_interval(30, 30)[0]  # of the images that are sick or called so
     assert spans["f1"][0] == pytest.approx(2 * share / (1 + share))
     for n in (1, 7, 200):
         found = proportions.alike_interval(1.0, n), proportions.alike_interval(0.0, n)
-        expected = intervals.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
+        expected = proportions.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
         assert np.allclose(found, expected, atol=1e-12)
     nothing = metrics.summarize_at_threshold(y, p, 1.0)  # calls nobody: a precision of nothing
     nothing["interval"] = intervals.intervals_at_threshold(y, p, 1.0, patients, n=50)
@@ -684,7 +684,7 @@ def test_interval_of_a_proportion_draws_patients():
     found = intervals.proportion_interval(hits, patients, n=200)
     assert found == pytest.approx(np.percentile(draws, [2.5, 97.5]))
     assert intervals.proportion_interval(np.ones(60), patients) == pytest.approx(
-        intervals.wilson_interval(15, 15)
+        proportions.wilson_interval(15, 15)
     )
 
 

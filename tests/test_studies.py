@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from PIL import Image
 from scipy.stats import binom
 
 import data
-from common import console
 from common.console import InputError
 from common.files import sha256, write_json
 from images.drawn import draw_radiograph, make_synthetic
@@ -293,7 +293,7 @@ def test_signals_are_computed_again_only_when_needed(own_bench, tmp_path, monkey
     ):
         (run / "signals.json").write_text(damaged)
         assert "validation_figures" in computed()
-        assert read_json(run, "signals.json")["validation"] == console.json.loads(kept)["validation"]
+        assert read_json(run, "signals.json")["validation"] == json.loads(kept)["validation"]
 
 
 def test_signals_of_files_of_older_versions_are_computed_again(own_bench):
@@ -459,7 +459,7 @@ def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
 def test_promises_are_kept_in_simulation(monkeypatch, capsys):
     from studies import promises
 
-    monkeypatch.setattr("shares.DRAWS", 99)
+    monkeypatch.setattr("calibration.shares.DRAWS", 99)
     for name, few in (("BATCHES", (20,)), ("LOCAL", (40, 100)), ("RECALLS", (0.95, 0.8)), ("SICK", 400)):
         monkeypatch.setattr(promises, name, few)
     promises.notice(20)
