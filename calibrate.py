@@ -143,7 +143,7 @@ def keys(run, inputs, sides, some, tta):
         run.results["std"],
         inputs.amp,
         tta,
-        inputs.normalise,
+        "none",  # the exposure, which older versions could change
         [run.task.kind, run.task.classes],
     ]
     if inputs.needs_lungs:
@@ -430,6 +430,7 @@ def run_all(args, rule):
     for run in find_runs(args.runs_dir, args.run):
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
+        _ = run.config  # InputError, by its name, for a run that only an older version reads
         three = images(sets, args, run.results)
         scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
         try:

@@ -12,7 +12,7 @@ import common.prelude  # noqa: F401  (first: see there)
 
 import math
 import mmap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from common.cli import Number, Parser, add_flags, check_fields, flag
 from common.console import InputError, say, start
 from common.files import sha256
+from common.scripts import LAST_VERSION
 from common.task import CLASSES, Task
 from images import twins
 from images.cache import load_images
@@ -35,7 +36,7 @@ from layouts.folders import find_classes, find_root, read_folders
 from layouts.listing import PARTS
 from lungs import masks as lung_masks
 from lungs.show import LOOKS
-from models.inputs import MODES, Inputs
+from models.inputs import Inputs
 
 # ---------------------------------------------------------------- what is asked
 
@@ -78,7 +79,6 @@ class DataConfig:
     cache_dir: str = flag("Data/cache", "folder of the decoded images", metavar="DIR")
     verify_cache: bool = flag(False, "read the whole cache at the start, to see that it is intact")
     classes: tuple = CLASSES
-    normalise: str = flag("none", "exposure: as it is, to one mean and spread, or a flat histogram", MODES)
     input: str = flag(
         "full",
         "what the model sees: the full image, the lungs' box (crop), the lungs with the rest grey (masked), "
@@ -158,8 +158,16 @@ class DataConfig:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, value):
-        """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
+    def from_json(cls, value, run="the run"):
+        """The "data" object of the results.json of a `run` -> DataConfig; InputError if it is not one, or of
+        a run whose images were changed in a way that is gone."""
+        value = dict(value)
+        exposure = value.pop("normalise", "none")
+        if exposure != "none":
+            raise InputError(
+                f"{run} was trained with --normalise {str(exposure)[:20]}, which is gone: {LAST_VERSION} is "
+                "the last that reads it"
+            )
         try:
             lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions", "also", "also_unlabelled")}
             config = cls(**{**value, **lists})
@@ -357,7 +365,7 @@ def load_train_val(config, tell=print):
 def load_split(run, split, moved=None):
     """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
     trained. InputError if they are not those it was trained with."""
-    config = DataConfig.from_json({**run.results["data"], **(moved or {})})
+    config = replace(run.config, **(moved or {}))
     _, val, found = load_train_val(config, tell=say)
     if found["fingerprint"] != run.results["split"]["fingerprint"]:
         raise InputError(
@@ -429,7 +437,7 @@ def main():
     args.data_dir = args.statistics
     config = DataConfig.from_args(args)
     train = load_train_val(config, say)[0]
-    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise, look=config.input)
+    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
     mean, std = statistics(train, shown)
     print(f"{len(train)} training images, {config.img_size} px: mean {mean:.4f}, std {std:.4f}")
 

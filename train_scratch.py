@@ -44,8 +44,6 @@ def main():
     args, plans = plan.plans_from_args(parser, DEFAULTS)
     if args.also_unlabelled and not args.teacher:
         raise InputError("--also-unlabelled: images without labels teach nothing: give --teacher, which does")
-    if args.teacher_features and not args.teacher:
-        raise InputError("--teacher-features: whose? Name a finished run with --teacher")
     if args.teacher and (args.mixup or args.cutmix):
         raise InputError("--teacher judges images one by one: leave out --mixup and --cutmix")
     how = (plans[0].config, plans[0].device, plans[0].recipe.teacher_weight)

@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, wrong):
         """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
+        if wrong in scripts.GONE:
+            return f"{wrong} is gone: {scripts.LAST_VERSION} is the last that has it;"
         if owners := scripts.having(wrong, self.prog):
             return f"{wrong} is a flag of {', '.join(owners)};"
         close = difflib.get_close_matches(wrong, self._option_string_actions, 1)

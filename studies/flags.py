@@ -102,7 +102,7 @@ def row(flag, default, owners):
 
 def document():
     """The text of docs/FLAGS.md."""
-    parts, known = [INTRODUCTION], set()
+    parts, known = [INTRODUCTION.rstrip()], set()
     for group in GROUPS:
         parts.append(f"\n## Training: {group}\n\n{HEAD}")
         parts += training_rows(group)

@@ -37,7 +37,6 @@ class Loop:
         self.model, self.objective, self.plan, self.inputs, self.meta = model, objective, plan, inputs, meta
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.gradient = Gradient(objective, self.recipe, inputs, plan.change, teacher)
-        self.match = teacher and teacher.match  # what is trained beside the model
         self.rank, self.number = processes()
         self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
         self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
@@ -143,7 +142,6 @@ class Loop:
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
         groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
-        groups += parameter_groups(self.match, recipe.weight_decay) if self.match else []
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
         self.average = WarmAverage(model, recipe.ema) if recipe.ema else None
         self.kept = self.average.module if self.average else model  # what is validated and saved
@@ -211,8 +209,6 @@ class Loop:
         try:
             self.model.load_state_dict(last["model"])
             self.optimizer.load_state_dict(last["optimizer"])
-            if self.match:
-                self.match.load_state_dict(last["match"])
             if self.average is not None:
                 self.average.load_state_dict(last["average"])
             if self.number > 1 and last.get("draws"):
@@ -410,7 +406,6 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "state": self.state,
                 "average": self.average and self.average.state_dict(),
-                "match": self.match and self.match.state_dict(),
                 "rng": rng,
                 "draws": self.gradient.draws and self.gradient.draws.states,
                 "seen": seen,

@@ -8,8 +8,10 @@ from typing import NamedTuple
 from common.cli import COUNT, SEED, Number, Parser, add_flags, flag
 from common.console import InputError
 from common.device import add_device_argument
+from common.scripts import LAST_VERSION
 from images.augment import add_augment_argument, parse_augment, parse_randaugment
 from images.split import BALANCES
+from records.schema import GONE
 from records.track import add_track_argument
 from training.loss import WATCHED
 
@@ -133,9 +135,6 @@ class Recipe:
         0.0, "weight of a loss on attention outside the lungs; 0: none", WEIGHT, "W"
     )
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
-    teacher_features: float = flag(
-        0.0, "weight of the loss that imitates its features, too", Number(float, 0, 1e6), "W"
-    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -168,7 +167,7 @@ SUPERVISED = (
 )
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
-TAUGHT = ("teacher_weight", "teacher_features")
+TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
 
 
@@ -280,8 +279,14 @@ IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
 def differences(old, new):
     """What differs between the settings of a run and those of the command that would resume it: list of text.
 
-    Values that the older version of a run did not record are not compared."""
+    Values that the older version of a run did not record are not compared, nor those that are gone, if they
+    changed nothing."""
     found = []
+    for key, settings in GONE.items():
+        for name, usual in settings.items():
+            value = old.get(key, {}).get(name, usual)
+            if value != usual:
+                found.append(f"{key}.{name}: was {value!r}, which is gone: {LAST_VERSION} goes on with it")
     for key in CHECKED:
         if key not in new and key in old:
             found.append(f"{key}: was given, now it is not")

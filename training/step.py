@@ -147,10 +147,7 @@ class Gradient:
         """The loss with the teacher's part in it; `count`: of the whole batch."""
         teacher = self.teacher
         far = self.objective.imitation(outputs, teacher(grey)).sum() / count
-        loss = (1 - teacher.share) * loss + teacher.share * far
-        if teacher.match:
-            loss += self.recipe.teacher_features * teacher.match().sum() / count
-        return loss
+        return (1 - teacher.share) * loss + teacher.share * far
 
     def outputs(self):
         """`seen`, in one piece and on the CPU; [] if nothing was."""
