@@ -133,7 +133,7 @@ def keys(run, inputs, sides, some, tta):
         run.results["std"],
         inputs.amp,
         tta,
-        inputs.normalise,
+        "none",  # the exposure, which older versions could change
         [run.task.kind, run.task.classes],
     ]
     if inputs.needs_lungs:
@@ -253,6 +253,14 @@ def show_several(title, result):
 # ---------------------------------------------------------------- main
 
 
+EVERYDAY = (  # what --help shows; --help-all shows the rest
+    *("--min-recall", "--guarantee", "--jointly", "--temperature", "--prevalence"),
+    *("--run", "--runs-dir", "--ensemble", "--out", "--overwrite"),
+    *("--site", "--name", "--report", "--labels", "--patients"),
+    *("--tta", "--tta-flip", "--data-dir", "--skip-bad", "--device"),
+)
+
+
 def add_rule_arguments(parser):
     """The flags of the operating point."""
     between = Number(float, 0, 1, above=True, below=True)
@@ -262,20 +270,20 @@ def add_rule_arguments(parser):
         type=Number(float, 0, 1, above=True),
         default=0.95,
         metavar="X",
-        help="recall floor, in (0, 1]",
+        help="recall floor on validation, in (0, 1]",
     )
     group.add_argument(
         "--guarantee",
         type=between,
         default=None,
         metavar="CONFIDENCE",
-        help="confidence (not recall: that is --min-recall) of the guaranteed threshold, in (0, 1); if "
-        "given, too few patients are an error (default: 0.95, and left out where there are too few)",
+        help="confidence, in (0, 1), that the guaranteed threshold keeps --min-recall; if given, too few "
+        "patients are an error (default: 0.95, left out where there are too few)",
     )
     group.add_argument(
         "--jointly",
         action="store_true",
-        help="several findings: the guaranteed floors are to hold all at once with that confidence",
+        help="several findings: the guaranteed floors hold all at once with the confidence of --guarantee",
     )
     group.add_argument(
         "--temperature",
@@ -285,10 +293,7 @@ def add_rule_arguments(parser):
         metavar="scale|platt",
         help="turn scores into probabilities, by what fits validation best: scale divides all logits by a "
         "temperature; platt gives each finding's log odds a slope and a bias, which undoes class weights, "
-        "and decisions at 0.5 change (default: neither; without a word: scale)",
-    )
-    group.add_argument(
-        "--no-temperature", dest="temperature", action="store_const", const=None, help="neither (default)"
+        "and decisions at 0.5 change (default: neither; --temperature alone: scale)",
     )
     group.add_argument(
         "--bootstrap",
@@ -308,7 +313,7 @@ def add_rule_arguments(parser):
 
 def parse():
     """Checked command line -> (args, Rule)."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, EVERYDAY)
     add_rule_arguments(parser)
     group = parser.add_argument_group("runs")
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
@@ -317,32 +322,44 @@ def parse():
         "--ensemble",
         nargs="+",
         metavar="DIR",
-        help="make one run of these in --out, and calibrate it; they may differ in --input",
+        help="run folders: make one run of them in --out, and calibrate it; they may differ in --input",
     )
-    group.add_argument("--out", metavar="DIR", help="folder of the ensemble")
+    group.add_argument("--out", metavar="DIR", help="folder of the run that --ensemble makes")
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
     add_track_argument(group)
     group = parser.add_argument_group("another hospital")
     group.add_argument(
-        "--site", metavar="DIR", help="choose thresholds anew on its images: a folder a class, or --labels"
+        "--site",
+        metavar="DIR",
+        help="choose thresholds on the images of this folder: a folder for each class, or --labels",
     )
-    group.add_argument("--name", metavar="WHERE", help="what predict.py --site is to call these")
+    group.add_argument("--name", metavar="WHERE", help="name of these thresholds, for predict.py --site")
     group.add_argument(
-        "--report", action="store_true", help="with --site: hold out half of the patients, too"
+        "--report",
+        action="store_true",
+        help="with --site: also choose on half of its patients and test on the others",
     )
     group = parser.add_argument_group("images")
+    group.add_argument("--tta", action="store_true", help="average scores over small shifts and zooms")
+    group.add_argument("--tta-flip", action="store_true", help="mirrored views, too; implies --tta")
+    group.add_argument("--data-dir", metavar="DIR", help="where the images are now (default: as trained)")
     group.add_argument(
-        "--tta", action="store_true", help="average over small shifts and zooms; a row of its own"
+        "--labels", metavar="CSV", help="where the table of findings is now (default: as trained)"
     )
-    group.add_argument("--tta-flip", action="store_true", help="mirrored views too (implies --tta)")
-    group.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
-    group.add_argument("--labels", metavar="CSV", help="the same table elsewhere (default: as trained)")
-    group.add_argument("--patients", metavar="CSV", help="the same patients elsewhere (default: as trained)")
-    group.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
+    group.add_argument(
+        "--patients", metavar="CSV", help="where the table of patients is now (default: as trained)"
+    )
+    group.add_argument(
+        "--cache-dir", metavar="DIR", help="folder of the decoded images (default: as trained)"
+    )
     group.add_argument(
         "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
     )
-    group.add_argument("--verify-cache", action="store_true", help="read the whole cache to see it is intact")
+    group.add_argument(
+        "--verify-cache",
+        action="store_true",
+        help="read the whole cache at the start, to see that it is intact",
+    )
     group.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(group)
     args = parser.parse_args()
@@ -403,6 +420,7 @@ def run_all(args, rule):
     for run in find_runs(args.runs_dir, args.run):
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
+        _ = run.config  # InputError, by its name, for a run that only an older version reads
         three = images(sets, args, run.results)
         scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
         try:

@@ -12,7 +12,7 @@ prints mean and standard deviation of the training pixels, what --mean auto --st
 import common.prelude  # noqa: F401  (first: see there)
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from common.cli import Number, Parser, add_flags, check_fields, flag
 from common.console import InputError, say, start
 from common.files import sha256
+from common.scripts import LAST_VERSION
 from common.task import CLASSES, Task
 from images import twins
 from images.cache import load_images
@@ -33,7 +34,7 @@ from layouts.listing import Listing
 from lungs import masks as lung_masks
 from lungs.show import LOOKS
 from models.batches import Batches
-from models.inputs import MODES, Inputs
+from models.inputs import Inputs
 
 # ---------------------------------------------------------------- what is asked
 
@@ -51,36 +52,45 @@ class DataConfig:
     train, validation and test, () for the usual ones."""
 
     data_dir: str = flag(
-        DEFAULT_DIR, "folder with train/ and test/, or of the images of --labels", metavar="DIR"
+        DEFAULT_DIR, "folder with train/CLASS/ and test/CLASS/, or with the images of --labels", metavar="DIR"
     )
-    img_size: int = flag(224, "side of the square input (default: 224; of the drawn set 96)", IMG_SIZE, "PX")
-    resize: str = flag("squash", "non-square originals: distort, letterbox, or cut to the middle", RESIZES)
+    img_size: int = flag(
+        224,
+        "side of the square input, in pixels (default: 224, or what the weights need; 96 with --demo)",
+        IMG_SIZE,
+        "PX",
+    )
+    resize: str = flag(
+        "squash",
+        "images that are not square: squash distorts them, pad adds borders, crop takes the middle",
+        RESIZES,
+    )
     split: str = flag(
         "patient",
-        "validation: whole patients, single images, or the published val/; pooled: train and test are put "
-        "together and cut anew, by patient or by image",
+        "validation is cut by patient, by image, or is the published val/; pooled: train and test are put "
+        "together and cut again, by patient or by image",
         SPLITS,
     )
-    split_seed: int = flag(0, "seed of the split", Number(int, 0, 2**32 - 1), "N")
+    split_seed: int = flag(0, "random seed of the split", Number(int, 0, 2**32 - 1), "N")
     val_fraction: float = 0.2
     skip_bad: bool = flag(False, "leave out unreadable images instead of stopping")
-    cache_dir: str = flag("Data/cache", "where decoded images are kept", metavar="DIR")
-    verify_cache: bool = flag(False, "read the whole cache at the start to see that it is intact")
+    cache_dir: str = flag("Data/cache", "folder of the decoded images", metavar="DIR")
+    verify_cache: bool = flag(False, "read the whole cache at the start, to see that it is intact")
     classes: tuple = CLASSES
-    normalise: str = flag("none", "exposure: as it is, to one mean and spread, or a flat histogram", MODES)
     input: str = flag(
         "full",
-        "what the model sees: everything, the lungs' box, the lungs (the rest grey), both, or, as a control, "
-        "everything but the lungs",
+        "what the model sees: the full image, the lungs' box (crop), the lungs with the rest grey (masked), "
+        "both, or, as a control, all but the lungs (outside)",
         LOOKS,
     )
     lungs: str = flag(
         lung_masks.SHIPPED,
-        "where --input and the hybrid take lung masks from: weights of train_lungs.py, heuristic, or a .npz",
+        "source of the lung masks for --input and the hybrid: weights of train_lungs.py, heuristic, or a "
+        ".npz of masks",
         metavar="SOURCE",
     )
     labels: str = flag(
-        "", "table of findings instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
+        "", "table of findings, instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
@@ -146,8 +156,16 @@ class DataConfig:
         return cls(**values)
 
     @classmethod
-    def from_json(cls, value):
-        """The "data" object of a results.json -> DataConfig; InputError if it is not one."""
+    def from_json(cls, value, run="the run"):
+        """The "data" object of the results.json of a `run` -> DataConfig; InputError if it is not one, or of
+        a run whose images were changed in a way that is gone."""
+        value = dict(value)
+        exposure = value.pop("normalise", "none")
+        if exposure != "none":
+            raise InputError(
+                f"{run} was trained with --normalise {str(exposure)[:20]}, which is gone: {LAST_VERSION} is "
+                "the last that reads it"
+            )
         try:
             lists = {k: tuple(value.get(k, ())) for k in ("classes", "fractions", "also", "also_unlabelled")}
             config = cls(**{**value, **lists})
@@ -176,11 +194,12 @@ def check_fractions(values):
 
 
 def add_arguments(parser, also=True):
-    """The data flags that every training script shares; `also`: images of other hospitals, too."""
+    """The data flags that every training script shares; `also`: images of other hospitals, too. Returns their
+    group."""
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
     add_choices(group)
-    about = "labelled images of another hospital join training: folders of the classes, or a table"
+    about = "labelled images of other hospitals that join training: folders of the classes, or a table"
     if also:
         group.add_argument("--also", nargs="+", default=[], metavar="DIR[:LABELS.csv]", help=about)
     group.add_argument("--demo", action="store_true", help="draw a small synthetic set and use it")
@@ -189,28 +208,32 @@ def add_arguments(parser, also=True):
         nargs="?",
         const=KAGGLE,
         metavar="OWNER/NAME",
-        help=f"fetch a Kaggle set into --data-dir first ({KAGGLE} unless named)",
+        help=f"fetch a Kaggle set into --data-dir first, {KAGGLE} unless another is named",
     )
+    return group
 
 
 def add_unlabelled_argument(group):
     """--also-unlabelled, for training that needs no labels."""
-    about = "images of other hospitals without labels, all under a folder, join training"
+    about = "folders of unlabelled images of other hospitals that join training"
     group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
 
 
 def add_choices(group):
     """The flags that choose classes, findings and fractions."""
-    group.add_argument("--findings", metavar="A,B,...", help="ask these findings of --labels (default: all)")
+    group.add_argument("--findings", metavar="A,B,...", help="findings asked, of --labels (default: all)")
     group.add_argument(
-        "--healthy", metavar="CLASS", help="the healthy class (default: normal, healthy, no finding)"
+        "--healthy",
+        metavar="CLASS",
+        help="the healthy class (default: normal, healthy or no finding)",
     )
     group.add_argument(
         "--fractions",
         type=FRACTION,
         nargs=3,
         metavar=("TRAIN", "VAL", "TEST"),
-        help="where no split is published (default: 0.6 0.2 0.2 pooled, 0.7 0.1 0.2 of a table)",
+        help="shares of the images, where no split is published (default: 0.6 0.2 0.2 pooled, 0.7 0.1 0.2 "
+        "of a table)",
     )
 
 
@@ -312,7 +335,7 @@ def load_train_val(config, tell=print):
 def load_split(run, split, moved=None):
     """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
     trained. InputError if they are not those it was trained with."""
-    config = DataConfig.from_json({**run.results["data"], **(moved or {})})
+    config = replace(run.config, **(moved or {}))
     _, val, info = load_train_val(config, tell=say)
     refuse_other_images(config, info["fingerprint"], run.results["split"]["fingerprint"], run)
     if split == "val":
@@ -349,7 +372,7 @@ def statistics(subset, inputs):
 def main():
     parser = Parser(__doc__)
     parser.add_argument(
-        "--statistics", metavar="DIR", required=True, help="data folder; see train_scratch.py"
+        "--statistics", metavar="DIR", required=True, help="data folder, as --data-dir of train_scratch.py"
     )
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, leave_out=("data_dir",))
@@ -358,7 +381,7 @@ def main():
     args.data_dir = args.statistics
     config = DataConfig.from_args(args)
     train = load_train_val(config, say)[0]
-    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise, look=config.input)
+    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
     mean, std = statistics(train, shown)
     print(f"{len(train)} training images, {config.img_size} px: mean {mean:.4f}, std {std:.4f}")
 

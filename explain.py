@@ -263,10 +263,16 @@ def summary(name, found):
 
 def add_moved_arguments(parser):
     """Where the images of the run are now."""
-    parser.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
-    parser.add_argument("--labels", metavar="CSV", help="the same table elsewhere (default: as trained)")
-    parser.add_argument("--patients", metavar="CSV", help="the same patients elsewhere (default: as trained)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are now (default: as trained)")
+    parser.add_argument(
+        "--labels", metavar="CSV", help="where the table of findings is now (default: as trained)"
+    )
+    parser.add_argument(
+        "--patients", metavar="CSV", help="where the table of patients is now (default: as trained)"
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="folder of the decoded images (default: as trained)"
+    )
 
 
 def moved_settings(args):
@@ -286,7 +292,9 @@ def parse():
         "images", nargs="*", metavar="IMAGE", help="files or folders to draw instead of a data split"
     )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="val", help="which images to choose from")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="val", help="part of the data to choose images from"
+    )
     parser.add_argument(
         "--method", choices=(*maps.METHODS, "both"), default="both", help="which maps to draw"
     )
@@ -294,23 +302,27 @@ def parse():
     parser.add_argument(
         "--target",
         metavar="CLASS",
-        help="of two classes, the one explained and tested (default: the finding)",
+        help="of two classes, the one to explain (default: the finding)",
     )
     parser.add_argument(
         "--layer",
         type=Number(int, -256, 255),
         default=-1,
         metavar="N",
-        help="block of Grad-CAM; -1: last",
+        help="block that Grad-CAM looks at, from 0, or from the end: -1 is the last",
     )
     parser.add_argument(
-        "--tests", type=Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
+        "--tests",
+        type=Number(int, 0, 10_000),
+        default=40,
+        metavar="N",
+        help="number of images to test the maps on",
     )
     parser.add_argument(
         "--lungs",
         default=lung_masks.SHIPPED,
         metavar="SOURCE",
-        help="lungs that are outlined and that the maps are held against: weights of train_lungs.py, "
+        help="source of the lungs that are outlined and compared with the maps: weights of train_lungs.py, "
         "heuristic, or a .npz of masks",
     )
     add_moved_arguments(parser)

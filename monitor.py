@@ -217,15 +217,31 @@ def threshold_of(run, args):
 def parse():
     """Checked command line."""
     parser = Parser(__doc__)
-    parser.add_argument("log", metavar="LOG.csv", help="path,score,diagnosis and perhaps patient,time")
+    parser.add_argument(
+        "log", metavar="LOG.csv", help="table path,score,diagnosis, perhaps with patient,time"
+    )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--site", metavar="WHERE", help="thresholds of calibrate.py --site")
-    parser.add_argument("--tta", action="store_true", help="the scores are those of predict.py --tta")
-    parser.add_argument("--point", choices=tuple(POINTS), default="rec", help="which threshold is in use")
-    parser.add_argument("--finding", metavar="NAME", help="which of several findings")
+    parser.add_argument(
+        "--site",
+        metavar="WHERE",
+        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
+    )
+    parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
+    parser.add_argument(
+        "--point",
+        choices=tuple(POINTS),
+        default="rec",
+        help="threshold in use: recall-first, of the mean, or guaranteed",
+    )
+    parser.add_argument(
+        "--finding", metavar="NAME", help="finding to watch, of several (default: the only one)"
+    )
     between = Number(float, 0, 1, above=True, below=True)
     parser.add_argument(
-        "--min-recall", type=between, metavar="X", help="the floor (default: that of calibrate.py)"
+        "--min-recall",
+        type=between,
+        metavar="X",
+        help="recall floor to watch, in (0, 1) (default: that of calibrate.py)",
     )
     args = parser.parse_args()
     check_name("--site", args.site)

@@ -11,7 +11,7 @@ from records.run import Run, find_runs
 from training import plan
 
 SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
-SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "classes": "classes"}
+SAME = {"img_size": "--img-size", "resize": "--resize", "classes": "classes"}
 
 
 def make_ensemble(folders, out, overwrite, ready):

@@ -25,7 +25,7 @@ WAIT = timedelta(hours=12)  # for another process: one decodes the images of a l
 
 def add_device_argument(parser):
     """--device, the same in every script."""
-    parser.add_argument("--device", default="auto", help=HELP)
+    parser.add_argument("--device", default="auto", help=f"where to compute: {HELP}")
 
 
 def _best_device():

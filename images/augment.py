@@ -185,9 +185,8 @@ def add_augment_argument(parser, default):
         "--augment",
         default=default,
         metavar="NAME[,CHANGE=X...]",
-        help=f"random changes of training images: {', '.join(PRESETS)}; then any of "
-        + ", ".join(f"{name} ({unit})" for name, unit in UNITS.items())
-        + "; for instance strong,rotate=10,noise=0",
+        help=f"random changes of training images: {', '.join(PRESETS)}, with changes of it, for instance "
+        "strong,rotate=10,noise=0: " + ", ".join(f"{name} ({unit})" for name, unit in UNITS.items()),
     )
 
 

@@ -13,7 +13,7 @@ from data import load_split
 from images.drawn import draw_radiograph
 from lungs import masks as lung_masks
 from lungs.show import DARK, already_cut_in_graph
-from models.inputs import normalise
+from models.inputs import unit_grey
 
 BLANK = 120  # the grey of an image without lungs
 CLOSE, CLOSE_WITH_LUNGS = 1e-4, 1e-3  # in probability; a pixel on the lungs' edge may change sides
@@ -54,7 +54,7 @@ class Exported(torch.nn.Module):
         levels = (image * 255).round()
         cut, is_cut, unsettled = already_cut_in_graph(levels)
         masks = torch.where(is_cut, cut, self.net.masks(image))
-        grey = normalise(levels[:, 0].to(torch.uint8), self.inputs.normalise)
+        grey = unit_grey(levels[:, 0].to(torch.uint8))
         return self.inputs.shown(grey, masks), unsettled
 
     def probabilities(self, logits):
@@ -83,12 +83,11 @@ class Exported(torch.nn.Module):
 
 def described(scorer):
     """{name: text}: what the metadata of an ONNX file say of a predict.Scorer."""
-    size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
+    size, results = scorer.config.img_size, scorer.results
     only = next(iter(scorer.thresholds.values()))
     calibration, findings = scorer.calibration, scorer.task.findings
     scale = scaling.basis(calibration, scorer.run)
-    beyond = "" if scorer.finder else f", then inputs.normalise(..., {mode!r})"
-    inside = ": exposure and lung masks inside the graph" if scorer.finder else ""
+    inside = ": lung masks inside the graph" if scorer.finder else ""
     lines = scale["platt"] and dict(zip(findings, scale["platt"]))
     about = {
         "run": str(scorer.run),
@@ -96,12 +95,11 @@ def described(scorer):
         "classes": json.dumps(scorer.task.classes),
         "findings": json.dumps(findings),
         "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
-        f"files: {scorer.config.resize} to {size} px" + beyond,
+        f"files: {scorer.config.resize} to {size} px",
         "shown": ", ".join(scorer.run.looks) + inside,
         "mean": json.dumps(results["mean"]),
         "std": json.dumps(results["std"]),
         "scaling": "inside the graph",
-        "normalise": mode,
         "precision": "fp32",
         "calibrated in": scale["precision"],
         "views": json.dumps(scale["tta"]),

@@ -43,6 +43,7 @@ from records.schema import (
     BATCH,
     SITE,
     mismatches,
+    without_gone,
     wrong_calibration,
     wrong_results,
     wrong_site_finding,
@@ -85,7 +86,7 @@ class Run:
             raise InputError(
                 f"{path} is damaged or was not written by a training script: missing or wrong {listed[:300]}"
             )
-        return results
+        return without_gone(results)
 
     def why_unfinished(self):
         """Why a run that is not finished is not, and what to do, as text."""
@@ -131,7 +132,7 @@ class Run:
         """The DataConfig of the run."""
         from data import DataConfig
 
-        return DataConfig.from_json(self.results["data"])
+        return DataConfig.from_json(self.results["data"], self)
 
     @cached_property
     def task(self):

@@ -7,6 +7,8 @@ POSITIVE = Number(float, 0, 1e300, above=True)
 SHARE = Number(float, 0, 1)
 NATURAL = Number(int, 0, 2**53)
 
+GONE = {"data": {"normalise": "none"}, "recipe": {"teacher_features": 0.0}}  # values that changed nothing
+
 # What a file must hold at least: a type, a Number, [what every item is], {key: what its value is}.
 RESULTS = {
     "model": str,
@@ -67,6 +69,14 @@ CLASS_FIGURES = {
     "macro_f1": SPAN,
     "classes": dict,
 }
+
+
+def without_gone(results):
+    """A results.json without the settings of older versions that changed nothing; those that did stay."""
+    present = dict(results)
+    for key, settings in GONE.items():
+        present[key] = {k: v for k, v in results[key].items() if k not in settings or v != settings[k]}
+    return present
 
 
 def mismatches(value, spec, name=""):

@@ -28,7 +28,7 @@ PATIENCE = 15  # seconds that a server may take to answer
 
 def add_track_argument(group):
     """--track."""
-    text = "follow the run in these trackers; packages of their own, and all offline unless set up otherwise"
+    text = "follow the run in these trackers, each a package to install; offline unless set up otherwise"
     group.add_argument("--track", nargs="+", choices=BACKENDS, default=[], metavar="TRACKER", help=text)
 
 

@@ -123,13 +123,6 @@ def accuracy():
             Row(f"scratch-{look}", "train_scratch", see, "", three),
             Row(f"scratch-{look}-taught", "train_scratch", f"{see} {TEACHER}{look}-seed0", "", three),
             Row(
-                f"scratch-{look}-taught-features",
-                "train_scratch",
-                f"{see} {TEACHER}{look}-seed0 --teacher-features 1",
-                "",
-                three,
-            ),
-            Row(
                 f"scratch-{look}-taught-nih",
                 "train_scratch",
                 f"{see} {TEACHER}{look}-seed0 --also-unlabelled {{nih}}",

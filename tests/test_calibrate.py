@@ -177,7 +177,6 @@ def test_whatever_decides_a_figure_is_in_the_keys():
         {"inputs": replace(inputs, reads_lungs=True)},
         {"inputs": replace(inputs, look="crop")},
         {"inputs": replace(inputs, amp=True)},
-        {"inputs": replace(inputs, normalise="standard")},
         {"tta": {"flip": False}},
     ):
         a, b = keys(**change)
@@ -399,7 +398,7 @@ def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
     ):
         write_json(run.folder / "calibration.json", {**found, **damage})
         refused(cli("predict", "clinic", "--run", "outputs/run", cwd=tmp_path), "is damaged", *damage)
-    for words, kept in (((), False), (("scale",), True), (("platt", "--no-temperature"), False)):
+    for words, kept in (((), False), (("scale",), True)):
         succeed(*argv, *(("--temperature", *words) if words else ()), cwd=tmp_path)
         last = read_json(tmp_path, "outputs/run/calibration.json")
         assert last["temperature_applied"] is kept and "platt" not in last and last["format"] == 1
@@ -411,21 +410,3 @@ def test_platt_scaling_of_a_run_that_separates_validation_is_refused(bench):
     before = read_json(bench, "outputs/linear/calibration.json")
     refused(cli(*argv, cwd=bench), "separate", "--temperature scale")
     assert read_json(bench, "outputs/linear/calibration.json") == before
-
-
-def test_normalise_reaches_training_calibration_and_prediction(bench, tmp_path):
-    shutil.copytree(bench / "xray", tmp_path / "xray")
-    assert (
-        cli(
-            "train_linear", "--data-dir", "xray", "--img-size", 32, "--normalise", "equalise", cwd=tmp_path
-        ).code
-        == 0
-    )
-    assert cli("calibrate", *FLOOR, cwd=tmp_path).code == 0
-    rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/linear")
-    with (
-        np.load(tmp_path / "outputs/linear/scores.npz") as file,
-        np.load(bench / "outputs/linear/scores.npz") as plain,
-    ):
-        assert [float(r["p_pneumonia"]) for r in rows] == file["test_p1"].tolist()
-        assert np.abs(file["test_p1"] - plain["test_p1"]).max() > 1e-3

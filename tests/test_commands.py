@@ -31,11 +31,12 @@ from vit import VisionTransformer
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_docstring(script, tmp_path):
-    done = cli(script, "--help", cwd=tmp_path)
-    assert done.code == 0 and done.err == ""
     doc = importlib.import_module(script).__doc__
-    assert doc.strip() in done.out and f"python {script}.py" in doc
-    assert "default:" in done.out
+    for flag in ("--help", "--help-all"):
+        done = cli(script, flag, cwd=tmp_path)
+        assert done.code == 0 and done.err == "" and done.out.startswith(f"usage: {script}.py [flags]")
+        assert " ".join(doc.split()) in " ".join(done.out.split()) and f"\n    python {script}.py" in done.out
+        assert "default:" in done.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,7 +36,6 @@ class Loop:
         self.model, self.objective, self.plan, self.inputs, self.meta = model, objective, plan, inputs, meta
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.gradient = Gradient(objective, self.recipe, inputs, plan.change, teacher)
-        self.match = teacher and teacher.match  # what is trained beside the model
         self.rank, self.number = processes()
         self.progress = Progress()
         self.longer = False  # whether a run that is resumed gets more epochs
@@ -118,7 +117,7 @@ class Loop:
         if self.number > 1:  # images are changed alike in all processes, dropout is another in each
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
-        self.optimizer = adamw(model, self.match, recipe, self.device)
+        self.optimizer = adamw(model, recipe, self.device)
         self.average = WarmAverage(model, recipe.ema) if recipe.ema else None
         self.kept = self.average.module if self.average else model  # what is validated and saved
         self.steps = math.ceil(count / recipe.batch_size)
@@ -189,8 +188,6 @@ class Loop:
         """The model, what is trained beside it, their average, and the optimiser."""
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
-        if self.match:
-            self.match.load_state_dict(last["match"])
         if self.average is not None:
             self.average.load_state_dict(last["average"])
 
@@ -391,7 +388,6 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "state": self.progress.saved(),
             "average": self.average and self.average.state_dict(),
-            "match": self.match and self.match.state_dict(),
             "rng": random_states,
             "draws": self.gradient.draws and self.gradient.draws.states,
             "seen": seen,

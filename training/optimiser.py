@@ -85,12 +85,9 @@ def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
     return out
 
 
-def adamw(model, match, recipe, device):
-    """AdamW for the parameters of a model and of `match`, the layers by which it imitates a teacher's
-    features (or None), as a Recipe asks."""
+def adamw(model, recipe, device):
+    """AdamW for the parameters of a model, as a Recipe asks."""
     groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
-    if match:
-        groups += parameter_groups(match, recipe.weight_decay)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=device.type in ("cpu", "cuda"))
 
 

@@ -182,10 +182,7 @@ class Gradient:
         """The loss with the teacher's part in it; `count`: of the whole batch."""
         teacher = self.teacher
         distance = self.objective.imitation(outputs, teacher(grey)).sum() / count
-        loss = (1 - teacher.share) * loss + teacher.share * distance
-        if teacher.match:
-            loss += self.recipe.teacher_features * teacher.match().sum() / count
-        return loss
+        return (1 - teacher.share) * loss + teacher.share * distance
 
     # ------------------------------------------------------------ what was seen
 
