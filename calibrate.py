@@ -27,14 +27,14 @@ import numpy as np
 import data
 from calibration import shares, shift, site
 from calibration.ensemble import make_ensemble
-from calibration.intervals import reported_interval
 from calibration.operating_point import SIDES, Rule, evaluate
 from calibration.wording import POINTS, several_warnings, shared_text, smallest_gap, threshold_text, warnings
 from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, say, start
 from common.device import add_device_argument, pick_device
-from common.files import FORMAT, SCALED, sha256
+from common.files import CALIBRATION, sha256
+from common.proportions import reported_interval
 from data import load_test, load_train_val
 from images.subset import pixel_fingerprint
 from layouts.tables import find_table
@@ -419,10 +419,10 @@ def run_all(args, rule):
             result, p1 = evaluate(scores, rule, run.task)
         except InputError as error:
             raise InputError(f"{run}: {error}") from None
-        found = run.findings(result).values()
+        found = result["findings"].values()
         promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
         result |= {
-            "format": SCALED if rule.platt else FORMAT,
+            "format": CALIBRATION,
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
@@ -436,12 +436,13 @@ def run_all(args, rule):
         tracker.close()
         mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
         title = f"{run}{' with TTA' if tta else ''}{mark}"
-        if "findings" in result:
+        if len(found) > 1:
             show_several(title, result)
         else:
-            sets.tell("\n" + shared_text(result, run.task.findings[0]))
-            show(title, result)
-        print("".join(f"{line}\n" for line in scaling.told(result, run.findings(result))), end="")
+            (only,) = found
+            sets.tell("\n" + shared_text(result | only, run.task.findings[0]))
+            show(title, result | only)
+        print("".join(f"{line}\n" for line in scaling.told(result)), end="")
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "
