@@ -37,7 +37,6 @@ from tests.shared import (
     succeed,
     toy_subset,
 )
-from training import evaluate
 from training.evaluate import predict
 
 POINTS = ("at_0.5", "at_rec")
@@ -97,7 +96,7 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     """Another --min-recall scores nothing again; another checkpoint, or damaged scores, does."""
     out = own_runs / "outputs" / "pretrained"
     path, scored, real = out / "scores.npz", [], predict
-    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
+    monkeypatch.setattr(calibrate, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
 
     def p1():
         with np.load(path) as file:

@@ -187,8 +187,13 @@ def test_platt_decides_alike_at_rec_and_guar(seed, digits, several):
             before, after = (p[side].reshape(n // 2, -1)[:, k] for p in (p_plain, p_found))
             for point in ("at_rec", "at_guaranteed"):
                 if point in a[side]:
-                    called = before >= a[side][point]["thr"], after >= b[side][point]["thr"]
-                    assert np.array_equal(*called) and b["changed"][side][point] == 0
+                    thr = a[side][point]["thr"]
+                    called = before >= thr, after >= b[side][point]["thr"]
+                    differ = called[0] != called[1]
+                    assert b["changed"][side][point] == differ.sum()
+                    # A test score may lie exactly between two of validation: then rounding decides.
+                    assert np.abs(before[differ] - thr).max(initial=0) < 1e-12
+                    assert side == "test" or not differ.any()
             assert b["changed"][side]["at_0.5"] == ((before >= 0.5) != (after >= 0.5)).sum()
 
 
