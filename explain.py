@@ -91,7 +91,7 @@ class Explainer:
         self.explained = target or self.finding
         self.answer = task.answer(self.explained)
         self.target = int(self.explained == self.finding)  # its number in `classes`
-        found = run.findings(self.calibration)[self.finding]
+        found = self.calibration["findings"][self.finding]
         if "why_not" in found:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]

@@ -22,7 +22,7 @@ from models.inputs import Inputs
 from records.run import Run
 from report.evidence import map_blocks
 from report.rows import Entry
-from tests.shared import CPU, cli, refused, save_dicom, succeed, tiny_vit
+from tests.shared import CPU, cli, of_one, refused, save_dicom, succeed, tiny_vit
 
 PLAIN = Inputs((0.5,) * 3, (0.5,) * 3, CPU)
 GREY = Inputs((0.0,), (1.0,), CPU)
@@ -322,7 +322,9 @@ def drawn(monkeypatch):
 def test_pictures_are_chosen_on_the_scores_of_calibrate(bench, scratch_run, drawn):
     succeed("explain", "--run", scratch_run, "--split", "test", "--tests", 0, cwd=bench)
     scores = scratch_run.scores()
-    rows = explain.pick(scores["test_labels"], scores["test_p1"], scratch_run.calibration()["threshold"])
+    rows = explain.pick(
+        scores["test_labels"], scores["test_p1"], of_one(scratch_run.calibration())["threshold"]
+    )
     assert drawn == [*explain.picture_names(scores["test_files"][i] for _, i in rows), "sheet.png"]
 
 
@@ -347,7 +349,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     assert scratch_run.explained()["val"]["target"] == name and f"rightly called {name}" in done.out
     assert asked["maps"] == {Answer(target)} and asked["tested"] == Answer(target)
     scores = scratch_run.scores()
-    called = scores["val_p1"] >= scratch_run.calibration()["threshold"]
+    called = scores["val_p1"] >= of_one(scratch_run.calibration())["threshold"]
     right = np.flatnonzero((scores["val_labels"] == target) & (called == target))
     assert len(right) >= 2
     assert np.array_equal(asked["pixels"], load_split(scratch_run, "val").pixels(right))
