@@ -5,12 +5,12 @@
 
 What is finished is skipped, what was stopped goes on. The parts:
 
-- lungs: each arm with each --input (RESULTS.md, What a model sees);
+- lungs: each arm with each --input (docs/RESULTS.md, What a model sees);
 - arms: the default and the paper recipe of each arm that has weights; and CNNs from random weights for two
   epochs, which shows that they run and nothing else;
 - five: the same recipes on five classes in published parts (--data-dir is that set's);
-- accuracy: the candidates of EXPERIMENTS.md, section 20. By its rule they are not scored on the test images:
-  there is no calibration, and the signals include the corruptions (give --nih for the panel).
+- accuracy: the candidates of docs/notebook/20-accuracy-the-rule.md. By its rule they are not scored on the
+  test images: there is no calibration, and the signals include the corruptions (give --nih for the panel).
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
 seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this

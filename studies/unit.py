@@ -1,5 +1,5 @@
-"""The block of test images behind half of the false alarms (EXPERIMENTS.md, section 10): which runs it
-misleads, and by what.
+"""The block of test images behind half of the false alarms (docs/notebook/10-another-hospital.md): which
+runs it misleads, and by what.
 
     python studies/unit.py --run outputs/ti16-full outputs/ti16-masked-crop
     python studies/unit.py --run outputs/ti16-masked-crop --transplant

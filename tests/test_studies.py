@@ -526,7 +526,7 @@ def test_speed_of_the_arms_is_printed(tmp_path):
 
 
 def test_the_story_of_another_hospital(own_bench, tmp_path, monkeypatch):
-    """The README's commands, one after the other, on a drawn hospital."""
+    """The commands of docs/ANOTHER_HOSPITAL.md, one after the other, on a drawn hospital."""
     from studies import story
 
     def run(argv, **how):  # in this process, which is faster
