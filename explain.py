@@ -14,7 +14,7 @@ that are rightly called --target.
 draws image files instead, to RUN/explain/, without tests, of a folder all that are in it. A file that cannot
 be read is named and makes the exit code 2; the others are drawn all the same.
 
-How maps are made is in maps.py. A map shows what moved the score, not where the disease is.
+How maps are made is in models/maps.py. A map shows what moved the score, not where the disease is.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -24,15 +24,13 @@ import os
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
-from common.files import FORMAT, atomic_path, write_json
+from common.files import FORMAT, write_json
 from data import load_split
 from images.decode import read_image
 from images.find import Search
@@ -43,11 +41,9 @@ from lungs import show
 from lungs.show import plausible
 from models import maps
 from models.inputs import Inputs
+from models.map_pictures import draw, picture_names
 from records.run import Run
 from training.evaluate import predict
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 SPLITS = {"val": "validation", "test": "test"}
 
@@ -95,7 +91,7 @@ class Explainer:
         self.explained = target or self.finding
         self.answer = task.answer(self.explained)
         self.target = int(self.explained == self.finding)  # its number in `classes`
-        found = run.findings(self.calibration)[self.finding]
+        found = self.calibration["findings"][self.finding]
         if "why_not" in found:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
@@ -152,9 +148,6 @@ class Explainer:
         return path
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def pick(y, p, threshold):
     """Images for the sheet, [(title, index)]: the most confident and borderline of each outcome there is."""
     rows = []
@@ -171,64 +164,6 @@ def pick(y, p, threshold):
             if len(far) > 1:
                 rows.append((f"{title}, most borderline", far[0]))
     return rows
-
-
-def picture_names(files):
-    """A file name for the picture of each image: its stem, with -2, -3, ... where that is taken already.
-
-    Upper and lower case count as the same, as they do on some systems; sheet.png is taken."""
-    taken, names = {"sheet"}, []
-    for stem in (Path(file).stem for file in files):
-        tries = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        names.append(next(name for name in tries if name.casefold() not in taken))
-        taken.add(names[-1].casefold())
-    return [f"{name}.png" for name in names]
-
-
-def draw(path, rows, methods, title):
-    """Write `rows` (see Explainer.row) as a PNG: each image, its maps, and the first map laid over the image
-    and the outline of the lungs.
-
-    methods: names of the maps. Text is drawn as it is: a dollar sign begins no formula."""
-    lines, columns = len(rows), 2 + len(methods)
-    with plt.rc_context({"text.parse_math": False}):
-        size = (2.6 * columns + 0.8, 2.75 * lines + 0.8)
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for ax, name in zip(axes[0], ["image", *methods, f"{methods[0]}, lungs outlined"]):
-            ax.set_title(name, fontsize=9)
-        for line, (text, image, found, mask) in zip(axes, rows):
-            line[0].set_ylabel(printable(text), fontsize=7)
-            shown = draw_row(line, image, found)
-            if plausible(mask):
-                line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
-        about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
-        figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
-        figure.suptitle(textwrap.fill(printable(title), 26 * columns), fontsize=11)
-        with atomic_path(path) as tmp:
-            figure.savefig(tmp, dpi=110)
-    plt.close(figure)
-
-
-def draw_row(axes, image, grids):
-    """Draw an image uint8 [S, S] and its maps [h, w], each relative to its maximum -> the last one drawn."""
-    scale = dict(cmap="inferno", vmin=0, vmax=1)
-    for ax in axes:
-        ax.set(xticks=[], yticks=[])
-    for ax in (axes[0], axes[-1]):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-    for ax, grid in zip(axes[1:], grids):
-        ax.imshow(grid / max(grid.max(), 1e-12), **scale)
-        if not grid.any():
-            style = dict(color="white", ha="center", va="center", fontsize=8, transform=ax.transAxes)
-            ax.text(0.5, 0.5, "no patch speaks\nfor this class", **style)
-    first = torch.from_numpy(grids[0])[None, None]
-    smooth = F.interpolate(first, size=image.shape, mode="bilinear")[0, 0].numpy()
-    return axes[-1].imshow(smooth / max(smooth.max(), 1e-12), alpha=0.45, **scale)
-
-
-def printable(text):
-    """Text that matplotlib can draw: whatever is not valid Unicode in a file name is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # ---------------------------------------------------------------- main
@@ -328,10 +263,16 @@ def summary(name, found):
 
 def add_moved_arguments(parser):
     """Where the images of the run are now."""
-    parser.add_argument("--data-dir", metavar="DIR", help="the same images elsewhere (default: as trained)")
-    parser.add_argument("--labels", metavar="CSV", help="the same table elsewhere (default: as trained)")
-    parser.add_argument("--patients", metavar="CSV", help="the same patients elsewhere (default: as trained)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="decoded images (default: as trained)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images are now (default: as trained)")
+    parser.add_argument(
+        "--labels", metavar="CSV", help="where the table of findings is now (default: as trained)"
+    )
+    parser.add_argument(
+        "--patients", metavar="CSV", help="where the table of patients is now (default: as trained)"
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="folder of the decoded images (default: as trained)"
+    )
 
 
 def moved_settings(args):
@@ -351,7 +292,9 @@ def parse():
         "images", nargs="*", metavar="IMAGE", help="files or folders to draw instead of a data split"
     )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="val", help="which images to choose from")
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="val", help="part of the data to choose images from"
+    )
     parser.add_argument(
         "--method", choices=(*maps.METHODS, "both"), default="both", help="which maps to draw"
     )
@@ -359,23 +302,27 @@ def parse():
     parser.add_argument(
         "--target",
         metavar="CLASS",
-        help="of two classes, the one explained and tested (default: the finding)",
+        help="of two classes, the one to explain (default: the finding)",
     )
     parser.add_argument(
         "--layer",
         type=Number(int, -256, 255),
         default=-1,
         metavar="N",
-        help="block of Grad-CAM; -1: last",
+        help="block that Grad-CAM looks at, from 0, or from the end: -1 is the last",
     )
     parser.add_argument(
-        "--tests", type=Number(int, 0, 10_000), default=40, metavar="N", help="images to test maps on"
+        "--tests",
+        type=Number(int, 0, 10_000),
+        default=40,
+        metavar="N",
+        help="number of images to test the maps on",
     )
     parser.add_argument(
         "--lungs",
         default=lung_masks.SHIPPED,
         metavar="SOURCE",
-        help="lungs that are outlined and that the maps are held against: weights of train_lungs.py, "
+        help="source of the lungs that are outlined and compared with the maps: weights of train_lungs.py, "
         "heuristic, or a .npz of masks",
     )
     add_moved_arguments(parser)

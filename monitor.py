@@ -128,7 +128,8 @@ def read_log(path, threshold, words, column="score"):
         seen.add(row.path)
         last = row.time
         if row.score is None or row.sick is None:
-            counts["unscored" if row.score is None else "waiting"] += 1
+            missing = "unscored" if row.score is None else "waiting"
+            counts[missing] += 1
             continue
         counts["images"] += 1
         counts["unnamed"] += not row.patient
@@ -160,11 +161,11 @@ def say_counts(path, log):
 def draw(path, log, floor, alarm, title):
     """Write a picture of recall and specificity over time, with confidence sequences."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    sides = (("recall", log.sick, log.called), ("specificity", ~log.sick, ~log.called))
-    for ax, (name, chosen, right) in zip(axes, sides):
+    sides = (("recall", "with", log.sick, log.called), ("specificity", "without", ~log.sick, ~log.called))
+    for ax, (name, word, chosen, right) in zip(axes, sides):
         outcomes = right[chosen]
         ax.set(
-            xlabel=f"patients {'with' if name == 'recall' else 'without'} the finding",
+            xlabel=f"patients {word} the finding",
             ylabel=name,
             ylim=(0, 1.02),
         )
@@ -197,12 +198,9 @@ def threshold_of(run, args):
     if finding not in run.task.findings:
         raise InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
     name = "tta" if args.tta else ""
-    if args.site:
-        source = run.site(args.site, name)
-        found = source["findings"][finding]
-    else:
-        source = run.calibration(name)
-        found = run.findings(source)[finding]
+    source = run.site(args.site, name) if args.site else run.calibration(name)
+    found = source["findings"][finding]
+    if not args.site:
         found = {**found, "guaranteed": found.get("guarantee", {}).get("threshold")}
     threshold, floor = found.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:
@@ -216,15 +214,31 @@ def threshold_of(run, args):
 def parse():
     """Checked command line."""
     parser = Parser(__doc__)
-    parser.add_argument("log", metavar="LOG.csv", help="path,score,diagnosis and perhaps patient,time")
+    parser.add_argument(
+        "log", metavar="LOG.csv", help="table path,score,diagnosis, perhaps with patient,time"
+    )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument("--site", metavar="WHERE", help="thresholds of calibrate.py --site")
-    parser.add_argument("--tta", action="store_true", help="the scores are those of predict.py --tta")
-    parser.add_argument("--point", choices=tuple(POINTS), default="rec", help="which threshold is in use")
-    parser.add_argument("--finding", metavar="NAME", help="which of several findings")
+    parser.add_argument(
+        "--site",
+        metavar="WHERE",
+        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
+    )
+    parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
+    parser.add_argument(
+        "--point",
+        choices=tuple(POINTS),
+        default="rec",
+        help="threshold in use: recall-first, of the mean, or guaranteed",
+    )
+    parser.add_argument(
+        "--finding", metavar="NAME", help="finding to watch, of several (default: the only one)"
+    )
     between = Number(float, 0, 1, above=True, below=True)
     parser.add_argument(
-        "--min-recall", type=between, metavar="X", help="the floor (default: that of calibrate.py)"
+        "--min-recall",
+        type=between,
+        metavar="X",
+        help="recall floor to watch, in (0, 1) (default: that of calibrate.py)",
     )
     args = parser.parse_args()
     check_name("--site", args.site)

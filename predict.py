@@ -82,7 +82,7 @@ class Scorer:
         self.model = run.model()
         calibration = run.calibration("tta" if tta else "")
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
-        self.thresholds = {n: f.get("threshold") for n, f in run.findings(calibration).items()}
+        self.thresholds = {n: f.get("threshold") for n, f in calibration["findings"].items()}
         self.guaranteed = None  # the threshold of a site, of a single finding
         if site:
             found = run.site(site, "tta" if tta else "")["findings"]
@@ -208,17 +208,21 @@ class Scorer:
 def parse():
     """Checked command line."""
     parser = Parser(__doc__)
-    parser.add_argument("paths", nargs="*", metavar="PATHS", help="files, folders or globs")
+    parser.add_argument("paths", nargs="*", metavar="PATHS", help="images to score: files, folders or globs")
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument(
-        "--site", metavar="WHERE", help="decide by the thresholds that calibrate.py --site made for WHERE"
+        "--site",
+        metavar="WHERE",
+        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
     )
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation, as by calibrate.py --tta")
-    parser.add_argument("--jsonl", action="store_true", help="JSON lines instead of CSV")
+    parser.add_argument("--tta", action="store_true", help="average over views, as calibrate.py --tta did")
+    parser.add_argument("--jsonl", action="store_true", help="print JSON lines instead of CSV")
     parser.add_argument(
         "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
     )
-    parser.add_argument("--summary", metavar="FILE.json", help="write the verdict on all images together")
+    parser.add_argument(
+        "--summary", metavar="FILE.json", help="write the verdict on all images together to this file"
+    )
     parser.add_argument(
         "--keep", metavar="NAME", help="keep that verdict in the run under this name, for compare.py"
     )

@@ -36,13 +36,12 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = Parser(__doc__)
-    add_arguments(parser)
+    parser = Parser(__doc__, recipe.EVERYDAY)
+    add_unlabelled_argument(add_arguments(parser))
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
     )
-    add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
 

@@ -53,14 +53,14 @@ def main():
     early = Parser(None, add_help=False)  # the model decides the default of --batch-size
     early.add_argument("--model", default="convnextv2_tiny")
     chosen = defaults(early.parse_known_args()[0].model)
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, recipe.EVERYDAY)
     add_arguments(parser)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="a CNN of timm")
+    group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="any CNN of timm")
     inputs.add_scaling_arguments(group)
     weights = group.add_mutually_exclusive_group()
-    weights.add_argument("--weights", metavar="PATH", help="its weights, a timm .pth or .safetensors")
-    weights.add_argument("--pretrained", action="store_true", help="let timm download its weights")
+    weights.add_argument("--weights", metavar="PATH", help="file of its weights, a timm .pth or .safetensors")
+    weights.add_argument("--pretrained", action="store_true", help="let timm download the weights")
     recipe.add_arguments(parser, chosen)
 
     def size(args, usual):

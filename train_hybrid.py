@@ -59,7 +59,7 @@ def add_model_arguments(parser):
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, recipe.EVERYDAY)
     add_arguments(parser)
     add_model_arguments(parser)
     recipe.add_arguments(parser, DEFAULTS)

@@ -10,7 +10,7 @@ scores it in the same way. Takes seconds.
 import common.prelude  # noqa: F401  (first: see there)
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -85,14 +85,15 @@ def watched(model, task, inputs, parts, others):
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, recipe.EVERYDAY)
     add_arguments(parser)
+    group = parser.add_argument_group("recipe")
     penalty = Number(float, 1e-12, 1e12)
-    parser.add_argument(
+    group.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"
     )
-    about = "rare classes, as in the other training scripts; there are no epochs to draw anew in"
-    parser.add_argument("--balance", choices=BALANCES, default="none", help=about)
+    about = "rare classes, as in the other training scripts"
+    group.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     run = plan.run_from_args(args)
@@ -118,8 +119,7 @@ def train_linear(args, config, run):
         tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
     started = time.perf_counter()
-    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), normalise=config.normalise)
-    inputs = replace(inputs, look=config.input)
+    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
     pooled = predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weights = image_weights(train.targets, train.sources, args.balance)

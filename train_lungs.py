@@ -51,10 +51,9 @@ def export(run):
 
 
 def main():
-    parser = Parser(__doc__)
-    add_arguments(parser, also=False)
-    group = parser.add_argument_group("lungs")
-    group.add_argument("--masks", required=True, metavar="NPZ", help="the true lung masks")
+    parser = Parser(__doc__, recipe.EVERYDAY)
+    group = add_arguments(parser, also=False)
+    group.add_argument("--masks", required=True, metavar="NPZ", help="file of the true lung masks")
     parser.set_defaults(img_size=SIDE)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)

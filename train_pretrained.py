@@ -34,7 +34,7 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, recipe.EVERYDAY)
     add_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument(

@@ -31,22 +31,19 @@ DEFAULTS = recipe.Defaults(
 
 
 def main():
-    parser = Parser(__doc__)
-    add_arguments(parser)
+    parser = Parser(__doc__, recipe.EVERYDAY)
+    add_unlabelled_argument(add_arguments(parser))
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help="architecture")
+    group.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help="which Vision Transformer")
     group.add_argument(
-        "--init", default=None, metavar="DIR", help="start from the encoder pretrain_mae.py left in DIR"
+        "--init", default=None, metavar="DIR", help="start from the encoder that pretrain_mae.py left in DIR"
     )
-    about = "learn the probabilities of this finished run, too, by --teacher-weight"
+    about = "imitate the probabilities of this finished run, too"
     group.add_argument("--teacher", default=None, metavar="DIR", help=about)
-    add_unlabelled_argument(group)
     recipe.add_arguments(parser, DEFAULTS)
     args, plans = plan.plans_from_args(parser, DEFAULTS)
     if args.also_unlabelled and not args.teacher:
         raise InputError("--also-unlabelled: images without labels teach nothing: give --teacher, which does")
-    if args.teacher_features and not args.teacher:
-        raise InputError("--teacher-features: whose? Name a finished run with --teacher")
     if args.teacher and (args.mixup or args.cutmix):
         raise InputError("--teacher judges images one by one: leave out --mixup and --cutmix")
     how = (plans[0].config, plans[0].device, plans[0].recipe.teacher_weight)

@@ -145,6 +145,27 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), attention
 
 
+def _checked_size(img_size, patch_size):
+    """(height, width) of the images; InputError unless whole patches fill them."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height % patch_size or width % patch_size or min(height, width) < patch_size:
+        near = max(1, round(height / patch_size)) * patch_size
+        raise InputError(
+            f"image size {height}x{width} is not divisible by the patch size {patch_size}: take {near}"
+        )
+    return height, width
+
+
+def _check_architecture(embed_dim, num_heads, depth, num_classes, readout):
+    """InputError for sizes that no network can have."""
+    if embed_dim % num_heads:
+        raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+    if num_classes < 1 or depth < 1:
+        raise InputError(f"num_classes ({num_classes}) and depth ({depth}) must be at least 1")
+    if readout not in READOUTS:
+        raise InputError(f"readout {readout!r} is not one of {', '.join(READOUTS)}")
+
+
 class VisionTransformer(nn.Module):
     """Images (B, in_chans, H, W), already scaled -> float32 logits (B, num_classes).
 
@@ -160,7 +181,7 @@ class VisionTransformer(nn.Module):
 
     kind = "vit"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (an architecture is that many numbers; the names are timm's)
         self,
         img_size=224,
         patch_size=16,
@@ -178,18 +199,8 @@ class VisionTransformer(nn.Module):
         readout="cls",
     ):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % patch_size or width % patch_size or min(height, width) < patch_size:
-            near = max(1, round(height / patch_size)) * patch_size
-            raise InputError(
-                f"image size {height}x{width} is not divisible by the patch size {patch_size}: take {near}"
-            )
-        if embed_dim % num_heads:
-            raise InputError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
-        if num_classes < 1 or depth < 1:
-            raise InputError(f"num_classes ({num_classes}) and depth ({depth}) must be at least 1")
-        if readout not in READOUTS:
-            raise InputError(f"readout {readout!r} is not one of {', '.join(READOUTS)}")
+        height, width = _checked_size(img_size, patch_size)
+        _check_architecture(embed_dim, num_heads, depth, num_classes, readout)
         self.img_size, self.patch_size, self.in_chans = (height, width), patch_size, in_chans
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.grid_size = (height // patch_size, width // patch_size)
@@ -228,7 +239,8 @@ class VisionTransformer(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim * (2 if readout == "cls+mean" else 1), num_classes)
+        read_tokens = 2 if readout == "cls+mean" else 1
+        self.head = nn.Linear(embed_dim * read_tokens, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self):

@@ -1,7 +1,13 @@
-"""What calibrate.py, predict.py and monitor.py stand on: thresholds, what they promise, and where they no
-longer do.
+"""Thresholds, what they promise, and where they no longer do. metrics.py at the root chooses them.
 
-Read operating_point.py (thresholds on validation, figures on both sides), intervals.py, ensemble.py, site.py
-(another hospital), shift.py and shares.py (unlike validation?), sequential.py (tests at all times),
-wording.py. The thresholds themselves are chosen in metrics.py.
+In the order to read them:
+
+    operating_point.py  thresholds on validation, figures on both sides
+    intervals.py        how sure a figure is
+    ensemble.py         several runs as one
+    site.py             thresholds for another hospital
+    shift.py            is a batch like validation?
+    shares.py           the same at another share of the sick
+    sequential.py       tests that may be looked at daily
+    wording.py          what is said of thresholds
 """

@@ -11,7 +11,7 @@ from records.run import Run, find_runs
 from training import plan
 
 SINGLE = ("vit", "linear", "cnn", "hybrid")  # kinds of models that can be members
-SAME = {"img_size": "--img-size", "resize": "--resize", "normalise": "--normalise", "classes": "classes"}
+SAME = {"img_size": "--img-size", "resize": "--resize", "classes": "classes"}
 
 
 def make_ensemble(folders, out, overwrite, ready):
@@ -41,10 +41,13 @@ def make_ensemble(folders, out, overwrite, ready):
     also = {}
     for r in results:
         also |= r["split"]["also"] if isinstance(r["split"].get("also"), dict) else {}
+    split = dict(results[0]["split"])
+    if also:
+        split["also"] = also
     about = {
         "data": (with_lungs or runs)[0].results["data"] | seen,
         **{k: results[0][k] for k in ("input_range", "synthetic") if k in results[0]},
-        "split": results[0]["split"] | ({"also": also} if also else {}),
+        "split": split,
         "model": "ensemble",
         "model_config": {"kind": model.kind, **model.config},
         "members": [

@@ -122,17 +122,19 @@ class Reference:
         pool = self._pool(batch)
         asked = questions(task, self.arrays["labels"], scores)
 
+        alike = "few" if n < LEAST else "like"  # the verdict where no test finds a difference
+
         # First against all of validation, at its own shares.
         tests = pool.tests(np.arange(pool.M))
         p = joint(tests)
         if p is None or (p > LEVEL and not asked):
-            return report | _conclusion("few" if n < LEAST else "like", tests, p)
+            return report | _conclusion(alike, tests, p)
         if not asked:
             return report | _conclusion("unknown", tests, p)
         usual = np.flatnonzero(asked[0].labels >= 0)
         same_share = mean_test(asked[0].values, usual, pool.batch) > LEVEL
         if p > LEVEL and same_share:
-            return report | _conclusion("few" if n < LEAST else "like", tests, p)
+            return report | _conclusion(alike, tests, p)
 
         # Then at other shares, of one kind of people at a time: one explanation is enough.
         answers = []
@@ -213,7 +215,9 @@ def _in_words(shares, usual):
     for name in list(shares)[1:]:
         low, high = shares[name]
         text = f"{100 * low:.0f}% to {100 * high:.0f}%; validation {100 * usual[name]:.0f}%"
-        texts.append(text if len(shares) == 2 else f"{name} {text}")
+        if len(shares) > 2:
+            text = f"{name} {text}"
+        texts.append(text)
     return ", ".join(texts)
 
 

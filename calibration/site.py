@@ -16,12 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
-import data
-from calibration.intervals import reported_interval
 from calibration.operating_point import LEAST, Side, shared_out, summarize
 from calibration.wording import chance_text, concerns
 from common import scaling
 from common.console import InputError, command_line, say
+from common.proportions import reported_interval
 from data import load_train_val
 from images import twins
 from images.subset import same_images
@@ -155,7 +154,7 @@ def scored(run, subset, device, tta, batch_size):
         say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
     model = run.model().to(device)
     logits = predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
-    shipped = {name: f.get("threshold") for name, f in run.findings(calibration).items()}
+    shipped = {name: f.get("threshold") for name, f in calibration["findings"].items()}
     return run.task.truth(subset.targets), run.task.scores_from(logits, calibration), shipped
 
 
@@ -222,7 +221,7 @@ def calibrate(args, rule, device, tta):
         )
     for run in find_runs(args.runs_dir, args.run):
         moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
-        config = data.DataConfig.from_json({**run.results["data"], **moved})
+        config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
         how = dict(device=device, tta=tta, batch_size=args.batch_size, report=args.report)
@@ -236,7 +235,7 @@ def refuse_seen(run, site, folder, moved):
         if other is None:
             say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
             continue
-        config = data.DataConfig.from_json({**other.results["data"], **moved})
+        config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
         if known := same_images(site, (train, val)):

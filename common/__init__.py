@@ -1,5 +1,15 @@
-"""What every room stands on: starting and stopping, files, flags, the device, the question asked. Imports
-nothing of the project but itself.
+"""What every room stands on. Imports nothing of the project but itself.
 
-Read console.py (errors and notes), then files.py, cli.py and task.py; the others when you need them.
+In the order to read them:
+
+    console.py      what a command says and how it ends
+    cli.py          the parser of every script
+    files.py        files, whole or not at all
+    safe_files.py   tensors and arrays of strangers
+    device.py       cuda, mps, cpu; precision; processes
+    task.py         the yes/no questions asked of an image
+    scaling.py      from logits to probabilities
+    proportions.py  intervals of proportions
+    prelude.py      the first import of every script
+    scripts.py      which script has which flag
 """

@@ -4,17 +4,26 @@ import argparse
 import dataclasses
 import difflib
 import re
+import shutil
+import textwrap
 
 from common import scripts
 from common.console import InputError, remember_flags
 
 
 class Parser(argparse.ArgumentParser):
-    """--help is the script's docstring and the flags with their defaults. A wrong command line is an
-    InputError; flags must be written out, because an abbreviated one could be taken for another."""
+    """The command line of a script.
 
-    def __init__(self, doc, **kwargs):
+    --help is the script's docstring and the flags in `everyday`, ("--epochs", ...); None: all. --help-all
+    shows every flag. A wrong command line is an InputError. Flags must be written out, because an abbreviated
+    one could be taken for another."""
+
+    def __init__(self, doc, everyday=None, **kwargs):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        self.everyday = everyday
+        self._positionals.title, self._optionals.title = "arguments", "flags"
+        if self.add_help:
+            self.add_argument("--help-all", action=_HelpAll, help="show every flag and exit")
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -24,21 +33,124 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         wrong = re.findall(r"(?:^|\s)(--[\w-]+)", message) if message.startswith("unrecognized") else []
         hints = "".join(f"{hint} " for hint in map(self._hint, dict.fromkeys(wrong)) if hint)
-        raise InputError(f"{message} ({hints}see python {self.prog} --help)")
+        help_flag = "--help-all" if self.hidden() else "--help"
+        raise InputError(f"{message} ({hints}see python {self.prog} {help_flag})")
 
     def _hint(self, wrong):
         """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
+        if wrong in scripts.GONE:
+            return f"{wrong} is gone: {scripts.LAST_VERSION} is the last that has it;"
         if owners := scripts.having(wrong, self.prog):
             return f"{wrong} is a flag of {', '.join(owners)};"
         close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
         return f"did you mean {close[0]}?" if close else ""
 
+    def hidden(self):
+        """The flags that --help leaves out, but for the two that ask for help: list of argparse actions."""
+        if self.everyday is None:
+            return []
+        flags = [action for action in self._actions if action.option_strings and not _asks_for_help(action)]
+        return [action for action in flags if not set(action.option_strings) & set(self.everyday)]
 
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def format_help(self, everything=False):
+        """The text of --help, or, with `everything`, of --help-all."""
+        hidden = [] if everything else self.hidden()
+        formatter = self._get_formatter()
+        formatter.add_usage(self._usage(), self._actions, [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            for action in group._group_actions:
+                if everything or not (action in hidden or _asks_for_help(action)):
+                    formatter.add_argument(action)
+            formatter.end_section()
+        if hidden:
+            formatter.add_text(f"{len(hidden)} more flag{'s' * (len(hidden) > 1)}: --help-all")
+        return formatter.format_help()
+
+    def _usage(self):
+        """One line: the flags that must be given, [flags] for the others, and what else is read."""
+        required, arguments = [], []
+        for action in self._actions:
+            if action.option_strings and action.required:
+                required.append(f"{action.option_strings[0]} {action.metavar}")
+            elif not action.option_strings:
+                name = action.metavar or action.dest
+                arguments.append(f"[{name} ...]" if action.nargs == "*" else name)
+        return " ".join([self.prog, *required, "[flags]", *arguments]).replace("%", "%%")
+
+
+class _HelpAll(argparse.Action):
+    """Prints the whole help and exits."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def _asks_for_help(action):
+    return bool({"--help", "--help-all"} & set(action.option_strings))
+
+
+WIDEST = 110  # columns of a help text
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Paragraphs are wrapped to the terminal, indented lines (commands) are kept, each flag tells its
+    default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, width=min(WIDEST, shutil.get_terminal_size().columns - 2))
+
+    def _fill_text(self, text, width, indent):
+        wrapped = []
+        for paragraph in text.strip().split("\n\n"):
+            if not paragraph.startswith(" "):
+                paragraph = textwrap.fill(paragraph, width, break_on_hyphens=False)
+            wrapped.append(paragraph)
+        return "\n\n".join(wrapped)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _get_help_string(self, action):
-        if action.default is None or "default:" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+        meaning, default = meaning_and_default(action)
+        if not default:
+            return meaning
+        if default == REQUIRED:
+            return f"{meaning} ({default})"
+        return f"{meaning} (default: {default.replace('%', '%%')})"
+
+
+REQUIRED = "required"
+
+
+def meaning_and_default(action):
+    """What an argparse action does, and its default: two texts. A help text that ends in "(default: ...)"
+    tells the default itself; what is no flag has none, ""."""
+    text = action.help.replace(" (default: %(default)s)", "")  # argparse adds it to switches before 3.13
+    meaning, told, default = text.partition(" (default: ")
+    if told:
+        return meaning, default.removesuffix(")")
+    if not action.option_strings or action.default == argparse.SUPPRESS:
+        return text, ""
+    if action.required:
+        return text, REQUIRED
+    return text, in_words(action.default)
+
+
+def in_words(default):
+    """The default of a flag as its help text shows it."""
+    if default is None or default == "" or default == []:
+        return "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default)
 
 
 class Number:

@@ -25,7 +25,16 @@ WAIT = timedelta(hours=12)  # for another process: one decodes the images of a l
 
 def add_device_argument(parser):
     """--device, the same in every script."""
-    parser.add_argument("--device", default="auto", help=HELP)
+    parser.add_argument("--device", default="auto", help=f"where to compute: {HELP}")
+
+
+def _best_device():
+    """The name of the fastest device that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def pick_device(name="auto"):
@@ -33,11 +42,14 @@ def pick_device(name="auto"):
 
     Under torchrun each process takes its own CUDA device, or the CPU. On a CPU, see keep_freed_memory."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = _best_device()
     if not re.fullmatch(r"cuda(:\d{1,3})?|mps|cpu", name):
         raise InputError(f"--device {name} is not one of {HELP}")
     if processes()[1] > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else "cpu" if name == "mps" else name
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        elif name == "mps":  # gloo, which joins the processes, has no mps
+            name = "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -148,7 +160,8 @@ def join_processes(device):
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=WAIT)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
 

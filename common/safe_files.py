@@ -49,7 +49,9 @@ def _cut(text, limit=160):
 def _reason(error):
     """The first line of an exception's text, control characters escaped and cut."""
     lines = str(error).strip().splitlines()
-    return _cut(repr(lines[0])[1:-1] if lines else type(error).__name__)
+    if not lines:
+        return type(error).__name__
+    return _cut(repr(lines[0])[1:-1])
 
 
 def _file_size(path):
@@ -156,7 +158,8 @@ class _Copier:
         if isinstance(value, dict):  # dict.items: an attribute from the file could hide the method
             return {self._key(k): self(v, depth) for k, v in dict.items(value)}
         if isinstance(value, (list, tuple)):
-            return (list if isinstance(value, list) else tuple)(self(v, depth) for v in value)
+            kind = list if isinstance(value, list) else tuple
+            return kind(self(v, depth) for v in value)
         if isinstance(value, torch.dtype):
             return value
         raise InputError(f"{self.path} holds a {type(value).__name__}, neither a tensor nor a plain value")

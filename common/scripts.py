@@ -22,6 +22,8 @@ TRAINING = {  # script: where it writes its run unless --out says otherwise
     "train_lungs": "lungs",
 }
 ROOMS = ("common", "images", "models", "training")  # where flags are made, besides the scripts
+LAST_VERSION = "the version of commit 82507f6"  # that has these flags and reads runs which used them
+GONE = ("--normalise", "--teacher-features")
 LISTED = 8  # runs in a message
 ALL = (*TRAINING, "calibrate", "predict", "explain", "monitor", "compare")
 
@@ -30,9 +32,9 @@ class _Built(Exception):
     """Carries a parser out of the main() that built it."""
 
 
-def flags_of(script):
-    """The flags of a script, those of its parser: set of str. Its main() goes as far as the command line, no
-    further. Empty where the script cannot be imported, because a package is missing."""
+def parser_of(script):
+    """The parser of a script: its main() goes as far as the command line, no further. None where the script
+    cannot be imported, because a package is missing."""
 
     def stop(parser, *args, **kwargs):
         raise _Built(parser)
@@ -42,12 +44,18 @@ def flags_of(script):
     try:
         importlib.import_module(script).main()
     except _Built as built:
-        return set(built.args[0]._option_string_actions)
+        return built.args[0]
     except ImportError:
-        return set()
+        return None
     finally:
         argparse.ArgumentParser.parse_args, sys.argv = usual, argv
     raise RuntimeError(f"{script}.py reads no command line")
+
+
+def flags_of(script):
+    """The flags of a script: set of str, empty where it cannot be imported."""
+    parser = parser_of(script)
+    return set(parser._option_string_actions) if parser else set()
 
 
 def having(flag, besides=""):

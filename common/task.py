@@ -102,7 +102,9 @@ class Task:
         """Columns (a slice) over which a mean is taken. "any finding" is left out, because its AUROC is that
         of "No Finding"; "any disease" stands for the healthy class, so that the mean AUROC over K classes is
         that of each class against all others."""
-        return slice(len(self.findings) - len(self.classes) if self.kind == "sigmoid" else 0, None)
+        if self.kind == "softmax":
+            return slice(0, None)
+        return slice(len(self.findings) - len(self.classes), None)
 
     @property
     def outputs(self):

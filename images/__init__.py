@@ -1,6 +1,15 @@
 """From image files to grey uint8 arrays, and to training, validation and test.
 
-Read decode.py (one file), cache.py (a set), subset.py (what training sees of a set), split.py (the sides),
-augment.py (random changes). dicom.py, find.py, twins.py, describe.py and drawn.py stand beside them. What
-labels say is in layouts/.
+In the order to read them:
+
+    find.py      which files are images
+    decode.py    one file to grey pixels
+    dicom.py     the same for DICOM
+    cache.py     a set, decoded once
+    subset.py    a side of the data
+    split.py     who trains, validates and tests
+    twins.py     images that are in a set twice
+    describe.py  a split in words
+    augment.py   random changes
+    drawn.py     a small drawn set
 """

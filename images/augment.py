@@ -185,9 +185,8 @@ def add_augment_argument(parser, default):
         "--augment",
         default=default,
         metavar="NAME[,CHANGE=X...]",
-        help=f"random changes of training images: {', '.join(PRESETS)}; then any of "
-        + ", ".join(f"{name} ({unit})" for name, unit in UNITS.items())
-        + "; for instance strong,rotate=10,noise=0",
+        help=f"random changes of training images: {', '.join(PRESETS)}, with changes of it, for instance "
+        "strong,rotate=10,noise=0: " + ", ".join(f"{name} ({unit})" for name, unit in UNITS.items()),
     )
 
 
@@ -328,9 +327,14 @@ def tta_views(flip=False):
 
     def view(zoom, dx, dy, mirrored):
         def apply(x):
-            values = (0.0, zoom, -1.0 if mirrored else 1.0, dx, dy)
+            sign = -1.0 if mirrored else 1.0
+            values = (0.0, zoom, sign, dx, dy)
             return affine(x, *(torch.full((x.shape[0],), v, device=x.device) for v in values))
 
-        return apply if mirrored or (zoom, dx, dy) != (1.0, 0.0, 0.0) else lambda x: x
+        changed = mirrored or (zoom, dx, dy) != (1.0, 0.0, 0.0)
+        return apply if changed else lambda x: x
 
-    return [view(*s, mirrored) for mirrored in ((False, True) if flip else (False,)) for s in settings]
+    views = [view(*setting, False) for setting in settings]
+    if flip:
+        views += [view(*setting, True) for setting in settings]
+    return views

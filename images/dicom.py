@@ -236,7 +236,8 @@ def _look_up(item, values):
         raise OSError(f"DICOM with a table of {bits} bits an entry")
     table = item.LUTData
     if isinstance(table, bytes):  # one byte an entry, or two
-        table = np.frombuffer(table, "<u2" if len(table) >= 2 * count else np.uint8)
+        kind = "<u2" if len(table) >= 2 * count else np.uint8
+        table = np.frombuffer(table, kind)
     table = np.asarray(table, dtype=np.float64).reshape(-1)
     if len(table) < count:
         raise OSError(f"DICOM with a table of {len(table)} entries instead of {count}")

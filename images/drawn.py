@@ -61,7 +61,10 @@ def make_synthetic(root, train=480, test=120, seed=0):
 def draw_radiograph(rng, sick=False, shifted=False, side=256):
     """One drawn chest, uint8 [side, side]; bright = dense, as on a radiograph."""
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
-    zoom = rng.normal(1.12 if shifted else 1.0, 0.05)
+    zoom_mean, contrast_mean, brightness_mean = 1.0, 1.0, 0.0
+    if shifted:  # framed wider, flatter and darker
+        zoom_mean, contrast_mean, brightness_mean = 1.12, 0.85, -0.07
+    zoom = rng.normal(zoom_mean, 0.05)
     x, y = (x - rng.normal(0, 0.04)) * zoom, (y - rng.normal(0, 0.04)) * zoom
 
     def blob(cx, cy, rx, ry, soft):
@@ -81,10 +84,7 @@ def draw_radiograph(rng, sick=False, shifted=False, side=256):
             image += rng.uniform(0.1, 0.3) * cloud * lungs
     coarse = Image.fromarray(rng.normal(0, 1, (16, 16)).astype(np.float32))
     image += 0.02 * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
-    image = (
-        (image - 0.4) * rng.normal(0.85 if shifted else 1.0, 0.06)
-        + 0.4
-        + rng.normal(-0.07 if shifted else 0, 0.04)
-    )
+    contrast, brightness = rng.normal(contrast_mean, 0.06), rng.normal(brightness_mean, 0.04)
+    image = (image - 0.4) * contrast + 0.4 + brightness
     image += rng.normal(0, 0.02, image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8)

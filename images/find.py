@@ -159,7 +159,8 @@ class Search:
             broken = not os.path.exists(entry.path)
             if broken and known:
                 return True
-            self.passed["broken links" if broken else "no regular files"] += 1
+            reason = "broken links" if broken else "no regular files"
+            self.passed[reason] += 1
             return False
         if known:
             return True
@@ -174,7 +175,8 @@ class Search:
         if kind_of(head):
             self.by_content[what] += 1
             return True
-        self.passed["DICOMDIR" if DICOMDIR in head else what] += 1
+        reason = "DICOMDIR" if DICOMDIR in head else what
+        self.passed[reason] += 1
         return False
 
     def add(self, other):

@@ -71,7 +71,8 @@ def _choose_patients(single, mixed, labels, wanted, share, rng):
     sizes = [[len(images) for images in single[k]] for k in kinds]
     totals = np.array([sum(s) for s in sizes]) + counts.sum(axis=0)
     best = None
-    for attempt in range(TRIES if mixed else 1):
+    attempts = TRIES if mixed else 1
+    for attempt in range(attempts):
         more = max(0, 2 * attempt / TRIES - 1)  # 0 in the first half of the attempts
         if more and best[0][0] == 0:
             break
@@ -86,9 +87,12 @@ def _choose_patients(single, mixed, labels, wanted, share, rng):
         if best[0] == (0, 0):
             break
     _, drawn, alone = best
-    chosen = [i for g in drawn for i in mixed[g]]
+    chosen = []
+    for group in drawn:
+        chosen += mixed[group]
     for k, part in zip(kinds, alone):
-        chosen += [i for g in part for i in single[k][g]]
+        for group in part:
+            chosen += single[k][group]
     return chosen
 
 
@@ -167,20 +171,30 @@ def _cut(index, task, by_patient, fraction, seed):
     if task.kind == "softmax":
         mode = "patient" if by_patient else "image"
         return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)
-    return split_patients(index.patients if by_patient else index.files, fraction, seed)
+    units = index.patients if by_patient else index.files
+    return split_patients(units, fraction, seed)
 
 
 def cut_test(index, config):
     """Positions (others, test) of an Index and where the test part comes from, as text."""
     pooled, by_patient = config.split in POOLED, not config.split.endswith("image")
-    test = index.part == "test"
-    if not pooled and test.any():
-        return np.flatnonzero(~test), np.flatnonzero(test), "published"
-    free = np.flatnonzero(index.part != "val")  # a published validation part stays whole
+    published = index.side == "test"
+    if not pooled and published.any():
+        return np.flatnonzero(~published), np.flatnonzero(published), "published"
+    free = np.flatnonzero(index.side != "val")  # a published validation part stays whole
     _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed)
     test = free[chosen]
     others = np.setdiff1d(np.arange(len(index.files)), test)
-    return others, test, "pooled and cut anew" if pooled else "cut off"
+    test_from = "pooled and cut anew" if pooled else "cut off"
+    return others, test, test_from
+
+
+def cut_validation(index, config):
+    """Positions (train, val) of the Index of all that is not test: as published, or cut."""
+    if config.split == "published" and (index.side == "val").any():
+        return np.flatnonzero(index.side == "train"), np.flatnonzero(index.side == "val")
+    by_patient = not config.split.endswith("image")
+    return cut(index, config.task, by_patient, config.val_share, config.split_seed)
 
 
 def say_shared(split):
@@ -191,7 +205,9 @@ def say_shared(split):
     text = f"{split['shared_patients']} validation images share a patient with train"
     if "shared_patients_test" in split:
         text += f", {split['shared_patients_test']} test images with train or validation"
-    return text + (f" (patients unknown for {unknown} images)" if unknown else "")
+    if unknown:
+        text += f" (patients unknown for {unknown} images)"
+    return text
 
 
 # ---------------------------------------------------------------- an epoch

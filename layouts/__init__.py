@@ -1,6 +1,12 @@
-"""Which images there are, what their labels say and whose they are: a reader for each layout of labels. No
-image is decoded here.
+"""Which images there are, what their labels say and whose they are. No image is decoded here.
 
-Read listing.py (the Index that every reader returns), folders.py (class folders), tables.py (tables; nih.py
-and plain.py know their cells, sheets.py their spelling). download.py fetches a set.
+In the order to read them:
+
+    listing.py   the Index that every reader returns
+    folders.py   labels from class folders
+    tables.py    labels and patients from tables
+    nih.py       cells of NIH's table
+    plain.py     cells of a table with a column a finding
+    sheets.py    how tables are spelt
+    download.py  a set from Kaggle
 """

@@ -53,7 +53,9 @@ class LungNet(nn.Module):
         std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         x, kept = (image - mean) / (std + 1e-3), []
         for i, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if i else x)
+            if i > 0:
+                x = F.max_pool2d(x, 2)
+            x = block(x)
             kept.append(x)
         kept.pop()
         for block in self.up:

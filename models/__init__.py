@@ -1,6 +1,13 @@
 """Networks, and the one way from grey pixels to their logits. The ViT is vit.py at the root.
 
-Read inputs.py (scaling, precision, views), build.py (from a config to a model), then cnn.py, hybrid.py and
-mae.py. state_names.py translates other people's weights; maps.py explains a ViT. No data and no training
-here.
+In the order to read them:
+
+    inputs.py        scaling, precision, views
+    build.py         from a config to a model
+    cnn.py           timm's convolutional networks
+    hybrid.py        left and right lung, read apart
+    mae.py           the masked autoencoder
+    state_names.py   other people's names of weights
+    maps.py          where a ViT looked
+    map_pictures.py  the maps drawn
 """

@@ -84,10 +84,16 @@ class Cnn(nn.Module):
                 body(torch.zeros(images, 3, side, side))
         except (RuntimeError, ValueError) as error:
             few = images == 1 and "more than 1 value per channel" in str(error)  # raised by BatchNorm
-            what = "a training step of one image" if few else f"images of {side} px"
+            if few:
+                what, advice = (
+                    "a training step of one image",
+                    "--batch-size, so that no step is left with one",
+                )
+            else:
+                what = f"images of {side} px"
+                advice = "--img-size"
             raise InputError(
-                f"{self.config['name']} cannot take {what}: {listed([error])}; try another "
-                f"{'--batch-size, so that no step is left with one' if few else '--img-size'}"
+                f"{self.config['name']} cannot take {what}: {listed([error])}; try another {advice}"
             ) from None
 
     def layers(self):
@@ -122,8 +128,10 @@ def load_weights(model, path):
     path = str(path)
     if path.endswith(".npz"):
         raise InputError(f"{path} is an .npz, as Google's ViTs come: a CNN needs a timm .pth or .safetensors")
-    state = (load_safetensors if path.endswith(".safetensors") else load_tensors)(path)
-    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    load = load_safetensors if path.endswith(".safetensors") else load_tensors
+    state = load(path)
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     check_state_dict(state, path)
     wanted = model.body.state_dict()
     head = model.body.pretrained_cfg.get("classifier") or ()

@@ -1,4 +1,4 @@
-"""The one way from grey pixels to logits: exposure, scaling, precision, views. Training, scoring, prediction
+"""The one way from grey pixels to logits: scaling, precision, views. Training, scoring, prediction
 and explanation all go through it, so that an image has one score whoever asks."""
 
 from dataclasses import dataclass, replace
@@ -13,18 +13,17 @@ from common.device import autocast, can_bf16, fast_bf16
 from images.augment import tta_views
 from lungs import show
 
-MODES = ("none", "standard", "equalise")
 AUTO = "auto"
 SCALING = {"mean": Number(float, -1000, 1000), "std": Number(float, 0, 1000, above=True)}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `normalise`: exposure, one
-    of MODES; `device`: torch.device; `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape
-    whose logits are averaged (test-time augmentation), none for the image itself; `look`: what of an image
-    the model is shown, one of lungs.LOOKS; `reads_lungs`: whether the model is given the mask of the lungs,
-    too, as the last channel.
+    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `device`:
+    torch.device; `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape whose logits are
+    averaged (test-time augmentation), none for the image itself; `look`: what of an image the model is shown,
+    one of lungs.LOOKS; `reads_lungs`: whether the model is given the mask of the lungs, too, as the last
+    channel.
 
     "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
     the model may look; for a model that reads them, the lungs follow as one more channel. Random changes and
@@ -34,7 +33,6 @@ class Inputs:
     std: tuple
     device: torch.device
     amp: bool = False
-    normalise: str = "none"
     views: tuple = ()
     look: str = "full"
     reads_lungs: bool = False
@@ -54,7 +52,6 @@ class Inputs:
             tuple(results["std"]),
             device,
             bool(results["recipe"]["amp"]) and fast_bf16(device),
-            results["data"].get("normalise", "none"),
             tuple(tta_views(**tta)) if tta else (),
             results["data"].get("input", "full"),
             results["data"].get("reads_lungs", False),
@@ -98,7 +95,7 @@ class Inputs:
     def grey(self, pixels, masks=None):
         """uint8 [B, S, S], array or tensor, and bool masks of the lungs, where they are needed -> grey on the
         device."""
-        grey = normalise(torch.as_tensor(pixels).to(self.device), self.normalise)
+        grey = unit_grey(torch.as_tensor(pixels).to(self.device))
         if not self.needs_lungs:
             return grey
         return self.shown(grey, torch.as_tensor(masks).to(self.device).unsqueeze(1).float())
@@ -186,22 +183,6 @@ def chosen_scaling(args, mean, std):
     return tuple(chosen)
 
 
-def normalise(x, mode):
-    """uint8 [B, S, S] -> float32 [B, 1, S, S] in [0, 1], the same for training, validation and new images.
-
-    "none": x / 255. "standard": each image to mean 0.5 and standard deviation 0.22, cut to [0, 1].
-    "equalise": each image's histogram made flat (mid-ranks of its grey levels), so that no monotone change of
-    exposure is left."""
-    if mode == "equalise":
-        levels = x.flatten(1).long()  # (B, S*S)
-        ones = torch.ones_like(levels, dtype=torch.float32)
-        counts = torch.zeros(x.shape[0], 256, device=x.device).scatter_add(1, levels, ones)
-        ranks = (counts.cumsum(1) - counts / 2) / levels.shape[
-            1
-        ]  # (B, 256): mid-rank of each grey level, in (0, 1)
-        return ranks.gather(1, levels).view(x.shape).unsqueeze(1)
-    x = x.unsqueeze(1).float().div_(255)
-    if mode == "standard":
-        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
-        x = ((x - mean) / std.clamp(min=1e-3) * 0.22 + 0.5).clamp_(0, 1)
-    return x
+def unit_grey(pixels):
+    """uint8 [B, S, S] -> float32 [B, 1, S, S] in [0, 1]."""
+    return pixels.unsqueeze(1).float().div_(255)

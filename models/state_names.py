@@ -66,7 +66,8 @@ def our_names(state, path):
         state = _from_hugging_face(state, path)
     state = {("reg_token" if name == "register_tokens" else name): v for name, v in state.items()}
     if any(name.endswith(".ls1.gamma") for name in state):
-        return state, Family("DINOv2, Hugging Face" if hugging_face else "DINOv2", IMAGENET, bicubic=True)
+        name = "DINOv2, Hugging Face" if hugging_face else "DINOv2"
+        return state, Family(name, IMAGENET, bicubic=True)
     if hugging_face:
         return state, Family("Hugging Face ViT", HALF)
     return state, Family("DeiT", IMAGENET) if wrapped else Family("timm", HALF)

@@ -1,5 +1,11 @@
 """What a run leaves on disk.
 
-Read run.py (a run folder), schema.py (what its files must hold), lock.py (who trains there), curves.py and
-track.py (its history, as a picture and for a tracker), onnx.py (a run as one file for other programs).
+In the order to read them:
+
+    run.py     a run folder
+    schema.py  what its files must hold
+    lock.py    who trains there
+    curves.py  training curves
+    track.py   TensorBoard, MLflow, W&B
+    onnx.py    a run as one file for other programs
 """

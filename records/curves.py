@@ -48,6 +48,12 @@ def finish(figure, axes, legend=True):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
 
 
+def _has_further_terms(results):
+    """Whether a run's training loss has terms that its validation loss lacks."""
+    recipe = results["recipe"]
+    return bool(recipe.get("seg_weight") or recipe.get("attention_weight") or "teacher" in results)
+
+
 def draw_training(entries):
     """Loss and AUROC (or accuracy, if that was watched) per epoch, training beside validation; a dot marks
     the epoch that was kept. Runs that did not record a figure have no line for it. What a hybrid or a teacher
@@ -55,9 +61,10 @@ def draw_training(entries):
     names = [label(e.name, 110) for e in entries]
     accuracy = all(e.results["recipe"].get("watch") == "accuracy" for e in entries)
     figure_name, word = ("accuracy", "accuracy") if accuracy else ("auroc", "AUROC")
-    more = any(e.results["recipe"].get(k) for e in entries for k in ("seg_weight", "attention_weight"))
-    more = more or any("teacher" in e.results for e in entries)
-    keys = {"train_loss": "training loss" + " with all its terms" * more, "val_loss": "validation loss"}
+    training_loss = "training loss"
+    if any(_has_further_terms(e.results) for e in entries):
+        training_loss += " with all its terms"
+    keys = {"train_loss": training_loss, "val_loss": "validation loss"}
     keys |= {f"train_{figure_name}": f"training {word}", f"val_{figure_name}": f"validation {word}"}
     figure, axes = panels(4, 4.6, 3.2, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):

@@ -48,7 +48,9 @@ def _named(file):
     number, _, machine = file.read(300).strip().partition(" ")
     if not number.isdecimal():
         return "another process"
-    return f"process {number}" + (f" on {machine}" if machine != platform.node() else "")
+    if machine == platform.node():
+        return f"process {number}"
+    return f"process {number} on {machine}"
 
 
 def refuse_held(folder, advice):

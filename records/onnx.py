@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from common import scaling
-from common.console import InputError, Pace
+from common.console import InputError, progress
 from common.files import atomic_path
 from data import load_split
 from images.drawn import draw_radiograph
 from lungs import masks as lung_masks
 from lungs.show import DARK, already_cut_in_graph
-from models.inputs import normalise
+from models.inputs import unit_grey
 
 BLANK = 120  # the grey of an image without lungs
 CLOSE, CLOSE_WITH_LUNGS = 1e-4, 1e-3  # in probability; a pixel on the lungs' edge may change sides
@@ -54,7 +54,7 @@ class Exported(torch.nn.Module):
         levels = (image * 255).round()
         cut, is_cut, unsettled = already_cut_in_graph(levels)
         masks = torch.where(is_cut, cut, self.net.masks(image))
-        grey = normalise(levels[:, 0].to(torch.uint8), self.inputs.normalise)
+        grey = unit_grey(levels[:, 0].to(torch.uint8))
         return self.inputs.shown(grey, masks), unsettled
 
     def probabilities(self, logits):
@@ -65,7 +65,8 @@ class Exported(torch.nn.Module):
         p = logits.sigmoid() if task.kind == "sigmoid" else logits.softmax(dim=1)
         columns = []
         for answer in map(task.answer, task.findings):
-            columns.append(p[:, answer.k] if answer.sign > 0 else 1 - p[:, answer.k])
+            column = p[:, answer.k]
+            columns.append(column if answer.sign > 0 else 1 - column)
         return torch.stack(columns, dim=1)
 
     def scaled(self, logits):
@@ -82,12 +83,11 @@ class Exported(torch.nn.Module):
 
 def described(scorer):
     """{name: text}: what the metadata of an ONNX file say of a predict.Scorer."""
-    size, results, mode = scorer.config.img_size, scorer.results, scorer.config.normalise
+    size, results = scorer.config.img_size, scorer.results
     only = next(iter(scorer.thresholds.values()))
     calibration, findings = scorer.calibration, scorer.task.findings
     scale = scaling.basis(calibration, scorer.run)
-    beyond = "" if scorer.finder else f", then inputs.normalise(..., {mode!r})"
-    inside = ": exposure and lung masks inside the graph" if scorer.finder else ""
+    inside = ": lung masks inside the graph" if scorer.finder else ""
     lines = scale["platt"] and dict(zip(findings, scale["platt"]))
     about = {
         "run": str(scorer.run),
@@ -95,12 +95,11 @@ def described(scorer):
         "classes": json.dumps(scorer.task.classes),
         "findings": json.dumps(findings),
         "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
-        f"files: {scorer.config.resize} to {size} px" + beyond,
+        f"files: {scorer.config.resize} to {size} px",
         "shown": ", ".join(scorer.run.looks) + inside,
         "mean": json.dumps(results["mean"]),
         "std": json.dumps(results["std"]),
         "scaling": "inside the graph",
-        "normalise": mode,
         "precision": "fp32",
         "calibrated in": scale["precision"],
         "views": json.dumps(scale["tta"]),
@@ -112,7 +111,9 @@ def described(scorer):
         "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
         "synthetic": json.dumps(results["synthetic"]),
     }
-    return about | ({} if scorer.guaranteed is None else {"threshold@Guar": repr(scorer.guaranteed)})
+    if scorer.guaranteed is not None:
+        about["threshold@Guar"] = repr(scorer.guaranteed)
+    return about
 
 
 def probes(size):
@@ -170,7 +171,8 @@ def export(scorer, path):
         onnx.save(graph, tmp)
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
         worst = max(_difference(session, scorer, some) for some in (pixels, pixels[:1], pixels[3:]))
-        if not worst <= (CLOSE if net is None else CLOSE_WITH_LUNGS):
+        limit = CLOSE if net is None else CLOSE_WITH_LUNGS
+        if not worst <= limit:  # NaN is not close
             raise InputError(
                 f"the exported model differs from predict.py by {worst:.1e}: nothing was written"
             )
@@ -208,12 +210,12 @@ def counted(scorer, session, batch=32):
             raise InputError("the kept scores are of other images: run calibrate.py again")
     except (InputError, OSError) as error:
         return f"decisions on validation could not be counted: {' '.join(str(error).split())}"
-    before, found, pace = scorer.task.scores_from(kept["val_logits"], scorer.calibration), [], Pace()
-    for begin in range(0, len(val), batch):
-        found.append(_run(session, val.pixels(np.arange(begin, min(begin + batch, len(val))))))
-        done = min(begin + batch, len(val))
-        pace.step(done, len(val), f"validation by the ONNX file: {done} of {len(val)} images")
-    after, parts = np.concatenate(found), []
+    before = scorer.task.scores_from(kept["val_logits"], scorer.calibration)
+    batches = np.split(np.arange(len(val)), range(batch, len(val), batch))
+    after = []
+    for index in progress(batches, len(val), "validation by the ONNX file", "images", size=len):
+        after.append(_run(session, val.pixels(index)))
+    after, parts = np.concatenate(after), []
     for mark, thresholds in _thresholds(scorer).items():
         changed = [((before[:, k] >= t) != (after[:, k] >= t)).sum() for k, t in thresholds]
         parts.append(f"{mark} {sum(changed)} of {len(thresholds) * len(val)}")

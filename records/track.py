@@ -28,7 +28,7 @@ PATIENCE = 15  # seconds that a server may take to answer
 
 def add_track_argument(group):
     """--track."""
-    text = "follow the run in these trackers; packages of their own, and all offline unless set up otherwise"
+    text = "follow the run in these trackers, each a package to install; offline unless set up otherwise"
     group.add_argument("--track", nargs="+", choices=BACKENDS, default=[], metavar="TRACKER", help=text)
 
 
@@ -124,7 +124,8 @@ class Wandb:
     def __init__(self, run, known):
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = os.environ.get("WANDB_MODE") or usual
         settings = wandb.Settings(silent=True, console="off", init_timeout=PATIENCE)
         self.image, place = wandb.Image, dict(dir=str(run.folder.parent), mode=mode, settings=settings)
         about = dict(project=PROJECT, name=run.folder.name, id=known or uuid.uuid4().hex[:8])

@@ -1,5 +1,11 @@
 """What compare.py prints and draws, from the files of calibrated runs. No torch.
 
-Read rows.py (what is compared with what), tables.py and findings.py (the report's tables), evidence.py (what
-lies beside them), plots.py, render.py (markdown and HTML).
+In the order to read them:
+
+    rows.py      what is compared with what
+    tables.py    the report's tables
+    findings.py  the same for several findings
+    evidence.py  what lies beside the figures
+    plots.py     pictures
+    render.py    markdown and HTML
 """

@@ -149,7 +149,7 @@ def draw_reliability(entries):
         ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
         name = scaling.fitted(e.calibration)
         for when, style in styles.items():
-            quality = e.calibration["probability"][side][when]
+            quality = e.found[e.finding]["probability"][side][when]
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
             ax.plot(x, y, ms=4, lw=1, label=f"{when} {name}: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))

@@ -113,9 +113,8 @@ class Entry:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
         except InputError as error:
             raise InputError(f"the scores of {run} are damaged ({error}): run calibrate.py again") from None
-        if self.several:
-            self.found, self.summary = run.findings(self.calibration), self.calibration["summary"]
-        else:
+        self.found, self.summary = self.calibration["findings"], self.calibration["summary"]
+        if not self.several:
             self._one_finding()
         self.min_recall = self.calibration["min_recall"]
         self.members = [m["checkpoint"] for m in self.results.get("members", [])]
@@ -134,12 +133,12 @@ class Entry:
             self.healthy = f"no {self.finding}"
         self.val, self.test = (self.columns[side].of(0) for side in ("val", "test"))
         self.points = {
-            (side, point): self.calibration[side][point]
+            (side, point): self.found[self.finding][side][point]
             for side in ("val", "test")
             for point in POINTS
-            if point in self.calibration[side]
+            if point in self.found[self.finding][side]
         }
-        self.threshold = self.calibration["threshold"]
+        self.threshold = self.found[self.finding]["threshold"]
 
     def _columns(self, arrays, side):
         """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""

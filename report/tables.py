@@ -5,12 +5,12 @@ import itertools
 
 import numpy as np
 
-from calibration.intervals import compare_at_thresholds, proportion_interval, reported_interval
+from calibration.intervals import compare_at_thresholds, proportion_interval
 from calibration.wording import chance_text, warnings
 from common import scaling
 from common.console import printable
 from common.files import atomic_path
-from common.proportions import no_width
+from common.proportions import no_width, reported_interval
 from images.split import say_shared
 from images.twins import say_copies, told
 from metrics import predictive_values
@@ -107,7 +107,7 @@ def shift_blocks(entries):
             rows.append([f"{e.name} {POINTS[point]}", f"{val['thr']:.4f}", *cells])
     promised, refused, chances = set(), set(), set()
     for e in entries:
-        g, row = e.calibration["guarantee"], e.points["val", "at_rec"]
+        g, row = e.found[e.finding]["guarantee"], e.points["val", "at_rec"]
         chances.add(chance_text(row["tp"] + row["fn"], g["positive_patients"], e.min_recall))
         if g.get("threshold") is None:
             refused.add(g["why_not"])
@@ -128,7 +128,7 @@ def shift_blocks(entries):
         text += f" Where @Guar is missing: {'; '.join(sorted(refused))}."
     title = "What the threshold promises, and the shift from validation to test"
     blocks = [Heading(3, title), Paragraph(text), Table(head, rows)]
-    return blocks + warning_blocks([(e.name, warnings(e.calibration, e.min_recall)) for e in entries])
+    return blocks + warning_blocks([(e.name, warnings(e.found[e.finding], e.min_recall)) for e in entries])
 
 
 def warning_blocks(found):
@@ -204,7 +204,7 @@ def probability_blocks(entries):
     figures = list(itertools.product(("val", "test"), ("ECE", "Brier", "NLL")))
     rows = []
     for e in entries:
-        quality = e.calibration["probability"]
+        quality = e.found[e.finding]["probability"]
         values = [[quality[s][when][k.lower()] for when in ("before", "after")] for s, k in figures]
         cells = ["{:.3f} → {:.3f}".format(*pair) for pair in values]
         rows.append([e.name, scaling.cell(e.calibration, e.finding), *cells])
@@ -320,7 +320,7 @@ def copied(entry):
 
 def placed(entries):
     """Where the thresholds lie, as text: empty where an older calibration put one on a score."""
-    found = [f for e in entries for f in e.run.findings(e.calibration).values() if "threshold" in f]
+    found = [f for e in entries for f in e.calibration["findings"].values() if "threshold" in f]
     return ", in the middle between two scores" if all("gap" in f for f in found) else ""
 
 

@@ -67,7 +67,7 @@ class Sets:
 def against_test(rows, runs):
     """Markdown: Spearman's rank correlation of each signal with two test results. `rows`: signals of the
     `runs`, which are calibrated."""
-    test = [run.calibration()["test"]["at_rec"] for run in runs]
+    test = [run.calibration()["findings"][run.task.findings[0]]["test"]["at_rec"] for run in runs]
     names = [k for k, v in rows[0].items() if isinstance(v, float) and k != "minutes"]
     columns = {name: [row[name] for row in rows] for name in names}
     for name in rows[0].get("corruptions", ()):

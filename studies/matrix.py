@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-from calibration.intervals import reported_interval
 from common.cli import Parser
 from common.console import InputError, say, start
+from common.proportions import reported_interval
 from records.run import Run
 from studies.signals import panel, read_figures
 
@@ -123,13 +123,6 @@ def accuracy():
             Row(f"scratch-{look}", "train_scratch", see, "", three),
             Row(f"scratch-{look}-taught", "train_scratch", f"{see} {TEACHER}{look}-seed0", "", three),
             Row(
-                f"scratch-{look}-taught-features",
-                "train_scratch",
-                f"{see} {TEACHER}{look}-seed0 --teacher-features 1",
-                "",
-                three,
-            ),
-            Row(
                 f"scratch-{look}-taught-nih",
                 "train_scratch",
                 f"{see} {TEACHER}{look}-seed0 --also-unlabelled {{nih}}",
@@ -205,7 +198,7 @@ def line(folder):
     auroc = results["history"][results["best_epoch"] - 1].get("val_auroc")  # none of an autoencoder
     cells = [folder.name, "" if auroc is None else f"{auroc:.3f}"]
     if "" in run.calibrated():
-        first = next(iter(run.findings(run.calibration()).values()))["test"]["at_rec"]
+        first = next(iter(run.calibration()["findings"].values()))["test"]["at_rec"]
         names = ("auroc", "recall", "specificity")
         test = ["{:.3f} [{:.3f}, {:.3f}]".format(first[k], *reported_interval(first, k)) for k in names]
         test.append(f"{first['acc']:.3f}")

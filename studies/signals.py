@@ -143,7 +143,7 @@ class Scorer:
         """SHA-256 of all that decides the figures: weights, model, input scaling, exposure, precision, the
         images with their names and targets, and VERSION."""
         results, inputs = self.run.results, self.inputs
-        how = [results["model_config"], inputs.mean, inputs.std, inputs.normalise, inputs.amp, VERSION]
+        how = [results["model_config"], inputs.mean, inputs.std, "none", inputs.amp, VERSION]
         how += [inputs.look, self.run.config.lungs_sha256] if inputs.needs_lungs else []
         return sha256([self.run.checkpoint_sha256, how, pixel_fingerprint(subset)])
 

@@ -43,7 +43,12 @@ def official_test(run):
     them."""
     arrays, calibration = run.scores(), run.calibration()
     truth = run.task.truth(arrays["test_labels"])[:, 0].astype(int)
-    return truth, arrays["test_p1"], arrays["test_patients"], calibration["threshold"]
+    return (
+        truth,
+        arrays["test_p1"],
+        arrays["test_patients"],
+        calibration["findings"][run.task.findings[0]]["threshold"],
+    )
 
 
 def another_hospital(run, folder, device):

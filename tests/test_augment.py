@@ -345,21 +345,9 @@ def test_aspect_widens_and_flattens():
     )
 
 
-def test_normalise_modes():
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.integers(40, 200, (4, 32, 32), dtype=np.uint8))
-    assert torch.equal(inputs.normalise(x, "none"), x.unsqueeze(1) / 255)
-    standard = inputs.normalise(x, "standard")
-    assert standard.mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.5), abs=1e-3)
-    assert standard.std(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(4, 0.22), abs=1e-3)
-    flat = inputs.normalise(x, "equalise")
-    for image, got in zip(x.numpy(), flat[:, 0].numpy()):  # mid-ranks, by scipy
-        want = (scipy.stats.rankdata(image, method="average").reshape(image.shape) - 0.5) / image.size
-        assert got == pytest.approx(want, abs=1e-5)
-    darker = torch.from_numpy(
-        (x.numpy().astype(float) ** 1.2 / 3).round().astype(np.uint8)
-    )  # monotone, merges few levels
-    assert torch.allclose(inputs.normalise(darker, "equalise"), flat, atol=0.05)
+def test_unit_grey_is_a_255th_of_a_pixel():
+    x = torch.arange(256, dtype=torch.uint8).view(4, 8, 8)
+    assert torch.equal(inputs.unit_grey(x), x.unsqueeze(1) / 255) and x.dtype == torch.uint8
 
 
 def test_presets_are_the_recipes_of_the_experiments():

@@ -19,7 +19,7 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path, monkeypatch):
     for name, config in CONFIGS.items():  # one block each: a step of a whole ViT-B/16 takes seconds
         monkeypatch.setitem(CONFIGS, name, {**config, "depth": 1})
     done = succeed(
-        "benchmark",
+        "studies.benchmark",
         "--data-dir",
         synthetic,
         "--quick",
@@ -58,18 +58,23 @@ def test_benchmark_prints_its_table_as_json(synthetic, tmp_path, monkeypatch):
         assert row["ratio"] == pytest.approx(row["ours"] / row["baseline"])  # one turn
     assert set(result["fraction_of_peak"]) == {"train_step_scratch", "train_step_ti16", "train_step_b16"}
     assert result["matmul_peak_gflops"] > 0 and result["device"].startswith("cpu")
-    refused(cli("benchmark", "--data-dir", "nowhere", cwd=tmp_path), "nowhere")
-    refused(cli("benchmark", "--data-dir", synthetic, "--img-size", 30, cwd=tmp_path), "divisible by 16")
+    refused(cli("studies.benchmark", "--data-dir", "nowhere", cwd=tmp_path), "nowhere")
+    refused(
+        cli("studies.benchmark", "--data-dir", synthetic, "--img-size", 30, cwd=tmp_path), "divisible by 16"
+    )
     for words in (("--images", 0), ("--repeats", 0), ("--workers", -1), ("--originals", "nowhere")):
-        refused(cli("benchmark", *words, cwd=tmp_path), words[0])
-    refused(cli("benchmark", "--data-dir", synthetic, "--originals", tmp_path, cwd=tmp_path), tmp_path)
+        refused(cli("studies.benchmark", *words, cwd=tmp_path), words[0])
+    refused(
+        cli("studies.benchmark", "--data-dir", synthetic, "--originals", tmp_path, cwd=tmp_path), tmp_path
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a switch of glibc")
 def test_freed_memory_is_kept_for_the_next_tensors():
     """What stays resident of 64 MiB that were written and freed: with the switch all, without it nothing."""
     code = """
-import ctypes, resource, device
+import ctypes, resource
+from common import device
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def resident():

@@ -31,11 +31,12 @@ from vit import VisionTransformer
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_docstring(script, tmp_path):
-    done = cli(script, "--help", cwd=tmp_path)
-    assert done.code == 0 and done.err == ""
     doc = importlib.import_module(script).__doc__
-    assert doc.strip() in done.out and f"python {script}.py" in doc
-    assert "default:" in done.out
+    for flag in ("--help", "--help-all"):
+        done = cli(script, flag, cwd=tmp_path)
+        assert done.code == 0 and done.err == "" and done.out.startswith(f"usage: {script}.py [flags]")
+        assert " ".join(doc.split()) in " ".join(done.out.split()) and f"\n    python {script}.py" in done.out
+        assert "default:" in done.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,7 +299,7 @@ def test_scaling_by_the_training_pixels(flags, tiny_npz, tmp_path):
 @pytest.fixture(scope="module")
 def parsers():
     """{script: its flags}, of every script that reads a command line."""
-    found = {script: scripts.flags_of(script) for script in (*scripts.ALL, "benchmark", "data")}
+    found = {script: scripts.flags_of(script) for script in (*scripts.ALL, "studies.benchmark", "data")}
     assert all("--help" in flags for flags in found.values())
     return found
 

@@ -1,5 +1,6 @@
 """Tests of common: files, numbers, flags, and how scripts start and stop."""
 
+import argparse
 import math
 import os
 import re
@@ -7,11 +8,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from common import cli as cli_module
-from common import console, prelude
+from common import prelude
 from common.cli import COUNT, Number, Parser, add_flags, check_fields
 from common.console import InputError, Interrupted, advice, notes_once, say, start
 from common.files import atomic_path, check_output, read_json, sha256, write_json
@@ -75,7 +77,7 @@ def test_only_files_are_replaced(tmp_path, kind):
         os.mkfifo(path)
     with pytest.raises(InputError, match="not a file"), atomic_path(path) as tmp:
         tmp.write_text("never")
-    for reader in (read_json, lambda p: sha256(console.Path(p))):
+    for reader in (read_json, lambda p: sha256(Path(p))):
         with pytest.raises(InputError, match="not a file"):
             reader(path)
 
@@ -111,12 +113,12 @@ def test_number():
     share = Number(float, 0, 1, above=True)
     assert share("0.5") == 0.5 and share("1") == 1.0
     for text in ("0", "1.01", "nan", "inf", "-inf", "1e400", "x", ""):
-        with pytest.raises(console.argparse.ArgumentTypeError, match=r"\(0, 1\]"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"\(0, 1\]"):
             share(text)
     count = Number(int, 1, 2**20)
     assert count("7") == 7 and count.contains(2**20)
     for text in ("0", "1.5", "9" * 5000, "1e3"):
-        with pytest.raises(console.argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError):
             count(text)
     for value in (True, 1.5, "3", None, [1], 10**400, math.nan):
         assert not count.contains(value)
@@ -141,7 +143,11 @@ def test_flags_come_from_fields():
     assert check_fields(Settings(0, "c", "x", 1)) == ["count", "mode", "hidden", "switch"]
 
 
-CHATTY = "import common\ndef main():\n    for i in range(3000): {}('line', i)\ncommon.start(main)"
+CHATTY = (
+    "from common.console import start, tell\n"
+    "def main():\n    for i in range(3000): {}('line', i)\n"
+    "start(main)"
+)
 
 
 def chatty(call, redirect):
@@ -156,7 +162,7 @@ def chatty(call, redirect):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written():
     """Full or closed: one line and exit code 2. A reader that goes away ends a report: no success."""
-    for call in ("print", "common.tell"):
+    for call in ("print", "tell"):
         code, err = chatty(call, "> /dev/full")
         assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err, err
         code, err = chatty(call, ">&-")
@@ -167,13 +173,13 @@ def test_output_that_cannot_be_written():
 
 def test_long_work_goes_on_without_its_reader():
     """`train_scratch.py ... | head -1` must not end the training."""
-    code, err = chatty("common.tell", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}")
+    code, err = chatty("tell", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}")
     assert code == 0 and err.count("\n") == 1 and "goes on" in err
 
 
 def test_results_are_utf8_whatever_the_locale():
     """And a file name that is no valid Unicode is escaped."""
-    code = r"import common; common.start(lambda: print('\u2192 \udcff'))"
+    code = r"from common.console import start; start(lambda: print('\u2192 \udcff'))"
     env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, env=env, timeout=60)
     assert done.returncode == 0 and done.stdout.split() == ["\u2192".encode(), b"\\udcff"]

@@ -22,6 +22,7 @@ import metrics
 from calibration.operating_point import Rule, evaluate
 from common.console import printable
 from common.files import FORMAT, write_json
+from common.task import Task
 from images.split import say_shared
 from records import curves
 from records.curves import label, panels
@@ -31,7 +32,19 @@ from report import tables as tables_module
 from report.render import Code, Table, markdown_text, to_html, to_markdown
 from report.rows import Entry
 from tests.fixtures import FLOOR
-from tests.shared import HEADER, LINK, NAMES, REPO, cli, read_json, refused, succeed, tables
+from tests.shared import (
+    HEADER,
+    LINK,
+    NAMES,
+    REPO,
+    cli,
+    of_one,
+    read_json,
+    refused,
+    succeed,
+    tables,
+    with_changes,
+)
 from vit import CONFIGS
 
 NASTY = "a$b_c|d`e<img src=x>*f*](g)\\h\ni\x1bj\udcff"  # matplotlib, markdown, HTML, terminals, UTF-8
@@ -78,7 +91,7 @@ def write_run(folder, seed=0, *, scores=None, suffix="", rule=RULE, with_p1=True
     run.folder.mkdir(parents=True, exist_ok=True)
     run.checkpoint.write_bytes(f"weights {folder} {seed}".encode(errors="surrogatepass"))
     run.save_results(results)
-    calibration, p1 = evaluate(scores, rule)
+    calibration, p1 = evaluate(scores, rule, Task(tuple(classes)))
     calibration |= dict(format=FORMAT, checkpoint=run.checkpoint_sha256, tta=None)
     calibration["tta"] = {"flip": False} if suffix else None
     columns = {f"{side}_p1": p for side, p in p1.items()} if with_p1 else {}
@@ -498,7 +511,7 @@ def test_compare_needs_no_torch(tmp_path):
     write_run(tmp_path / "outputs/scratch")
     (tmp_path / "no/torch").mkdir(parents=True)
     (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
-    code = "import common, compare; common.start(compare.main)"
+    code = "import compare; from common.console import start; start(compare.main)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "no"), str(REPO)])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -569,7 +582,7 @@ def test_compare_of_damaged_files(own_runs, damage):
     if damage.endswith("cut"):
         path.write_bytes(path.read_bytes()[:100])
     elif damage == "calibration without test":
-        path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "test"}))
+        path.write_text(json.dumps(with_changes(read_json(path), {"test": ...})))
     else:
         path.write_text(json.dumps({**read_json(path), "format": 99}))
     refused(cli("compare", cwd=own_runs), "scratch")
@@ -583,7 +596,7 @@ def test_compare_table(runs):
     for name, word in NAMES.items():
         results, result = (
             read_json(runs.out, name, "results.json"),
-            read_json(runs.out, name, "calibration.json"),
+            of_one(read_json(runs.out, name, "calibration.json")),
         )
         for point, mark in (("at_rec", "@Rec"), ("at_0.5", "@0.5")):
             [row] = [r for r in rows if r[0].endswith(mark) and word in r[0]]

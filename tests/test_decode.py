@@ -732,11 +732,11 @@ def test_decoding_says_what_remains(small_set, monkeypatch, capsys):
 def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     """kill -9 in the middle of decoding leaves no cache that could be trusted; the next run builds it."""
     script = (
-        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); import images\n"
-        "real, root = images._decode, pathlib.Path(sys.argv[2])\n"
-        "if sys.argv[3] == 'slow': images._decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from images import cache\n"
+        "real, root = cache._decode, pathlib.Path(sys.argv[2])\n"
+        "if sys.argv[3] == 'slow': cache._decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
         "files = sorted(str(p.relative_to(root)) for p in root.glob('train/*/*'))\n"
-        "images.load_images(root, files, size=32, resize='squash', cache_dir='cache', skip_bad=False,\n"
+        "cache.load_images(root, files, size=32, resize='squash', cache_dir='cache', skip_bad=False,\n"
         "                   name='train')"
     )
     process = popen("-c", script, REPO, synthetic, "slow", cwd=tmp_path)

@@ -80,3 +80,27 @@ def test_modules_fit_on_a_few_screens():
     """A file of the library has at most 400 lines."""
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in library().items()}
     assert not {name: length for name, length in lengths.items() if length > 400}
+
+
+def functions():
+    """(place, first line, last line) of every function of the library and the scripts."""
+    for path in library().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(REPO)}: {node.name}", node.lineno, node.end_lineno
+
+
+def test_functions_fit_on_a_screen():
+    """A function has at most 60 lines. ruff holds its arguments (8), statements and branches."""
+    lengths = {place: last - first + 1 for place, first, last in functions()}
+    assert not {place: length for place, length in lengths.items() if length > 60}
+
+
+def test_each_folder_says_what_lives_there():
+    """The __init__.py of a folder is a docstring that names each of its files, and nothing else."""
+    for folder in FOLDERS:
+        tree = ast.parse((REPO / folder / "__init__.py").read_text(encoding="utf-8"))
+        assert len(tree.body) == 1
+        text = ast.get_docstring(tree)
+        files = sorted(path.name for path in (REPO / folder).glob("*.py") if path.name != "__init__.py")
+        assert not [name for name in files if name not in text], folder

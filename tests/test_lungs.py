@@ -340,7 +340,7 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
 def looks(tmp_path_factory, flags):
     """Calibrated runs that see the lungs by the shipped U-Net: linear (masked-crop), scratch (masked)."""
     cwd = tmp_path_factory.mktemp("looks")
-    how = ("--input", "masked-crop", "--normalise", "equalise")
+    how = ("--input", "masked-crop")
     succeed("train_linear", *flags[:4], "--img-size", 64, *how, cwd=cwd)
     scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
     succeed("train_scratch", *flags, *scratch, cwd=cwd)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import metrics
 from calibration import intervals, operating_point
 from common import proportions
-from tests.shared import brute_force_threshold, middle_below
+from tests.shared import brute_force_threshold, middle_below, of_one
 
 
 @given(
@@ -161,7 +161,8 @@ def test_rounding_flips_no_decision_on_validation(confidence):
     for seed in range(5):
         scores = _scores_of_two_sides(seed)
         rule = operating_point.Rule(confidence=confidence, bootstrap=1)
-        found, p1 = operating_point.evaluate(scores, rule)
+        calibration, p1 = operating_point.evaluate(scores, rule)
+        found = of_one(calibration)
         again = scores["val_logits"] + np.random.default_rng(seed).uniform(-1e-6, 1e-6, (240, 2))
         rounded = metrics.tempered(again, 1.0)
         for name in ("at_rec", "at_guaranteed"):
@@ -277,15 +278,15 @@ def test_wilson_and_clopper_pearson_equal_scipy():
     for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
         for level in (0.9, 0.95):
             result = binomtest(k, n)
-            assert intervals.wilson_interval(k, n, level) == pytest.approx(
+            assert proportions.wilson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "wilson")), abs=1e-12
             )
-            assert intervals.clopper_pearson_interval(k, n, level) == pytest.approx(
+            assert proportions.clopper_pearson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "exact")), abs=1e-9
             )
     for bad in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
-            intervals.wilson_interval(*bad)
+            proportions.wilson_interval(*bad)
 
 
 def test_wilson_covers():
@@ -295,7 +296,7 @@ def test_wilson_covers():
     cover = []
     for p in np.linspace(0.05, 0.95, 19):
         k = np.arange(101)
-        inside = [lo <= p <= hi for lo, hi in (intervals.wilson_interval(int(i), 100) for i in k)]
+        inside = [lo <= p <= hi for lo, hi in (proportions.wilson_interval(int(i), 100) for i in k)]
         cover.append(binom.pmf(k, 100, p)[inside].sum())
     assert 0.94 < np.mean(cover) < 0.965 and min(cover) > 0.91
 
@@ -415,7 +416,7 @@ def test_intervals_at_several_thresholds_are_those_of_each():
     assert together == [intervals.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
     row = metrics.summarize_at_threshold(y, p, 0.5)
     assert together[1]["recall"]["wilson"] == list(
-        intervals.wilson_interval(row["tp"], row["tp"] + row["fn"])
+        proportions.wilson_interval(row["tp"], row["tp"] + row["fn"])
     )
     assert together[1]["auroc"]["delong"] == list(intervals.delong_interval(y, p)[1:])
     with pytest.raises(ValueError, match="one group per label"):
@@ -572,10 +573,10 @@ def test_reported_interval_never_claims_certainty():
     row = metrics.summarize_at_threshold(y, p, 0.5)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
     assert row["interval"]["recall"]["bootstrap"] == [1.0, 1.0]
-    assert intervals.reported_interval(row, "recall") == pytest.approx(intervals.wilson_interval(20, 20))
+    assert proportions.reported_interval(row, "recall") == pytest.approx(proportions.wilson_interval(20, 20))
     row = metrics.summarize_at_threshold(y, p, 0.6)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
-    assert intervals.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
+    assert proportions.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
 
 
 def _clustered(seed, sick=40, healthy=20, images=8):
@@ -596,11 +597,11 @@ def test_interval_of_alike_patients_counts_patients():
         y, p, patients = _clustered(seed)
         row = metrics.summarize_at_threshold(y, p, 0.5)
         row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=40)
-        low, high = intervals.reported_interval(row, "specificity")
+        low, high = proportions.reported_interval(row, "specificity")
         missed += not low <= 0.95 <= high
         if row["specificity"] == 1:
             degenerate += 1
-            assert [low, high] == pytest.approx(intervals.wilson_interval(20, 20))
+            assert [low, high] == pytest.approx(proportions.wilson_interval(20, 20))
     assert 25 < degenerate < 50 and missed / 100 <= 0.07
 
 
@@ -610,28 +611,28 @@ def test_no_reported_interval_claims_certainty():
     p = np.where(y == 1, p, 0.1)
     row = metrics.summarize_at_threshold(y, p, 0.5)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=50)
-    spans = {k: intervals.reported_interval(row, k) for k in row["interval"]}
+    spans = {k: proportions.reported_interval(row, k) for k in row["interval"]}
     assert all(row[k] > 1 - 1e-12 and 0 < lo < hi == 1 for k, (lo, hi) in spans.items()), spans
     assert spans["auroc"] == pytest.approx([0.025 ** (1 / 20), 1])
     for key, n in (("recall", 30), ("specificity", 20), ("precision", 30), ("acc", 50)):
-        assert spans[key] == pytest.approx(intervals.wilson_interval(n, n)), key
-    share = intervals.wilson_interval(30, 30)[0]  # of the images that are sick or called so
+        assert spans[key] == pytest.approx(proportions.wilson_interval(n, n)), key
+    share = proportions.wilson_interval(30, 30)[0]  # of the images that are sick or called so
     assert spans["f1"][0] == pytest.approx(2 * share / (1 + share))
     for n in (1, 7, 200):
         found = proportions.alike_interval(1.0, n), proportions.alike_interval(0.0, n)
-        expected = intervals.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
+        expected = proportions.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
         assert np.allclose(found, expected, atol=1e-12)
     nothing = metrics.summarize_at_threshold(y, p, 1.0)  # calls nobody: a precision of nothing
     nothing["interval"] = intervals.intervals_at_threshold(y, p, 1.0, patients, n=50)
-    assert intervals.reported_interval(nothing, "precision") == [0, 1]
+    assert proportions.reported_interval(nothing, "precision") == [0, 1]
     old = {
         "interval": {
             "recall": {"bootstrap": [1.0, 1.0], "wilson": [0.9, 1.0]},
             "auroc": {"bootstrap": [1.0, 1.0]},
         }
     }
-    assert intervals.reported_interval(old, "recall") == [0.9, 1.0]  # as an older version wrote it
-    assert intervals.reported_interval(old, "auroc") == [1.0, 1.0]
+    assert proportions.reported_interval(old, "recall") == [0.9, 1.0]  # as an older version wrote it
+    assert proportions.reported_interval(old, "auroc") == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("auroc, prevalence", [(0.99, 0.5), (0.9, 0.3), (0.7, 0.5), (0.95, 0.02)])
@@ -684,7 +685,7 @@ def test_interval_of_a_proportion_draws_patients():
     found = intervals.proportion_interval(hits, patients, n=200)
     assert found == pytest.approx(np.percentile(draws, [2.5, 97.5]))
     assert intervals.proportion_interval(np.ones(60), patients) == pytest.approx(
-        intervals.wilson_interval(15, 15)
+        proportions.wilson_interval(15, 15)
     )
 
 
@@ -704,6 +705,7 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
     before = {name: values.copy() for name, values in scores.items()}
     rule = operating_point.Rule(min_recall=0.9, temperature=temperature, bootstrap=60, prevalence=0.2)
     calibration, p1 = operating_point.evaluate(scores, rule)
+    found = of_one(calibration)
     assert list(scores) == list(before) and all((scores[k] == before[k]).all() for k in before)
     fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
     assert calibration["temperature"] == fitted and calibration["temperature_applied"] is temperature
@@ -713,32 +715,32 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
         expected = metrics.tempered(logits, fitted if temperature else 1.0)
         assert (p1[split] == expected).all()
         for name in ("at_0.5", "at_rec", "at_guaranteed"):
-            row = dict(calibration[split][name])
+            row = dict(found[split][name])
             interval, at_prevalence = row.pop("interval"), row.pop("at_prevalence")
             assert row == metrics.summarize_at_threshold(y, expected, row["thr"])
             assert interval == intervals.intervals_at_threshold(y, expected, row["thr"], patients, 60)
             ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], 0.2)
             assert at_prevalence == {"prevalence": 0.2, "ppv": ppv, "npv": npv}
         assert (
-            calibration["probability"][split]["before"]["ece"]
+            found["probability"][split]["before"]["ece"]
             == metrics.calibration_error(y, metrics.tempered(logits, 1.0))[0]
         )
-        after = calibration["probability"][split]["after"]
+        after = found["probability"][split]["after"]
         assert after["nll"] == metrics.nll(y, metrics.tempered(logits, fitted))
     y, p = scores["val_labels"], p1["val"]
     chosen = metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
-    assert calibration["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)
+    assert found["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)
     promised = metrics.choose_threshold_with_guarantee(y, p, 0.9, 0.95, scores["val_patients"])[0]
-    thr = calibration["guarantee"]["threshold"]
-    assert thr == calibration["test"]["at_guaranteed"]["thr"] == pytest.approx(middle_below(promised, p))
+    thr = found["guarantee"]["threshold"]
+    assert thr == found["test"]["at_guaranteed"]["thr"] == pytest.approx(middle_below(promised, p))
     assert json.loads(json.dumps(calibration)) == calibration
 
 
 def test_evaluate_says_why_there_is_no_guarantee_or_refuses():
     scores = _scores_of_two_sides(1, n=60)
-    calibration, _ = operating_point.evaluate(scores, operating_point.Rule(bootstrap=60))
-    assert calibration["guarantee"]["threshold"] is None and "at_guaranteed" not in calibration["test"]
-    assert "at least 59 are needed" in calibration["guarantee"]["why_not"]
+    found = of_one(operating_point.evaluate(scores, operating_point.Rule(bootstrap=60))[0])
+    assert found["guarantee"]["threshold"] is None and "at_guaranteed" not in found["test"]
+    assert "at least 59 are needed" in found["guarantee"]["why_not"]
     with pytest.raises(ValueError, match="at least 59 are needed"):
         operating_point.evaluate(scores, operating_point.Rule(bootstrap=60, strict=True))
 

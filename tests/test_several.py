@@ -18,7 +18,18 @@ from models.build import Ensemble, PixelLinear
 from models.inputs import Inputs
 from records.onnx import Exported
 from records.run import Run
-from tests.shared import CPU, cli, load_pth, read_json, refused, same_tensors, strip_time, succeed, tables
+from tests.shared import (
+    CPU,
+    cli,
+    load_pth,
+    of_one,
+    read_json,
+    refused,
+    same_tensors,
+    strip_time,
+    succeed,
+    tables,
+)
 from training import step
 
 CLASSES = ("Normal", "Round One", "Square")
@@ -165,7 +176,7 @@ def test_predictions_are_those_of_calibrate(folders, findings, kind):
         run = Run(root / "outputs" / kind)
         done = succeed("predict", pattern, "--run", f"outputs/{kind}", cwd=root)
         rows = {r["path"]: r for r in csv.DictReader(io.StringIO(done.out))}
-        scores, found = run.scores(), run.findings(run.calibration())
+        scores, found = run.scores(), run.calibration()["findings"]
         prefix = "shapes/" if run.task.kind == "softmax" else "set/"
         for i, file in enumerate(scores["test_files"]):
             row = rows[prefix + str(file)]
@@ -287,7 +298,7 @@ def test_one_finding_and_unknown_labels(tmp_path):
     succeed("calibrate", "--bootstrap", 100, cwd=tmp_path)
     report = succeed("compare", cwd=tmp_path).out
     run = Run(tmp_path / "outputs/scratch")
-    arrays, calibration = run.scores(), run.calibration()
+    arrays, calibration = run.scores(), of_one(run.calibration())
     y, p = arrays["test_labels"][:, 0], arrays["test_p1"]
     known = y >= 0
     auroc = sklearn.metrics.roc_auc_score(y[known], p[known])

@@ -136,7 +136,7 @@ def test_a_small_validation_set_cannot_tell_what_is_odd(own_runs, synthetic, tmp
 @pytest.mark.parametrize("n", [20, 100])
 def test_false_alarms(n, monkeypatch):
     """Batches like validation are called shifted in at most 5% of 150 draws, as far as these can tell."""
-    monkeypatch.setattr("shares.DRAWS", 99)
+    monkeypatch.setattr("calibration.shares.DRAWS", 99)
     found = [judged(reference(s, 150), *drawn(n, 20_000 + s))["verdict"] for s in range(150)]
     assert set(found) <= {"like", "share", "shifted"}
     assert found.count("shifted") <= binom.ppf(0.999, 150, shift.LEVEL)

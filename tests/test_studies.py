@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from PIL import Image
 from scipy.stats import binom
 
 import data
-from common import console
 from common.console import InputError
 from common.files import sha256, write_json
 from images.drawn import draw_radiograph, make_synthetic
@@ -24,7 +24,7 @@ from images.subset import Subset
 from records.run import Run
 from studies import errors, kermany, lung_masks, signals, unit
 from studies.nih import load_nih
-from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
+from tests.shared import REPO, SHARED, cli, of_one, read_json, refused, succeed
 from training import recipe
 
 EXPERIMENTS = "studies.experiments"
@@ -104,7 +104,7 @@ def test_errors_of_several_runs_are_counted_and_drawn(tmp_path):
     runs = [Run(out / f"of-{side}") for side in (32, 64)]
     scores, wrong = runs[0].scores(), []
     for run in runs:
-        sick = run.scores()["test_p1"] >= run.calibration()["threshold"]  # at the applied temperature
+        sick = run.scores()["test_p1"] >= of_one(run.calibration())["threshold"]  # at the applied temperature
         wrong.append(sick != (scores["test_labels"] == 1))
     for file, always in zip(scores["test_files"], wrong[0] & wrong[1]):
         assert (Path(file).stem in listed) == always
@@ -293,7 +293,7 @@ def test_signals_are_computed_again_only_when_needed(own_bench, tmp_path, monkey
     ):
         (run / "signals.json").write_text(damaged)
         assert "validation_figures" in computed()
-        assert read_json(run, "signals.json")["validation"] == console.json.loads(kept)["validation"]
+        assert read_json(run, "signals.json")["validation"] == json.loads(kept)["validation"]
 
 
 def test_signals_of_files_of_older_versions_are_computed_again(own_bench):
@@ -318,7 +318,7 @@ def test_signals_against_test_by_hand(own_bench):
         torch.save(weights, run / "checkpoint.pth")
         calibration = read_json(run, "calibration.json")
         auroc.append(round(float(rng.uniform(0.5, 1)), 4))
-        calibration["test"]["at_rec"]["auroc"] = auroc[-1]
+        of_one(calibration)["test"]["at_rec"]["auroc"] = auroc[-1]
         calibration["checkpoint"] = sha256(run / "checkpoint.pth")
         write_json(run / "calibration.json", calibration)
     done = succeed(EXPERIMENTS, "--against-test", cwd=own_bench)
@@ -459,7 +459,7 @@ def test_borrowed_thresholds_lie_at_or_below_the_guaranteed_one():
 def test_promises_are_kept_in_simulation(monkeypatch, capsys):
     from studies import promises
 
-    monkeypatch.setattr("shares.DRAWS", 99)
+    monkeypatch.setattr("calibration.shares.DRAWS", 99)
     for name, few in (("BATCHES", (20,)), ("LOCAL", (40, 100)), ("RECALLS", (0.95, 0.8)), ("SICK", 400)):
         monkeypatch.setattr(promises, name, few)
     promises.notice(20)

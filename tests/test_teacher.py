@@ -1,9 +1,7 @@
 """Tests of teacher: a finished run whose probabilities another learns."""
 
-import itertools
-import os
+import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import scipy.special
 import torch
 import torch.nn.functional as F
 
-from common.console import InputError
 from common.task import Task
 from data import Batches
 from images.drawn import make_synthetic
@@ -32,7 +29,7 @@ from tests.shared import (
     two_class_gradient,
 )
 from training.loss import Supervised
-from training.teacher import FeatureMatch, Teacher
+from training.teacher import Teacher
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
 THREE, FINDINGS = Task(("a", "b", "c")), Task(("a", "b", "c"), "sigmoid")
@@ -84,7 +81,7 @@ def taught_gradient(share, accumulate=1):
             return knows((grey - 0.5) / 0.5)
 
     made.teacher = teacher
-    teacher.share, teacher.match = share, None
+    teacher.share = share
     return made
 
 
@@ -141,54 +138,6 @@ def test_a_teacher_is_what_predict_makes_of_an_image(school):
     expected = run.model()((grey.expand(-1, 3, -1, -1) - mean) / std)
     assert torch.allclose(teacher(grey), expected, atol=1e-5) and not teacher(grey).requires_grad
     assert teacher.about()["minutes"] == run.results["minutes"]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_towards_a_teachers_features_is_the_formula(school, accumulate):
-    """The hard loss + W x mean smooth L1, by numpy, of the projected features; the projection learns, too."""
-    run, subset = Run(school[0] / "outputs/pretrained"), toy_subset(6, 0, side=32)
-    teacher, model = Teacher(run, run.config, CPU, 0.0), randomise(small_vit(in_chans=1, img_size=32))
-    teacher.show_features(model)
-    made = two_class_gradient(INPUTS, accumulate, teacher_features=0.7)
-    made.teacher = teacher
-    found = made.add(model.eval(), Batches(subset, INPUTS), torch.arange(6))
-    grey = torch.from_numpy(subset.images)[:, None].float() / 255
-    with torch.no_grad():
-        x = (grey - 0.5) / 0.5
-        mine = teacher.match.project(model.features(x)).numpy()
-        theirs = teacher.model.features(teacher.inputs.scale(grey)).numpy()
-        hard = F.cross_entropy(model(x), torch.from_numpy(subset.targets))
-    theirs = (theirs - theirs.mean(1, keepdims=True)) / np.sqrt(theirs.var(1, keepdims=True) + 1e-5)
-    far = np.abs(mine - theirs)
-    distance = np.where(far < 2, far**2 / 4, far - 1).mean()
-    assert float(found) == pytest.approx(float(hard) + 0.7 * distance, rel=1e-4)
-    grads = [p.grad for p in (*teacher.match.parameters(), model.patch_embed.proj.weight)]
-    assert all(g is not None and g.any() for g in grads)
-    assert not any(p.grad is not None for p in teacher.model.parameters())
-    teacher.model = torch.nn.Identity()
-    with pytest.raises(InputError, match="ensemble"):
-        teacher.show_features(model)
-
-
-def test_a_run_taught_features_resumes_bit_for_bit(school, monkeypatch):
-    cwd, flags = school
-    argv = ("train_scratch", *flags, "--epochs", 2, "--batch-size", 32, "--teacher", "outputs/pretrained")
-    argv += ("--teacher-features", 2, "--ema", 0.9)
-    succeed(*argv, "--out", "outputs/whole", cwd=cwd)
-    whole = load_pth(cwd, "outputs/whole/checkpoint.pth")
-    Run(cwd / "outputs/whole").model()  # which refuses names that are not its own
-    real, calls = FeatureMatch.forward, itertools.count(1)
-
-    def stop_in_the_second_step(match):
-        if next(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(match)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureMatch, "forward", stop_in_the_second_step)
-        assert cli(*argv, "--out", "outputs/stopped", cwd=cwd).code == 143
-    succeed(*argv, "--out", "outputs/stopped", "--resume", cwd=cwd)
-    assert same_tensors(whole, load_pth(cwd, "outputs/stopped/checkpoint.pth"))
 
 
 def test_a_taught_run(school):
@@ -256,7 +205,75 @@ def test_teachers_that_cannot_teach(school, tmp_path):
     refused(cli(*argv, "--mixup", 0.2, cwd=tmp_path), "--mixup")
     refused(cli(*argv[:-1], "nowhere", cwd=tmp_path), "nowhere")
     refused(cli(*argv, "--teacher-weight", 1.5, cwd=tmp_path), "--teacher-weight")
-    refused(cli(*argv[:-2], "--teacher-features", 1, cwd=tmp_path), "--teacher-features", "--teacher")
     succeed("pretrain_mae", *flags, *SHORT, cwd=tmp_path)
     refused(cli(*argv[:-1], "outputs/mae", cwd=tmp_path), "tells nothing")
     assert not (tmp_path / "outputs/scratch").exists()
+
+
+# --------------------------------------------- runs of the version that had --teacher-features
+
+
+def older(run, **changes):
+    """Make a run folder one that the version of commit 82507f6 left: it kept settings that are gone now, in
+    results.json and in last.pth. `changes`: {"data" or "recipe": {name: value}}."""
+    results = read_json(run, "results.json")
+    last = load_pth(run, "last.pth") if (run / "last.pth").exists() else None
+    for settings in filter(None, (results, last and last["meta"])):
+        settings["data"] |= {"normalise": "none"} | changes.get("data", {})
+        settings["recipe"] |= {"teacher_features": 0.0} | changes.get("recipe", {})
+    (run / "results.json").write_text(json.dumps(results))
+    if last:
+        torch.save(last, run / "last.pth")
+
+
+def test_a_run_taught_features_is_read_but_not_resumed(school, synthetic, tmp_path):
+    cwd, flags = school
+    shutil.copytree(cwd / "outputs/pretrained", tmp_path / "outputs/pretrained")
+    argv = ("train_scratch", *flags, *SHORT, "--teacher", "outputs/pretrained")
+    succeed(*argv, cwd=tmp_path)
+    run = tmp_path / "outputs/scratch"
+    older(run, recipe={"teacher_features": 1.0})
+    weights = load_pth(run, "checkpoint.pth")
+    done = cli(*argv, "--resume", cwd=tmp_path)
+    refused(done, "recipe.teacher_features: was 1.0, which is gone", "the version of commit 82507f6")
+    assert done.err.count("\n") == 1
+    done = cli(*argv, "--resume", "--teacher-features", 1, cwd=tmp_path)
+    refused(done, "--teacher-features is gone: the version of commit 82507f6 is the last that has it")
+    assert same_tensors(weights, load_pth(run, "checkpoint.pth"))
+    succeed("calibrate", "--bootstrap", 100, "--run", run, cwd=tmp_path)
+    succeed("predict", synthetic / "test", "--run", run, cwd=tmp_path)
+    assert "ViT scratch, taught" in succeed("compare", "--run", run, cwd=tmp_path).out
+    older(run)  # one that did not use it goes on
+    assert "nothing is left to do" in succeed(*argv, "--resume", cwd=tmp_path).err
+
+
+@pytest.mark.parametrize("mode", ["standard", "equalise"])
+def test_runs_of_another_exposure_name_the_version_that_reads_them(school, mode, synthetic, tmp_path):
+    """With --normalise none, its default, they are read as ever: the same scores, the same family."""
+    cwd, flags = school
+    run = tmp_path / "outputs/pretrained"
+    shutil.copytree(cwd / "outputs/pretrained", run)
+    succeed("calibrate", "--bootstrap", 100, "--run", run, cwd=tmp_path)
+    before = (run / "scores.npz").read_bytes()
+    older(run)
+    assert Run(run).results == read_json(cwd, "outputs/pretrained/results.json")
+    succeed("calibrate", "--bootstrap", 100, "--run", run, cwd=tmp_path)
+    assert (run / "scores.npz").read_bytes() == before
+    older(run, data={"normalise": mode})
+    words = (
+        f"{run} was trained with --normalise {mode}",
+        "the version of commit 82507f6 is the last that reads",
+    )
+    for script, argv in (
+        ("calibrate", ["--run", run]),
+        ("predict", [synthetic / "test", "--run", run]),
+        ("explain", ["--run", run]),
+        ("train_scratch", [*flags, *SHORT, "--teacher", run]),
+    ):
+        done = cli(script, *argv, cwd=tmp_path)
+        refused(done, *words)
+        assert done.err.count("\n") == 1 and done.out == ""
+    assert "exposure " + mode in succeed("compare", "--run", run, cwd=tmp_path).out  # it was measured
+    weights = cwd / read_json(run, "results.json")["weights"]["path"]
+    done = cli("train_pretrained", *flags, "--weights", weights, *SHORT, "--resume", cwd=tmp_path)
+    refused(done, f"data.normalise: was '{mode}', which is gone", "the version of commit 82507f6")

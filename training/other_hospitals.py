@@ -11,7 +11,7 @@ import numpy as np
 from common.console import InputError, say
 from common.files import sha256
 from common.task import is_healthy
-from data import load, open_index
+from data import load, read_listing
 from images import twins
 from images.find import Search
 from images.split import cut
@@ -73,7 +73,7 @@ def load_site(config, folder, labels="", patients=""):
     else:
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
-    index = index._replace(part=np.full(len(index.files), "site"))
+    index = index._replace(side=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index, root)
     subset, kept, _ = load(config, root, index, "site")
@@ -153,9 +153,9 @@ def _classes(table, folder, classes):
 class Joined:
     """Several arrays of images, or of masks, read as one: the rows of the first, then those of the next."""
 
-    def __init__(self, parts):
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self):
         return int(self.starts[-1])
@@ -164,11 +164,12 @@ class Joined:
         rows = np.asarray(rows)
         which = np.searchsorted(self.starts, rows, side="right") - 1
         if rows.ndim == 0:
-            return self.parts[which][rows - self.starts[which]]
-        out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        for k, part in enumerate(self.parts):
+            return self.arrays[which][rows - self.starts[which]]
+        first = self.arrays[0]
+        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for k, array in enumerate(self.arrays):
             here = which == k
-            out[here] = part[rows[here] - self.starts[k]]
+            out[here] = array[rows[here] - self.starts[k]]
         return out
 
 
@@ -185,7 +186,7 @@ def join(config, train, val, tell=print):
         return train, {}, {}
     everything = [*config.also, *config.also_unlabelled]
     found, held_out, about = [train], {}, {}
-    home, before = open_index(config)[0], []
+    home, before = read_listing(config).root, []
     for number, (name, text) in enumerate(zip(names(everything), everything), 1):
         labelled = number <= len(config.also)
         root, index = (read if labelled else read_unlabelled)(text, config)
@@ -226,9 +227,9 @@ def describe(config, subset, labelled):
 def refuse_known(config, name, root, subset, val):
     """InputError if a source holds validation images, pixel for pixel, or test images, byte for byte (those
     are not decoded)."""
-    home, index, _, test, _ = open_index(config)
-    there = index.take(test).files
-    known = same_images(subset, (val,)), twins.same_files(root, subset.files, home, there)
+    listing = read_listing(config)
+    test_files = listing.test_index.files
+    known = same_images(subset, (val,)), twins.same_files(root, subset.files, listing.root, test_files)
     for what, files in zip(("validation", "test"), known):
         if files:
             some = f"{len(files)} of its images, {', '.join(files[:3])} and so on"

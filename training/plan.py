@@ -214,8 +214,6 @@ def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encode
                 seen.refuse_known(flag, run, plan.config, sides, split, others)
     if teacher:
         teacher.begin()
-        if plan.recipe.teacher_features:
-            teacher.show_features(model)
         more["teacher"] = teacher.about()
     recipe, inputs = plan.recipe, scaled_inputs(plan, train_set, mean, std)
     objective = objective or supervised(plan, train_set, val_set)
@@ -247,7 +245,7 @@ def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encode
             except KeyboardInterrupt:
                 text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
                 raise Interrupted(text, signal.SIGINT) from None
-            loop.state["head_seconds"] = time.perf_counter() - started
+            loop.progress.head_seconds = time.perf_counter() - started
             if not recipe.epochs:
                 loop.keep_head(loss, outputs, stage)
     if recipe.freeze_epochs and recipe.epochs:
@@ -258,7 +256,7 @@ def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encode
 def scaled_inputs(plan, train_set, mean, std):
     """The Inputs of `plan`; a `mean` or `std` that is AUTO becomes that of the training pixels."""
     config = plan.config
-    how = dict(normalise=config.normalise, look=config.input, reads_lungs=config.reads_lungs)
+    how = dict(look=config.input, reads_lungs=config.reads_lungs)
     if AUTO in (mean, std):
         found = statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
         used = [f"{n} {f:.4f}" for n, given, f in zip(("mean", "std"), (mean, std), found) if given == AUTO]
@@ -309,7 +307,7 @@ def load_encoder(model, run, config):
         raise InputError(f"--init {run} is no run of pretrain_mae.py")
     if not run.results["finished"]:
         say(f"note: --init: {run.why_unfinished()}; here its best epoch so far is used")
-    auto, there, flags = run.model(), run.config, ("normalise", "input", "lungs_sha256")
+    auto, there, flags = run.model(), run.config, ("input", "lungs_sha256")
     if differ := [k for k in flags if getattr(there, k) != getattr(config, k)]:
         values = [[str(getattr(c, k))[:12] or "none" for c in (there, config)] for k in differ]
         before = "; ".join(f"--{k.partition('_')[0]} {a}, here {b}" for k, (a, b) in zip(differ, values))

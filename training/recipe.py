@@ -8,13 +8,18 @@ from typing import NamedTuple
 from common.cli import COUNT, SEED, Number, Parser, add_flags, flag
 from common.console import InputError
 from common.device import add_device_argument
+from common.scripts import LAST_VERSION
 from images.augment import add_augment_argument, parse_augment, parse_randaugment
 from images.split import BALANCES
+from records.schema import GONE
 from records.track import add_track_argument
 from training.loss import WATCHED
 
 RATE = Number(float, 0, 1e38, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
+ALPHA = Number(float, 0, 100)
+WEIGHT = Number(float, 0, 1e6)
+SHARE = Number(float, 0, 1)
 STEPS = Number(int, 0, 2**31)
 SCHEDULES = ("cosine", "constant", "plateau")
 THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before
@@ -33,98 +38,103 @@ class Stage(NamedTuple):
 class Recipe:
     """The settings of training. Fields without help are part of a recipe but no flag of their own."""
 
-    epochs: int = flag(
-        15, "passes over the training images; 0: none after --freeze-epochs", Number(int, 0, 2**31), "N"
-    )
-    batch_size: int = flag(32, "images a step, over all processes", COUNT, "N")
+    epochs: int = flag(15, "passes over the training images", Number(int, 0, 2**31), "N")
+    batch_size: int = flag(32, "images a step, of all processes together", COUNT, "N")
     accumulate: int = flag(
         1,
-        "run each step in N parts, for less memory: the same step to rounding, but for what a model with "
-        "dropout, stochastic depth or left-out patches draws itself",
+        "run each step in N parts, which needs less memory; the same step to rounding, but for what a model "
+        "with dropout, stochastic depth or left-out patches draws itself",
         COUNT,
         "N",
     )
     lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
     weight_decay: float = flag(
-        0.05, "of AdamW; not on biases, norms, [CLS], positions", Number(float, 0, 100), "X"
+        0.05, "weight decay of AdamW; none on biases, norms, [CLS] and positions", Number(float, 0, 100), "X"
     )
     schedule: str = flag(
         "cosine",
-        "of the learning rate after the warm-up; plateau: halved when nothing gets better",
+        "learning rate after the warm-up: cosine to 0, constant, or halved at each plateau of validation",
         SCHEDULES,
     )
     min_lr: float = 0.0  # where cosine ends
     backbone_lr_scale: float = flag(
-        1.0, "learning rate of all but the head and a hybrid's neck, times this", RATE, "X"
+        1.0, "factor on the learning rate of all but the head (and a hybrid's neck)", RATE, "X"
     )
     layer_decay: float = flag(
         1.0,
-        "learning rate of each layer, as a share of the next one's, in (0, 1]",
+        "learning rate of each layer, as a share of the next layer's, in (0, 1]",
         Number(float, 0, 1, True),
         "X",
     )
     warmup_epochs: float = 1.0
     clip: float = 1.0
     watch: str = flag(
-        "auroc", "validation figure that chooses the epoch: mean AUROC, loss, accuracy", WATCHED
+        "auroc", "validation figure that chooses the epoch: mean AUROC, loss or accuracy", WATCHED
     )
     stop_on: str = "best"  # what patience waits for: a new best epoch, or a lower validation "loss"
     patience: int = flag(
         5,
-        "stop after N epochs without a better one (of train_cnn.py: without a lower validation loss)",
+        "stop after N epochs without a better one; in train_cnn.py, without a lower validation loss",
         COUNT,
         "N",
     )
     max_steps: int = flag(
         None,
-        "stop after this many steps (those of --freeze-epochs are not counted)",
+        "stop after N steps of the whole model (default: no limit)",
         Number(int, 1, 2**31),
         "N",
     )
     ema: float = flag(
         0.0,
-        "validate and keep an exponential moving average of the weights with this decay a step, in [0, 1), "
-        "reached from 1/10 on; 0: the weights themselves",
+        "validate and keep a moving average of the weights, with this decay a step, in [0, 1), which rises "
+        "from 1/10; 0: the weights themselves",
         BELOW_ONE,
         "X",
     )
-    loss: str = flag("ce", "cross-entropy, or focal loss", ("ce", "focal"))
+    loss: str = flag("ce", "cross-entropy (ce), or focal loss", ("ce", "focal"))
     focal_gamma: float = flag(2.0, "exponent of the focal loss", Number(float, 0, 100), "X")
-    mixup: float = flag(0.0, "MixUp of batches, alpha; 0: none", Number(float, 0, 100), "A")
-    cutmix: float = flag(0.0, "CutMix of batches, alpha; 0: none", Number(float, 0, 100), "A")
+    mixup: float = flag(0.0, "alpha of MixUp, which blends pairs of images; 0: none", ALPHA, "A")
+    cutmix: float = flag(0.0, "alpha of CutMix, which pastes parts of other images; 0: none", ALPHA, "A")
     randaugment: str = flag(
-        "", "after --augment: N random changes of magnitude M, 0 to 30", parse_randaugment, "N,M"
+        "", "after --augment, N random changes of magnitude M, 0 to 30", parse_randaugment, "N,M"
     )
-    label_smoothing: float = flag(0.05, "label smoothing of the loss, in [0, 1)", BELOW_ONE, "X")
+    label_smoothing: float = flag(
+        0.05, "share of each label spread over all classes, in [0, 1)", BELOW_ONE, "X"
+    )
     balance: str = flag(
         "weights",
-        "rare classes: weigh the loss by inverse frequency, sample every class alike, or as many images of "
-        "each as of the rarest, drawn anew in every epoch or once; sources: each class of each --also alike",
+        "rare classes: weights weighs the loss by inverse frequency; sampler draws every class alike; both "
+        "does both; undersample draws equal class counts, every epoch again or once; sources: each class of "
+        "each hospital (--also) counts alike, or is drawn alike",
         BALANCES,
     )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
-    drop_path: float = flag(0.0, "stochastic depth of the last block, in [0, 1)", BELOW_ONE, "X")
-    drop_rate: float = flag(0.0, "dropout, in [0, 1)", BELOW_ONE, "X")
-    freeze_epochs: int = flag(0, "first train the head alone, on frozen features", Number(int, 0, 2**20), "N")
-    head_lr: float = flag(1e-3, "learning rate of that stage", RATE, "X")
-    head_decay: float = None  # weight decay of that stage; None: weight_decay
-    probe_views: int = flag(
-        0, "in that stage, augmented views of each image beside itself", Number(int, 0, 1000), "N"
-    )
-    frozen_epochs: int = flag(
+    drop_path: float = flag(0.0, "how often training skips the last block, in [0, 1)", BELOW_ONE, "X")
+    drop_rate: float = flag(0.0, "dropout: share of values set to 0, in [0, 1)", BELOW_ONE, "X")
+    freeze_epochs: int = flag(
         0,
-        "of --epochs, the first N train all but the stem; then everything, at a fifth of the rate",
+        "first N epochs of the head alone, on frozen features; with --epochs 0 no others",
         Number(int, 0, 2**20),
         "N",
     )
-    seg_weight: float = flag(0.0, "weight of the loss of the predicted lung mask", Number(float, 0, 1e6), "W")
+    head_lr: float = flag(1e-3, "learning rate while --freeze-epochs train the head alone", RATE, "X")
+    head_decay: float = None  # weight decay of that stage; None: weight_decay
+    probe_views: int = flag(
+        0, "while the head is trained alone, augmented views of each image", Number(int, 0, 1000), "N"
+    )
+    frozen_epochs: int = flag(
+        0,
+        "of --epochs, the first N train all but the stem; the others everything, at a fifth of the rate",
+        Number(int, 0, 2**20),
+        "N",
+    )
+    seg_weight: float = flag(
+        0.0, "weight of the loss of a predicted lung mask; 0: none is predicted", WEIGHT, "W"
+    )
     attention_weight: float = flag(
-        0.0, "weight of the attention paid to other things than lungs", Number(float, 0, 1e6), "W"
+        0.0, "weight of a loss on attention outside the lungs; 0: none", WEIGHT, "W"
     )
-    teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher", Number(float, 0, 1), "W")
-    teacher_features: float = flag(
-        0.0, "weight of the loss that imitates its features, too", Number(float, 0, 1e6), "W"
-    )
+    teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -157,8 +167,20 @@ SUPERVISED = (
 )
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
-TAUGHT = ("teacher_weight", "teacher_features")
+TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
+
+
+# What --help of a training script shows; --help-all shows the rest.
+EVERYDAY = (
+    *("--data-dir", "--labels", "--split", "--img-size", "--input", "--demo", "--download"),
+    *("--model", "--weights", "--pretrained", "--init", "--masks", "--C"),
+    *("--recipe", "--augment", "--epochs", "--batch-size", "--lr", "--freeze-epochs"),
+    *("--out", "--overwrite", "--resume", "--seed", "--seeds", "--device"),
+)
+
+
+RECIPES = {"default": "the settings chosen in EXPERIMENTS.md", "paper": "the plain ones of earlier work"}
 
 
 class Defaults(NamedTuple):
@@ -175,15 +197,10 @@ def add_arguments(parser, defaults):
     """The flags of training that all arms share."""
     first = next(iter(defaults.recipes))
     group = parser.add_argument_group("recipe")
-    group.add_argument(
-        "--recipe",
-        choices=tuple(defaults.recipes),
-        default=first,
-        help="which defaults: those chosen in EXPERIMENTS.md (default)"
-        + (", or the plain ones of earlier work (paper)" if "paper" in defaults.recipes else ""),
-    )
+    if len(defaults.recipes) > 1:
+        text = "; ".join(f"{name}: {RECIPES[name]}" for name in defaults.recipes)
+        group.add_argument("--recipe", choices=tuple(defaults.recipes), default=first, help=text)
     add_augment_argument(group, "plain")
-    group = parser.add_argument_group("optimisation")
     add_flags(group, Recipe, leave_out=(*defaults.unused, "seed", "max_steps"))
     group = add_run_arguments(parser, defaults.out)
     add_flags(
@@ -195,13 +212,13 @@ def add_arguments(parser, defaults):
         nargs="+",
         default=None,
         metavar="N",
-        help="one run a seed, in OUT-seedN; compare.py reports their mean and spread",
+        help="one run for each seed, in OUT-seedN (default: one run, of --seed)",
     )
     group.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="bf16 autocast (default: where the device does it fast)",
+        help="compute in bf16 by autocast (default: where the device does it fast)",
     )
     group.add_argument("--deterministic", action="store_true", help="deterministic kernels, slower on a GPU")
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
@@ -215,7 +232,7 @@ def add_run_arguments(parser, out):
         "--out",
         default=None,
         metavar="DIR",
-        help=f"run folder (default: {out}, with -demo appended for --demo)",
+        help=f"run folder; with --demo its usual name ends in -demo (default: {out})",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
     add_track_argument(group)
@@ -262,8 +279,14 @@ IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
 def differences(old, new):
     """What differs between the settings of a run and those of the command that would resume it: list of text.
 
-    Values that the older version of a run did not record are not compared."""
+    Values that the older version of a run did not record are not compared, nor those that are gone, if they
+    changed nothing."""
     found = []
+    for key, settings in GONE.items():
+        for name, usual in settings.items():
+            value = old.get(key, {}).get(name, usual)
+            if value != usual:
+                found.append(f"{key}.{name}: was {value!r}, which is gone: {LAST_VERSION} goes on with it")
     for key in CHECKED:
         if key not in new and key in old:
             found.append(f"{key}: was given, now it is not")
