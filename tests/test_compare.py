@@ -452,7 +452,7 @@ def test_the_check_of_pages_can_fail():
     assert Loads('<p>http://x url(y) src=</p><img src="data:image/png;base64,http">').found == []
 
 
-def test_nasty_names(tmp_path):
+def test_nasty_names(tmp_path, pictures_drawn):
     """Names that mean something to matplotlib, markdown, HTML or a file system are shown as text."""
     folder = NASTY.replace("/", "")
     for i in range(2):
