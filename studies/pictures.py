@@ -48,7 +48,7 @@ def read_sides(path):
         for side in SIDES:
             try:
                 recall, specificity = float(row[f"recall_{side}"]), float(row[f"specificity_{side}"])
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: recall or specificity of {side} is missing ({error})") from None
             if not (0 <= recall <= 1 and 0 <= specificity <= 1):
                 raise InputError(f"{path}, {row['model']}: a figure of {side} lies outside 0 to 1")

@@ -14,6 +14,7 @@ from functools import cache
 import pytest
 
 from common.console import InputError
+from studies import pictures
 from tests.shared import REPO
 
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
@@ -298,3 +299,47 @@ def test_the_front_picture_shows_figures_of_the_results():
                 for side in ("validation", "test")
             ]
             assert cells[1:5] == shown, name
+
+
+# ---------------------------------------------------------------- studies/pictures.py
+
+HEADER = "model,recall_validation,recall_test,specificity_validation,specificity_test\n"
+
+
+def test_pictures_show_per_cents_of_the_table(tmp_path):
+    from matplotlib import pyplot as plt
+
+    (tmp_path / "a.csv").write_text(HEADER + "one,0.95,0.99,0.75,0.5\ntwo,1,0.25,1,0\n")
+    models = pictures.read_sides(tmp_path / "a.csv")
+    figure = pictures.draw_validation_and_test(models, plt)
+    widths = [[bar.get_width() for bars in panel.containers for bar in bars] for panel in figure.axes]
+    plt.close(figure)
+    assert widths[0] == pytest.approx([95, 100, 99, 25])  # validation of both models, then test
+    assert widths[1] == pytest.approx([25, 0, 50, 100])
+
+
+@pytest.mark.parametrize(
+    "row", ["one,0.95,0.99,0.75,1.5", "one,95,99,75,50", "one,0.95,0.99,0.75,", "one,0.95"]
+)
+def test_pictures_refuse_what_is_no_share(tmp_path, row):
+    (tmp_path / "a.csv").write_text(HEADER + row + "\n")
+    with pytest.raises(InputError, match="a.csv"):
+        pictures.read_sides(tmp_path / "a.csv")
+
+
+def test_pictures_read_intervals(tmp_path):
+    rows = [(arm, look, "0.5 [0.25, 0.75]") for arm in pictures.ARMS for look in pictures.INPUTS]
+    path = tmp_path / "a.csv"
+
+    def write(rows):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("arm", "--input", "test specificity"), *rows])
+
+    write(rows)
+    assert set(pictures.read_specificity(path).values()) == {(0.5, 0.25, 0.75)}
+    write(rows[1:])
+    with pytest.raises(InputError, match="no row for"):
+        pictures.read_specificity(path)
+    write([(*rows[0][:2], "0.5"), *rows[1:]])
+    with pytest.raises(InputError, match="no figure with an interval"):
+        pictures.read_specificity(path)
