@@ -2,7 +2,7 @@
 
 In the order to read them:
 
-    listing.py   the Index that every reader returns
+    listing.py   the Index that every reader returns, and the Listing of a set
     folders.py   labels from class folders
     tables.py    labels and patients from tables
     nih.py       cells of NIH's table
