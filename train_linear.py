@@ -25,6 +25,7 @@ from images.split import epoch_order, image_weights
 from images.subset import input_range
 from models.build import PixelLinear
 from models.inputs import Inputs
+from records.begin import run_from_args
 from records.track import Tracker
 from training import other_hospitals, plan, recipe
 from training.evaluate import predict
@@ -96,7 +97,7 @@ def main():
     group.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
-    run = plan.run_from_args(args)
+    run = run_from_args(args)
     plan.prepare(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
