@@ -137,7 +137,7 @@ def keys(run, inputs, sides, some, tta):
         [run.task.kind, run.task.classes],
     ]
     if inputs.needs_lungs:
-        about += [inputs.look, inputs.reads_lungs, run.config.lungs_sha256]
+        about += [inputs.input_mode, inputs.reads_lungs, run.config.lungs_sha256]
     prints = [shown_fingerprint(s, inputs) for s in sides]
     of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
     return sha256([*about, prints]), sha256([*about, *of_reference])

@@ -120,7 +120,7 @@ def train_linear(args, config, run):
         tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
     started = time.perf_counter()
-    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
+    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), input_mode=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
     pooled = predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weights = image_weights(train.targets, train.sources, args.balance)

@@ -1,9 +1,9 @@
 """What is said of thresholds and their figures, on the console and in the report. No torch, no files."""
 
+from common.scaling import SIDES
 from metrics import chance_below_floor
 
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
-SIDES = {"val": "validation", "test": "test"}
 
 
 def concerns(row, floor):

@@ -232,7 +232,7 @@ def names(run, suffix):
     name += " pretrained" if "weights" in results else ""
     name += ", masked pretraining" if "init" in results else ""
     name += ", taught" if "teacher" in results else ""
-    name += f", {' and '.join(run.looks)}" if run.looks != ["full"] else ""
+    name += f", {' and '.join(run.input_modes)}" if run.input_modes != ["full"] else ""
     others = also_trained_on(results)
     name += f", also on {', '.join(others)}" if others else ""
     end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")

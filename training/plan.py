@@ -284,7 +284,7 @@ def scaled_inputs(plan, train_set, mean, std):
         (0.0,),
         (1.0,),
         plan.device,
-        look=config.input,
+        input_mode=config.input,
         reads_lungs=config.reads_lungs,
     )
     if AUTO in (mean, std):
