@@ -137,7 +137,7 @@ def keys(run, inputs, sides, some, tta):
         [run.task.kind, run.task.classes],
     ]
     if inputs.needs_lungs:
-        about += [inputs.look, inputs.reads_lungs, run.config.lungs_sha256]
+        about += [inputs.input_mode, inputs.reads_lungs, run.config.lungs_sha256]
     prints = [shown_fingerprint(s, inputs) for s in sides]
     of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
     return sha256([*about, prints]), sha256([*about, *of_reference])
@@ -313,10 +313,8 @@ def add_rule_arguments(parser):
     )
 
 
-def parse():
-    """Checked command line -> (args, Rule)."""
-    parser = Parser(__doc__, EVERYDAY)
-    add_rule_arguments(parser)
+def add_run_arguments(parser):
+    """The flags that name runs and what becomes of them."""
     group = parser.add_argument_group("runs")
     group.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     group.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")
@@ -341,6 +339,10 @@ def parse():
         action="store_true",
         help="with --site: also choose on half of its patients and test on the others",
     )
+
+
+def add_image_arguments(parser):
+    """The flags of the images: where they are now, and how they are scored."""
     group = parser.add_argument_group("images")
     group.add_argument("--tta", action="store_true", help="average scores over small shifts and zooms")
     group.add_argument("--tta-flip", action="store_true", help="mirrored views, too; implies --tta")
@@ -364,6 +366,14 @@ def parse():
     )
     group.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(group)
+
+
+def parse():
+    """Checked command line -> (args, Rule)."""
+    parser = Parser(__doc__, EVERYDAY)
+    add_rule_arguments(parser)
+    add_run_arguments(parser)
+    add_image_arguments(parser)
     args = parser.parse_args()
     if bool(args.ensemble) != bool(args.out) or args.ensemble and args.run:
         raise InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")

@@ -32,7 +32,7 @@ from layouts import folders, tables
 from layouts.download import KAGGLE
 from layouts.listing import Listing
 from lungs import masks as lung_masks
-from lungs.show import LOOKS
+from lungs.show import INPUT_MODES
 from models.batches import Batches
 from models.inputs import Inputs
 
@@ -81,7 +81,7 @@ class DataConfig:
         "full",
         "what the model sees: the full image, the lungs' box (crop), the lungs with the rest grey (masked), "
         "both, or, as a control, all but the lungs (outside)",
-        LOOKS,
+        INPUT_MODES,
     )
     lungs: str = flag(
         lung_masks.SHIPPED,
@@ -381,7 +381,7 @@ def main():
     args.data_dir = args.statistics
     config = DataConfig.from_args(args)
     train = load_train_val(config, say)[0]
-    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
+    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), input_mode=config.input)
     mean, std = statistics(train, shown)
     print(f"{len(train)} training images, {config.img_size} px: mean {mean:.4f}, std {std:.4f}")
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit
 from scipy.stats import binom
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from common.console import InputError
 
@@ -338,16 +338,6 @@ def fit_platt(log_odds, y_true):
     return float(steepness / spread), float(height - steepness * centre / spread)
 
 
-def tempered(logits, temperature):
-    """P(class 1) of softmax(logits / temperature), logits [N, 2], temperature > 0 -> float64 [N].
-
-    InputError: any other shape."""
-    z = np.asarray(logits, dtype=np.float64)
-    if z.ndim != 2 or z.shape[1] != 2:
-        raise InputError(f"a score of two classes needs logits [N, 2], got {z.shape}")
-    return expit((z[:, 1] - z[:, 0]) / temperature)
-
-
 def calibration_error(y_true, p1, bins=15):
     """Expected calibration error over bins of equal size -> (ECE, bins).
 
@@ -372,11 +362,12 @@ def brier(y_true, p1):
     """Mean squared error of the probability of class 1, in [0, 1] (Brier 1950). InputError: as
     `check_scores`."""
     y, p = check_scores(y_true, p1)
-    return float(np.mean((p - y) ** 2))
+    return float(brier_score_loss(y, p))
 
 
 def nll(y_true, p1):
-    """Mean negative log-likelihood in nats; a probability below 1e-15 counts as 1e-15.
+    """Mean negative log-likelihood in nats; a probability below 1e-15 counts as 1e-15 (scikit-learn's
+    `log_loss` counts those below 2e-16 as 2e-16).
 
     InputError: as `check_scores`."""
     y, p = check_scores(y_true, p1)

@@ -8,7 +8,6 @@ Nothing is downloaded.
 """
 
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common.console import InputError
-from common.files import atomic_path, sha256
+from common.files import sha256
 from common.safe_files import check_state_dict, listed, load_arrays, load_safetensors, load_tensors
 from models.state_names import GOOGLE, Family, our_names
 from vit import CONFIGS, VisionTransformer
@@ -64,7 +63,7 @@ def load_npz(model, path):
     aligned corners, as Google's `scipy.ndimage.zoom(order=1)`; of DINOv2 bicubic with antialiasing, as timm
     does (its authors' code resizes without antialiasing). The [CLS] position is kept. Reset: the
     head, freshly initialised, when its shape differs from the file's. Dropped: the file's head in that
-    case, `pre_logits`, `mask_token`, and optimiser state. A matching head (of `save_npz`, say) is loaded.
+    case, `pre_logits`, `mask_token`, and optimiser state. A matching head is loaded.
 
     The report is a dict of name lists `loaded, resized, reset, dropped` (our names where there is one), with
     `source`, `path`, `sha256`, `mean` and `std` (3 floats each: the input scaling the weights were trained
@@ -140,26 +139,6 @@ def architecture_name(config):
             return name + registers
     dim, depth, heads, patch = (config[k] for k in keys)
     return f"vit-d{dim}-l{depth}-h{heads}-p{patch}" + (f"-m{ratio:g}" if ratio != 4 else "") + registers
-
-
-def readable_architecture(name):
-    """A name of `architecture_name` for a table: vit-d384-l12-h6-p32 -> "ViT 384x12, patch 32".
-
-    Other names are returned as they are.
-    """
-    match = re.fullmatch(r"vit-d([0-9]+)-l([0-9]+)-h[0-9]+-p([0-9]+)(?:-m[0-9.e+-]+?)?(?:-reg[0-9]+)?", name)
-    return "ViT {}x{}, patch {}".format(*match.groups()) if match else name
-
-
-def save_npz(model, path):
-    """Write a VisionTransformer in Google's layout, float32, atomically; `load_npz` reads it back exactly.
-    InputError for one with LayerScale or registers, which have no place there."""
-    if model.config.get("layer_scale") or model.config.get("reg_tokens"):
-        raise InputError("Google's layout has no place for LayerScale or register tokens")
-    state = {name: p.detach().float().cpu() for name, p in model.state_dict().items()}
-    arrays = {name: p.numpy() for name, p in _to_google(state, model.config["num_heads"]).items()}
-    with atomic_path(path) as tmp, open(tmp, "wb") as f:
-        np.savez(f, **arrays)
 
 
 # ---------------------------------------------------------------- what a file holds

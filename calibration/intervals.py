@@ -100,27 +100,6 @@ def bootstrap_weights(groups, n=2000, seed=0):
         yield hits[:, codes]
 
 
-def bootstrap_interval(statistic, y_true, p1, groups=None, n=2000, level=0.95, seed=0):
-    """Percentile bootstrap interval of any `statistic(y_true, p1) -> float` -> (lo, hi).
-
-    `groups` [N] (patients) are drawn whole; without them, single images are drawn. Draws for which the
-    statistic is NaN or raises ValueError (only one class, say) are left out. `bootstrap_summary` is far
-    faster for the figures it knows. InputError: as `check_scores`; `level` outside (0, 1); fewer than half of
-    the draws are left."""
-    y, p = check_scores(y_true, p1)
-    check_level(level)
-    groups = np.arange(len(y)) if groups is None else check_groups(groups, y)
-    values = []
-    for block in bootstrap_weights(groups, n, seed):
-        for weights in block:
-            index = np.repeat(np.arange(len(y)), weights)
-            try:
-                values.append(float(statistic(y[index], p[index])))
-            except ValueError:
-                values.append(math.nan)
-    return percentiles(np.array(values), level)
-
-
 def bootstrap_summary(y_true, p1, thresholds, weights):
     """The figures of `summarize_at_threshold` for every bootstrap draw, at each of `thresholds` [T].
 
@@ -218,7 +197,7 @@ def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, 
     every draw is the same. "wilson", of images: recall, specificity, precision and acc; left out where the
     proportion is of nothing. "delong", of images: auroc.
 
-    InputError: as `summarize_at_threshold`, `delong_interval` and `bootstrap_interval`."""
+    InputError: as `summarize_at_threshold`, `delong_interval` and `percentiles`."""
     y, p = check_scores(y_true, p1)
     check_level(level)
     groups = check_groups(groups, y)
@@ -320,12 +299,6 @@ def difference_of_means(a, b):
     instead = difference * share - (1 - share), difference * share + (1 - share)
     found = span_of_draws(difference, a[1] - b[1], instead)
     return {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
-
-
-def compare_mean_auroc(truth, a, b, groups, n=2000, seed=0):
-    """Mean AUROC of scores `a` minus that of `b`, both [N, F]: `difference_of_means` of their
-    `mean_auroc_draws`."""
-    return difference_of_means(*(mean_auroc_draws(truth, scores, groups, n, seed) for scores in (a, b)))
 
 
 def mean_of_defined(values):

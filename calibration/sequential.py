@@ -118,10 +118,3 @@ def confidence_interval(hits, misses, alpha=ALPHA):
             kept, refuted = np.where(good, middle, kept), np.where(good, refuted, middle)
         ends.append(refuted)
     return np.stack(ends, axis=1)
-
-
-def confidence_sequence(outcomes, alpha=ALPHA):
-    """Intervals [n, 2] for the chance of a hit after each of n outcomes, all of them right at once with a
-    probability of at least 1 - alpha if that chance stays the same."""
-    hits = np.cumsum(np.asarray(outcomes, dtype=np.int64))
-    return confidence_interval(hits, np.arange(1, len(hits) + 1) - hits, alpha)

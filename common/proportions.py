@@ -4,13 +4,14 @@ the same. numpy and scipy, no torch, no files."""
 import math
 
 import numpy as np
-from scipy.stats import beta, norm
+from scipy.stats import norm
 
 from common.console import InputError
 
 
 def wilson_interval(k, n, level=0.95):
-    """Wilson (1927) score interval of the proportion k/n -> (lo, hi).
+    """Wilson (1927) score interval of the proportion k/n -> (lo, hi). k need not be whole: a proportion of
+    images may be taken as one of patients; scipy's `binomtest` takes whole numbers only.
 
     InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
     _check_count(k, n, level)
@@ -19,17 +20,6 @@ def wilson_interval(k, n, level=0.95):
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     low = 0.0 if k == 0 else float(max(0, centre - half))
     high = 1.0 if k == n else float(min(1, centre + half))
-    return low, high
-
-
-def clopper_pearson_interval(k, n, level=0.95):
-    """Clopper-Pearson (1934) interval of the proportion k/n -> (lo, hi): exact, hence wide.
-
-    InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
-    _check_count(k, n, level)
-    tail = (1 - level) / 2
-    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
-    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
     return low, high
 
 

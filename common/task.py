@@ -122,7 +122,7 @@ class Task:
                 return p
             return np.concatenate([expit(-z[:, [self._none]] / temperature), p], axis=1)
         if self.outputs == 2:  # exact also where the other class's probability is below 1e-16
-            return expit((z[:, 1:] - z[:, :1]) / temperature)  # as metrics.tempered, to the last digit
+            return expit((z[:, 1:] - z[:, :1]) / temperature)
         p = softmax(z / temperature, axis=1)[:, 1:]
         return np.concatenate([p.sum(axis=1, keepdims=True).clip(max=1.0), p], axis=1)
 

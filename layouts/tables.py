@@ -86,8 +86,9 @@ def read_table(path, root, findings):
     """
     head, rows = open_table(path)
     nih = is_nih(head)
-    name_column = column(head, "Image Index" if nih else "path")
-    patient_column = column(head, "Patient ID" if nih else "patient")
+    name_column, patient_column = column(head, "path"), column(head, "patient")
+    if nih:
+        name_column, patient_column = column(head, "Image Index"), column(head, "Patient ID")
     if name_column is None:
         raise InputError(
             f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path; "
@@ -123,13 +124,7 @@ def read_table(path, root, findings):
         patients.append(patient or file)
         known.append(bool(patient))
     listed.say_guessed()
-    if repeated:
-        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
-    if absent:
-        say(f"note: {path}: {absent} of {len(seen)} images listed are not under {root}; passed over")
-    unlisted = len(here) - len(used)
-    if unlisted:
-        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
+    _say_left_out(path, root, repeated, f"{absent} of {len(seen)}" if absent else "", len(here) - len(used))
     if not files:
         where = f"{root}/images*/" if nih else str(root)
         there = min(here.values(), default="no image")
@@ -139,6 +134,16 @@ def read_table(path, root, findings):
         )
     targets = np.array(targets, dtype=np.int8).reshape(len(files), len(findings))
     return Index(files, targets, patients, np.array(known), np.full(len(files), "", dtype="U5"))
+
+
+def _say_left_out(path, root, repeated, absent, unlisted):
+    """Notes on the rows and images that a table's Index leaves out: numbers; `absent`: "3 of 10", or ""."""
+    if repeated:
+        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
+    if absent:
+        say(f"note: {path}: {absent} images listed are not under {root}; passed over")
+    if unlisted:
+        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
 
 
 def find_table_images(root, nih, used=()):

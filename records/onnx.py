@@ -96,7 +96,7 @@ def described(scorer):
         "findings": json.dumps(findings),
         "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
         f"files: {scorer.config.resize} to {size} px",
-        "shown": ", ".join(scorer.run.looks) + inside,
+        "shown": ", ".join(scorer.run.input_modes) + inside,
         "mean": json.dumps(results["mean"]),
         "std": json.dumps(results["std"]),
         "scaling": "inside the graph",

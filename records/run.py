@@ -101,8 +101,8 @@ class Run:
         return self.results["model_config"]["kind"]
 
     @property
-    def looks(self):
-        """What of an image the model is shown: names of lungs.LOOKS, sorted; several only of an ensemble
+    def input_modes(self):
+        """What of an image the model is shown: lungs.INPUT_MODES, sorted; several only of an ensemble
         whose members differ in it."""
         given = self.results["model_config"].get("looks")
         members = given if isinstance(given, list) else []

@@ -144,7 +144,7 @@ class Scorer:
         images with their names and targets, and VERSION."""
         results, inputs = self.run.results, self.inputs
         how = [results["model_config"], inputs.mean, inputs.std, "none", inputs.amp, VERSION]
-        how += [inputs.look, self.run.config.lungs_sha256] if inputs.needs_lungs else []
+        how += [inputs.input_mode, self.run.config.lungs_sha256] if inputs.needs_lungs else []
         return sha256([self.run.checkpoint_sha256, how, pixel_fingerprint(subset)])
 
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from PIL import Image
 
@@ -284,6 +285,12 @@ def folder_bytes(root):
     return {
         p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()
     }
+
+
+def tempered(logits, temperature):
+    """P(class 1) of softmax(logits / temperature), logits [N, 2] -> float64 [N]."""
+    z = np.asarray(logits, dtype=np.float64)
+    return scipy.special.expit((z[:, 1] - z[:, 0]) / temperature)
 
 
 def brute_force_threshold(y, p, min_recall):

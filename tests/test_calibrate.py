@@ -152,7 +152,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
     results = {"model_config": {"kind": "vit", "num_heads": 3}, "mean": [0.5], "std": [0.2]}
     run = SimpleNamespace(checkpoint_sha256="x", results=results, task=Task(), config=SimpleNamespace())
     run.config.lungs_sha256 = "y"
-    inputs = Inputs((0.5,), (0.2,), torch.device("cpu"), look="masked")
+    inputs = Inputs((0.5,), (0.2,), torch.device("cpu"), input_mode="masked")
 
     def subset(seed, masks=0):
         found = toy_subset(8, seed)
@@ -177,7 +177,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
         {"val": subset(0, masks=7)},
         {"run": heads},
         {"inputs": replace(inputs, reads_lungs=True)},
-        {"inputs": replace(inputs, look="crop")},
+        {"inputs": replace(inputs, input_mode="crop")},
         {"inputs": replace(inputs, amp=True)},
         {"tta": {"flip": False}},
     ):

@@ -8,7 +8,7 @@ import sklearn.metrics
 import torch
 import torch.nn.functional as F
 
-from calibration.intervals import bootstrap_weights, compare_mean_auroc, wilson_interval
+from calibration.intervals import bootstrap_weights, difference_of_means, mean_auroc_draws, wilson_interval
 from calibration.operating_point import LEAST, Rule, class_figures, evaluate
 from common.console import InputError
 from common.task import Task
@@ -420,7 +420,7 @@ def test_difference_of_means_against_a_plain_bootstrap():
     truth, groups = FOUR.truth(s["test_labels"])[:, 1:], s["test_patients"]
     truth[np.flatnonzero(truth[:, 3] == 1)[2:], 3] = 0  # two images: missing in some draws
     a, b = (FOUR.scores(x["test_logits"])[:, 1:] for x in (s, other))
-    found = compare_mean_auroc(truth, a, b, groups, n=50)
+    found = difference_of_means(*(mean_auroc_draws(truth, x, groups, n=50) for x in (a, b)))
 
     def mean(scores, i):
         values = []

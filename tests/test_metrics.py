@@ -11,11 +11,12 @@ import sklearn.metrics
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 import metrics
 from calibration import intervals, operating_point
 from common import proportions
-from tests.shared import brute_force_threshold, middle_below, of_one
+from tests.shared import brute_force_threshold, middle_below, of_one, tempered
 
 
 @given(
@@ -164,7 +165,7 @@ def test_rounding_flips_no_decision_on_validation(confidence):
         calibration, p1 = operating_point.evaluate(scores, rule)
         found = of_one(calibration)
         again = scores["val_logits"] + np.random.default_rng(seed).uniform(-1e-6, 1e-6, (240, 2))
-        rounded = metrics.tempered(again, 1.0)
+        rounded = tempered(again, 1.0)
         for name in ("at_rec", "at_guaranteed"):
             thr = found["val"][name]["thr"]
             assert ((rounded >= thr) == (p1["val"] >= thr)).all()
@@ -272,17 +273,13 @@ def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
     assert by_image > 0.08 if clustered else by_image <= 0.07  # 0.05 + 2 standard errors of 400 draws
 
 
-def test_wilson_and_clopper_pearson_equal_scipy():
-    from scipy.stats import binomtest
+def test_wilson_equals_scipy():
 
     for k, n in ((0, 10), (10, 10), (1, 7), (370, 390), (123, 234)):
         for level in (0.9, 0.95):
             result = binomtest(k, n)
             assert proportions.wilson_interval(k, n, level) == pytest.approx(
                 tuple(result.proportion_ci(level, "wilson")), abs=1e-12
-            )
-            assert proportions.clopper_pearson_interval(k, n, level) == pytest.approx(
-                tuple(result.proportion_ci(level, "exact")), abs=1e-9
             )
     for bad in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
@@ -332,7 +329,8 @@ def test_delong_agrees_with_the_bootstrap_and_covers():
     rng = np.random.default_rng(4)
     y, p = _random_scores(rng, 600)
     _, lo, hi = intervals.delong_interval(y, p)
-    boot = intervals.bootstrap_interval(metrics.roc_auc_score, y, p, n=1000)
+    (draws,) = intervals.bootstrap_summary(y, p, [0.5], intervals.bootstrap_weights(np.arange(600), 1000))
+    boot = intervals.percentiles(draws["auroc"])
     assert (lo, hi) == pytest.approx(boot, abs=0.004)
     truth, hits = norm.cdf(1 / math.sqrt(2)), 0  # AUROC of N(1, 1) against N(0, 1)
     for _ in range(400):
@@ -379,9 +377,6 @@ def test_vectorised_bootstrap_equals_resampling(grid, monkeypatch):
             row = metrics.summarize_at_threshold(y[index], p[index], thr)
             for name, values in draws.items():
                 assert values[b] == pytest.approx(row[name], abs=1e-12), (name, thr)
-    lo, hi = intervals.bootstrap_interval(metrics.roc_auc_score, y, p, groups, n=200, seed=9)
-    (fast,) = intervals.bootstrap_summary(y, p, [0.5], intervals.bootstrap_weights(groups, 200, 9))
-    assert (lo, hi) == pytest.approx(tuple(np.percentile(fast["auroc"], [2.5, 97.5])))
 
 
 def test_draws_of_one_class_are_undefined_at_every_threshold():
@@ -430,10 +425,12 @@ def test_bootstrap_is_fast_and_refuses_one_class():
     intervals.intervals_at_threshold(y, p, 0.5, rng.integers(0, 400, 624), n=2000)
     assert time.perf_counter() - started < 5
     y = np.r_[1, np.zeros(30, int)]  # one patient holds the only positive: a third of the draws lack it
-    lo, hi = intervals.bootstrap_interval(metrics.roc_auc_score, y, np.linspace(1, 0, 31), n=300)
-    assert (lo, hi) == pytest.approx((1, 1))
+    p, weights = np.linspace(1, 0, 31), intervals.bootstrap_weights(np.arange(31), 300)
+    (draws,) = intervals.bootstrap_summary(y, p, [0.5], weights)
+    assert np.isnan(draws["auroc"]).sum() > 60
+    assert intervals.percentiles(draws["auroc"]) == pytest.approx((1, 1))
     with pytest.raises(ValueError, match="one class"):
-        intervals.bootstrap_interval(lambda y, p: math.nan, y, np.linspace(1, 0, 31), n=50)
+        intervals.percentiles(np.full(50, math.nan))
 
 
 def test_mcnemar_by_hand():
@@ -474,8 +471,6 @@ def test_temperature_is_recovered_and_minimal():
         return torch.nn.functional.cross_entropy(torch.tensor(3 * z / t), torch.tensor(y)).item()
 
     assert loss(t) <= min(loss(g) for g in np.linspace(1, 6, 51)) + 1e-9
-    with pytest.raises(ValueError, match="two classes"):
-        metrics.tempered(3 * z, t)
     separable = metrics.fit_temperature(np.array([[1.0, 0], [0, 1.0]]), np.array([0, 1]))
     assert 0.01 <= separable < 0.03  # the loss is 0 to the last bit from there on
     backwards = metrics.fit_temperature(np.array([[0, 1.0], [1.0, 0]]), np.array([0, 1]))
@@ -497,7 +492,7 @@ def test_temperature_changes_no_ranking_and_no_decision(seed, temperature):
     y = rng.integers(0, 2, 60)
     y[:2] = 0, 1
     logits = rng.normal(0, 2, (60, 2)) + np.stack([-y, y], 1)
-    before, after = metrics.tempered(logits, 1.0), metrics.tempered(logits, temperature)
+    before, after = tempered(logits, 1.0), tempered(logits, temperature)
     assert (np.argsort(before, kind="stable") == np.argsort(after, kind="stable")).all()
     assert ((before >= 0.5) == (after >= 0.5)).all()
     a, b = (metrics.choose_threshold_by_min_recall(y, p, 0.9) for p in (before, after))
@@ -620,7 +615,7 @@ def test_no_reported_interval_claims_certainty():
     assert spans["f1"][0] == pytest.approx(2 * share / (1 + share))
     for n in (1, 7, 200):
         found = proportions.alike_interval(1.0, n), proportions.alike_interval(0.0, n)
-        expected = proportions.clopper_pearson_interval(n, n), intervals.clopper_pearson_interval(0, n)
+        expected = [binomtest(k, n).proportion_ci(method="exact") for k in (n, 0)]
         assert np.allclose(found, expected, atol=1e-12)
     nothing = metrics.summarize_at_threshold(y, p, 1.0)  # calls nobody: a precision of nothing
     nothing["interval"] = intervals.intervals_at_threshold(y, p, 1.0, patients, n=50)
@@ -672,7 +667,9 @@ def test_differences_that_never_vary_have_a_width():
     )
     assert constant["delong"] == 2.0**-29  # a sign test of 30 pairs, not 0
     truth, a, b = y[:, None].repeat(2, 1), p[:, None].repeat(2, 1), (p**2)[:, None].repeat(2, 1)
-    means = intervals.compare_mean_auroc(truth, a, b, patients, n=50)
+    means = intervals.difference_of_means(
+        *(intervals.mean_auroc_draws(truth, scores, patients, n=50) for scores in (a, b))
+    )
     assert [means["lo"], means["hi"]] == pytest.approx([-(1 - 0.025 ** (1 / 20)), 1 - 0.025 ** (1 / 20)])
 
 
@@ -712,7 +709,7 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
     for split in ("val", "test"):
         y, patients = scores[f"{split}_labels"], scores[f"{split}_patients"]
         logits = scores[f"{split}_logits"]
-        expected = metrics.tempered(logits, fitted if temperature else 1.0)
+        expected = tempered(logits, fitted if temperature else 1.0)
         assert (p1[split] == expected).all()
         for name in ("at_0.5", "at_rec", "at_guaranteed"):
             row = dict(found[split][name])
@@ -723,10 +720,10 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
             assert at_prevalence == {"prevalence": 0.2, "ppv": ppv, "npv": npv}
         assert (
             found["probability"][split]["before"]["ece"]
-            == metrics.calibration_error(y, metrics.tempered(logits, 1.0))[0]
+            == metrics.calibration_error(y, tempered(logits, 1.0))[0]
         )
         after = found["probability"][split]["after"]
-        assert after["nll"] == metrics.nll(y, metrics.tempered(logits, fitted))
+        assert after["nll"] == metrics.nll(y, tempered(logits, fitted))
     y, p = scores["val_labels"], p1["val"]
     chosen = metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
     assert found["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)

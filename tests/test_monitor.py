@@ -118,11 +118,17 @@ def test_refuted_is_the_first_time_the_capital_is_enough():
     assert sequential.refuted_at([1] * 50, 0.95) is None and sequential.refuted_at([], 0.95) is None
 
 
+def confidence_sequence(outcomes):
+    """sequential.confidence_interval after each of n outcomes: [n, 2]."""
+    hits = np.cumsum(outcomes)
+    return sequential.confidence_interval(hits, np.arange(1, len(hits) + 1) - hits)
+
+
 @pytest.mark.parametrize("chance", [0.6, 0.95])
 def test_confidence_sequences_hold_at_all_times(chance):
     rng, missed = np.random.default_rng(1), 0
     for _ in range(200):
-        band = sequential.confidence_sequence(rng.random(300) < chance)
+        band = confidence_sequence(rng.random(300) < chance)
         missed += not ((band[:, 0] <= chance) & (chance <= band[:, 1])).all()
     assert missed <= binom.ppf(0.999, 200, sequential.ALPHA)
     assert band[-1, 1] - band[-1, 0] < 0.2
@@ -131,7 +137,7 @@ def test_confidence_sequences_hold_at_all_times(chance):
 def test_confidence_sequence_by_hand():
     """A chance is left out once Beta(1/2, 1/2)'s average likelihood is 20 times its own."""
     outcomes = [1, 0, 1, 1, 1, 1, 1, 1]
-    low, high = sequential.confidence_sequence(outcomes)[-1]
+    low, high = confidence_sequence(outcomes)[-1]
     average = quad(lambda r: r**6.5 * (1 - r) ** 0.5 / np.pi, 0, 1)[0]
     for m in (low + 1e-6, high - 1e-6, low - 1e-6, high + 1e-6):
         refuted = not 0 < m < 1 or average / (m**7 * (1 - m)) >= 20
@@ -158,7 +164,7 @@ def test_confidence_sequences_at_both_ends(count):
     assert found[0] == pytest.approx([float(lowest), 1], abs=1e-12) and found[0][1] == 1
     assert found[1] == pytest.approx([0, 1 - float(lowest)], abs=1e-12) and found[1][0] == 0
     assert not ends or found[2] == pytest.approx([float(end) for end in ends], abs=1e-12)
-    assert sequential.confidence_sequence(np.ones(min(count, 20_000), int))[-1][1] == 1
+    assert confidence_sequence(np.ones(min(count, 20_000), int))[-1][1] == 1
 
 
 # ---------------------------------------------------------------- the script

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import metrics
 import predict
 from calibration import ensemble
 from common.files import read_json, write_json
@@ -23,7 +22,7 @@ from models.inputs import Inputs
 from records import onnx as onnx_module
 from records.run import Run
 from tests.fixtures import FLOOR
-from tests.shared import cli, file_list, of_one, predict_rows, refused, save_dicom, succeed
+from tests.shared import cli, file_list, of_one, predict_rows, refused, save_dicom, succeed, tempered
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -237,7 +236,7 @@ def test_export_counts_decisions_that_precision_changes(bench, halves, monkeypat
     pixels = np.stack([decode.decode(bench / "xray" / f, 32) for f in kept["val_files"]])
     inputs = Inputs.of_run(halves.results, torch.device("cpu"))  # fp32 here
     with torch.inference_mode():
-        p = metrics.tempered(inputs.logits(halves.model(), inputs.grey(pixels)).numpy(), 1.0)
+        p = tempered(inputs.logits(halves.model(), inputs.grey(pixels)).numpy(), 1.0)
     changed = [((kept["val_p1"] >= t) != (p >= t)).sum() for t in (0.5, threshold)]
     close = [(np.abs(p - t) < 1e-6).sum() for t in (0.5, threshold)]  # rounding may turn these either way
     said = re.search(r"\(bf16 there, fp32 here\): @0.5 (\d+) of (\d+), @Rec (\d+) of", done.out)
@@ -276,7 +275,7 @@ def test_export_matches_pytorch(bench):
     inputs = Inputs.of_run(run.results, torch.device("cpu")).on("cpu")
     with torch.inference_mode():
         logits = inputs.logits(run.model(), inputs.grey(pixels))
-    assert got == pytest.approx(metrics.tempered(logits.numpy(), 1.0), abs=1e-4)
+    assert got == pytest.approx(tempered(logits.numpy(), 1.0), abs=1e-4)
 
 
 def test_predict_goes_on_after_whatever_one_file_raises(bench):

@@ -210,7 +210,7 @@ def test_teachers_that_cannot_teach(school, tmp_path):
     assert not (tmp_path / "outputs/scratch").exists()
 
 
-# --------------------------------------------- runs of the version that had --teacher-features
+# ------------------------------------------------- runs of the version that had --teacher-features
 
 
 def older(run, **changes):

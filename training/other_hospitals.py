@@ -4,6 +4,7 @@ tables say in the words of the first hospital's classes.
 Validation and test stay the first hospital's, and so does the choice of epoch and threshold.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,10 @@ def read(text, config):
 
     InputError where it asks something else than the first hospital."""
     folder, table = parse(text)
-    if config.task.kind == "sigmoid":
-        if not table:
-            raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
-        return folder, _findings(table, folder, config.classes)
     if table:
-        return folder, _classes(table, folder, config.classes)
+        return folder, _of_table(table, folder, config)
+    if config.task.kind == "sigmoid":
+        raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
     if (folder / "train").is_dir():
         return folder, list_images(folder, "train", config.classes)
     root = folder.resolve()
@@ -68,8 +67,7 @@ def load_site(config, folder, labels="", patients=""):
         raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
     if labels:
         root, table = Path(folder), tables.find_table(labels, folder)
-        how = _findings if config.task.kind == "sigmoid" else _classes
-        index = how(table, root, config.classes)
+        index = _of_table(table, root, config)
     else:
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
@@ -85,6 +83,13 @@ def load_site(config, folder, labels="", patients=""):
     return subset
 
 
+def _of_table(table, folder, config):
+    """The Index of a table's images, in the words of the first hospital's findings or classes."""
+    if config.task.kind == "sigmoid":
+        return _findings(table, folder, config.classes)
+    return _classes(table, folder, config.classes)
+
+
 def read_unlabelled(text, config):
     """(root, Index) of one --also-unlabelled: every image under a folder; the targets are unknown."""
     folder = Path(text)
@@ -95,8 +100,10 @@ def read_unlabelled(text, config):
     if not files:
         raise InputError(f"--also-unlabelled {text}: no image there; {search.nothing()}")
     search.tell(folder)
-    shape = (len(files), config.task.outputs) if config.task.kind == "sigmoid" else len(files)
-    targets = np.full(shape, -1, np.int8 if config.task.kind == "sigmoid" else np.int64)
+    if config.task.kind == "sigmoid":
+        targets = np.full((len(files), config.task.outputs), -1, np.int8)
+    else:
+        targets = np.full(len(files), -1, np.int64)
     unknown = np.zeros(len(files), dtype=bool)
     return folder, Index(files, targets, list(files), unknown, np.full(len(files), "", dtype="U5"))
 
@@ -185,34 +192,37 @@ def join(config, train, val, tell=print):
     if not config.also and not config.also_unlabelled:
         return train, {}, {}
     everything = [*config.also, *config.also_unlabelled]
-    found, held_out, about = [train], {}, {}
-    home, before = read_listing(config).root, []
+    trained_on, held_out, description = [train], {}, {}
+    earlier = [(config.data_dir, read_listing(config).root, train.files)]
     for number, (name, text) in enumerate(zip(names(everything), everything), 1):
         labelled = number <= len(config.also)
-        root, index = (read if labelled else read_unlabelled)(text, config)
-        index = index._replace(content=twins.contents(root, index.files))
-        subset, kept, _ = load(config, root, index, "also")
-        refuse_known(config, name, root, subset, val)
-        say_known(name, root, subset, [(config.data_dir, home, train.files), *before])
-        before.append((name, root, subset.files))
-        subset.files, subset.patients = (
-            [f"{name}/{v}" for v in part] for part in (kept.files, kept.patients)
-        )
-        subset.sources = np.full(len(subset), number)
-        proof = sha256([subset.files, subset.targets.tolist()])
-        parts = {"train": subset}
         if labelled:
-            sides = cut(kept, config.task, True, config.val_share, config.split_seed)
-            parts = {side: subset.take(some) for side, some in zip(("train", "val"), sides)}
-            held_out[name] = parts["val"]
-        found.append(parts["train"])
-        about[name] = {side: len(part) for side, part in parts.items()}
-        about[name] |= {"unknown_patients": kept.unknown, "fingerprint": proof}
-        tell(
-            f"also {name}: "
-            + "; ".join(f"{side} {describe(config, p, labelled)}" for side, p in parts.items())
-        )
-    return concatenated(found), held_out, about
+            root, index = read(text, config)
+        else:
+            root, index = read_unlabelled(text, config)
+        index = index._replace(content=twins.contents(root, index.files))
+        subset, readable, _ = load(config, root, index, "also")
+
+        # By their own names, before the source's name is put in front.
+        refuse_known(config, name, root, subset, val)
+        say_known(name, root, subset, earlier)
+        earlier.append((name, root, subset.files))
+        subset.files = [f"{name}/{file}" for file in readable.files]
+        subset.patients = [f"{name}/{patient}" for patient in readable.patients]
+        subset.sources = np.full(len(subset), number)
+        fingerprint = sha256([subset.files, subset.targets.tolist()])
+
+        sides = {"train": subset}
+        if labelled:
+            positions = cut(readable, config.task, True, config.val_share, config.split_seed)
+            sides = {side: subset.take(some) for side, some in zip(("train", "val"), positions)}
+            held_out[name] = sides["val"]
+        trained_on.append(sides["train"])
+        description[name] = {side: len(images) for side, images in sides.items()}
+        description[name] |= {"unknown_patients": readable.unknown, "fingerprint": fingerprint}
+        listed = [f"{side} {describe(config, images, labelled)}" for side, images in sides.items()]
+        tell(f"also {name}: {'; '.join(listed)}")
+    return concatenated(trained_on), held_out, description
 
 
 def describe(config, subset, labelled):
@@ -271,11 +281,16 @@ def look_alikes(config, train, val, test):
 
 def concatenated(subsets):
     """Subsets one after the other as one, without copying their images."""
-    files, patients = ([v for s in subsets for v in getattr(s, k)] for k in ("files", "patients"))
-    targets, levels, origin = (
-        np.concatenate([getattr(s, k) for s in subsets]) for k in ("targets", "levels", "sources")
+    images, masks = Joined([s.images for s in subsets]), None
+    if subsets[0].masks is not None:
+        masks = Joined([s.masks for s in subsets])
+    return Subset(
+        list(itertools.chain.from_iterable(s.files for s in subsets)),
+        np.concatenate([s.targets for s in subsets]),
+        images,
+        np.concatenate([s.rows + start for s, start in zip(subsets, images.starts)]),
+        patients=list(itertools.chain.from_iterable(s.patients for s in subsets)),
+        levels=np.concatenate([s.levels for s in subsets]),
+        masks=masks,
+        sources=np.concatenate([s.sources for s in subsets]),
     )
-    images = Joined([s.images for s in subsets])
-    rows = np.concatenate([s.rows + start for s, start in zip(subsets, images.starts)])
-    masks = None if subsets[0].masks is None else Joined([s.masks for s in subsets])
-    return Subset(files, targets, images, rows, patients=patients, levels=levels, masks=masks, sources=origin)
