@@ -14,12 +14,12 @@ Prints one markdown table:
   refused instead: exit code 2 and one line on stderr that names a version;
 - a row "30 steps" a kind: every tensor of checkpoint.pth, bit for bit, and the history.
 
-Below it, unless --only is given, the options that only one side has. Exit code 1 if anything differs. What
-OLD made stays in OUT/old and is used again while OLD's commit and the commands are the same; remove OUT
+Below it, unless --only is given, come the options that only one side has. Exit code 1 if anything differs.
+What OLD made stays in OUT/old and is used again while OLD's commit and the commands are the same; remove OUT
 after a change of drawn.py. OUT/new is removed at the end, unless --keep is given. Both sides must run on the
 same processor.
 
-Two processes at a time, one thread each. On two slow CPU cores without AVX512-BF16: TIME.
+Two processes at a time, one thread each; about 130 processes, half of them OLD's. TIME
 """
 
 import argparse
