@@ -18,6 +18,7 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import common.prelude  # noqa: F401  (first: see there)
 
+import itertools
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -27,15 +28,15 @@ import numpy as np
 import data
 from calibration import shares, shift, site
 from calibration.ensemble import make_ensemble
-from calibration.intervals import reported_interval
 from calibration.operating_point import SIDES, Rule, evaluate
-from calibration.wording import POINTS, several_warnings, shared_text, smallest_gap, threshold_text, warnings
+from calibration.wording import POINTS, positives_text, shared_text, threshold_text, warnings
 from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, say, start
 from common.device import add_device_argument, pick_device
-from common.files import FORMAT, SCALED, sha256
-from data import load_test, load_train_val
+from common.files import CALIBRATION, sha256
+from common.proportions import reported_interval
+from data import load_test, load_train_val, refuse_other_images
 from images.subset import pixel_fingerprint
 from layouts.tables import find_table
 from metrics import temperature_limit
@@ -47,7 +48,6 @@ from training.evaluate import predict
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
-PARTS = SIDES
 
 
 # ---------------------------------------------------------------- scores
@@ -72,17 +72,7 @@ class Sets:
             train, val, split = load_train_val(config, self.tell)
             self.loaded[config] = (train, val, load_test(config)), split["fingerprint"]
         sets, found = self.loaded[config]
-        if found != fingerprint:
-            patients = ""
-            if config.patients and config.split in ("patient", "pooled"):
-                patients = (
-                    f"; {config.patients} decides who is on which side, so give the table of the training"
-                )
-            raise InputError(
-                f"the images in {config.data_dir} are not those the run was trained on "
-                f"(the split's fingerprint differs): point --data-dir at the same files{patients}, or train "
-                "again if they are the same: copies of a file are kept on one side now"
-            )
+        refuse_other_images(config, found, fingerprint, "the run")
         return sets
 
     def alike(self, config):
@@ -106,13 +96,13 @@ def score(run, sets, *, device, batch_size, tta=None):
     if scores and learnt:
         return scores
     how = dict(output=inputs.logits_and_features, batch_size=batch_size)
-    K, parts = run.task.outputs, dict(zip(PARTS, sides))
+    K, parts = run.task.outputs, dict(zip(SIDES, sides))
     model.to(device)
 
     def outputs(subset, what):
         return predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
 
-    found = {p: outputs(s, PARTS[p]) for p, s in parts.items() if scores is None or p == "val"}
+    found = {p: outputs(s, SIDES[p]) for p, s in parts.items() if scores is None or p == "val"}
     if not learnt:
         usual, val = outputs(some, "training features"), found["val"]
         labels = shares.kinds(run.task, sides[0].targets)
@@ -147,7 +137,7 @@ def keys(run, inputs, sides, some, tta):
         [run.task.kind, run.task.classes],
     ]
     if inputs.needs_lungs:
-        about += [inputs.look, inputs.reads_lungs, run.config.lungs_sha256]
+        about += [inputs.input_mode, inputs.reads_lungs, run.config.lungs_sha256]
     prints = [shown_fingerprint(s, inputs) for s in sides]
     of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
     return sha256([*about, prints]), sha256([*about, *of_reference])
@@ -187,29 +177,65 @@ def kept_scores(run, name, key):
 # ---------------------------------------------------------------- what is printed
 
 
-def show(title, result):
-    """Print a run's figures, validation beside test, with intervals of recall and specificity."""
-    print(f"\n{title}: {threshold_text(result)}")
-    print(" " * 18 + "".join(f"{c:>12}" for c in COLUMNS) + "   95% recall      95% specificity")
-    for part, word in PARTS.items():
-        for point, mark in POINTS.items():
-            if point in result[part]:
-                row = result[part][point]
-                spans = ["{:.3f} to {:.3f}".format(*reported_interval(row, k)) for k in COLUMNS[:2]]
-                figures = "".join(f"{row[c]:12.4f}" for c in COLUMNS)
-                print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
-    for text in warnings(result, result["min_recall"]):
+def show(title, calibration):
+    """Print a run's figures, finding by finding, validation beside test, then those over all findings."""
+    findings = calibration["findings"]
+    print(f"\n{title}:\n" + " " * 18 + "".join(f"{c:>12}" for c in COLUMNS), end="")
+    print("   95% recall      95% specificity")
+    for name, found in findings.items():
+        show_finding(name, found, calibration)
+    if len(findings) > 1:
+        for side, word in SIDES.items():
+            show_summary(word, calibration["summary"][side])
+    if "platt" not in calibration:
+        used = "applied" if calibration["temperature_applied"] else "not applied; --temperature applies it"
+        used = "; ".join(filter(None, [used, temperature_limit(calibration["temperature"])]))
+        print(f"  temperature {calibration['temperature']:.3f} ({used})")
+    for line in scaling.told(calibration):
+        print(line)
+
+
+def show_finding(name, found, calibration):
+    """Print what a calibration says of one finding: thresholds, figures with intervals of recall and
+    specificity, what is bad about them. Figures @0.5 and of the probability only where it is the only one:
+    with several, the report has them."""
+    alone = len(calibration["findings"]) == 1
+    if "why_not" in found:
+        curves = [
+            f"{word} AUROC {found['curves'][s]['auroc']['value']:.3f}"
+            for s, word in SIDES.items()
+            if s in found["curves"]
+        ]
+        print("; ".join([f"{name}: no threshold: {found['why_not']}", *curves]))
+        return
+    sides = {side: word for side, word in SIDES.items() if side in found}
+    print(f"{name}: {positives_text(found)}; {threshold_text(found)}")
+    for (side, word), (point, mark) in itertools.product(sides.items(), POINTS.items()):
+        if point in found[side] and (alone or point != "at_0.5"):
+            row = found[side][point]
+            spans = ["{:.3f} to {:.3f}".format(*reported_interval(row, k)) for k in COLUMNS[:2]]
+            figures = "".join(f"{row[c]:12.4f}" for c in COLUMNS)
+            print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
+    if "test_why_not" in found:
+        print(f"  no figures on test: {found['test_why_not']}")
+    for text in warnings(found, calibration["min_recall"]):
         print(f"  warning: {text}")
-    quality, row = result["probability"], result["test"]["at_rec"]["at_prevalence"]
-    changes = [
-        f"{part} ECE {quality[part]['before']['ece']:.3f} -> {quality[part]['after']['ece']:.3f}, "
-        f"NLL {quality[part]['before']['nll']:.3f} -> {quality[part]['after']['nll']:.3f}"
-        for part in PARTS
-    ]
-    if "platt" not in result:
-        used = "applied" if result["temperature_applied"] else "not applied; --temperature applies it"
-        used = "; ".join(filter(None, [used, temperature_limit(result["temperature"])]))
-        print(f"  temperature {result['temperature']:.3f} ({used}): {'; '.join(changes)}")
+    if alone:
+        show_probabilities(found, calibration)
+
+
+def show_probabilities(found, calibration):
+    """Print how good a finding's scores are as probabilities, and what they say of people."""
+    quality, row = found["probability"], found["test"]["at_rec"]["at_prevalence"]
+    changes = []
+    for side, when in quality.items():
+        before, after = when["before"], when["after"]
+        changes.append(
+            f"{side} ECE {before['ece']:.3f} -> {after['ece']:.3f}, "
+            f"NLL {before['nll']:.3f} -> {after['nll']:.3f}"
+        )
+    if "platt" not in calibration:  # scaling.told has it
+        print(f"  by the temperature: {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
             f"  if {row['prevalence']:.0%} of the patients were ill, @Rec on test: PPV {row['ppv']:.3f}, "
@@ -217,47 +243,13 @@ def show(title, result):
         )
 
 
-def show_several(title, result):
-    """Print the figures of several findings, a line each, validation -> test."""
-    floor, joint = result["min_recall"], result["jointly"]
-    print(f"\n{title}: thresholds chosen on validation, recall >= {floor:g} there (@Rec)")
-    if joint:
-        print(
-            f"  @Guar: the floors of {joint['findings']} findings hold at once with confidence "
-            f"{joint['confidence']:g}: by the union bound each alone with "
-            f"{1 - (1 - joint['confidence']) / joint['findings']:.4f}"
-        )
-    width = max(map(len, result["findings"])) + 2
-    head = ("positives", "AUROC val", "test", "@Rec", "recall val", "test", "spec. val", "test", "@Guar")
-    print(" " * width + "".join(f"{word:>11}" for word in head))
-    for name, found in result["findings"].items():
-        if "why_not" in found:
-            aurocs = (found["curves"].get(side) for side in PARTS)
-            cells = "".join(f"{a['auroc']['value']:11.3f}" if a else f"{'-':>11}" for a in aurocs)
-            print(f"{name:{width}}{'':11}{cells}   no threshold: {found['why_not']}")
-            continue
-        rows = [found[part]["at_rec"] if part in found else None for part in PARTS]
-        cells = [f"{row['tp'] + row['fn']}" if row else "-" for row in rows]
-        line = f"{' + '.join(cells):>11}"
-        for key in ("auroc", "recall", "specificity"):
-            line += f"{found['threshold']:11.4f}" if key == "recall" else ""
-            line += "".join(f"{row[key]:11.3f}" if row else f"{'-':>11}" for row in rows)
-        guaranteed = found["guarantee"]["threshold"]
-        print(f"{name:{width}}{line}{'-' if guaranteed is None else format(guaranteed, '.4f'):>11}")
-        if "test_why_not" in found:
-            print(f"{'':{width}}  no figures on test: {found['test_why_not']}")
-    print(f"  {smallest_gap(result['findings'])}")
-    for text in several_warnings(result["findings"], floor):
-        print(f"  warning: {text}")
-    for side, word in PARTS.items():
-        summary, parts = result["summary"][side], []
-        for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
-            if key in summary:
-                parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
-        print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")
-    if "platt" not in result:
-        limit = temperature_limit(result["temperature"])
-        print(f"  temperature {result['temperature']:.3f}" + f" ({limit})" * bool(limit))
+def show_summary(word, summary):
+    """Print the figures over all findings on one side."""
+    parts = []
+    for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+        if key in summary:
+            parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
+    print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")
 
 
 # ---------------------------------------------------------------- main
@@ -447,10 +439,10 @@ def run_all(args, rule):
             result, p1 = evaluate(scores, rule, run.task)
         except InputError as error:
             raise InputError(f"{run}: {error}") from None
-        found = run.findings(result).values()
+        found = result["findings"].values()
         promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
         result |= {
-            "format": SCALED if rule.platt else FORMAT,
+            "format": CALIBRATION,
             "checkpoint": run.checkpoint_sha256,
             "synthetic": run.results["synthetic"],
             "tta": tta,
@@ -458,18 +450,14 @@ def run_all(args, rule):
             "precision": Inputs.of_run(run.results, device, tta).precision,
             "command": command_line(),
         }
-        run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in PARTS}}, name)
+        run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in SIDES}}, name)
         tracker = Tracker(args.track, run)
         tracker.calibrated(result)
         tracker.close()
         mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
         title = f"{run}{' with TTA' if tta else ''}{mark}"
-        if "findings" in result:
-            show_several(title, result)
-        else:
-            sets.tell("\n" + shared_text(result, run.task.findings[0]))
-            show(title, result)
-        print("".join(f"{line}\n" for line in scaling.told(result, run.findings(result))), end="")
+        sets.tell("\n" + shared_text(result))
+        show(title, result)
     if promised:
         print(
             "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "

@@ -1,7 +1,8 @@
-"""Images on disk -> train/validation/test -> one grey uint8 array -> batches on the device.
+"""Images on disk -> train/validation/test -> one grey uint8 array. models/batches.py makes batches of it.
 
-Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (index.py reads both; split.py splits). Only
-pixels reach a model: never file names, sizes, or original widths and heights, which separate the classes.
+Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (layouts/ reads both, images/split.py splits).
+Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the
+classes.
 
     python data.py --statistics DIR
 
@@ -11,10 +12,7 @@ prints mean and standard deviation of the training pixels, what --mean auto --st
 import common.prelude  # noqa: F401  (first: see there)
 
 import math
-import mmap
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +25,15 @@ from common.task import CLASSES, Task
 from images import twins
 from images.cache import load_images
 from images.decode import RESIZES
-from images.describe import _count_text, _say_absent, _say_inexact, describe
-from images.split import POOLED, cut, cut_test, image_weights, say_shared, undersampled
+from images.describe import describe, say_absent, say_inexact, summary
+from images.split import POOLED, cut_test, cut_validation, undersampled
 from images.subset import Subset
-from layouts import tables
+from layouts import folders, tables
 from layouts.download import KAGGLE
-from layouts.folders import find_classes, find_root, read_folders
-from layouts.listing import PARTS
+from layouts.listing import Listing
 from lungs import masks as lung_masks
-from lungs.show import LOOKS
+from lungs.show import INPUT_MODES
+from models.batches import Batches
 from models.inputs import Inputs
 
 # ---------------------------------------------------------------- what is asked
@@ -83,7 +81,7 @@ class DataConfig:
         "full",
         "what the model sees: the full image, the lungs' box (crop), the lungs with the rest grey (masked), "
         "both, or, as a control, all but the lungs (outside)",
-        LOOKS,
+        INPUT_MODES,
     )
     lungs: str = flag(
         lung_masks.SHIPPED,
@@ -153,8 +151,8 @@ class DataConfig:
         else:
             if getattr(args, "findings", None):
                 raise InputError("--findings belongs to a table of findings: give --labels too")
-            root = find_root(values["data_dir"])
-            values["classes"] = find_classes(root, getattr(args, "healthy", None))
+            root = folders.find_root(values["data_dir"])
+            values["classes"] = folders.find_classes(root, getattr(args, "healthy", None))
         return cls(**values)
 
     @classmethod
@@ -239,82 +237,62 @@ def add_choices(group):
     )
 
 
-class Batch(NamedTuple):
-    """x: what the model is shown, float32 [B, 1 or 2, S, S] (lungs.show); target: int64 [B] or int8 [B, K];
-    weight: float32 [B] (split.image_weights); all on the device."""
-
-    x: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor
-
-
 # ---------------------------------------------------------------- the data set
 
 
-def open_index(config):
-    """(root, Index of all images, positions of train and validation, positions of test, where test comes
-    from). Reads names, tables and the bytes of files of equal length; decodes no image."""
+def read_listing(config):
+    """The Listing of a DataConfig's images. Reads names, tables and the bytes of files of equal length;
+    decodes no image."""
+    sides = dict(published=config.split == "published", pooled=config.split in POOLED)
     if config.labels:
-        root = Path(config.data_dir)
-        index = tables.read_table(config.labels, root, config.classes)
-        if config.split not in POOLED:
-            index = tables.published_lists(index, root)
-        if config.split == "published" and not (index.part == "test").any():
-            raise InputError(f"--split published: {root} has no {' and '.join(tables.LISTS.values())}")
+        root, index = tables.read_set(config.labels, config.data_dir, config.classes, **sides)
     else:
-        root = find_root(config.data_dir, config.classes)
-        there = [p for p in PARTS if p == "train" or (root / p).is_dir()]
-        if config.split == "published" and "val" not in there:
-            raise InputError(f"--split published: {root} has no val/ folder")
-        index = read_folders(
-            root, config.classes, [p for p in there if p != "val" or config.split == "published"]
-        )
+        root, index = folders.read_set(config.data_dir, config.classes, **sides)
     if config.patients:
         index = tables.read_patients(config.patients, index, root)
-    elif config.split in POOLED and not config.labels:  # each part numbers its patients from 1
-        named = [
-            f"{part}/{name}" if k else name for part, name, k in zip(index.part, index.patients, index.known)
-        ]
-        index = index._replace(patients=named)
     if config.undersample:
         index = index.take(undersampled(index.targets, config.split_seed))
     index = index._replace(content=twins.contents(root, index.files))
-    return (root, index, *cut_test(index, config))
+    return Listing(root, index, *cut_test(index, config))
 
 
-def load(config, root, index, part):
-    """(Subset of an Index, the sizes of the originals, which positions were readable)."""
-    usual = not config.labels and config.split in ("patient", "image") and (index.part == part).all()
-    name = part if usual else f"{part}-{sha256(index.files)[:8]}"
-    found = load_images(
+def load(config, root, index, side):
+    """(Subset of an Index, the Index of the readable images, the sizes of the originals). `side`: what they
+    are, in messages and in the name of the cache."""
+    # Other splits and tables put other files on a side, which need a cache of another name.
+    as_published = not config.labels and config.split in ("patient", "image") and (index.side == side).all()
+    decoded = load_images(
         root,
         index.files,
         size=config.img_size,
         resize=config.resize,
         cache_dir=config.cache_dir,
         skip_bad=config.skip_bad,
-        name=name,
+        name=side if as_published else f"{side}-{sha256(index.files)[:8]}",
         verify=config.verify_cache,
     )
     masks = None
     if config.needs_lungs:
-        if lung_masks.holds_masks(config.lungs) and config.resize != "squash":
-            raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
-        what = f"{part} images in {root}"
-        fate = "these are left out" if config.input == "pair" else "these are shown as they are"
-        if config.reads_lungs:
-            fate += ", cut in the middle where left and right are read apart"
-        masks = lung_masks.load_masks(config.lungs, found, index.files, what, config.lungs_sha256, fate)
-    kept = index.take(found.rows) if len(found.rows) < len(index.files) else index
-    about = dict(patients=kept.patients, levels=found.levels, masks=masks)
-    return Subset(kept.files, kept.targets, found.images, found.rows, **about), kept, found.sizes
+        masks = lung_masks.of_images(config, decoded, index.files, f"{side} images in {root}")
+    if len(decoded.rows) < len(index.files):
+        index = index.take(decoded.rows)
+    subset = Subset(
+        index.files,
+        index.targets,
+        decoded.images,
+        decoded.rows,
+        patients=index.patients,
+        levels=decoded.levels,
+        masks=masks,
+    )
+    return subset, index, decoded.sizes
 
 
 def load_test(config):
     """The test Subset. Only calibrate.py, and explain.py and studies on request, may ask for it: this opens
     the images."""
-    root, index, _, test, _ = open_index(config)
-    return load(config, root, index.take(test), "test")[0]
+    listing = read_listing(config)
+    return load(config, listing.root, listing.test_index, "test")[0]
 
 
 def load_train_val(config, tell=print):
@@ -327,38 +305,30 @@ def load_train_val(config, tell=print):
     images that look like a training image; twins.py). The images of the test part are counted, and the bytes
     of those as long as another file compared; they are never decoded.
     """
-    root, index, others, test, test_from = open_index(config)
-    test_index = index.take(test)
-    everything, kept, sizes = load(config, root, index.take(others), "train")
-    if config.split == "published" and (kept.part == "val").any():
-        positions = np.flatnonzero(kept.part == "train"), np.flatnonzero(kept.part == "val")
-    else:
-        by_patient = not config.split.endswith("image")
-        positions = cut(kept, config.task, by_patient, config.val_share, config.split_seed)
+    listing = read_listing(config)
+    root, others, test = listing.root, listing.index.take(listing.others), listing.test_index
+    everything, readable, sizes = load(config, root, others, "train")
+    positions = cut_validation(readable, config)
     if config.input == "pair":  # there is nothing to learn where no mask is known
-        known = everything.lungs().any(axis=(1, 2))
-        positions = [i[known[i]] for i in positions]
-    train, val = (everything.take(i) for i in positions)
-    info = describe(config, root, train, val, test_index, kept, test_from)
+        has_mask = everything.lungs().any(axis=(1, 2))
+        positions = [side[has_mask[side]] for side in positions]
+    train, val = (everything.take(side) for side in positions)
+
+    info = describe(config, root, train, val, test, readable, listing.test_from)
     info["original_size"] = sizes
-    files = {"train": train.files, "val": val.files, "test": test_index.files}
-    content = {s: kept.content[i] for s, i in zip(files, positions)} | {"test": test_index.content}
+    files = {"train": train.files, "val": val.files, "test": test.files}
+    content = dict(zip(files, (*(readable.content[side] for side in positions), test.content)))
     info["copies"] = twins.count(content)
     info["alike"], note = twins.count_alike({"train": train, "val": val})
-    listed = "; ".join(f"{s} {_count_text(info['counts'][s])}" for s in info["counts"])
-    where = "" if test_from == "published" else f", test {test_from}"
-    tell(
-        f"data: {root}{' (SYNTHETIC)' if info['synthetic'] else ''}, --split {config.split}{where}: "
-        f"(train, val, test) = ({len(train)}, {len(val)}, {len(test)}): {listed}; {say_shared(info)}; "
-        f"{twins.say_copies(info)}"
-    )
+
+    tell(summary(config, root, info))
     twins.warn(files, content, info["copies"])
-    twins.warn_of_labels(index.files, index.content, index.targets)
+    twins.warn_of_labels(listing.index.files, listing.index.content, listing.index.targets)
     if note:
         say(note)
-    _say_absent(config.task, info)
+    say_absent(config.task, info)
     if config.split == "patient" and config.task.kind == "softmax":
-        _say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
+        say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
     return train, val, info
 
 
@@ -366,63 +336,37 @@ def load_split(run, split, moved=None):
     """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
     trained. InputError if they are not those it was trained with."""
     config = replace(run.config, **(moved or {}))
-    _, val, found = load_train_val(config, tell=say)
-    if found["fingerprint"] != run.results["split"]["fingerprint"]:
-        raise InputError(
-            f"the images in {config.data_dir} are not those that {run} was trained on (the split's "
-            "fingerprint differs): put those back, or point --data-dir at them"
-        )
-    return val if split == "val" else load_test(config)
+    _, val, info = load_train_val(config, tell=say)
+    refuse_other_images(config, info["fingerprint"], run.results["split"]["fingerprint"], run)
+    if split == "val":
+        return val
+    return load_test(config)
+
+
+def refuse_other_images(config, here, trained_on, run):
+    """InputError where the split's fingerprint `here` is not the one that `run` was trained on: its
+    thresholds and its held-out images would mean nothing."""
+    if here == trained_on:
+        return
+    patients = ""
+    if config.patients and config.split in ("patient", "pooled"):
+        patients = f"; {config.patients} decides who is on which side, so give the table of the training"
+    raise InputError(
+        f"the images in {config.data_dir} are not those that {run} was trained on (the split's fingerprint "
+        f"differs): put those back, or point --data-dir at them{patients}. Train again if they are the same: "
+        "copies of a file are kept on one side now"
+    )
 
 
 def statistics(subset, inputs):
     """(mean, standard deviation) of all pixels that a model is shown of a Subset, before scaling: floats in
     [0, 1], the same for every channel. Random changes are left out."""
-    sums, batches = np.zeros(2), Batches(subset, inputs)
+    batches, sums = Batches(subset, inputs), np.zeros(2)
     for index in torch.arange(len(subset)).split(64):
         grey = inputs.cover(batches.get(index).x)[:, :1].double()
         sums += [float(grey.sum()), float(grey.square().sum())]
     mean, square = sums / (len(subset) * subset.images[0].size)
     return mean, math.sqrt(max(0.0, square - mean**2))
-
-
-# ---------------------------------------------------------------- batches on the device
-
-
-class Batches:
-    """Batches of a Subset on the device of `inputs`.
-
-    On CUDA the whole uint8 array is kept on the device if it takes less than half the free memory; otherwise
-    rows are gathered from the memory map, whose pages are let go again every 4 batches: resident memory does
-    not grow with the number of images (the system's file cache still holds them).
-    """
-
-    def __init__(self, subset, inputs, balance="none"):
-        self.subset, self.inputs = subset, inputs
-        self.targets = torch.from_numpy(subset.targets).to(inputs.device)
-        weights = image_weights(subset.targets, subset.sources, balance)
-        self.weights = torch.from_numpy(weights).to(inputs.device)
-        self.resident, self.taken = None, 0
-        size = len(subset) * subset.images[0].nbytes
-        if inputs.device.type == "cuda" and size < torch.cuda.mem_get_info(inputs.device)[0] / 2:
-            self.resident = torch.from_numpy(subset.pixels()).to(inputs.device)
-
-    def get(self, index):
-        """Positions `index` (int64 tensor [B] on the CPU) -> Batch."""
-        masks = self.subset.lungs(index.numpy()) if self.inputs.needs_lungs else None
-        if self.resident is not None:
-            index = index.to(self.inputs.device)
-            grey = self.inputs.grey(self.resident[index], masks)
-            return Batch(grey, self.targets[index], self.weights[index])
-        pixels = self.subset.images[self.subset.rows[index.numpy()]]
-        x = self.inputs.grey(pixels, masks)
-        self.taken += 1
-        for part in getattr(self.subset.images, "parts", [self.subset.images]):
-            file = getattr(part, "_mmap", None)
-            if self.taken % 4 == 0 and file is not None and hasattr(mmap, "MADV_DONTNEED"):
-                file.madvise(mmap.MADV_DONTNEED)
-        index = index.to(self.inputs.device)
-        return Batch(x, self.targets[index], self.weights[index])
 
 
 def main():
@@ -437,7 +381,7 @@ def main():
     args.data_dir = args.statistics
     config = DataConfig.from_args(args)
     train = load_train_val(config, say)[0]
-    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
+    shown = Inputs((0.0,), (1.0,), torch.device("cpu"), input_mode=config.input)
     mean, std = statistics(train, shown)
     print(f"{len(train)} training images, {config.img_size} px: mean {mean:.4f}, std {std:.4f}")
 

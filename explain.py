@@ -91,7 +91,7 @@ class Explainer:
         self.explained = target or self.finding
         self.answer = task.answer(self.explained)
         self.target = int(self.explained == self.finding)  # its number in `classes`
-        found = run.findings(self.calibration)[self.finding]
+        found = self.calibration["findings"][self.finding]
         if "why_not" in found:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
@@ -117,7 +117,7 @@ class Explainer:
         """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
         files = [subset.files[i] for i in index]
         found = lung_masks.masks_of(source, subset.pixels(index), files)
-        if self.exact.look not in ("crop", "masked-crop"):
+        if self.exact.input_mode not in ("crop", "masked-crop"):
             return found
         own = torch.from_numpy(subset.lungs(index)).unsqueeze(1).float()
         pair = show.show(torch.from_numpy(found).unsqueeze(1).float(), own, "crop")

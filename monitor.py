@@ -198,12 +198,9 @@ def threshold_of(run, args):
     if finding not in run.task.findings:
         raise InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
     name = "tta" if args.tta else ""
-    if args.site:
-        source = run.site(args.site, name)
-        found = source["findings"][finding]
-    else:
-        source = run.calibration(name)
-        found = run.findings(source)[finding]
+    source = run.site(args.site, name) if args.site else run.calibration(name)
+    found = source["findings"][finding]
+    if not args.site:
         found = {**found, "guaranteed": found.get("guarantee", {}).get("threshold")}
     threshold, floor = found.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:

@@ -157,7 +157,7 @@ def _read(path):
     path = Path(path)
     if not path.exists():
         if path != Path(DEFAULT_PATH):
-            raise InputError(f"no weights at {path}: check the path (RUNBOOK.md says where to get weights)")
+            raise InputError(f"no weights at {path}: check the path (docs/RUNBOOK.md says where to get it)")
         raise InputError(
             f"no weights at {path}. Fetch them once with:\n"
             f"  mkdir -p weights && curl -L -o {DEFAULT_PATH} {DOWNLOAD}\n"

@@ -82,7 +82,7 @@ class Scorer:
         self.model = run.model()
         calibration = run.calibration("tta" if tta else "")
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
-        self.thresholds = {n: f.get("threshold") for n, f in run.findings(calibration).items()}
+        self.thresholds = {n: f.get("threshold") for n, f in calibration["findings"].items()}
         self.guaranteed = None  # the threshold of a site, of a single finding
         if site:
             found = run.site(site, "tta" if tta else "")["findings"]

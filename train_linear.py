@@ -25,6 +25,7 @@ from images.split import epoch_order, image_weights
 from images.subset import input_range
 from models.build import PixelLinear
 from models.inputs import Inputs
+from records.begin import run_from_args
 from records.track import Tracker
 from training import other_hospitals, plan, recipe
 from training.evaluate import predict
@@ -96,7 +97,7 @@ def main():
     group.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
-    run = plan.run_from_args(args)
+    run = run_from_args(args)
     plan.prepare(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
@@ -119,7 +120,7 @@ def train_linear(args, config, run):
         tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
     started = time.perf_counter()
-    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), look=config.input)
+    task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), input_mode=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
     pooled = predict(model, train, inputs, output=inputs.features, batch_size=256).double().numpy()
     weights = image_weights(train.targets, train.sources, args.balance)

@@ -22,7 +22,7 @@ from models import inputs
 from training import plan, recipe
 from vit import READOUTS, VisionTransformer
 
-# Defaults of flags; EXPERIMENTS.md has what each choice was made on.
+# Defaults of flags; docs/EXPERIMENTS.md has what each choice was made on.
 DEFAULTS = recipe.Defaults(
     out="outputs/pretrained",
     recipes={

@@ -19,7 +19,7 @@ from training import plan, recipe
 from training.teacher import Teacher
 from vit import CONFIGS, build_vit
 
-# Defaults of flags; EXPERIMENTS.md has what each choice was made on.
+# Defaults of flags; docs/EXPERIMENTS.md has what each choice was made on.
 DEFAULTS = recipe.Defaults(
     out="outputs/scratch",
     recipes={

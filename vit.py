@@ -228,15 +228,8 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
         self.pos_drop = Dropout(drop_rate)
         self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                drop_rate,
-                drop_path_rate * i / max(1, depth - 1),
-                layer_scale,
-            )
-            for i in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio, drop_rate, rate, layer_scale)
+            for rate in [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         read_tokens = 2 if readout == "cls+mean" else 1

@@ -231,18 +231,6 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
     return found
 
 
-def reported_interval(row, key):
-    """The interval [lo, hi] to show of figure `key` of a summary `row` that has its "interval".
-
-    The patient bootstrap; but where every draw gives the same value (0 or all of n), what the number of
-    patients alone tells, because a width of 0 would claim certainty. Older calibrations have Wilson's
-    interval of images there."""
-    found = row["interval"][key]
-    if not no_width(found["bootstrap"]):
-        return found["bootstrap"]
-    return found.get("patients", found.get("wilson", found["bootstrap"]))
-
-
 def in_short(p):
     """A p-value, or None, as text."""
     return "-" if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"

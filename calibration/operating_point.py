@@ -11,11 +11,11 @@ from calibration.intervals import (
     intervals_of_draws,
     mean_of_defined,
     proportion_interval,
-    reported_interval,
     span_of_draws,
 )
 from common.console import InputError
-from common.proportions import count_of, f1_of_patients, proportion_of_patients
+from common.proportions import count_of, curves_of, f1_of_patients, proportion_of_patients
+from common.scaling import SIDES
 from common.task import Task
 from metrics import (
     brier,
@@ -69,8 +69,7 @@ class Rule:
             raise InputError(f"bootstrap must lie in 1..1,000,000, got {self.bootstrap}")
 
 
-LEAST = 5  # images with and without a finding, of several, that figures of it need on each side
-SIDES = {"val": "validation", "test": "test"}
+LEAST = 5  # images with and without a finding, of several, that figures of it need on each side (`least_of`)
 
 
 class Side(NamedTuple):
@@ -97,41 +96,47 @@ def evaluate(scores, rule, task=None):
     `rule.strict`, no guarantee."""
     task = task or Task()
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
-    about = {"min_recall": rule.min_recall, "temperature": fitted, "temperature_applied": rule.temperature}
-    about["bootstrap"] = rule.bootstrap
+    calibration = {"min_recall": rule.min_recall, "bootstrap": rule.bootstrap}
+    calibration |= {"temperature": fitted, "temperature_applied": rule.temperature}
     if rule.platt:
-        about["platt"] = _fit_platt(scores, task)
-    columns = {name: {} for name in task.findings}
-    p1 = {}
+        calibration["platt"] = _fit_platt(scores, task)
+    columns, p1 = _columns(scores, calibration, task)
+    calibration |= _evaluate_findings(columns, scores, rule, task)
+    if len(columns) == 1:
+        p1 = {side: values[:, 0] for side, values in p1.items()}
+    return calibration, p1
+
+
+def _columns(scores, calibration, task):
+    """({finding: {side: Side}}, {side: scores [N, F] that thresholds apply to})."""
+    columns, p1 = {name: {} for name in task.findings}, {}
     for side in SIDES:
         logits, patients = scores[f"{side}_logits"], np.asarray(scores[f"{side}_patients"])
         truth = task.truth(scores[f"{side}_labels"])
-        before, after = task.scores(logits), task.scaled_scores(logits, about)
-        p1[side] = task.scores_from(logits, about)
+        before, after = task.scores(logits), task.scaled_scores(logits, calibration)
+        p1[side] = task.scores_from(logits, calibration)
         for k, name in enumerate(task.findings):
             known = truth[:, k] >= 0
             values = (values[known, k] for values in (truth, before, after, p1[side]))
             columns[name][side] = Side(*values, patients[known], known)
-    if len(columns) == 1:
-        (only,) = columns.values()
-        for side, name in SIDES.items():
-            check_both_classes(only[side].truth, f"{name} labels")
-        everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
-        found, _ = _evaluate_finding(only, everyone, rule)
-        return {**about, **found}, {side: values[:, 0] for side, values in p1.items()}
-    found = _evaluate_several(columns, scores, rule, task)
-    return {**about, **found}, p1
+    return columns, p1
+
+
+def least_of(task):
+    """Images with and without a finding that figures of it need on each side. An only finding is what is
+    asked: it gets figures of however few, and is an error without them (`evaluate`)."""
+    return LEAST if len(task.findings) > 1 else 1
 
 
 def _fit_platt(scores, task):
     """Platt scaling of every finding on validation: {finding: {"slope", "bias"}, or {"why_not": text} where
     it cannot be}. InputError where no finding can be scaled."""
     truth, odds = task.truth(scores["val_labels"]), task.log_odds(scores["val_logits"])
-    found, least = {}, LEAST if len(task.findings) > 1 else 0  # as for thresholds
+    found, least = {}, least_of(task)  # as for thresholds
     for k, name in enumerate(task.findings):
         y, z = truth[truth[:, k] >= 0, k], odds[truth[:, k] >= 0, k]
         if min((y == 1).sum(), (y == 0).sum()) < least:
-            found[name] = {"why_not": f"fewer than {LEAST} validation images with it, or without it"}
+            found[name] = {"why_not": f"fewer than {least} validation images with it, or without it"}
             continue
         try:
             found[name] = dict(zip(("slope", "bias"), fit_platt(z, y)))
@@ -157,6 +162,7 @@ def _evaluate_finding(sides, everyone, rule):
         if guarantee["threshold"] is not None:
             guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
     found["guarantee"] = guarantee
+    found["curves"] = {side: curves_of(found[side]["at_0.5"]) for side in sides}
     if rule.temperature or rule.platt:
         found["changed"] = _changed(sides, thresholds, rule)
     found["probability"] = {
@@ -231,14 +237,14 @@ def summarize(side, everyone, thresholds, rule):
     return rows, draws[0]
 
 
-# ---------------------------------------------------------------- several findings
+# ---------------------------------------------------------------- all findings
 
 
-def _too_few(side, name):
-    """Why a finding of several has no figures on a Side called `name`, as text; None if it has."""
+def _too_few(side, name, least):
+    """Why a finding has no figures on a Side called `name`, as text; None if it has."""
     for count, word in ((int(side.truth.sum()), "with"), (int((side.truth == 0).sum()), "without")):
-        if count < LEAST:
-            return f"{count} {SIDES[name]} images {word} it, fewer than {LEAST}"
+        if count < least:
+            return f"{count} {SIDES[name]} images {word} it, fewer than {least}"
     return None
 
 
@@ -250,12 +256,18 @@ def shared_out(rule, findings):
     return replace(rule, confidence=1 - (1 - rule.confidence) / findings)
 
 
-def _evaluate_several(columns, scores, rule, task):
-    """What calibration.json says of several findings: each by name, and figures over all of them.
+def _evaluate_findings(columns, scores, rule, task):
+    """What calibration.json says of each finding by name, and figures over all of them.
 
     Whether a finding gets a threshold, and how many share the confidence where `rule.jointly`, is decided by
     the validation images alone. One that is too rare on test has no figures there, and "test_why_not"."""
-    why_not = {name: _too_few(sides["val"], "val") for name, sides in columns.items()}
+    least = least_of(task)
+    if len(columns) == 1:
+        rule = replace(rule, jointly=False)  # there is nothing to share
+        (only,) = columns.values()
+        for side, word in SIDES.items():
+            check_both_classes(only[side].truth, f"{word} labels")
+    why_not = {name: _too_few(sides["val"], "val", least) for name, sides in columns.items()}
     usable = [name for name, reason in why_not.items() if reason is None]
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
@@ -264,43 +276,35 @@ def _evaluate_several(columns, scores, rule, task):
     everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
     findings, draws = {}, {}
     for name, sides in columns.items():
-        there = {side: s for side, s in sides.items() if _too_few(s, side) is None}
+        there = {side: s for side, s in sides.items() if _too_few(s, side, least) is None}
         if why_not[name]:
-            findings[name], draws[name] = {"why_not": why_not[name]}, {}
-        else:
-            try:
-                findings[name], draws[name] = _evaluate_finding(there, everyone, each)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-            if "test" not in there:
-                findings[name]["test_why_not"] = _too_few(sides["test"], "test")
-        findings[name]["curves"] = {}
-        for side, s in there.items():  # enough for AUROC, if not for a threshold
-            known, draw = _curves(s, everyone[side], rule, draws[name].get(side))
-            findings[name]["curves"][side], draws[name][side] = known, draw
-    summary = {}
-    for side in SIDES:
-        averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
-        summary[side] = {"findings": averaged, **_means(findings, draws, averaged, side)}
-        if task.kind == "softmax":
-            labels, logits = (np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits"))
-            summary[side] |= class_figures(labels, logits.argmax(axis=1), task.classes, everyone[side], rule)
+            findings[name], draws[name] = {"why_not": why_not[name], "curves": {}}, {}
+            for side, s in there.items():  # enough for AUROC, if not for a threshold
+                rows, draws[name][side] = summarize(s, everyone[side], {"at_0.5": 0.5}, rule)
+                findings[name]["curves"][side] = curves_of(rows["at_0.5"])
+            continue
+        try:
+            findings[name], draws[name] = _evaluate_finding(there, everyone, each)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        if "test" not in there:
+            findings[name]["test_why_not"] = _too_few(sides["test"], "test", least)
     joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
+    summary = {side: _summary(findings, draws, side, scores, rule, task) for side in SIDES}
     return {"findings": findings, "summary": summary, "jointly": joint}
 
 
-def _curves(side, everyone, rule, draws=None):
-    """({"auroc", "auprc": {value, lo, hi}} of a Side, its bootstrap draws)."""
-    if draws is None:
-        weights = bootstrap_weights(everyone, rule.bootstrap)
-        blocks = (block[:, side.known] for block in weights)
-        draws = bootstrap_summary(side.truth, side.p1, [0.5], blocks)[0]
-    row, found = summarize_at_threshold(side.truth, side.p1, 0.5), {}
-    (row["interval"],) = intervals_of_draws(side.truth, side.p1, [0.5], [draws], side.patients)
-    for key in ("auroc", "auprc"):
-        lo, hi = reported_interval(row, key)
-        found[key] = {"value": row[key], "lo": lo, "hi": hi}
-    return found, draws
+def _summary(findings, draws, side, scores, rule, task):
+    """Figures over all findings on one side; of three classes or more also those of the most probable one.
+    Of two classes that is the decision at 0.5."""
+    averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
+    found = {"findings": averaged, **_means(findings, draws, averaged, side)}
+    if task.kind == "softmax" and task.outputs > 2:
+        labels, logits, patients = (
+            np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits", "patients")
+        )
+        found |= class_figures(labels, logits.argmax(axis=1), task.classes, patients, rule)
+    return found
 
 
 def _means(findings, draws, names, side):

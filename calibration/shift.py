@@ -153,7 +153,7 @@ class Reference:
 
     def _pool(self, batch):
         """All that is compared, validation first. Not divided by score: on corrupted validation images that
-        found fewer shifts (EXPERIMENTS.md, section 22)."""
+        found fewer shifts (docs/notebook/22-silently-wrong.md)."""
         places = batch.places
         samples = {
             "features": np.concatenate([self.arrays["features"], places[:, 1:]]),

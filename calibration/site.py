@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibration.intervals import reported_interval
 from calibration.operating_point import LEAST, Side, shared_out, summarize
 from calibration.wording import chance_text, concerns
 from common import scaling
 from common.console import InputError, command_line, say
+from common.proportions import reported_interval
 from data import load_train_val
 from images import twins
 from images.subset import same_images
@@ -154,7 +154,7 @@ def scored(run, subset, device, tta, batch_size):
         say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
     model = run.model().to(device)
     logits = predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
-    shipped = {name: f.get("threshold") for name, f in run.findings(calibration).items()}
+    shipped = {name: f.get("threshold") for name, f in calibration["findings"].items()}
     return run.task.truth(subset.targets), run.task.scores_from(logits, calibration), shipped
 
 

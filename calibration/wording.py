@@ -1,9 +1,9 @@
 """What is said of thresholds and their figures, on the console and in the report. No torch, no files."""
 
+from common.scaling import SIDES
 from metrics import chance_below_floor
 
 POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
-SIDES = {"val": "validation", "test": "test"}
 
 
 def concerns(row, floor):
@@ -36,24 +36,63 @@ def shown_below(value, floor):
     return f"{value:.{digits}f}"
 
 
-def shared_text(result, finding):
-    """What is said of a calibration of one finding and belongs to every run on the same validation images."""
-    guarantee, floor = result["guarantee"], result["min_recall"]
-    sick, row = guarantee["positive_patients"], result["val"]["at_rec"]
-    chance = chance_text(row["tp"] + row["fn"], sick, floor)
-    text = (
-        f"thresholds are chosen on validation, {sick} patients with {finding}:\n"
-        f"  @Rec: recall >= {floor:g} there; for new patients like them below it with {chance}\n"
-    )
-    if guarantee["threshold"] is None:
-        return f"{text}  no @Guar: {guarantee['why_not']}"
-    return f"{text}  @Guar: true recall >= {floor:g} with confidence {guarantee['confidence']:g}"
+def shared_text(calibration):
+    """What is said of the thresholds of a calibration and belongs to every run on the same validation
+    images."""
+    floor, joint, guarantees = calibration["min_recall"], calibration["jointly"], {}
+    for name, found in calibration["findings"].items():
+        if "guarantee" in found:
+            guarantees[name] = found["guarantee"]
+    chances = new_patients(calibration["findings"], floor)
+    lines = [
+        "thresholds are chosen on validation:",
+        f"  @Rec: recall >= {floor:g} there; for new patients like them below it with {chances}",
+    ]
+    granted = [g for g in guarantees.values() if g["threshold"] is not None]
+    if joint:
+        lines.append(
+            f"  @Guar: the floors of {joint['findings']} findings hold at once with confidence "
+            f"{joint['confidence']:g}: by the union bound each alone with "
+            f"{1 - (1 - joint['confidence']) / joint['findings']:.4f}"
+        )
+    elif granted:
+        alone = ", each finding alone" if len(calibration["findings"]) > 1 else ""
+        lines.append(f"  @Guar: true recall >= {floor:g} with confidence {granted[0]['confidence']:g}{alone}")
+    for name, guarantee in guarantees.items():
+        if guarantee["threshold"] is None:
+            lines.append(f"  no @Guar of {name}: {guarantee['why_not']}")
+    return "\n".join(lines)
 
 
-def threshold_text(result):
+def new_patients(findings, floor):
+    """How likely the recall @Rec is below the floor for new patients like those of validation, by the least
+    and the most common of {finding: what a calibration says of it}, as text; "" where none has a
+    threshold."""
+    known = {}
+    for name, found in findings.items():
+        if "why_not" not in found:
+            row, sick = found["val"]["at_rec"], found["guarantee"]["positive_patients"]
+            known[sick] = f"{chance_text(row['tp'] + row['fn'], sick, floor)} by {sick} patients ({name})"
+    if not known:
+        return ""
+    ends = dict.fromkeys([known[min(known)], known[max(known)]])
+    return ", and ".join(ends)
+
+
+def positives_text(found):
+    """How many images of each side have a finding, as text."""
+    counts = []
+    for side, word in SIDES.items():
+        if side in found:
+            row = found[side]["at_rec"]
+            counts.append(f"{row['tp'] + row['fn']} {word}")
+    return f"{' + '.join(counts)} images with it"
+
+
+def threshold_text(found):
     """The thresholds of one finding, and how far each lies from the nearest validation score."""
-    guarantee = result["guarantee"]
-    text = f"@Rec {result['threshold']:.4f} ({result['gap']:.2g} logits from the nearest validation score)"
+    guarantee = found["guarantee"]
+    text = f"@Rec {found['threshold']:.4f} ({found['gap']:.2g} logits from the nearest validation score)"
     if guarantee["threshold"] is None:
         return text
     return f"{text}, @Guar {guarantee['threshold']:.4f} ({guarantee['gap']:.2g})"
@@ -76,13 +115,3 @@ def several_warnings(findings, floor):
     for name, found in findings.items():
         texts += [f"{name}, {text}" for text in warnings(found, floor)]
     return texts
-
-
-def smallest_gap(findings):
-    """The finding whose threshold @Rec lies nearest to a validation score, as text; "" where older
-    calibrations do not say."""
-    gaps = {name: found["gap"] for name, found in findings.items() if "gap" in found}
-    if not gaps:
-        return ""
-    name = min(gaps, key=gaps.get)
-    return f"each @Rec lies {gaps[name]:.2g} logits or more from the nearest validation score (least: {name})"

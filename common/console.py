@@ -64,6 +64,38 @@ class Pace:
             say(f"{done} {what}, {done / (now - self.begin):.1f} a second")
 
 
+def progress(items, total, title, unit="steps", *, size=None, begin=0, status=None):
+    """Pass `items` on and say how far the work on them is: by a bar on a terminal, else by a line every half
+    minute on what remains. Under torchrun only the first process says it.
+
+    `total`: how many `unit` there are in all, `begin` of them done before; `size`: a function item -> how
+    many it is (default: 1); `title`: what is done, None: nothing is said; `status`: a function without
+    arguments -> a few words on the last item."""
+    if title is None or sys.stderr is None or os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
+    bar = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # not needed by scripts that show no bar
+
+        bar = tqdm(total=total, initial=begin, desc=title, unit=f" {unit}", leave=False)
+    pace, done = Pace(), begin
+    try:
+        for item in items:
+            yield item
+            step = 1 if size is None else size(item)
+            done += step
+            words = "" if status is None else f", {status()}"
+            if bar is None:
+                pace.step(done - begin, total - begin, f"{title}: {done} of {total} {unit}{words}")
+            else:
+                bar.set_postfix_str(words.removeprefix(", "), refresh=False)
+                bar.update(step)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
 def command_line():
     """The command as typed, quoted for a shell, for results.json and resume messages."""
     number = os.environ.get("WORLD_SIZE", "1")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from common.console import InputError
 
-FORMAT = 1  # of results.json and calibration.json; a reader refuses a higher number
-SCALED = 2  # of a calibration.json with Platt scaling, which older versions would leave out in silence
+FORMAT = 1  # of results.json and most other files; a reader refuses a higher number
+CALIBRATION = 3  # of calibration.json; records/older.py reads those of lower numbers
 JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
 
 

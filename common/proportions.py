@@ -115,3 +115,24 @@ def alike_figures(y, called, groups, row, level):
 def no_width(span):
     """Whether an interval (lo, hi) has no width, but for rounding."""
     return span[1] - span[0] <= 1e-12
+
+
+def reported_interval(row, key):
+    """The interval [lo, hi] to show of figure `key` of a summary `row` that has its "interval".
+
+    The patient bootstrap; but where every draw gives the same value (0 or all of n), what the number of
+    patients alone tells, because a width of 0 would claim certainty. Older calibrations have Wilson's
+    interval of images there."""
+    found = row["interval"][key]
+    if not no_width(found["bootstrap"]):
+        return found["bootstrap"]
+    return found.get("patients", found.get("wilson", found["bootstrap"]))
+
+
+def curves_of(row):
+    """{"auroc", "auprc": {value, lo, hi}} of a summary `row` at whatever threshold: they depend on none."""
+    found = {}
+    for key in ("auroc", "auprc"):
+        lo, hi = reported_interval(row, key)
+        found[key] = {"value": row[key], "lo": lo, "hi": hi}
+    return found

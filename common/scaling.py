@@ -81,7 +81,7 @@ def check_site(site, path, calibration, run):
         differ = differences(site["scores"], basis(calibration, run))
     else:
         differ = [SCALING] if "platt" in calibration else []
-        now = {name: found.get("threshold") for name, found in run.findings(calibration).items()}
+        now = {name: found.get("threshold") for name, found in calibration["findings"].items()}
         if not differ and site["shipped"] != now:
             say(
                 f"note: {path} was made by an older version, for another calibration: if --temperature or "
@@ -120,7 +120,7 @@ def nature(calibration, run):
     themselves."""
     if "platt" in calibration:
         return _of_platt(calibration, run.task)
-    named = run.findings(calibration)
+    named = calibration["findings"]
     known = {n: averages(f, applied(calibration)) for n, f in named.items() if "probability" in f}
     name = max(
         known, key=lambda n: abs(known[n][0] - known[n][1])
@@ -150,7 +150,8 @@ def _of_platt(calibration, task):
     kept = [n for n, line in calibration["platt"].items() if "slope" not in line]
     text = "probabilities, by Platt scaling, for people among whom findings are as common as in validation"
     if len(task.findings) == 1:
-        text += f", where {100 * averages(calibration, True)[1]:.1f}% have {task.findings[0]}"
+        (only,) = calibration["findings"].values()
+        text += f", where {100 * averages(only, True)[1]:.1f}% have {task.findings[0]}"
     if task.kind == "softmax" and task.outputs > 2:
         text += "; each is scaled by itself, so those of the classes do not add up to 1"
     return text + (f"; not scaled, so no probabilities: {', '.join(kept)}" if kept else "")
@@ -171,7 +172,7 @@ def in_report(entries):
     """What the scores of entries.Entry are, and which decisions their scaling changes, as text."""
     text = "A temperature of two classes and Platt scaling change no ranking and no decision @Rec and @Guar. "
     for e in entries:
-        changed = _changes(e.run.findings(e.calibration))
+        changed = _changes(e.calibration["findings"])
         if changed:
             text += f"{e.name}: decisions changed by {fitted(e.calibration)}, {changed}. "
         about = nature(e.calibration, e.run)
@@ -179,8 +180,9 @@ def in_report(entries):
     return text.strip()
 
 
-def told(calibration, findings):
-    """Lines for calibrate.py on the scaling that is applied: {finding: what a calibration says of it}."""
+def told(calibration):
+    """Lines for calibrate.py on the scaling that is applied."""
+    findings = calibration["findings"]
     known = {n: f for n, f in findings.items() if "changed" in f}
     out = _platt_lines(calibration["platt"], known) if "platt" in calibration else []
     changed = _changes(findings)

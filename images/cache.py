@@ -6,16 +6,14 @@ The cache is read as a memory map. It is rebuilt where a file of the set has cha
 
 import itertools
 import os
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from common.console import InputError, Pace, advice, say
+from common.console import InputError, advice, progress, say
 from common.files import atomic_path, read_json, sha256, write_json
 from images.decode import _check_regular, _decode
 
@@ -54,14 +52,14 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
     count = f"{len(bad)} of {len(files)} {name} images in {root}"
-    some = "; ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
+    some = "; ".join(bad[:5])
+    if len(bad) > 5:
+        some += " ..."
     if not info["kept"]:
         raise InputError(f"{count} cannot be read, so none is left: {some}")
     if bad and not skip_bad:
-        raise InputError(
-            f"{count} cannot be read: {some}. Mend or remove them"
-            + advice("--skip-bad", ", or leave them out with --skip-bad")
-        )
+        leave_out = advice("--skip-bad", ", or leave them out with --skip-bad")
+        raise InputError(f"{count} cannot be read: {some}. Mend or remove them{leave_out}")
     if bad:
         say(f"--skip-bad: left out {count}: {some}")
     sizes = {"width": info["width"], "height": info["height"]}
@@ -72,10 +70,10 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
 def _stamp(path):
     """[size in bytes, modification time in ns] of a file; [None, None] if there is none."""
     try:
-        about = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return [None, None]  # a broken link, say: decoding it will give the reason
-    return [about.st_size, about.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns]
 
 
 def valid_cache(path, key, verify):
@@ -87,8 +85,11 @@ def valid_cache(path, key, verify):
         info = read_json(path.with_suffix(".json"))
         check = info.pop("check", None)
         if info.get("key") == key and check == sha256(info):
-            unchanged = info["stamp"] == _stamp(path) and not verify
-            if (_sample(path) == info["sample"]) if unchanged else (_crc32(path) == info["crc32"]):
+            if info["stamp"] == _stamp(path) and not verify:
+                intact = _sample(path) == info["sample"]
+            else:
+                intact = _crc32(path) == info["crc32"]
+            if intact:
                 return info
         say(f"cache {path} is stale or damaged: rebuilding it")
     except (InputError, OSError, KeyError):
@@ -103,7 +104,8 @@ def _sample(path, count=64):
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         return None
-    return zlib.crc32(np.ascontiguousarray(images[np.linspace(0, len(images) - 1, count).astype(int)]))
+    rows = np.linspace(0, len(images) - 1, count).astype(int)
+    return zlib.crc32(np.ascontiguousarray(images[rows]))
 
 
 def _crc32(path):
@@ -119,7 +121,8 @@ def _build_cache(path, key, root, files, size, resize):
     """Decode every file into the array at `path`; write its side file and return that file's content."""
     kept, bad, sizes, levels = [], [], [], []
 
-    def one(file):
+    def decode(file):
+        """The pixels and the size of an image, or why it cannot be read."""
         try:
             return _decode(Path(root, file), size, resize)
         except OSError as error:
@@ -130,20 +133,20 @@ def _build_cache(path, key, root, files, size, resize):
     with atomic_path(path) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
         array = allocate(tmp, (len(files), size, size))
         windows = (files[begin : begin + 512] for begin in range(0, len(files), 512))
-        results = itertools.chain.from_iterable(pool.map(one, window) for window in windows)
-        for i, result in enumerate(_progress(results, len(files), f"decoding {path.name}")):
+        results = itertools.chain.from_iterable(pool.map(decode, window) for window in windows)
+        for i, result in enumerate(progress(results, len(files), f"decoding {path.name}", "images")):
             if isinstance(result, str):
                 bad.append(result)
-            else:
-                array[i], original = result
-                sizes.append(original)
-                levels.append([float(array[i].mean() / 255), float(array[i].std() / 255)])
-                kept.append(i)
+                continue
+            array[i], original = result
+            sizes.append(original)
+            levels.append([float(array[i].mean() / 255), float(array[i].std() / 255)])
+            kept.append(i)
         array.flush()
         del array
     info = {"key": key, "files": len(files), "kept": kept, "bad": bad, "levels": levels}
-    for side, values in zip(("width", "height"), zip(*sizes) if sizes else ((0,), (0,))):
-        info[side] = [min(values), max(values)]
+    for name, values in zip(("width", "height"), np.array(sizes or [(0, 0)]).T.tolist()):
+        info[name] = [min(values), max(values)]
     return seal(path, info)
 
 
@@ -163,15 +166,3 @@ def seal(path, info):
     info = {**info, "crc32": _crc32(path), "sample": _sample(path), "stamp": _stamp(path)}
     write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info
-
-
-def _progress(results, total, title):
-    """Pass `results` on; show a bar on a terminal, and elsewhere say every half minute what remains."""
-    quiet = sys.stderr is None or not sys.stderr.isatty()
-    pace = Pace()
-    with tqdm(total=total, desc=title, unit="img", disable=quiet) as bar:
-        for done, result in enumerate(results, 1):
-            yield result
-            bar.update()
-            if quiet:
-                pace.step(done, total, f"{title}: {done} of {total} images")

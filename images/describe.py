@@ -1,4 +1,4 @@
-"""What results.json says of a split: counts, patients on two sides, where test comes from."""
+"""What results.json and the terminal say of a split: counts, patients on two sides, where test comes from."""
 
 from pathlib import Path
 
@@ -7,56 +7,85 @@ from sklearn.model_selection import train_test_split
 from common import prelude  # noqa: F401  (first: see there)
 from common.console import say
 from common.files import sha256
+from images import twins
+from images.split import say_shared
 
 
-def describe(config, root, train, val, test, kept, test_from):
-    """The "split" of a results.json, but for the sizes of the originals."""
-    sides, seen = {"train": train, "val": val, "test": test}, set(train.patients)
-    either = seen | set(val.patients)
-    sigmoid = config.task.kind == "sigmoid"
-    counts = {
-        s: {
-            c: int(((i.targets[:, k] == 1) if sigmoid else (i.targets == k)).sum())
-            for k, c in enumerate(config.classes)
-        }
-        for s, i in sides.items()
-    }
+def describe(config, root, train, val, test, readable, test_from):
+    """The "split" of a results.json, but for the sizes of the originals and for copies. train, val: Subsets;
+    test: Index; readable: Index of train and val together; test_from: where test comes from, as text."""
+    sides, trained_on = {"train": train, "val": val, "test": test}, set(train.patients)
+    either = trained_on | set(val.patients)
     info = {
-        **{s: len(i.files) for s, i in sides.items()},
-        "counts": counts,
-        "shared_patients": sum(patient in seen for patient in val.patients),
-        "unknown_patients": kept.unknown,
-        "fingerprint": sha256([sorted(train.files), sorted(val.files)]),
+        **{side: len(images.files) for side, images in sides.items()},
+        "counts": {side: _counts(config, images.targets) for side, images in sides.items()},
+        "shared_patients": sum(patient in trained_on for patient in val.patients),
+        "unknown_patients": readable.unknown,
+        "fingerprint": _fingerprint(config, train, val),
         "test_from": test_from,
         "synthetic": Path(root, "SYNTHETIC").exists(),  # demo.py leaves it in what it draws
         "set": root.resolve().name,
     }
-    if sigmoid:
-        labelled = [sorted(zip(i.files, i.targets.tolist())) for i in (train, val)]
-        info["fingerprint"] = sha256([config.classes, labelled])
     # The published parts of a set of folders number their patients separately.
     if test_from != "published" or config.labels or config.patients:
         info["shared_patients_test"] = sum(patient in either for patient in test.patients)
     return info
 
 
+def _counts(config, targets):
+    """{class: number of its images}, or {finding: number of images that have it}."""
+    counts = {}
+    for k, name in enumerate(config.classes):
+        if config.task.kind == "sigmoid":
+            has_it = targets[:, k] == 1
+        else:
+            has_it = targets == k
+        counts[name] = int(has_it.sum())
+    return counts
+
+
+def _fingerprint(config, train, val):
+    """SHA-256 of the file names of both sides, and of a table's labels, which could change under them."""
+    if config.task.kind == "sigmoid":
+        labelled = [sorted(zip(side.files, side.targets.tolist())) for side in (train, val)]
+        return sha256([config.classes, labelled])
+    return sha256([sorted(train.files), sorted(val.files)])
+
+
+def summary(config, root, info):
+    """The line that training prints of a split."""
+    synthetic = " (SYNTHETIC)" if info["synthetic"] else ""
+    cut = f"--split {config.split}"
+    if info["test_from"] != "published":
+        cut += f", test {info['test_from']}"
+    listed = "; ".join(f"{side} {_count_text(counts)}" for side, counts in info["counts"].items())
+    return (
+        f"data: {root}{synthetic}, {cut}: (train, val, test) = "
+        f"({info['train']}, {info['val']}, {info['test']}): {listed}; {say_shared(info)}; "
+        f"{twins.say_copies(info)}"
+    )
+
+
 def _count_text(counts):
     """ "3 A + 5 B", of many findings the first few."""
-    items = [f"{n} {c}" for c, n in counts.items()]
-    return " + ".join(items[:6]) + (f" + {len(items) - 6} more" if len(items) > 6 else "")
+    items = [f"{number} {name}" for name, number in counts.items()]
+    text = " + ".join(items[:6])
+    if len(items) > 6:
+        text += f" + {len(items) - 6} more"
+    return text
 
 
-def _say_absent(task, info):
+def say_absent(task, info):
     """A note on findings that no training image, or every one, has."""
-    total = info["train"]
-    never = [c for c, n in info["counts"]["train"].items() if n == 0]
-    always = [c for c, n in info["counts"]["train"].items() if n == total]
+    counts, total = info["counts"]["train"], info["train"]
+    never = [name for name, number in counts.items() if number == 0]
+    always = [name for name, number in counts.items() if number == total]
     for names, text in ((never, "no training image has"), (always, "every training image has")):
         if names and task.kind == "sigmoid":
             say(f"note: {text} {', '.join(names)}, so nothing can be learnt about it")
 
 
-def _say_inexact(targets, config, have):
+def say_inexact(targets, config, have):
     """A note if whole patients do not add up to the class counts of a stratified split of images."""
     _, plain = train_test_split(
         targets, test_size=config.val_share, stratify=targets, random_state=config.split_seed

@@ -178,14 +178,23 @@ def _cut(index, task, by_patient, fraction, seed):
 def cut_test(index, config):
     """Positions (others, test) of an Index and where the test part comes from, as text."""
     pooled, by_patient = config.split in POOLED, not config.split.endswith("image")
-    test = index.part == "test"
-    if not pooled and test.any():
-        return np.flatnonzero(~test), np.flatnonzero(test), "published"
-    free = np.flatnonzero(index.part != "val")  # a published validation part stays whole
+    published = index.side == "test"
+    if not pooled and published.any():
+        return np.flatnonzero(~published), np.flatnonzero(published), "published"
+    free = np.flatnonzero(index.side != "val")  # a published validation part stays whole
     _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed)
     test = free[chosen]
     others = np.setdiff1d(np.arange(len(index.files)), test)
-    return others, test, "pooled and cut anew" if pooled else "cut off"
+    test_from = "pooled and cut anew" if pooled else "cut off"
+    return others, test, test_from
+
+
+def cut_validation(index, config):
+    """Positions (train, val) of the Index of all that is not test: as published, or cut."""
+    if config.split == "published" and (index.side == "val").any():
+        return np.flatnonzero(index.side == "train"), np.flatnonzero(index.side == "val")
+    by_patient = not config.split.endswith("image")
+    return cut(index, config.task, by_patient, config.val_share, config.split_seed)
 
 
 def say_shared(split):

@@ -13,6 +13,7 @@ cropped copies (2% of the side or more) are not found. All pairs are compared: a
 minutes for 112,000, on one core.
 """
 
+import itertools
 import os
 import stat
 from functools import lru_cache
@@ -23,7 +24,7 @@ from scipy.fft import dct
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from common.console import Pace, say
+from common.console import progress, say
 from common.files import sha256
 
 LIMIT = 28  # different bits of 255
@@ -145,17 +146,17 @@ def count(content):
 
 def hashes(subset):
     """int8 [N, 255] of a data.Subset's images: 1 and -1; 0 for an image without any structure."""
-    rows, pace = subset.rows, Pace()
+    rows = subset.rows
     found = np.zeros((len(rows), FREQUENCIES**2 - 1), dtype=np.int8)
     if len(rows):
         project = _projection(len(subset.images[rows[0]]))
-    for begin in range(0, len(rows), 256):
+    starts = range(0, len(rows), 256)
+    for begin in progress(starts, len(starts), "looking for copies", "parts of the images"):
         grey = subset.images[rows[begin : begin + 256]].astype(np.float32)  # (n, S, S)
         low = (project @ grey @ project.T).reshape(len(grey), -1)[:, 1:]  # (n, 255), without the mean
         signs = np.where(low > np.median(low, axis=1, keepdims=True), 1, -1)
         flat = np.abs(low).max(axis=1) < 0.5  # grey levels
         found[begin : begin + 256] = np.where(flat[:, None], 0, signs)
-        pace.step(begin, len(rows), f"looking for copies: {begin} of {len(rows)} images")
     return found
 
 
@@ -174,20 +175,16 @@ def nearest(here, there):
     """For each of the hashes `here` [N, 255] the nearest of `there` [M, 255]: its position, int64 [N], and
     the number of different bits, int64 [N]. Exact: all pairs are compared, in blocks."""
     position, least = np.zeros(len(here), np.int64), np.full(len(here), here.shape[1] + 1)
-    pace, done = Pace(), 0
-    for a in range(0, len(here), 2048):
-        mine = here[a : a + 2048].astype(np.float32)
-        for b in range(0, len(there), 8192):
-            other = there[b : b + 8192].astype(np.float32)
-            agreement = mine @ other.T  # equal bits minus different ones; 0 for an image of zeros
-            best = agreement.argmax(axis=1)
-            most = agreement[np.arange(len(mine)), best]
-            bits = np.rint((here.shape[1] - most) / 2).astype(np.int64)
-            better = bits < least[a : a + 2048]
-            least[a : a + 2048][better] = bits[better]
-            position[a : a + 2048][better] = b + best[better]
-            done += len(mine) * len(other)
-            pace.step(done, len(here) * len(there), "comparing pictures")
+    blocks = list(itertools.product(range(0, len(here), 2048), range(0, len(there), 8192)))
+    for a, b in progress(blocks, len(blocks), "comparing pictures", "blocks of pairs"):
+        mine, other = here[a : a + 2048].astype(np.float32), there[b : b + 8192].astype(np.float32)
+        agreement = mine @ other.T  # equal bits minus different ones; 0 for an image of zeros
+        best = agreement.argmax(axis=1)
+        most = agreement[np.arange(len(mine)), best]
+        bits = np.rint((here.shape[1] - most) / 2).astype(np.int64)
+        better = bits < least[a : a + 2048]
+        least[a : a + 2048][better] = bits[better]
+        position[a : a + 2048][better] = b + best[better]
     return position, least
 
 

@@ -1,4 +1,4 @@
-"""Labels from class folders, DIR/{train,val,test}/CLASS/ -> Index. No image is decoded."""
+"""Labels from class folders, DIR/{train,val,test}/CLASS/ -> Index. No image is opened."""
 
 import contextlib
 import itertools
@@ -10,33 +10,74 @@ import numpy as np
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
 from images.find import EXTENSIONS, Search, is_passed_over, subfolders
-from layouts.listing import PARTS, Index, patient_id, same_name
+from layouts.listing import SIDES, Index, patient_id, same_name
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
-PART_NAMES = (*TRAIN_NAMES, *PARTS, "valid", "validation", "testing")
+SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
 
 
-# ---------------------------------------------------------------- class folders
+# ---------------------------------------------------------------- a data set
+
+
+def read_set(data_dir, classes, *, published=False, pooled=False):
+    """(root, Index) of a set of class folders: of train/, of test/ if there is one and, if the `published`
+    split is asked for, of val/. `pooled`: the sides are put together, so that patients of two sides must not
+    bear one name. InputError if there is no such set, or no published validation."""
+    root = find_root(data_dir, classes)
+    if published and not (root / "val").is_dir():
+        raise InputError(f"--split published: {root} has no val/ folder")
+    sides = ["train"]
+    if published:
+        sides.append("val")
+    if (root / "test").is_dir():
+        sides.append("test")
+    index = read_folders(root, classes, sides)
+    if pooled:
+        index = index._replace(patients=named_by_side(index))
+    return root, index
+
+
+def named_by_side(index):
+    """The patients of an Index, each with its side: every side numbers its patients from 1. A name that
+    stands for one image is left as it is."""
+    names = []
+    for side, patient, known in zip(index.side, index.patients, index.known):
+        if known:
+            patient = f"{side}/{patient}"
+        names.append(patient)
+    return names
 
 
 def find_root(data_dir, classes=CLASSES):
     """The folder that holds train/: `data_dir`, or the one folder in it (to depth 2) that does.
 
     InputError if there is none, or several."""
-    level, seen = [Path(data_dir)], []
+    level, visited = [Path(data_dir)], []
     for _ in range(3):
-        found = [folder for folder in level if (folder / "train").is_dir()]
-        usual = [folder for folder in found if folder.name == "chest_xray"]
-        if len(found) > 1 and len(usual) != 1:
-            raise InputError(
-                f"{data_dir} holds several sets ({', '.join(map(str, found))}): "
-                + (advice("--data-dir", "name one with --data-dir") or "name one of them")
-            )
-        if found:
-            return (usual or found)[0]
-        seen += level
-        level = [folder / name for folder in level for name in subfolders(folder)]
-    near = next(filter(None, map(_almost, seen[:100])), "")
+        sets = [folder for folder in level if (folder / "train").is_dir()]
+        # Among several sets, the one with the name of the Kaggle set is meant.
+        usual = [folder for folder in sets if folder.name == "chest_xray"]
+        if len(usual) == 1:
+            return usual[0]
+        if len(sets) == 1:
+            return sets[0]
+        if sets:
+            way = advice("--data-dir", "name one with --data-dir") or "name one of them"
+            raise InputError(f"{data_dir} holds several sets ({', '.join(map(str, sets))}): {way}")
+        visited += level
+        level = [path for folder in level for path in _inside(folder)]
+    raise InputError(_no_data(data_dir, classes, visited))
+
+
+def _inside(folder):
+    """The folders in a folder."""
+    return [folder / name for name in subfolders(folder)]
+
+
+def _no_data(data_dir, classes, visited):
+    """The message where there is no train/ in the folders `visited`: what is nearly a set, and what can be
+    given."""
+    near = next(filter(None, map(_almost, visited[:100])), "")
     if not Path(data_dir).is_dir():
         near = " There is no such folder."
     folders = "{train,test}/{" + ",".join(classes) + "}"
@@ -48,7 +89,7 @@ def find_root(data_dir, classes=CLASSES):
         advice("--demo", "  --demo           draw a small synthetic set for a first try"),
     )
     ways = "\n".join(filter(None, ways)) or f"  a folder that holds {folders}"
-    raise InputError(f"no data: {data_dir} has no train/ folder.{near} What there is to give:\n{ways}")
+    return f"no data: {data_dir} has no train/ folder.{near} What there is to give:\n{ways}"
 
 
 def _almost(folder):
@@ -71,7 +112,7 @@ def _almost(folder):
 
 def _holds_images(folder):
     """Whether a folder, or a folder in it, holds files with the names of images. The first thousand count."""
-    for place in (folder, *(folder / name for name in subfolders(folder))):
+    for place in (folder, *_inside(folder)):
         with contextlib.suppress(OSError), os.scandir(place) as entries:
             if any(entry.name.lower().endswith(EXTENSIONS) for entry in itertools.islice(entries, 1000)):
                 return True
@@ -86,7 +127,7 @@ def find_classes(root, healthy=None):
     folder = Path(root, "train")
     names = subfolders(folder)
     if len(names) < 2:
-        inner = [f"{name}/{inner}" for name in names for inner in subfolders(folder / name)]
+        inner = [path.relative_to(folder).as_posix() for name in names for path in _inside(folder / name)]
         inside = f" (in it {', '.join(inner[:5])})" if inner else ""
         there = " and ".join(names) or "no class folder"
         raise InputError(
@@ -96,38 +137,43 @@ def find_classes(root, healthy=None):
         twins = [other for other in names if other.lower() == name.lower()]
         if len(twins) > 1:
             raise InputError(f"{folder} holds {' and '.join(twins)}, which differ in case only: merge them")
-    wanted = (
-        [n for n in names if n.lower() == healthy.lower()] if healthy else list(filter(is_healthy, names))
-    )
-    if healthy and not wanted:
-        raise InputError(f"--healthy {healthy}: {folder} holds {', '.join(names)}")
+    if healthy:
+        wanted = [name for name in names if name.lower() == healthy.lower()]
+        if not wanted:
+            raise InputError(f"--healthy {healthy}: {folder} holds {', '.join(names)}")
+    else:
+        wanted = [name for name in names if is_healthy(name)]
     if len(wanted) != 1:
-        found = "more than one" if wanted else "none"
+        count = "more than one" if wanted else "none"
         raise InputError(
-            f"{found} of the classes {', '.join(names)} is called {', '.join(HEALTHY[:3])}: "
+            f"{count} of the classes {', '.join(names)} is called {', '.join(HEALTHY[:3])}: "
             "say which is the healthy one with --healthy NAME"
         )
-    return (*wanted, *(n for n in names if n not in wanted))
+    others = [name for name in names if name not in wanted]
+    return (*wanted, *others)
 
 
-def list_images(root, part, classes=CLASSES):
-    """The Index of the image files of root/part/<class>/ and of the folders below, sorted by name within each
+# ---------------------------------------------------------------- images
+
+
+def list_images(root, side, classes=CLASSES):
+    """The Index of the image files of root/side/<class>/ and of the folders below, sorted by name within each
     folder.
 
     A line says what was passed over (listing.Search). InputError if a class folder is missing or holds no
     image, or if there is a folder of a class that is not asked."""
-    files, targets, place, search = [], [], Path(root, part), Search()
+    files, targets, place, search = [], [], Path(root, side), Search()
     others = [name for name in subfolders(place) if name not in classes]
     for target, name in enumerate(classes):
         folder, inside = place / name, Search()
         if not folder.is_dir():
             hint = f"; there is {', '.join(others)}" if others else ""
             raise InputError(f"{folder} does not exist: each class needs a folder of its own{hint}")
-        found = [Path(path).relative_to(root).as_posix() for path in inside.walk(folder)]
-        if not found:
+        images = [Path(path).relative_to(root).as_posix() for path in inside.walk(folder)]
+        if not images:
             raise InputError(f"{folder} holds no image: {inside.nothing()}")
-        files += found
-        targets += [target] * len(found)
+        files += images
+        targets += [target] * len(images)
         search.add(inside)
     if others:
         raise InputError(
@@ -135,8 +181,8 @@ def list_images(root, part, classes=CLASSES):
         )
     search.pass_over(_loose(place), "files beside the class folders")
     search.tell(place)
-    patients = [patient_id(f) for f in files]
-    sides = np.full(len(files), part, dtype="U5")
+    patients = [patient_id(file) for file in files]
+    sides = np.full(len(files), side, dtype="U5")
     return Index(files, np.array(targets, dtype=np.int64), patients, same_name(files), sides)
 
 
@@ -145,15 +191,26 @@ def _loose(folder):
     return sum(not p.is_dir() and not is_passed_over(p.name) for p in Path(folder).iterdir())
 
 
-def read_folders(root, classes, parts):
-    """The Index of all images of `parts`, those of PARTS that are read. A line names folders of other names
-    that may be parts."""
-    real = {os.path.realpath(Path(root, part)) for part in PARTS}  # where Train and train are one folder
-    like = [n for n in subfolders(root) if n.lower() in PART_NAMES]
-    ignored = [n for n in like if n not in PARTS and os.path.realpath(Path(root, n)) not in real]
+def read_folders(root, classes, sides):
+    """The Index of all images of `sides`, those of SIDES that are read. A line names folders of other names
+    that may be sides."""
+    real = {os.path.realpath(Path(root, side)) for side in SIDES}  # where Train and train are one folder
+    ignored = []
+    for name in subfolders(root):
+        like_a_side = name.lower() in SIDE_NAMES and name not in SIDES
+        if like_a_side and os.path.realpath(Path(root, name)) not in real:
+            ignored.append(name)
     if ignored:
-        say_once(f"note: {root}: passed over: {', '.join(ignored)}; parts are called {', '.join(PARTS)}")
-    found = [list_images(root, part, classes) for part in parts]
-    files, patients = ([v for index in found for v in getattr(index, k)] for k in ("files", "patients"))
-    targets, known, part = (np.concatenate([index[i] for index in found]) for i in (1, 3, 4))
-    return Index(files, targets, patients, known, part)
+        say_once(f"note: {root}: passed over: {', '.join(ignored)}; parts are called {', '.join(SIDES)}")
+    return joined([list_images(root, side, classes) for side in sides])
+
+
+def joined(indices):
+    """Several Indices, one after the other, as one."""
+    return Index(
+        list(itertools.chain.from_iterable(index.files for index in indices)),
+        np.concatenate([index.targets for index in indices]),
+        list(itertools.chain.from_iterable(index.patients for index in indices)),
+        np.concatenate([index.known for index in indices]),
+        np.concatenate([index.side for index in indices]),
+    )

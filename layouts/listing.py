@@ -1,38 +1,63 @@
-"""The Index of images that every reader of labels returns, and what file names tell: patient and class."""
+"""What a data set holds, as names and labels: the Index that every reader of labels returns, the Listing of a
+set, and what file names tell of the patient. No image is opened.
+"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-PARTS = ("train", "val", "test")
+SIDES = ("train", "val", "test")
 
 
 class Index(NamedTuple):
     """files: [N] names relative to the data folder; targets: int64 [N] class numbers, or int8 [N, K] of
     findings (1 present, 0 absent, -1 unknown); patients: [N] names; known: bool [N], whether that name is a
-    patient's or stands for one image; part: [N] the published side, "train", "val", "test", or "" if there is
-    none; content: int64 [N], which files are copies of each other (twins.contents), or None if not asked."""
+    patient's or stands for one image; side: [N] the published one of SIDES, or "" if there is none; content:
+    int64 [N], which files are copies of each other (twins.contents), or None if not asked."""
 
     files: list
     targets: np.ndarray
     patients: list
     known: np.ndarray
-    part: np.ndarray
+    side: np.ndarray
     content: np.ndarray = None
 
     def take(self, positions):
         """The Index of these positions."""
-        files, patients = ([v[i] for i in positions] for v in (self.files, self.patients))
-        content = None if self.content is None else self.content[positions]
-        targets, known, part = (values[positions] for values in (self.targets, self.known, self.part))
-        return Index(files, targets, patients, known, part, content)
+        return Index(
+            [self.files[i] for i in positions],
+            self.targets[positions],
+            [self.patients[i] for i in positions],
+            self.known[positions],
+            self.side[positions],
+            None if self.content is None else self.content[positions],
+        )
 
     @property
     def unknown(self):
         """Number of images whose patient is not known."""
         return int((~self.known).sum())
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A data set before any image is decoded. `root`: its folder; `index`: the Index of all images; `others`:
+    positions of the images that train and validate; `test`: of those that test; `test_from`: where these come
+    from, as text (split.cut_test)."""
+
+    root: Path
+    index: Index
+    others: np.ndarray
+    test: np.ndarray
+    test_from: str
+
+    @property
+    def test_index(self):
+        """The Index of the test images."""
+        return self.index.take(self.test)
 
 
 def same_name(files):

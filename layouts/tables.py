@@ -22,6 +22,19 @@ from layouts.sheets import Listed, column, columns, numbered, open_table, value
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 
 
+def read_set(table, data_dir, findings, *, published=False, pooled=False):
+    """(root, Index) of the images under `data_dir` that a table lists; their published side where NIH's lists
+    of files are there, unless the sides are `pooled`. InputError if the `published` split is asked for and
+    there are no such lists."""
+    root = Path(data_dir)
+    index = read_table(table, root, findings)
+    if not pooled:
+        index = published_lists(index, root)
+    if published and not (index.side == "test").any():
+        raise InputError(f"--split published: {root} has no {' and '.join(LISTS.values())}")
+    return root, index
+
+
 def find_table(path, data_dir):
     """The path of a table: as it is, or else inside the data folder. InputError if it is in neither."""
     for place in (Path(path), Path(data_dir, path)):
@@ -73,8 +86,9 @@ def read_table(path, root, findings):
     """
     head, rows = open_table(path)
     nih = is_nih(head)
-    name_column = column(head, "Image Index" if nih else "path")
-    patient_column = column(head, "Patient ID" if nih else "patient")
+    name_column, patient_column = column(head, "path"), column(head, "patient")
+    if nih:
+        name_column, patient_column = column(head, "Image Index"), column(head, "Patient ID")
     if name_column is None:
         raise InputError(
             f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path; "
@@ -110,13 +124,7 @@ def read_table(path, root, findings):
         patients.append(patient or file)
         known.append(bool(patient))
     listed.say_guessed()
-    if repeated:
-        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
-    if absent:
-        say(f"note: {path}: {absent} of {len(seen)} images listed are not under {root}; passed over")
-    unlisted = len(here) - len(used)
-    if unlisted:
-        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
+    _say_left_out(path, root, repeated, f"{absent} of {len(seen)}" if absent else "", len(here) - len(used))
     if not files:
         where = f"{root}/images*/" if nih else str(root)
         there = min(here.values(), default="no image")
@@ -126,6 +134,16 @@ def read_table(path, root, findings):
         )
     targets = np.array(targets, dtype=np.int8).reshape(len(files), len(findings))
     return Index(files, targets, patients, np.array(known), np.full(len(files), "", dtype="U5"))
+
+
+def _say_left_out(path, root, repeated, absent, unlisted):
+    """Notes on the rows and images that a table's Index leaves out: numbers; `absent`: "3 of 10", or ""."""
+    if repeated:
+        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
+    if absent:
+        say(f"note: {path}: {absent} images listed are not under {root}; passed over")
+    if unlisted:
+        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
 
 
 def find_table_images(root, nih, used=()):
@@ -148,28 +166,32 @@ def find_table_images(root, nih, used=()):
 
 
 def published_lists(index, root):
-    """The Index with `part` filled in from train_val_list.txt and test_list.txt under `root`, where these are
+    """The Index with `side` filled in from train_val_list.txt and test_list.txt under `root`, where these are
     there. InputError if only one is, or a file stands in both."""
-    paths = {part: Path(root, name) for part, name in LISTS.items()}
+    paths = {side: Path(root, name) for side, name in LISTS.items()}
     there = [path for path in paths.values() if path.is_file()]
     if not there:
         return index
     if len(there) == 1:
         missing = next(path for path in paths.values() if path not in there)
         raise InputError(f"{there[0]} is there, but not {missing}: the published split needs both")
-    sides = {}
-    for part, path in paths.items():
+    side_of = {}  # {name in a list: its side}
+    for side, path in paths.items():
         check_regular(path)
         lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         for name in filter(None, map(str.strip, lines)):
-            if sides.setdefault(name, part) != part:
+            if side_of.setdefault(name, side) != side:
                 raise InputError(f"{name} is in {paths['train']} and in {path}: it can be on one side only")
-    part = np.array([sides.get(f, sides.get(os.path.basename(f), "")) for f in index.files], dtype="U5")
-    if not (part == "train").any():
+    sides = []
+    for file in index.files:
+        bare = side_of.get(os.path.basename(file), "")  # NIH's lists hold names without folders
+        sides.append(side_of.get(file, bare))
+    sides = np.array(sides, dtype="U5")
+    if not (sides == "train").any():
         raise InputError(f"none of the images is in {paths['train']}, so none can train: check --data-dir")
-    if unlisted := int((part == "").sum()):
+    if unlisted := int((sides == "").sum()):
         say(f"note: {unlisted} images are in neither {LISTS['train']} nor {LISTS['test']}; passed over")
-    return index._replace(part=part).take(np.flatnonzero(part != ""))
+    return index._replace(side=sides).take(np.flatnonzero(sides != ""))
 
 
 def read_patients(path, index, root=""):

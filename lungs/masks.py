@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.console import InputError, Pace, advice, say
+from common.console import InputError, advice, progress, say
 from common.files import atomic_path, check_regular, sha256
 from common.safe_files import load_arrays
 from images.cache import allocate, seal, valid_cache
@@ -131,19 +131,29 @@ def load_masks(source, found, files, what, expected, fate="these are shown as th
 
 def _make(path, key, source, found, files, title):
     """Find the lungs on every readable image and write the cache; returns its side file's content."""
-    side, rows, pace, count = found.images.shape[-1], found.rows, Pace(), 0
+    side, rows, count = found.images.shape[-1], found.rows, 0
     masks_of = open_source(source, side, [files[r] for r in rows], title)
     with atomic_path(path) as tmp:
         array = allocate(tmp, (len(found.images), side, (side + 7) // 8))
-        for begin in range(0, len(rows), 64):
-            some = rows[begin : begin + 64]
+        parts = [rows[begin : begin + 64] for begin in range(0, len(rows), 64)]
+        for some in progress(parts, len(rows), title, "images", size=len):
             masks = masks_of(found.images[some], [files[r] for r in some])
             array[some] = pack(masks)
             count += int(plausible(masks).sum())
-            pace.step(begin + len(some), len(rows), f"{title}: {begin + len(some)} of {len(rows)}")
         array.flush()
         del array
     return seal(path, {"key": key, "plausible": count})
+
+
+def of_images(config, decoded, files, title):
+    """The packed masks of Decoded images, as a DataConfig asks for them: see load_masks. `title`: what images
+    these are. InputError where masks from a file do not fit how the images are resized."""
+    if holds_masks(config.lungs) and config.resize != "squash":
+        raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
+    fate = "these are left out" if config.input == "pair" else "these are shown as they are"
+    if config.reads_lungs:
+        fate += ", cut in the middle where left and right are read apart"
+    return load_masks(config.lungs, decoded, files, title, config.lungs_sha256, fate)
 
 
 def finder_of(config, device="cpu"):

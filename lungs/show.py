@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lungs.unet import LEAST, MOST, SIDE
+from lungs.unet import LEAST, MOST, SIDE, lung_sized
 
-LOOKS = ("full", "crop", "masked", "masked-crop", "outside")  # what a model can be shown of an image
+INPUT_MODES = ("full", "crop", "masked", "masked-crop", "outside")  # what a model can be shown of an image
 CUT, DARK = (
     0.45,
     16,
@@ -171,26 +171,31 @@ def _beside(lit, number):
 
 def plausible(masks):
     """Which masks, bool [..., S, S], can be lungs by their area: bool [...]."""
-    area = masks.mean(axis=(-2, -1))
-    return (area > LEAST) & (area < MOST)
+    return lung_sized(masks.mean(axis=(-2, -1)))
 
 
-def show(grey, masks, look):
+def show(grey, masks, input_mode):
     """What a model is shown: grey (B, 1, S, S) in [0, 1] and lung masks of the same shape, 0 or 1 -> (B, 1 or
     2, S, S); the second channel is 1 where the model may look (see `cover`).
 
-    look: one of LOOKS; "pair" leaves the image and gives the mask itself. An image without plausible lungs is
-    shown as it is."""
-    if look == "full":
+    input_mode: one of INPUT_MODES; "pair" leaves the image and gives the mask itself. An image without
+    plausible lungs is shown as it is."""
+    if input_mode == "full":
         return grey
-    area = masks.mean(dim=(1, 2, 3), keepdim=True)
-    found = ((area > LEAST) & (area < MOST)).to(grey.dtype)
-    if look == "pair":
+    if input_mode == "pair":
         return torch.cat([grey, masks], 1)
-    pair = torch.cat([grey, 1 - masks * found if look == "outside" else masks * found + (1 - found)], 1)
-    if look in ("crop", "masked-crop"):
-        pair = crop(pair, boxes(masks * found))
-    return pair[:, :1] if look == "crop" else pair
+    plausible_ones = lung_sized(masks.mean(dim=(1, 2, 3), keepdim=True)).to(grey.dtype)
+    lungs = masks * plausible_ones
+    if input_mode == "outside":
+        may_look = 1 - lungs
+    else:
+        may_look = lungs + (1 - plausible_ones)
+    pair = torch.cat([grey, may_look], 1)
+    if input_mode in ("crop", "masked-crop"):
+        pair = crop(pair, boxes(lungs))
+    if input_mode == "crop":
+        return pair[:, :1]
+    return pair
 
 
 def cover(shown):

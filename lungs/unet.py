@@ -15,6 +15,22 @@ LEAST, MOST = 0.05, 0.75  # the area of a mask that can be lungs, as a share of 
 UNSURE = 0.4  # 99.9% of the Kermany training images are below 0.38, half of other pictures above 0.4
 
 
+# ---------------------------------------------------------------- masks
+
+
+def lung_sized(area):
+    """Whether an area, as a share of the image, can be that of lungs: float, array or tensor -> bool of the
+    same shape."""
+    return (area > LEAST) & (area < MOST)
+
+
+def soft_dice(soft, truth):
+    """Dice of soft masks and true ones, (B, 1, H, W), each 0 to 1 -> (B,); 1 pixel is added to either, so
+    that two empty masks agree."""
+    sides = (1, 2, 3)
+    return (2 * (soft * truth).sum(sides) + 1) / (soft.sum(sides) + truth.sum(sides) + 1)
+
+
 # ---------------------------------------------------------------- the U-Net
 
 
@@ -67,8 +83,7 @@ class LungNet(nn.Module):
         image, truth = pair[:, :1], (pair[:, 1:] > 0.5).float()
         logits = self.logits(image).float()
         sides = (1, 2, 3)
-        soft = logits.sigmoid()
-        dice = (2 * (soft * truth).sum(sides) + 1) / (soft.sum(sides) + truth.sum(sides) + 1)
+        dice = soft_dice(logits.sigmoid(), truth)
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(sides) + 1 - dice
         found = (logits > 0).float()
         return torch.stack([loss, 2 * (found * truth).sum(sides), found.sum(sides) + truth.sum(sides)], dim=1)

@@ -3,6 +3,7 @@
 In the order to read them:
 
     inputs.py        scaling, precision, views
+    batches.py       batches of a Subset on the device
     build.py         from a config to a model
     cnn.py           timm's convolutional networks
     hybrid.py        left and right lung, read apart

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.console import InputError
-from lungs.show import LOOKS
+from lungs.show import INPUT_MODES
 from lungs.unet import LungNet
 from models.cnn import Cnn
 from models.hybrid import Hybrid
@@ -50,7 +50,7 @@ class Ensemble(nn.Module):
     as a second channel where a member needs them -> logits (B, K).
 
     `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel; `looks`:
-    what each is shown of the image, one of lungs.LOOKS, None for all of it. Softmax of the logits (with
+    what each is shown of the image, one of lungs.INPUT_MODES, None for all of it. Softmax of the logits (with
     `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
     """
 
@@ -67,9 +67,9 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(build_model(config) for config in members)
         if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
             raise InputError("an ensemble needs two or more members, each with its mean, std and look")
-        if unknown := set(self.looks) - set(LOOKS):
+        if unknown := set(self.looks) - set(INPUT_MODES):
             raise InputError(
-                f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(LOOKS)}"
+                f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(INPUT_MODES)}"
             )
 
     def scaled(self, x, view=lambda shown: shown):
@@ -80,7 +80,7 @@ class Ensemble(nn.Module):
             self.members, self.looks, self.config["means"], self.config["stds"]
         ):
             reads = getattr(member, "reads_lungs", False)
-            inputs = Inputs(*map(tuple, scaling), x.device, look=look, reads_lungs=reads)
+            inputs = Inputs(*map(tuple, scaling), x.device, input_mode=look, reads_lungs=reads)
             parts.append(inputs.scale(view(inputs.shown(x[:, :1], x[:, 1:]))))
         return parts
 

@@ -71,7 +71,7 @@ class Cnn(nn.Module):
 
     def features(self, x):
         """Images (B, 3, H, W) -> what the head reads, the last feature map as timm pools it: (B, D)."""
-        if x.device.type != "mps":  # there unproven; elsewhere this layout is faster, see BENCHMARK.md
+        if x.device.type != "mps":  # there unproven; elsewhere this layout is faster, see docs/BENCHMARK.md
             x = x.contiguous(memory_format=self.layout)
         return self.body.forward_head(self.tap(self.body.forward_features(x)))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.console import InputError
-from lungs.unet import LEAST, MOST
+from lungs.unet import lung_sized, soft_dice
 from vit import Block, VisionTransformer
 
 SIDE = 56  # of the feature map that is cut and pooled
@@ -17,8 +17,7 @@ NARROWEST = 0.25  # the cut between the lungs stays this far from either edge, a
 
 def found(masks):
     """Whether the area of soft masks (B, 1, S, S) can be that of lungs: bool (B,)."""
-    area = masks.mean(dim=(1, 2, 3))
-    return (area > LEAST) & (area < MOST)
+    return lung_sized(masks.mean(dim=(1, 2, 3)))
 
 
 def midlines(masks):
@@ -184,7 +183,6 @@ class Hybrid(nn.Module):
         """The segmentation loss of every image, (B,)."""
         truth = F.interpolate(masks.float(), size=(SIDE, SIDE), mode="area").clamp(0, 1)
         logits, sides = self.neck.segment(large.float()), (1, 2, 3)
-        soft = logits.sigmoid()
-        dice = (2 * (soft * truth).sum(sides) + 1) / (soft.sum(sides) + truth.sum(sides) + 1)
+        dice = soft_dice(logits.sigmoid(), truth)
         entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(sides)
         return 0.5 * entropy + 0.5 * (1 - dice)

@@ -19,11 +19,11 @@ SCALING = {"mean": Number(float, -1000, 1000), "std": Number(float, 0, 1000, abo
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `device`:
-    torch.device; `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape whose logits are
-    averaged (test-time augmentation), none for the image itself; `look`: what of an image the model is shown,
-    one of lungs.LOOKS; `reads_lungs`: whether the model is given the mask of the lungs, too, as the last
-    channel.
+    """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `device`: torch.device;
+    `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape whose logits are averaged
+    (test-time augmentation), none for the image itself; `input_mode`: what of an image the model is shown,
+    one of lungs.INPUT_MODES; `reads_lungs`: whether the model is given the mask of the lungs, too, as the
+    last channel.
 
     "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
     the model may look; for a model that reads them, the lungs follow as one more channel. Random changes and
@@ -34,13 +34,13 @@ class Inputs:
     device: torch.device
     amp: bool = False
     views: tuple = ()
-    look: str = "full"
+    input_mode: str = "full"
     reads_lungs: bool = False
 
     @property
     def needs_lungs(self):
         """Whether images must come with masks of the lungs."""
-        return self.look != "full" or self.reads_lungs
+        return self.input_mode != "full" or self.reads_lungs
 
     @classmethod
     def of_run(cls, results, device, tta=None):
@@ -102,10 +102,10 @@ class Inputs:
 
     def shown(self, grey, masks):
         """[B, 1, S, S] in [0, 1] and masks of the lungs, 0 or 1, of the same shape -> grey."""
-        shown = show.show(grey, masks, self.look)
+        shown = show.show(grey, masks, self.input_mode)
         if not self.reads_lungs:
             return shown
-        if self.look in ("crop", "masked-crop"):
+        if self.input_mode in ("crop", "masked-crop"):
             masks = show.show(masks, masks, "crop")
         return torch.cat([shown, masks], dim=1)
 
@@ -119,7 +119,7 @@ class Inputs:
     def scale(self, grey):
         """Grey -> (grey - mean) / std with len(mean) channels, by repeating grey, and the lungs as they are
         if the model reads them; what the model may not see is covered first."""
-        if self.look == "pair":
+        if self.input_mode == "pair":
             return grey
         grey = self.cover(grey)
         mean, std = (torch.tensor(v, device=grey.device, dtype=grey.dtype) for v in (self.mean, self.std))

@@ -10,17 +10,14 @@ total to spread over the image. Members that are not Vision Transformers have no
 import contextlib
 import copy
 import itertools
-import math
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import nn
-from tqdm import tqdm
 
-from common.console import Pace
+from common.console import progress
 from common.proportions import alike_interval, no_width
 from common.task import Answer
 from images.augment import gaussian_blur
@@ -29,26 +26,6 @@ METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 BATCH = {"gradcam": 16, "rollout": 4}  # images at once: rollout keeps the attention of every block
 PART = 16  # images at once in the curves
 STEPS = 15  # points of a deletion or insertion curve
-
-
-class Progress:
-    """How far `total` steps are: a bar on a terminal, else a line every half minute; `text` None: neither."""
-
-    def __init__(self, total, text):
-        self.total, self.text, self.done, self.pace = total, text, 0, Pace()
-        self.lines = text is not None and not sys.stderr.isatty()
-        hidden = text is None or self.lines
-        self.bar = tqdm(total=total, desc=text, unit="step", leave=False, disable=hidden)
-
-    def step(self):
-        """One step is done."""
-        self.done += 1
-        self.bar.update()
-        if self.lines:
-            self.pace.step(self.done, self.total, f"{self.text}: {self.done} of {self.total} steps")
-
-    def close(self):
-        self.bar.close()
 
 
 def explainable(model, method="gradcam"):
@@ -237,19 +214,18 @@ def regions(maps, lungs):
     return out
 
 
-def faithfulness(model, inputs, grey, lungs, methods, layer=-1, target=1, progress=None):
+def faithfulness(model, inputs, grey, lungs, methods, layer=-1, target=1, title=None):
     """Every test of the maps for class `target` -> JSON for explain.json.
 
     grey: float32 [N, 1 or 2, S, S], N >= 1, images as the model sees them (Inputs.cover), which it rightly
     calls `target`; lungs: bool [N, S, S], the lungs on them. Returns {"images": N,
     "random" and each of `methods`: {"deletion", "insertion": mean_interval of the area under the curve}}. A
     method also has both areas minus those of random order, what `regions` gives, and "randomised": the mean
-    rank correlation of its maps with those of each `randomised` model, on the first 8 images. `progress`: how
+    rank correlation of its maps with those of each `randomised` model, on the first 8 images. `title`: how
     to call this where it says how far it is; None: it does not.
     """
     redrawn = max(len(member.layers()) for member in _members(model))
-    progress = Progress(math.ceil(len(grey) / PART) + len(methods) * redrawn, progress)
-    maps, areas = _areas_under_curves(model, inputs, grey, methods, layer, target, progress)
+    maps, areas = _areas_under_curves(model, inputs, grey, methods, layer, target, title)
     out = {"images": len(grey)}
     for name, found in areas.items():
         out[name] = {curve: mean_interval(area) for curve, area in found.items()}
@@ -259,23 +235,21 @@ def faithfulness(model, inputs, grey, lungs, methods, layer=-1, target=1, progre
             out[method][f"{curve}_minus_random"] = mean_interval(area - areas["random"][curve])
         out[method] |= regions(maps[method], lungs)
         out[method]["randomised"] = []
-        for name, other in randomised(model):
+        models_title = title and f"{title}, {METHODS[method]} of redrawn weights"
+        for name, other in progress(randomised(model), redrawn, models_title, "models"):
             rho = _rank_correlation(maps[method][:8], compute(method, other, x, layer, target).cpu())
             out[method]["randomised"].append({"down_to": name, "rank_correlation": rho})
-            progress.step()
-    progress.close()
     return out
 
 
-def _areas_under_curves(model, inputs, images, methods, layer, target, progress):
-    """({method: maps [N, h, w] on the CPU}, {method or "random": {"deletion", "insertion": float64 [N]}});
-    a step of `progress` for each part of the images."""
+def _areas_under_curves(model, inputs, images, methods, layer, target, title):
+    """({method: maps [N, h, w] on the CPU}, {method or "random": {"deletion", "insertion": float64 [N]}})."""
 
     def probability(grey):
         return as_answer(target).probability(inputs.logits(model, grey).cpu().numpy())
 
     rng, maps, areas = np.random.default_rng(0), {m: [] for m in methods}, {}
-    for part in images.split(PART):
+    for part in progress(images.split(PART), len(images), title, "images", size=len):
         grey, ranks = part.to(inputs.device), {}
         for method in methods:
             found = compute(method, model, inputs.scale(grey), layer, target)
@@ -287,7 +261,6 @@ def _areas_under_curves(model, inputs, images, methods, layer, target, progress)
         for name, order in ranks.items():
             for curve, scores in zip(("deletion", "insertion"), curves(probability, grey, order)):
                 areas.setdefault(name, {}).setdefault(curve, []).extend(scores.mean(axis=1))
-        progress.step()
     areas = {name: {c: np.array(a) for c, a in found.items()} for name, found in areas.items()}
     return {m: torch.cat(parts) for m, parts in maps.items()}, areas
 

@@ -2,10 +2,13 @@
 
 In the order to read them:
 
-    run.py     a run folder
-    schema.py  what its files must hold
-    lock.py    who trains there
-    curves.py  training curves
-    track.py   TensorBoard, MLflow, W&B
-    onnx.py    a run as one file for other programs
+    run.py       a run folder
+    schema.py    what its files must hold
+    older.py     calibrations of older versions, in the present form
+    progress.py  how far training is
+    begin.py     which folder a training may write
+    lock.py      who trains there
+    curves.py    training curves
+    track.py     TensorBoard, MLflow, W&B
+    onnx.py      a run as one file for other programs
 """

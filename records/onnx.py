@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common import scaling
-from common.console import InputError, Pace
+from common.console import InputError, progress
 from common.files import atomic_path
 from data import load_split
 from images.drawn import draw_radiograph
@@ -96,7 +96,7 @@ def described(scorer):
         "findings": json.dumps(findings),
         "input": f"grey float32 [batch, 1, {size}, {size}] in [0, 1]; "
         f"files: {scorer.config.resize} to {size} px",
-        "shown": ", ".join(scorer.run.looks) + inside,
+        "shown": ", ".join(scorer.run.input_modes) + inside,
         "mean": json.dumps(results["mean"]),
         "std": json.dumps(results["std"]),
         "scaling": "inside the graph",
@@ -210,12 +210,12 @@ def counted(scorer, session, batch=32):
             raise InputError("the kept scores are of other images: run calibrate.py again")
     except (InputError, OSError) as error:
         return f"decisions on validation could not be counted: {' '.join(str(error).split())}"
-    before, found, pace = scorer.task.scores_from(kept["val_logits"], scorer.calibration), [], Pace()
-    for begin in range(0, len(val), batch):
-        found.append(_run(session, val.pixels(np.arange(begin, min(begin + batch, len(val))))))
-        done = min(begin + batch, len(val))
-        pace.step(done, len(val), f"validation by the ONNX file: {done} of {len(val)} images")
-    after, parts = np.concatenate(found), []
+    before = scorer.task.scores_from(kept["val_logits"], scorer.calibration)
+    batches = np.split(np.arange(len(val)), range(batch, len(val), batch))
+    after = []
+    for index in progress(batches, len(val), "validation by the ONNX file", "images", size=len):
+        after.append(_run(session, val.pixels(index)))
+    after, parts = np.concatenate(after), []
     for mark, thresholds in _thresholds(scorer).items():
         changed = [((before[:, k] >= t) != (after[:, k] >= t)).sum() for k, t in thresholds]
         parts.append(f"{mark} {sum(changed)} of {len(thresholds) * len(val)}")

@@ -26,8 +26,8 @@ import numpy as np
 from common import scaling
 from common.console import InputError, say
 from common.files import (
+    CALIBRATION,
     FORMAT,
-    SCALED,
     atomic_path,
     check_format,
     check_regular,
@@ -38,6 +38,7 @@ from common.files import (
 from common.scripts import there_is
 from common.task import Task
 from records import lock
+from records.older import in_present_form
 from records.schema import (
     BASIS,
     BATCH,
@@ -100,8 +101,8 @@ class Run:
         return self.results["model_config"]["kind"]
 
     @property
-    def looks(self):
-        """What of an image the model is shown: names of lungs.LOOKS, sorted; several only of an ensemble
+    def input_modes(self):
+        """What of an image the model is shown: lungs.INPUT_MODES, sorted; several only of an ensemble
         whose members differ in it."""
         given = self.results["model_config"].get("looks")
         members = given if isinstance(given, list) else []
@@ -276,7 +277,8 @@ class Run:
         return [n for n in ("", "tta") if (self.folder / f"calibration{_dash(n)}.json").exists()]
 
     def calibration(self, name=""):
-        """calibration.json (or that of test-time augmentation, "tta"), checked.
+        """calibration.json (or that of test-time augmentation, "tta"), checked, in the present form: what it
+        says of each finding is under "findings", by name, in the order of the columns.
 
         InputError if absent, newer, damaged, or made for another checkpoint."""
         path = self.folder / f"calibration{_dash(name)}.json"
@@ -285,7 +287,8 @@ class Run:
             flag = " --tta" if name == "tta" else ""
             raise InputError(f"{self} is not calibrated: run python calibrate.py{flag} first")
         calibration = read_json(path)
-        check_format(calibration, path, SCALED)
+        check_format(calibration, path, CALIBRATION)
+        calibration = in_present_form(calibration, self.task)
         if wrong := wrong_calibration(calibration, self.task):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
@@ -293,11 +296,6 @@ class Run:
                 f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
             )
         return calibration
-
-    def findings(self, calibration):
-        """{finding: what a calibration says of it, or {"why_not": text}}, in the order of the columns."""
-        several = "findings" in calibration
-        return calibration["findings"] if several else {self.task.findings[0]: calibration}
 
     def save_calibration(self, calibration, scores, name=""):
         """Write calibration.json and the scores [arrays by name] it was made from."""

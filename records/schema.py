@@ -55,7 +55,7 @@ CALIBRATION = {
     "bootstrap": NATURAL,
     "checkpoint": str,
 }
-FINDING = {  # with one finding it stands beside CALIBRATION, with several under "findings", by name
+FINDING = {  # under "findings", by name
     "threshold": SHARE,
     "val": {"at_0.5": POINT, "at_rec": POINT},
     "test": {"at_0.5": POINT, "at_rec": POINT},
@@ -152,8 +152,7 @@ def wrong_results(results):
 
 def wrong_calibration(value, task):
     """Names of what is missing or wrong in a calibration.json of a Task."""
-    found = wrong_findings(value, task) if "findings" in value else wrong_finding(value)
-    return mismatches(value, CALIBRATION) + wrong_scaling(value, task) + found
+    return mismatches(value, CALIBRATION) + wrong_scaling(value, task) + wrong_findings(value, task)
 
 
 def wrong_scaling(value, task):
@@ -172,7 +171,7 @@ def wrong_scaling(value, task):
 
 
 def wrong_finding(value, sides=("val", "test")):
-    """Names of what is wrong in a calibration of one finding that has figures on `sides`."""
+    """Names of what is wrong in what a calibration says of a finding that has figures on `sides`."""
     spec = {k: v for k, v in FINDING.items() if k not in ("val", "test", "probability")}
     spec |= {side: FINDING[side] for side in sides}
     spec["probability"] = {side: FINDING["probability"][side] for side in sides}
@@ -187,28 +186,40 @@ def wrong_finding(value, sides=("val", "test")):
 
 
 def wrong_findings(value, task):
-    """Names of what is wrong in a calibration of several findings."""
-    figures = {"findings": [str]} | (CLASS_FIGURES if task.kind == "softmax" else {})
-    wrong = mismatches(value, {"findings": dict, "summary": {"val": figures, "test": figures}})
-    if wrong:
+    """Names of what is wrong in what a calibration says of each finding, and of all together."""
+    classes = task.kind == "softmax" and task.outputs > 2
+    figures = {"findings": [str]} | (CLASS_FIGURES if classes else {})
+    if wrong := mismatches(value, {"findings": dict}):
         return wrong
     if tuple(value["findings"]) != task.findings:
         return ["the names of the findings"]
     for name, found in value["findings"].items():
-        wrong += mismatches(found, {"curves": dict}, name)
-        if not wrong:
-            curves = dict.fromkeys(found["curves"], {"auroc": SPAN, "auprc": SPAN})
-            wrong += mismatches(found["curves"], curves, f"{name}.curves")
-        if wrong or isinstance(found.get("why_not"), str):
-            continue
-        rare_on_test = isinstance(found.get("test_why_not"), str)
-        sides = ("val",) if rare_on_test else ("val", "test")
-        wrong += [f"{name}.{w}" for w in wrong_finding(found, sides)]
-    for side, summary in value["summary"].items():
+        wrong += [f"{name}.{w}" for w in _wrong_in_finding(found, alone=len(task.findings) == 1)]
+    wrong += mismatches(value, {"summary": {"val": figures, "test": figures}})
+    for side, summary in {} if wrong else value["summary"].items():
         spans = [k for k in ("auroc", "auprc") if summary["findings"] or k in summary]
         wrong += mismatches(summary, dict.fromkeys(spans, SPAN), f"summary.{side}")
         wrong += [f"summary.{side}.findings"] if not set(summary["findings"]) <= set(task.findings) else []
     return wrong
+
+
+def _wrong_in_finding(found, alone):
+    """Names of what is wrong in what is said of a finding. One of several may have a reason instead of a
+    threshold, or of figures on test; an `alone` one has both."""
+    if not isinstance(found, dict):
+        return ["everything"]
+    reasons = [] if alone else [k for k in ("why_not", "test_why_not") if isinstance(found.get(k), str)]
+    sides, wrong = ("val", "test"), []
+    if "test_why_not" in reasons:
+        sides = ("val",)
+    if "why_not" in reasons:
+        sides = ()
+    else:
+        wrong += wrong_finding(found, sides)
+    if not isinstance(found.get("curves"), dict):
+        return [*wrong, "curves"]
+    curves = dict.fromkeys([*sides, *found["curves"]], {"auroc": SPAN, "auprc": SPAN})
+    return wrong + mismatches(found["curves"], curves, "curves")
 
 
 def _counts(value):

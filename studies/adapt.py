@@ -110,11 +110,8 @@ def main():
     names += ["RSNA: opacity against normal", "against abnormal"] if args.rsna else []
     print(f"| run | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
     for run in map(Run, args.run):
-        calibration = run.calibration()["test"]["at_rec"]
-        cells = [
-            cell(calibration, calibration["interval"], k, "bootstrap")
-            for k in ("auroc", "recall", "specificity")
-        ]
+        row = run.calibration()["findings"][run.task.findings[0]]["test"]["at_rec"]
+        cells = [cell(row, row["interval"], k, "bootstrap") for k in ("auroc", "recall", "specificity")]
         y, p, patients, _, threshold = held_out(run, args.nih, folder / "nih_held.csv", device)
         cells += figures(y, p, patients, threshold)
         if args.rsna and run.config.input != "full":

@@ -1,4 +1,4 @@
-"""Apply the rule of EXPERIMENTS.md, section 20, to the runs that studies/matrix.py has left.
+"""Apply the rule of docs/notebook/20-accuracy-the-rule.md to the runs that studies/matrix.py has left.
 
     python studies/matrix.py accuracy --data-dir DIR --weights-dir W --nih NIH_DIR --out outputs/matrix
     python studies/choice.py --out outputs/matrix

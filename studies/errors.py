@@ -45,7 +45,7 @@ def margins(runs):
     for run, scores in zip(runs, found):
         chosen = run.calibration()
         p = run.task.scores_from(scores["test_logits"], chosen)[:, 0]
-        above.append(p - chosen["threshold"])
+        above.append(p - chosen["findings"][run.task.findings[0]]["threshold"])
     return found[0]["test_files"], found[0]["test_labels"], np.stack(above)
 
 

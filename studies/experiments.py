@@ -17,9 +17,9 @@ each run, from its validation images:
   another hospital, mostly of adults, from NIH ChestX-ray14 (Wang et al. 2017, arXiv:1705.02315). A different
   shift altogether.
 - panel (with --nih): the mean of the NIH AUROC and of (corrupted specificity + corrupted recall) / 2; and
-  whether the borrowed AUROC vetoes the run: the rule of EXPERIMENTS.md, section 20.
+  whether the borrowed AUROC vetoes the run: the rule of docs/notebook/20-accuracy-the-rule.md.
 - choice: the mean of the borrowed AUROC and of (corrupted specificity + corrupted recall) / 2. Recipes were
-  once chosen by it, badly (see EXPERIMENTS.md); the recipe of ViT-Ti/16 is now chosen by the NIH AUROC.
+  once chosen by it, badly (see docs/EXPERIMENTS.md); the recipe of ViT-Ti/16 is now chosen by the NIH AUROC.
 
 Figures are kept in signals.json in the run folder, and computed again when the weights, the images or the
 corruptions change. The test images are counted, not opened. With --against-test a second table holds the rank
@@ -67,7 +67,7 @@ class Sets:
 def against_test(rows, runs):
     """Markdown: Spearman's rank correlation of each signal with two test results. `rows`: signals of the
     `runs`, which are calibrated."""
-    test = [run.calibration()["test"]["at_rec"] for run in runs]
+    test = [run.calibration()["findings"][run.task.findings[0]]["test"]["at_rec"] for run in runs]
     names = [k for k, v in rows[0].items() if isinstance(v, float) and k != "minutes"]
     columns = {name: [row[name] for row in rows] for name in names}
     for name in rows[0].get("corruptions", ()):

@@ -39,7 +39,7 @@ from common.files import atomic_path
 from data import DEFAULT_DIR, Batches, load_test, load_train_val
 from images.decode import to_square
 from lungs import masks as masks_module
-from lungs.show import LOOKS, boxes, crop, plausible
+from lungs.show import INPUT_MODES, boxes, crop, plausible
 from models.inputs import Inputs
 from studies.kermany import group
 
@@ -188,8 +188,8 @@ def speeds(subset, unet, count=640):
     for name, source, images in (("U-Net", unet, count), ("heuristic", masks_module.HEURISTIC, 64)):
         finder = masks_module.Finder(source)
         add(f"masks by the {name}", partial(lambda find, chunk: find(pixels[chunk.numpy()]), finder), images)
-    for look in LOOKS:
-        inputs = Inputs((0.5,) * 3, (0.5,) * 3, torch.device("cpu"), look=look)
+    for look in INPUT_MODES:
+        inputs = Inputs((0.5,) * 3, (0.5,) * 3, torch.device("cpu"), input_mode=look)
         batches = Batches(subset, inputs)
         add(f"a batch, --input {look}", partial(lambda i, b, chunk: i.scale(b.get(chunk).x), inputs, batches))
     return "\n".join(lines)

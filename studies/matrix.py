@@ -5,12 +5,12 @@
 
 What is finished is skipped, what was stopped goes on. The parts:
 
-- lungs: each arm with each --input (RESULTS.md, What a model sees);
+- lungs: each arm with each --input (docs/RESULTS.md, What a model sees);
 - arms: the default and the paper recipe of each arm that has weights; and CNNs from random weights for two
   epochs, which shows that they run and nothing else;
 - five: the same recipes on five classes in published parts (--data-dir is that set's);
-- accuracy: the candidates of EXPERIMENTS.md, section 20. By its rule they are not scored on the test images:
-  there is no calibration, and the signals include the corruptions (give --nih for the panel).
+- accuracy: the candidates of docs/notebook/20-accuracy-the-rule.md. By its rule they are not scored on the
+  test images: there is no calibration, and the signals include the corruptions (give --nih for the panel).
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
 seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this
@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-from calibration.intervals import reported_interval
 from common.cli import Parser
 from common.console import InputError, say, start
+from common.proportions import reported_interval
 from records.run import Run
 from studies.signals import panel, read_figures
 
@@ -198,7 +198,7 @@ def line(folder):
     auroc = results["history"][results["best_epoch"] - 1].get("val_auroc")  # none of an autoencoder
     cells = [folder.name, "" if auroc is None else f"{auroc:.3f}"]
     if "" in run.calibrated():
-        first = next(iter(run.findings(run.calibration()).values()))["test"]["at_rec"]
+        first = next(iter(run.calibration()["findings"].values()))["test"]["at_rec"]
         names = ("auroc", "recall", "specificity")
         test = ["{:.3f} [{:.3f}, {:.3f}]".format(first[k], *reported_interval(first, k)) for k in names]
         test.append(f"{first['acc']:.3f}")

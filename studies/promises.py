@@ -8,9 +8,9 @@ Prints four markdown tables:
   It should be in at most 5% of the draws.
 - shares (shift.py): the same where 70% of the validation patients and 10% of the batch are sick, and the sick
   and the healthy are each alike in both. The last column: how often the interval of the share holds 10%.
-- promise (hospital.py): thresholds chosen on n local patients with the finding and as many without; how often
+- promise (site.py): thresholds chosen on n local patients with the finding and as many without; how often
   their true recall is below the floor of 0.95, and what it is on average.
-- watch (betting.py): how many of the hospitals with a true recall at the floor of 0.95 are ever alarmed in
+- watch (sequential.py): how many of the hospitals with a true recall at the floor of 0.95 are ever alarmed in
   3,000 sick patients (at most 5%), and after how many the alarm comes where it is lower.
 """
 

@@ -144,7 +144,7 @@ class Scorer:
         images with their names and targets, and VERSION."""
         results, inputs = self.run.results, self.inputs
         how = [results["model_config"], inputs.mean, inputs.std, "none", inputs.amp, VERSION]
-        how += [inputs.look, self.run.config.lungs_sha256] if inputs.needs_lungs else []
+        how += [inputs.input_mode, self.run.config.lungs_sha256] if inputs.needs_lungs else []
         return sha256([self.run.checkpoint_sha256, how, pixel_fingerprint(subset)])
 
 
@@ -209,9 +209,9 @@ def nih_figures(score, nih):
 
 
 def panel(found):
-    """The panel by which recipes are chosen (EXPERIMENTS.md, section 20) -> {"panel": the mean of the NIH
-    AUROC and of recall and specificity under corruptions at the unchanged threshold; "veto": "yes" if the
-    border of another child misleads the model, else "no"}."""
+    """The panel by which recipes are chosen (docs/notebook/20-accuracy-the-rule.md) -> {"panel": the mean of
+    the NIH AUROC and of recall and specificity under corruptions at the unchanged threshold; "veto": "yes" if
+    the border of another child misleads the model, else "no"}."""
     transfer = (found["corrupted spec"] + found["corrupted recall"]) / 2
     veto = "yes" if found["borrowed AUROC"] < BORROWED_LEAST else "no"
     return {"panel": (found["NIH AUROC"] + transfer) / 2, "veto": veto}

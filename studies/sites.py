@@ -3,7 +3,7 @@
     python studies/sites.py --run outputs/pretrained --nih NIH_DIR
 
 The official test set and another hospital (--nih; studies/nih.py says what is in it) stand for sites. Again
-and again about n images, whole patients, are drawn, thresholds are chosen on them (hospital.py), and applied
+and again about n images, whole patients, are drawn, thresholds are chosen on them (site.py), and applied
 to all other images of the site. Prints markdown: the share of draws in which a threshold could be chosen; of
 these, the share whose recall on the others is below the floor, with a 95% Wilson interval over draws; and
 mean recall and specificity there, with the range of the middle 95% of the draws.
@@ -43,7 +43,12 @@ def official_test(run):
     them."""
     arrays, calibration = run.scores(), run.calibration()
     truth = run.task.truth(arrays["test_labels"])[:, 0].astype(int)
-    return truth, arrays["test_p1"], arrays["test_patients"], calibration["threshold"]
+    return (
+        truth,
+        arrays["test_p1"],
+        arrays["test_patients"],
+        calibration["findings"][run.task.findings[0]]["threshold"],
+    )
 
 
 def another_hospital(run, folder, device):

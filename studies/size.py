@@ -21,7 +21,7 @@ from calibration.operating_point import Rule, evaluate
 from common.cli import Parser
 from common.console import say, start
 from common.task import Task
-from data import IMG_SIZE, load_train_val, open_index
+from data import IMG_SIZE, load_train_val, read_listing
 from images.split import cut
 from images.subset import input_range
 from layouts import tables
@@ -81,8 +81,8 @@ def main():
     classes = tables.table_findings(args.table)
     settings = dict(labels=args.table, classes=classes, cache_dir=str(work / "cache"))
     config = data.DataConfig(str(work), args.img_size, **settings)
-    _, index, others, _, _ = open_index(config)
-    cut(index.take(others), config.task, True, config.val_share, 0)
+    listing = read_listing(config)
+    cut(listing.index.take(listing.others), config.task, True, config.val_share, 0)
     lap("listing and splitting")
     load_train_val(config, say)
     lap("a start without a cache")

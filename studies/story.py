@@ -1,8 +1,8 @@
-"""The README's story of another hospital, told on NIH images (studies/nih.py says which).
+"""The story of docs/ANOTHER_HOSPITAL.md, told on NIH images (studies/nih.py says which).
 
     python studies/story.py --run outputs/pretrained --nih NIH_DIR --out Data/story
 
-Draws 300 images, of which 200 are labelled, and leaves the others for later; runs the README's commands on a
+Draws 300 images, of which 200 are labelled, and leaves the others for later; runs that page's commands on a
 copy of the run, and prints what they say.
 """
 

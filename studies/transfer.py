@@ -7,7 +7,8 @@ The runs lend their backbones, which are not changed; heads are trained anew, wi
 the table, what is chosen on one source is read on another: the threshold of recall 0.95 on validation read
 under the corruptions of studies/signals.py and on another hospital, and that of the other hospital read on
 validation. With several runs, the mean of their probabilities makes further rows. The rule is that of
-EXPERIMENTS.md, section 20: the greatest panel among those without a veto is chosen; all are scored then.
+docs/notebook/20-accuracy-the-rule.md: the greatest panel among those without a veto is chosen; all are scored
+then.
 """
 
 import sys

@@ -52,7 +52,7 @@ class Outputs:
         self.run, self.calibration = run, run.calibration()
         self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.model, self.task = run.model().to(device), run.task
-        self.threshold = next(iter(run.findings(self.calibration).values()))["threshold"]
+        self.threshold = next(iter(self.calibration["findings"].values()))["threshold"]
 
     def of(self, subset, what):
         """(features [N, D], logits [N, K], patients [N], labels [N, G] of shares.kinds) of a Subset."""

@@ -1,5 +1,5 @@
-"""The block of test images behind half of the false alarms (EXPERIMENTS.md, section 10): which runs it
-misleads, and by what.
+"""The block of test images behind half of the false alarms (docs/notebook/10-another-hospital.md): which
+runs it misleads, and by what.
 
     python studies/unit.py --run outputs/ti16-full outputs/ti16-masked-crop
     python studies/unit.py --run outputs/ti16-masked-crop --transplant
@@ -73,7 +73,8 @@ def transplanted(pixels, donors, change, rng):
 def false_alarms(run):
     """A table row on a calibrated run: how many of the healthy test children are called sick."""
     scores, calibration = run.scores(), run.calibration()
-    called = run.task.scores_from(scores["test_logits"], calibration)[:, 0] >= calibration["threshold"]
+    threshold = calibration["findings"][run.task.findings[0]]["threshold"]
+    called = run.task.scores_from(scores["test_logits"], calibration)[:, 0] >= threshold
     healthy, block = scores["test_labels"] == 0, in_block(scores["test_files"])
     inside, outside = called[healthy & block], called[healthy & ~block]
     cells = [f"{part.sum()} of {len(part)}" for part in (inside, outside)]
@@ -84,10 +85,11 @@ def transplants(run, device):
     """Table rows: the share called sick after each of CHANGES."""
     scorer, calibration = Scorer(run, device), run.calibration()
     scorer.inputs = Inputs.of_calibration(run, calibration, device)
+    threshold = calibration["findings"][run.task.findings[0]]["threshold"]
 
     def called(subset, pixels=None):
         scores = run.task.scores_from(scorer.outputs(subset, pixels), calibration)[:, 0]
-        return (scores >= calibration["threshold"]).mean()
+        return (scores >= threshold).mean()
 
     train, val, _ = load_train_val(run.config, say)
     test = load_test(run.config)

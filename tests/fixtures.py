@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 from PIL import Image
 
 from common import device as device_module
@@ -24,6 +25,18 @@ import data
 from images.drawn import make_synthetic
 from tests.shared import cli, google_arrays, succeed
 
+draw_figure = Figure.savefig
+
+
+def draw_nothing(self, path, **settings):
+    """Figure.savefig, but a picture of the report is one grey pixel: to draw its seven takes five seconds,
+    and nearly a hundred tests make a report. Those that look at pictures ask for `pictures_drawn`."""
+    if Path(path).parent.name != "figures":
+        return draw_figure(self, path, **settings)
+    Image.new("L", (1, 1)).save(path, format="png")
+
+
+Figure.savefig = draw_nothing
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")
@@ -59,6 +72,12 @@ def flags(synthetic, cache):
     return ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32]
 
 
+@pytest.fixture
+def pictures_drawn(monkeypatch):
+    """The pictures of the report are drawn, as a user has them."""
+    monkeypatch.setattr(Figure, "savefig", draw_figure)
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, flags, tiny_npz):
     """One run of each kind, calibrated and compared: folder, and what calibrate and compare printed. Read
@@ -68,7 +87,9 @@ def runs(tmp_path_factory, flags, tiny_npz):
     succeed("train_pretrained", *flags, "--weights", tiny_npz, "--epochs", 2, "--batch-size", 16, cwd=cwd)
     succeed("train_linear", *flags[:4], "--img-size", 64, cwd=cwd)
     calibrated = succeed("calibrate", "--min-recall", 0.9, cwd=cwd)
-    compared = succeed("compare", "--csv", "table.csv", cwd=cwd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draw_figure)
+        compared = succeed("compare", "--csv", "table.csv", cwd=cwd)
     return SimpleNamespace(cwd=cwd, out=cwd / "outputs", calibrated=calibrated, compared=compared)
 
 

@@ -1,5 +1,6 @@
 """Helpers that several test files share."""
 
+import copy
 import csv
 import importlib
 import io
@@ -330,3 +331,21 @@ HEADER = ["Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", 
 
 
 LINK = r"!\[.*?\]\(([^()\s]+)\)"
+
+
+def of_one(calibration):
+    """What a calibration says of its only finding."""
+    (found,) = calibration["findings"].values()
+    return found
+
+
+def with_changes(calibration, changes):
+    """A calibration of one finding, some of it replaced (... deletes): settings, or what is said of it."""
+    calibration = copy.deepcopy(calibration)
+    for key, value in changes.items():
+        place = of_one(calibration) if key in of_one(calibration) else calibration
+        if value is ...:
+            del place[key]
+        else:
+            place[key] = value
+    return calibration

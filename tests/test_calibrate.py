@@ -16,7 +16,7 @@ import metrics
 from calibration import intervals, shift
 from common import files as files_module
 from common import proportions, safe_files
-from common.files import SCALED, write_json
+from common.files import CALIBRATION, write_json
 from common.task import Task
 from images.subset import Subset
 from layouts.listing import patient_id
@@ -30,6 +30,7 @@ from tests.shared import (
     full_decode,
     load_pth,
     middle_below,
+    of_one,
     predict_rows,
     read_json,
     refused,
@@ -54,6 +55,7 @@ def test_calibration_recomputed_from_scores(runs, synthetic, name):
     between = middle_below(
         thr, scores["val_p1"]
     )  # no image lies on the threshold, the decisions are the same
+    result = of_one(result)
     assert result["threshold"] == pytest.approx(between, rel=1e-9)
     assert result["val"]["at_rec"]["recall"] == pytest.approx(recall)
     thr = result["threshold"]
@@ -103,7 +105,7 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     before = p1()
     succeed("calibrate", "--run", out, "--min-recall", 0.5, cwd=own_runs)
     result = read_json(out, "calibration.json")
-    assert result["min_recall"] == 0.5 and result["val"]["at_rec"]["recall"] >= 0.5
+    assert result["min_recall"] == 0.5 and of_one(result)["val"]["at_rec"]["recall"] >= 0.5
     assert scored == [] and np.array_equal(p1(), before)
     state = load_pth(out, "checkpoint.pth")
     state["head.weight"] *= -1
@@ -128,7 +130,7 @@ def test_a_table_of_patients_is_part_of_the_scores(synthetic, tmp_path):
     succeed("train_linear", *argv, "--cache-dir", tmp_path / "c", cwd=tmp_path)
     succeed("calibrate", "--min-recall", 0.5, "--bootstrap", 100, cwd=tmp_path)
     run = Run(tmp_path / "outputs/linear")
-    before = run.calibration()["guarantee"]
+    before = of_one(run.calibration())["guarantee"]
     sick = {patient_id(f) for f in run.scores()["val_files"] if "PNEUMONIA" in f}
     assert before["positive_patients"] == len(sick) > 9
     files = [f for side in ("val", "test") for f in run.scores()[f"{side}_files"]]
@@ -138,7 +140,7 @@ def test_a_table_of_patients_is_part_of_the_scores(synthetic, tmp_path):
     with np.load(run.folder / "reference.npz") as file:
         old_reference = str(file["key"])
     succeed(*again, cwd=tmp_path)
-    assert run.calibration()["guarantee"]["positive_patients"] == 2
+    assert of_one(run.calibration())["guarantee"]["positive_patients"] == 2
     assert set(run.scores()["val_patients"]) <= {"AN", "BN", "AP", "BP"}
     with np.load(run.folder / "reference.npz") as file:
         assert str(file["key"]) != old_reference
@@ -150,7 +152,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
     results = {"model_config": {"kind": "vit", "num_heads": 3}, "mean": [0.5], "std": [0.2]}
     run = SimpleNamespace(checkpoint_sha256="x", results=results, task=Task(), config=SimpleNamespace())
     run.config.lungs_sha256 = "y"
-    inputs = Inputs((0.5,), (0.2,), torch.device("cpu"), look="masked")
+    inputs = Inputs((0.5,), (0.2,), torch.device("cpu"), input_mode="masked")
 
     def subset(seed, masks=0):
         found = toy_subset(8, seed)
@@ -175,7 +177,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
         {"val": subset(0, masks=7)},
         {"run": heads},
         {"inputs": replace(inputs, reads_lungs=True)},
-        {"inputs": replace(inputs, look="crop")},
+        {"inputs": replace(inputs, input_mode="crop")},
         {"inputs": replace(inputs, amp=True)},
         {"tta": {"flip": False}},
     ):
@@ -188,7 +190,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
 def test_scores_of_another_batch_size_decide_alike(own_runs):
     """Chosen with batches of 64 and scored again one by one: no validation image changes sides."""
     out = own_runs / "outputs" / "scratch"
-    chosen, before = read_json(out, "calibration.json"), Run(out).scores()
+    chosen, before = of_one(read_json(out, "calibration.json")), Run(out).scores()
     (out / "scores.npz").unlink()
     succeed("calibrate", "--run", out, "--min-recall", 0.9, "--batch-size", 1, cwd=own_runs)
     after, thr = Run(out).scores(), chosen["threshold"]
@@ -286,7 +288,8 @@ def test_min_recall_from_the_command_line_is_met_on_validation(own_runs):
         succeed("calibrate", "--min-recall", target, cwd=own_runs)
         for name in ("scratch", "pretrained", "linear"):
             assert (
-                read_json(own_runs, "outputs", name, "calibration.json")["val"]["at_rec"]["recall"] >= target
+                of_one(read_json(own_runs, "outputs", name, "calibration.json"))["val"]["at_rec"]["recall"]
+                >= target
             )
 
 
@@ -308,13 +311,14 @@ def test_calibration_json_holds_guarantee_temperature_intervals(bench):
     thr, recall, precision = metrics.choose_threshold_with_guarantee(
         s["val_labels"], s["val_p1"], 0.9, 0.9, groups
     )
+    assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
+    got = of_one(got)
     assert got["guarantee"]["threshold"] == pytest.approx(middle_below(thr, s["val_p1"]), rel=1e-9)
     assert got["guarantee"]["confidence"] == 0.9
     val = got["guarantee"]["val"]["at_guaranteed"]
     assert (val["recall"], val["precision"]) == pytest.approx((recall, precision)) and got["val"][
         "at_guaranteed"
     ] == val
-    assert got["temperature"] == pytest.approx(metrics.fit_temperature(s["val_logits"], s["val_labels"]))
     row = got["test"]["at_rec"]
     assert row["interval"]["recall"]["wilson"] == pytest.approx(
         proportions.wilson_interval(row["tp"], row["tp"] + row["fn"])
@@ -331,7 +335,9 @@ def test_temperature_flag_keeps_decisions(bench):
     plain = files_module.read_json(bench / "outputs/linear/calibration.json")
     assert cli("calibrate", "--run", "outputs/linear", "--temperature", *FLOOR, cwd=bench).code == 0
     warm = files_module.read_json(bench / "outputs/linear/calibration.json")
-    assert warm["temperature_applied"] and warm["threshold"] != plain["threshold"]
+    assert warm["temperature_applied"]
+    warm, plain = of_one(warm), of_one(plain)
+    assert warm["threshold"] != plain["threshold"]
     for side in ("val", "test"):
         for point in ("at_0.5", "at_rec", "at_guaranteed"):
             assert all(
@@ -359,7 +365,7 @@ def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
     done = succeed(*argv, "--temperature", "platt", cwd=tmp_path)
     found, run = read_json(tmp_path, "outputs/run/calibration.json"), Run(tmp_path / "outputs/run")
     line, after = found["platt"]["PNEUMONIA"], run.scores()
-    assert found["format"] == SCALED and not found["temperature_applied"]
+    assert found["format"] == CALIBRATION and not found["temperature_applied"]
     odds = before["val_logits"][:, 1].astype(float) - before["val_logits"][:, 0]
     fitted = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000).fit(odds[:, None], before["val_labels"])
     assert line["slope"] == pytest.approx(fitted.coef_[0, 0], rel=1e-3)
@@ -367,22 +373,22 @@ def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
     assert after["val_p1"].mean() == pytest.approx(before["val_labels"].mean(), abs=1e-6)
     for side in ("val", "test"):
         for point in ("at_rec", "at_guaranteed"):
-            rows = found[side][point], plain[side][point]
+            rows = of_one(found)[side][point], of_one(plain)[side][point]
             assert all(rows[0][k] == rows[1][k] for k in ("tp", "fp", "tn", "fn"))
         changed = ((before[f"{side}_p1"] >= 0.5) != (after[f"{side}_p1"] >= 0.5)).sum()
-        assert found["changed"][side] == {"at_0.5": changed, "at_rec": 0, "at_guaranteed": 0}
+        assert of_one(found)["changed"][side] == {"at_0.5": changed, "at_rec": 0, "at_guaranteed": 0}
         assert f"@0.5 {changed}, @Rec 0, @Guar 0" in done.out
     assert "slope" in done.out and "as common as in validation" in done.out
     rows = predict_rows(tmp_path, "xray/test", "--run", "outputs/run")
     assert [float(r["p_pneumonia"]) for r in rows] == after["test_p1"].tolist()
-    decided = after["test_p1"] >= found["threshold"]
+    decided = after["test_p1"] >= of_one(found)["threshold"]
     assert [r["decision@Rec"] == "PNEUMONIA" for r in rows] == decided.tolist()
     said = cli("predict", "xray/test/NORMAL", "--run", "outputs/run", cwd=tmp_path).err
     share = 100 * before["val_labels"].mean()
     assert "p_... are probabilities, by Platt scaling" in said and f"{share:.1f}% have PNEUMONIA" in said
     text = succeed("compare", cwd=tmp_path).out
     assert f"slope {line['slope']:.3f}, bias {line['bias']:+.3f}" in text and "by Platt scaling" in text
-    row = f"xray/x.jpeg,{found['threshold']},PNEUMONIA"
+    row = f"xray/x.jpeg,{of_one(found)['threshold']},PNEUMONIA"
     (tmp_path / "log.csv").write_text(f"path,score,diagnosis\n{row}\n")
     said = succeed("monitor", "log.csv", "--run", "outputs/run", cwd=tmp_path).err
     assert "for scores after Platt scaling" in said
@@ -401,7 +407,7 @@ def test_platt_scaling_from_calibrate_to_predict_and_compare(bench, tmp_path):
     for words, kept in (((), False), (("scale",), True)):
         succeed(*argv, *(("--temperature", *words) if words else ()), cwd=tmp_path)
         last = read_json(tmp_path, "outputs/run/calibration.json")
-        assert last["temperature_applied"] is kept and "platt" not in last and last["format"] == 1
+        assert last["temperature_applied"] is kept and "platt" not in last and last["format"] == CALIBRATION
     refused(cli(*argv, "--temperature", "isotonic", cwd=tmp_path), "isotonic")
 
 

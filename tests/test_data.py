@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import data
 from common.console import InputError
-from data import Batches, load_test, load_train_val, statistics
+from data import load_test, load_train_val, statistics
 from images import split
 from images.split import say_shared, split_train_val
 from images.subset import pixel_fingerprint
 from layouts.folders import find_root, list_images
 from layouts.listing import patient_id
+from models.batches import Batches
 from models.inputs import Inputs
 from tests.shared import CPU, SHARED, touch
 

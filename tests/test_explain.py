@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import explain
+from common import console
 from common.console import InputError, Pace
 from common.files import write_json
 from common.task import Answer
@@ -21,7 +22,7 @@ from models.inputs import Inputs
 from records.run import Run
 from report.evidence import map_blocks
 from report.rows import Entry
-from tests.shared import CPU, cli, refused, save_dicom, succeed, tiny_vit
+from tests.shared import CPU, cli, of_one, refused, save_dicom, succeed, tiny_vit
 
 PLAIN = Inputs((0.5,) * 3, (0.5,) * 3, CPU)
 GREY = Inputs((0.0,), (1.0,), CPU)
@@ -321,7 +322,9 @@ def drawn(monkeypatch):
 def test_pictures_are_chosen_on_the_scores_of_calibrate(bench, scratch_run, drawn):
     succeed("explain", "--run", scratch_run, "--split", "test", "--tests", 0, cwd=bench)
     scores = scratch_run.scores()
-    rows = explain.pick(scores["test_labels"], scores["test_p1"], scratch_run.calibration()["threshold"])
+    rows = explain.pick(
+        scores["test_labels"], scores["test_p1"], of_one(scratch_run.calibration())["threshold"]
+    )
     assert drawn == [*explain.picture_names(scores["test_files"][i] for _, i in rows), "sheet.png"]
 
 
@@ -346,7 +349,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     assert scratch_run.explained()["val"]["target"] == name and f"rightly called {name}" in done.out
     assert asked["maps"] == {Answer(target)} and asked["tested"] == Answer(target)
     scores = scratch_run.scores()
-    called = scores["val_p1"] >= scratch_run.calibration()["threshold"]
+    called = scores["val_p1"] >= of_one(scratch_run.calibration())["threshold"]
     right = np.flatnonzero((scores["val_labels"] == target) & (called == target))
     assert len(right) >= 2
     assert np.array_equal(asked["pixels"], load_split(scratch_run, "val").pixels(right))
@@ -460,13 +463,13 @@ def test_reports_of_older_versions_stand_until_their_split_is_explained_again(sc
 
 
 def test_tests_of_maps_say_how_far_they_are(monkeypatch, capsys):
-    """Every step is counted, and there are as many as were announced; without a name it is silent."""
-    monkeypatch.setattr(maps, "Pace", lambda: Pace(every=-1))
+    """Every step is counted, and there are as many as were announced; without a title it is silent."""
+    monkeypatch.setattr(console, "Pace", lambda: Pace(every=-1))
     lungs, grey = np.ones((20, 32, 32), bool), torch.rand(20, 1, 32, 32)
-    maps.faithfulness(tiny_vit(), PLAIN, grey, lungs, ["rollout", "gradcam"], progress="tests")
+    maps.faithfulness(tiny_vit(), PLAIN, grey, lungs, ["rollout", "gradcam"], title="tests")
     lines = capsys.readouterr().err.splitlines()
-    counts = [re.match(r"tests: (\d+) of (\d+) steps: ", line).groups() for line in lines]
-    total = 2 + 2 * 4  # parts of 16 images; for each method the head, two blocks and the patches
-    assert counts == [(str(i + 1), str(total)) for i in range(total)]
+    counts = [re.match(r"tests(?:, .+)?: (\d+) of (\d+) (images|models): ", line).groups() for line in lines]
+    redrawn = [(str(i + 1), "4", "models") for i in range(4)]  # the head, two blocks and the patches
+    assert counts == [("16", "20", "images"), ("20", "20", "images"), *redrawn, *redrawn]
     maps.faithfulness(tiny_vit(), PLAIN, grey[:2], lungs[:2], ["rollout"])
     assert capsys.readouterr().err == ""

@@ -143,7 +143,7 @@ def test_published_lists(tmp_path, capsys):
         published_lists(table(path), tmp_path)
     (tmp_path / "test_list.txt").write_text("b.png\n")
     found = published_lists(table(path), tmp_path)
-    assert found.files == ["images/a.png", "images/b.png"] and found.part.tolist() == ["train", "test"]
+    assert found.files == ["images/a.png", "images/b.png"] and found.side.tolist() == ["train", "test"]
     assert "1 images are in neither train_val_list.txt nor test_list.txt" in capsys.readouterr().err
     (tmp_path / "test_list.txt").write_text("b.png\na.png\n")
     with pytest.raises(InputError, match="a.png is in .*train_val_list.txt and in .*test_list.txt"):
@@ -154,7 +154,7 @@ def test_lists_with_spaces_in_names_and_without_images(tmp_path):
     path = nih_set(tmp_path, ["a b.png,Mass,0,1", "b.png,Edema,0,2"])
     (tmp_path / "train_val_list.txt").write_text("a b.png\n\n")
     (tmp_path / "test_list.txt").write_text("b.png\n")
-    assert published_lists(table(path), tmp_path).part.tolist() == ["train", "test"]
+    assert published_lists(table(path), tmp_path).side.tolist() == ["train", "test"]
     (tmp_path / "train_val_list.txt").write_text("gone.png\n")
     with pytest.raises(InputError, match="none of the images is in .*train_val_list.txt"):
         published_lists(table(path), tmp_path)

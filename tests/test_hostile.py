@@ -13,7 +13,7 @@ import torch
 from common import safe_files
 from common.console import InputError
 from records.run import Run
-from tests.shared import cli, read_json, refused
+from tests.shared import cli, read_json, refused, with_changes
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,11 @@ def test_damaged_results(bench, tmp_path, damage):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"findings": []},
+        {"findings": {"PNEUMONIA": 3}},
+        {"findings": {"PNEUMONIA": {"why_not": "too few", "curves": {}}}},
+        {"summary": {"val": {}, "test": {}}},
+        {"curves": {"val": {"auroc": 0.5}}},
         {"guarantee": []},
         {"guarantee": {"threshold": "0.5", "confidence": 0.95, "positive_patients": 3}},
         {"val": {"at_rec": 0.5, "at_0.5": 0.5}},
@@ -132,7 +137,7 @@ def test_damaged_results(bench, tmp_path, damage):
 def test_damaged_calibration(bench, tmp_path, changes):
     run = tmp_path / "run"
     shutil.copytree(bench / "outputs/linear", run)
-    value = {**read_json(run, "calibration.json"), **changes}
+    value = with_changes(read_json(run, "calibration.json"), changes)
     (run / "calibration.json").write_text(json.dumps(value))
     for script in ("compare", "predict"):
         done = cli(script, *(["xray/test"] if script == "predict" else []), "--run", run, cwd=bench)

@@ -185,7 +185,7 @@ def test_the_mask_follows_what_is_shown(look):
     """The last channel is the mask of the picture before it, cut as that is."""
     masks = shown()[:, 3].bool().numpy()
     pixels = np.where(masks, 200, 50).astype(np.uint8)
-    inputs = Inputs((0.0,) * 3, (1.0,) * 3, CPU, look=look, reads_lungs=True)
+    inputs = Inputs((0.0,) * 3, (1.0,) * 3, CPU, input_mode=look, reads_lungs=True)
     scaled = inputs.scale(inputs.grey(pixels, masks))
     assert scaled.shape == (4, 4, 32, 32)
     on = scaled[:, 3] > 0.99

@@ -15,6 +15,7 @@ from common.task import Task
 from layouts.tables import read_table
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from records.schema import wrong_calibration
+from tests.shared import of_one
 from training.loss import Supervised, total_weight, with_both_classes
 
 FOUR = Task(("No Finding", "Effusion", "Mass", "Edema"), "sigmoid")
@@ -275,7 +276,7 @@ def test_findings_are_evaluated_as_if_alone():
         for side in ("val", "test"):
             z = s[f"{side}_logits"][:, k].astype(float)
             alone[f"{side}_logits"] = np.stack([0 * z, z], axis=1)
-        expected, _ = evaluate(alone, QUICK)
+        expected = of_one(evaluate(alone, QUICK)[0])
         found = calibration["findings"][name]
         assert found["threshold"] == pytest.approx(expected["threshold"], rel=1e-12)
         for point in ("at_rec", "at_0.5"):
@@ -299,16 +300,17 @@ def test_one_finding_with_unknown_labels():
     task, s = Task(("Mass",), "sigmoid"), several(Task(("Mass",), "sigmoid"), unknown=0.3)
     calibration, p1 = evaluate(s, QUICK, task)
     y, p = s["test_labels"][:, 0], scipy.special.expit(s["test_logits"][:, 0].astype(float))
-    known, found = y >= 0, calibration["test"]["at_rec"]
+    known, only = y >= 0, of_one(calibration)
+    found = only["test"]["at_rec"]
     assert np.allclose(p1["test"], p) and len(p) == 400 > known.sum()
-    called = p[known] >= calibration["threshold"]
+    called = p[known] >= only["threshold"]
     matrix = sklearn.metrics.confusion_matrix(y[known], called)
     assert [[found["tn"], found["fp"]], [found["fn"], found["tp"]]] == matrix.tolist()
     assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(y[known], p[known]))
     accuracies = []
     for weights in np.concatenate(list(bootstrap_weights(s["test_patients"], 100))):
         i = np.repeat(np.flatnonzero(known), weights[known])
-        accuracies.append(((p[i] >= calibration["threshold"]) == y[i]).mean())
+        accuracies.append(((p[i] >= only["threshold"]) == y[i]).mean())
     assert found["interval"]["acc"]["bootstrap"] == pytest.approx(np.percentile(accuracies, [2.5, 97.5]))
 
 
@@ -355,6 +357,7 @@ def test_test_images_decide_nothing_about_thresholds(count):
     assert wrong_calibration(rare | {"checkpoint": "x"}, FOUR) == [
         "Effusion.test",
         "Effusion.probability.test",
+        "Effusion.curves.test",
     ]
 
 

@@ -24,9 +24,9 @@ import data
 from common import device
 from common.console import InputError, Interrupted
 from common.task import Task
-from data import Batches
 from images.augment import PRESETS, Augment
 from images.subset import Subset
+from models.batches import Batches
 from models.inputs import Inputs
 from records.run import Run
 from tests.shared import (

@@ -20,7 +20,7 @@ from images.drawn import draw_radiograph
 from lungs import masks as masks_module
 from lungs import show
 from lungs.show import (
-    LOOKS,
+    INPUT_MODES,
     MARGIN,
     already_cut,
     already_cut_in_graph,
@@ -189,7 +189,7 @@ def test_crop_enlarges_a_box():
 def test_what_each_look_shows():
     grey, mask = torch.rand(1, 1, 64, 64), as_tensor(two_lungs())
     inside = mask.bool()
-    shown = {look: cover(show.show(grey, mask, look)) for look in LOOKS}
+    shown = {look: cover(show.show(grey, mask, look)) for look in INPUT_MODES}
     assert torch.equal(shown["full"], grey)
     assert torch.equal(shown["masked"][inside], grey[inside]) and (shown["masked"][~inside] == 0.5).all()
     assert torch.equal(shown["outside"][~inside], grey[~inside]) and (shown["outside"][inside] == 0.5).all()
@@ -204,7 +204,7 @@ def test_what_each_look_shows():
 def test_images_without_plausible_lungs_are_shown_as_they_are(mask):
     grey = torch.rand(1, 1, 64, 64)
     assert not plausible(mask)
-    for look in LOOKS:
+    for look in INPUT_MODES:
         assert torch.allclose(cover(show.show(grey, as_tensor(mask), look)), grey, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_augmentation_moves_image_and_mask_together():
     tone = dict(brightness=0.3, contrast=0.3, gamma=0.3, blur=1.0, noise=0.1, erase=1.0, frame=1.0)
     toned = Augment(**{**NOTHING, **tone})(pair)
     assert torch.equal(toned[:, 1], pair[:, 1]) and not torch.allclose(toned[:, 0], pair[:, 0], atol=0.05)
-    inputs = Inputs((0.5,), (0.25,), torch.device("cpu"), look="masked")
+    inputs = Inputs((0.5,), (0.25,), torch.device("cpu"), input_mode="masked")
     assert (inputs.scale(toned)[:, 0][~mask[:, 0].bool()] == 0).all()  # what is hidden stays one grey
 
 

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 import metrics
 from calibration import intervals, operating_point
 from common import proportions
-from tests.shared import brute_force_threshold, middle_below, tempered
+from tests.shared import brute_force_threshold, middle_below, of_one, tempered
 
 
 @given(
@@ -162,7 +162,8 @@ def test_rounding_flips_no_decision_on_validation(confidence):
     for seed in range(5):
         scores = _scores_of_two_sides(seed)
         rule = operating_point.Rule(confidence=confidence, bootstrap=1)
-        found, p1 = operating_point.evaluate(scores, rule)
+        calibration, p1 = operating_point.evaluate(scores, rule)
+        found = of_one(calibration)
         again = scores["val_logits"] + np.random.default_rng(seed).uniform(-1e-6, 1e-6, (240, 2))
         rounded = tempered(again, 1.0)
         for name in ("at_rec", "at_guaranteed"):
@@ -567,10 +568,10 @@ def test_reported_interval_never_claims_certainty():
     row = metrics.summarize_at_threshold(y, p, 0.5)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, np.arange(40), n=200)
     assert row["interval"]["recall"]["bootstrap"] == [1.0, 1.0]
-    assert intervals.reported_interval(row, "recall") == pytest.approx(proportions.wilson_interval(20, 20))
+    assert proportions.reported_interval(row, "recall") == pytest.approx(proportions.wilson_interval(20, 20))
     row = metrics.summarize_at_threshold(y, p, 0.6)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.6, np.arange(40), n=200)
-    assert intervals.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
+    assert proportions.reported_interval(row, "recall") == row["interval"]["recall"]["bootstrap"]
 
 
 def _clustered(seed, sick=40, healthy=20, images=8):
@@ -591,7 +592,7 @@ def test_interval_of_alike_patients_counts_patients():
         y, p, patients = _clustered(seed)
         row = metrics.summarize_at_threshold(y, p, 0.5)
         row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=40)
-        low, high = intervals.reported_interval(row, "specificity")
+        low, high = proportions.reported_interval(row, "specificity")
         missed += not low <= 0.95 <= high
         if row["specificity"] == 1:
             degenerate += 1
@@ -605,7 +606,7 @@ def test_no_reported_interval_claims_certainty():
     p = np.where(y == 1, p, 0.1)
     row = metrics.summarize_at_threshold(y, p, 0.5)
     row["interval"] = intervals.intervals_at_threshold(y, p, 0.5, patients, n=50)
-    spans = {k: intervals.reported_interval(row, k) for k in row["interval"]}
+    spans = {k: proportions.reported_interval(row, k) for k in row["interval"]}
     assert all(row[k] > 1 - 1e-12 and 0 < lo < hi == 1 for k, (lo, hi) in spans.items()), spans
     assert spans["auroc"] == pytest.approx([0.025 ** (1 / 20), 1])
     for key, n in (("recall", 30), ("specificity", 20), ("precision", 30), ("acc", 50)):
@@ -618,15 +619,15 @@ def test_no_reported_interval_claims_certainty():
         assert np.allclose(found, expected, atol=1e-12)
     nothing = metrics.summarize_at_threshold(y, p, 1.0)  # calls nobody: a precision of nothing
     nothing["interval"] = intervals.intervals_at_threshold(y, p, 1.0, patients, n=50)
-    assert intervals.reported_interval(nothing, "precision") == [0, 1]
+    assert proportions.reported_interval(nothing, "precision") == [0, 1]
     old = {
         "interval": {
             "recall": {"bootstrap": [1.0, 1.0], "wilson": [0.9, 1.0]},
             "auroc": {"bootstrap": [1.0, 1.0]},
         }
     }
-    assert intervals.reported_interval(old, "recall") == [0.9, 1.0]  # as an older version wrote it
-    assert intervals.reported_interval(old, "auroc") == [1.0, 1.0]
+    assert proportions.reported_interval(old, "recall") == [0.9, 1.0]  # as an older version wrote it
+    assert proportions.reported_interval(old, "auroc") == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("auroc, prevalence", [(0.99, 0.5), (0.9, 0.3), (0.7, 0.5), (0.95, 0.02)])
@@ -701,6 +702,7 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
     before = {name: values.copy() for name, values in scores.items()}
     rule = operating_point.Rule(min_recall=0.9, temperature=temperature, bootstrap=60, prevalence=0.2)
     calibration, p1 = operating_point.evaluate(scores, rule)
+    found = of_one(calibration)
     assert list(scores) == list(before) and all((scores[k] == before[k]).all() for k in before)
     fitted = metrics.fit_temperature(scores["val_logits"], scores["val_labels"])
     assert calibration["temperature"] == fitted and calibration["temperature_applied"] is temperature
@@ -710,32 +712,32 @@ def test_evaluate_returns_its_parts_and_leaves_its_input_alone(temperature):
         expected = tempered(logits, fitted if temperature else 1.0)
         assert (p1[split] == expected).all()
         for name in ("at_0.5", "at_rec", "at_guaranteed"):
-            row = dict(calibration[split][name])
+            row = dict(found[split][name])
             interval, at_prevalence = row.pop("interval"), row.pop("at_prevalence")
             assert row == metrics.summarize_at_threshold(y, expected, row["thr"])
             assert interval == intervals.intervals_at_threshold(y, expected, row["thr"], patients, 60)
             ppv, npv = metrics.predictive_values(row["recall"], row["specificity"], 0.2)
             assert at_prevalence == {"prevalence": 0.2, "ppv": ppv, "npv": npv}
         assert (
-            calibration["probability"][split]["before"]["ece"]
+            found["probability"][split]["before"]["ece"]
             == metrics.calibration_error(y, tempered(logits, 1.0))[0]
         )
-        after = calibration["probability"][split]["after"]
+        after = found["probability"][split]["after"]
         assert after["nll"] == metrics.nll(y, tempered(logits, fitted))
     y, p = scores["val_labels"], p1["val"]
     chosen = metrics.choose_threshold_by_min_recall(y, p, 0.9)[0]
-    assert calibration["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)
+    assert found["threshold"] == pytest.approx(middle_below(chosen, p), rel=1e-9)
     promised = metrics.choose_threshold_with_guarantee(y, p, 0.9, 0.95, scores["val_patients"])[0]
-    thr = calibration["guarantee"]["threshold"]
-    assert thr == calibration["test"]["at_guaranteed"]["thr"] == pytest.approx(middle_below(promised, p))
+    thr = found["guarantee"]["threshold"]
+    assert thr == found["test"]["at_guaranteed"]["thr"] == pytest.approx(middle_below(promised, p))
     assert json.loads(json.dumps(calibration)) == calibration
 
 
 def test_evaluate_says_why_there_is_no_guarantee_or_refuses():
     scores = _scores_of_two_sides(1, n=60)
-    calibration, _ = operating_point.evaluate(scores, operating_point.Rule(bootstrap=60))
-    assert calibration["guarantee"]["threshold"] is None and "at_guaranteed" not in calibration["test"]
-    assert "at least 59 are needed" in calibration["guarantee"]["why_not"]
+    found = of_one(operating_point.evaluate(scores, operating_point.Rule(bootstrap=60))[0])
+    assert found["guarantee"]["threshold"] is None and "at_guaranteed" not in found["test"]
+    assert "at least 59 are needed" in found["guarantee"]["why_not"]
     with pytest.raises(ValueError, match="at least 59 are needed"):
         operating_point.evaluate(scores, operating_point.Rule(bootstrap=60, strict=True))
 

@@ -14,7 +14,7 @@ from scipy.stats import binom
 import monitor
 from calibration import sequential
 from common.task import Task
-from tests.shared import cli, refused, succeed
+from tests.shared import cli, of_one, read_json, refused, succeed
 
 
 def test_capital_is_the_average_likelihood_ratio():
@@ -176,7 +176,7 @@ def log_of(path, rows, head="path,score,diagnosis"):
 
 
 def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path):
-    thr = json.loads((own_runs / "outputs/linear/calibration.json").read_text())["threshold"]
+    thr = of_one(read_json(own_runs, "outputs/linear/calibration.json"))["threshold"]
     above, below = f"{min(1, thr + 1e-9)}", f"{max(0, thr - 1e-6)}"
     rows = [f"a{i}.png,{above},PNEUMONIA,p{i // 2},2026-01-{i + 1:02d}" for i in range(20)]
     rows += [f"b{i}.png,{below},normal,q{i},2026-02-01" for i in range(30)]
@@ -236,14 +236,14 @@ def test_monitor_needs_a_threshold(own_runs, tmp_path):
 
 def test_monitor_takes_the_thresholds_of_augmented_views(own_runs, tmp_path):
     folder = own_runs / "outputs/linear"
-    plain = json.loads((folder / "calibration.json").read_text())["threshold"]
+    plain = of_one(read_json(folder, "calibration.json"))["threshold"]
     argv = ("monitor", "--run", "outputs/linear", "--min-recall", 0.95)
     log = log_of(tmp_path / "log.csv", [f"a{i}.png,{plain},PNEUMONIA" for i in range(2)])
     done = cli(*argv, "--tta", log, cwd=own_runs)
     assert done.code == 2 and "run python calibrate.py --tta first" in done.err
     succeed("calibrate", "--run", "outputs/linear", "--tta", "--bootstrap", 100, cwd=own_runs)
-    changed = json.loads((folder / "calibration-tta.json").read_text())
-    changed["threshold"] = min(1, plain + 1e-6)  # so that the two cannot be mistaken for one another
+    changed = read_json(folder, "calibration-tta.json")
+    of_one(changed)["threshold"] = min(1, plain + 1e-6)  # so that the two cannot be mistaken for one another
     (folder / "calibration-tta.json").write_text(json.dumps(changed))
     assert "recall      1.000" in succeed(*argv, log, cwd=own_runs).out
     done = succeed(*argv, "--tta", log, cwd=own_runs)

@@ -12,12 +12,13 @@ from PIL import Image
 import data
 from common.console import InputError
 from common.task import Task
-from data import Batches, load, load_train_val
+from data import load, load_train_val
 from images import twins
 from images.drawn import make_synthetic
 from images.split import epoch_order, groups, image_weights
 from layouts.folders import list_images
 from lungs.show import already_cut
+from models.batches import Batches
 from models.inputs import Inputs
 from records.run import Run
 from tests.shared import (

@@ -22,7 +22,7 @@ from models.inputs import Inputs
 from records import onnx as onnx_module
 from records.run import Run
 from tests.fixtures import FLOOR
-from tests.shared import cli, file_list, predict_rows, refused, save_dicom, succeed, tempered
+from tests.shared import cli, file_list, of_one, predict_rows, refused, save_dicom, succeed, tempered
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -35,7 +35,7 @@ def test_predict_reproduces_calibrate_exactly(bench, tta):
     with np.load(bench / run / f"scores{suffix}.npz") as file:
         assert [r["path"] for r in predictions] == [f"xray/{f}" for f in file["test_files"]]
         assert [float(r["p_pneumonia"]) for r in predictions] == file["test_p1"].tolist()
-        thr = read_json(bench / run / f"calibration{suffix}.json")["threshold"]
+        thr = of_one(read_json(bench / run / f"calibration{suffix}.json"))["threshold"]
         assert [r["decision@Rec"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= thr).tolist()
         assert [r["decision@0.5"] == "PNEUMONIA" for r in predictions] == (file["test_p1"] >= 0.5).tolist()
     backwards = [f"xray/{f}" for f in file_list(bench, run)[::-1][:7]]  # other batches, same scores
@@ -232,7 +232,7 @@ def test_export_counts_decisions_that_precision_changes(bench, halves, monkeypat
     done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
     meta = {p.key: p.value for p in onnx.load(bench / "half.onnx").metadata_props}
     assert meta["precision"] == "fp32" and meta["calibrated in"] == "bf16"
-    kept, threshold = halves.scores(), halves.calibration()["threshold"]
+    kept, threshold = halves.scores(), of_one(halves.calibration())["threshold"]
     pixels = np.stack([decode.decode(bench / "xray" / f, 32) for f in kept["val_files"]])
     inputs = Inputs.of_run(halves.results, torch.device("cpu"))  # fp32 here
     with torch.inference_mode():
@@ -266,7 +266,7 @@ def test_export_matches_pytorch(bench):
     run = "outputs/scratch-seed0"
     assert cli("predict", "--export", "m.onnx", "--run", run, cwd=bench).code == 0
     meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
-    assert float(meta["threshold@Rec"]) == read_json(bench / run / "calibration.json")["threshold"]
+    assert float(meta["threshold@Rec"]) == of_one(read_json(bench / run / "calibration.json"))["threshold"]
     pixels = np.stack([decode.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
     got = runtime.InferenceSession(str(bench / "m.onnx")).run(
         None, {"image": pixels[:, None].astype(np.float32) / 255}

@@ -16,7 +16,7 @@ from calibration.operating_point import Rule
 from common.console import InputError
 from images.drawn import make_synthetic
 from metrics import choose_threshold_by_min_recall, choose_threshold_with_guarantee
-from tests.shared import cli, middle_below, predict_rows, read_json, refused, succeed
+from tests.shared import cli, middle_below, of_one, predict_rows, read_json, refused, succeed
 
 RULE = Rule(bootstrap=200)
 
@@ -280,7 +280,7 @@ def test_a_site_from_labels_to_decisions(own_runs, clinic):
         for row in rows:
             assert (row[f"decision@{point}"] == "PNEUMONIA") == (float(row["p_pneumonia"]) >= only[name])
     before = predict_rows(own_runs, clinic, "--run", "outputs/linear")  # the shipped ones stay
-    shipped = read_json(own_runs, "outputs/linear/calibration.json")["threshold"]
+    shipped = of_one(read_json(own_runs, "outputs/linear/calibration.json"))["threshold"]
     assert all((r["decision@Rec"] == "PNEUMONIA") == (float(r["p_pneumonia"]) >= shipped) for r in before)
     refused(
         cli("predict", clinic, "--run", "outputs/linear", "--site", "x", cwd=own_runs), "'x'", "our clinic"

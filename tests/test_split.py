@@ -9,7 +9,7 @@ from PIL import Image
 import data
 from common.console import InputError
 from common.files import sha256
-from data import load_test, load_train_val, open_index
+from data import load_test, load_train_val, read_listing
 from images.split import BALANCES, cut, cut_test, epoch_order, split_patients, split_train_val, undersampled
 from layouts.folders import list_images
 from tests.shared import SHARED
@@ -113,7 +113,8 @@ def test_patients_of_a_table_decide(pool, tmp_path):
 @pytest.mark.parametrize("split", ["patient", "image", "pooled", "pooled-image"])
 def test_splits_do_not_depend_on_the_order_of_files(pool, split):
     config = data.DataConfig(str(pool), 8, split=split)
-    _, index, others, test, _ = open_index(config)
+    listing = read_listing(config)
+    index, others, test = listing.index, listing.others, listing.test
     shuffled = np.random.default_rng(0).permutation(len(index.files))
     again = cut_test(index.take(shuffled), config)
     for found, expected in zip(again[:2], (others, test)):
@@ -179,7 +180,8 @@ def test_a_table_is_split_alike_in_any_order(listed, tmp_path):
         for path in (listed / "t.csv", tmp_path / "t.csv"):
             classes = ("No Finding", "Edema", "Mass")
             config = data.DataConfig(str(listed), 8, labels=str(path), classes=classes, split=split)
-            _, index, others, test, _ = open_index(config)
+            listing = read_listing(config)
+            index, others, test = listing.index, listing.others, listing.test
             rest = index.take(others)
             by_patient = not split.endswith("image")
             parts = cut(rest, config.task, by_patient, config.val_share, 0)

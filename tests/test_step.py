@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Batches
 from images.augment import Augment, RandAugment, parse_augment
+from models.batches import Batches
 from models.inputs import Inputs
 from tests.shared import CPU, NONE, randomise, small_vit, toy_subset, two_class_gradient
 from training import step as step_module

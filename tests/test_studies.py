@@ -24,7 +24,7 @@ from images.subset import Subset
 from records.run import Run
 from studies import errors, kermany, lung_masks, signals, unit
 from studies.nih import load_nih
-from tests.shared import REPO, SHARED, cli, read_json, refused, succeed
+from tests.shared import REPO, SHARED, cli, of_one, read_json, refused, succeed
 from training import recipe
 
 EXPERIMENTS = "studies.experiments"
@@ -104,7 +104,7 @@ def test_errors_of_several_runs_are_counted_and_drawn(tmp_path):
     runs = [Run(out / f"of-{side}") for side in (32, 64)]
     scores, wrong = runs[0].scores(), []
     for run in runs:
-        sick = run.scores()["test_p1"] >= run.calibration()["threshold"]  # at the applied temperature
+        sick = run.scores()["test_p1"] >= of_one(run.calibration())["threshold"]  # at the applied temperature
         wrong.append(sick != (scores["test_labels"] == 1))
     for file, always in zip(scores["test_files"], wrong[0] & wrong[1]):
         assert (Path(file).stem in listed) == always
@@ -318,7 +318,7 @@ def test_signals_against_test_by_hand(own_bench):
         torch.save(weights, run / "checkpoint.pth")
         calibration = read_json(run, "calibration.json")
         auroc.append(round(float(rng.uniform(0.5, 1)), 4))
-        calibration["test"]["at_rec"]["auroc"] = auroc[-1]
+        of_one(calibration)["test"]["at_rec"]["auroc"] = auroc[-1]
         calibration["checkpoint"] = sha256(run / "checkpoint.pth")
         write_json(run / "calibration.json", calibration)
     done = succeed(EXPERIMENTS, "--against-test", cwd=own_bench)
@@ -526,7 +526,7 @@ def test_speed_of_the_arms_is_printed(tmp_path):
 
 
 def test_the_story_of_another_hospital(own_bench, tmp_path, monkeypatch):
-    """The README's commands, one after the other, on a drawn hospital."""
+    """The commands of docs/ANOTHER_HOSPITAL.md, one after the other, on a drawn hospital."""
     from studies import story
 
     def run(argv, **how):  # in this process, which is faster

@@ -12,7 +12,7 @@ from PIL import Image
 import data
 from common.console import InputError
 from common.task import CLASSES, Task
-from data import load_train_val, open_index
+from data import load_train_val, read_listing
 from images import split, twins
 from images.drawn import draw_radiograph
 from images.subset import Subset
@@ -121,7 +121,8 @@ def test_the_kermany_split_is_the_one_of_old():
     if not root.exists():
         pytest.skip("../shared is absent")
     config = data.DataConfig(str(root))
-    _, index, others, test, _ = open_index(config)
+    listing = read_listing(config)
+    index, others, test = listing.index, listing.others, listing.test
     train, val = split.cut(index.take(others), config.task, True, 0.2, 0)
     assert (len(train), len(val), len(test)) == (4172, 1044, 624)
     old = read_folders(root, CLASSES, ["train"])

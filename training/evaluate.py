@@ -4,16 +4,16 @@ The loop that trains is in loop.py.
 """
 
 import math
-import sys
 import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common.console import InputError, Pace, say
-from data import Batches
+from common import console
+from common.console import InputError, say
+from common.device import gather, processes
 from images.split import epoch_order, image_weights
+from models.batches import Batches
 from training.loss import total_weight
 
 
@@ -21,19 +21,29 @@ from training.loss import total_weight
 def predict(model, subset, inputs, *, output=None, batch_size=64, progress=None):
     """What `output(model, grey)` gives for every image of a Subset, in order; float32 [N, ...] on the CPU.
 
-    By default the logits, `inputs.logits`. The model is in eval mode meanwhile; no augmentation."""
+    By default the logits, `inputs.logits`. The model is in eval mode meanwhile; no augmentation.
+    `progress`: how to call this where it says how far it is; None: it does not."""
     output = output or inputs.logits
     was_training = model.training
     model.eval()
-    batches, parts, pace = Batches(subset, inputs), [], Pace()
+    batches, results = Batches(subset, inputs), []
     chunks = torch.arange(len(subset)).split(batch_size)
-    hidden = progress is None or not sys.stderr.isatty()
-    for i, index in enumerate(tqdm(chunks, desc=progress, unit="batch", leave=False, disable=hidden)):
-        parts.append(output(model, batches.get(index).x))
-        if progress and hidden:
-            pace.step(i + 1, len(chunks), f"{progress}: {len(index) * (i + 1)} of {len(subset)} images")
+    for index in console.progress(chunks, len(subset), progress, "images", size=len):
+        results.append(output(model, batches.get(index).x))
     model.train(was_training)
-    return torch.cat(parts).cpu()
+    return torch.cat(results).cpu()
+
+
+def predict_together(model, subset, inputs, title):
+    """The logits of every image of a Subset, in order, on the CPU; under torchrun every process takes its
+    share."""
+    rank, number = processes()
+    mine = subset.take(np.arange(rank, len(subset), number))
+    own_logits = predict(model, mine, inputs, progress=title)
+    logits = own_logits.new_empty(len(subset), own_logits.shape[1])
+    for other, share in enumerate(gather(own_logits)):
+        logits[other::number] = share
+    return logits
 
 
 def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
@@ -51,18 +61,19 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     def view(model, grey):
         return inputs.features(model, augment(grey))
 
-    outputs = [inputs.features] + [view] * recipe.probe_views
-    features = [predict(model, train, inputs, output=o, progress="features") for o in outputs]
+    views = [inputs.features] + [view] * recipe.probe_views
+    features = [predict(model, train, inputs, output=v, progress="features") for v in views]
     features = torch.cat(features).to(inputs.device)  # (views * N, D)
-    all_targets, origin = (np.concatenate([v] * len(outputs)) for v in (train.targets, train.sources))
-    weights = torch.from_numpy(image_weights(all_targets, origin, recipe.balance)).to(inputs.device)
+    all_targets = np.concatenate([train.targets] * len(views))
+    sources = np.concatenate([train.sources] * len(views))
+    weights = torch.from_numpy(image_weights(all_targets, sources, recipe.balance)).to(inputs.device)
     targets = torch.from_numpy(all_targets).to(inputs.device)
     decay = recipe.weight_decay if recipe.head_decay is None else recipe.head_decay
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
     say_stage(model, stage)
     model.head.train()
     for epoch in range(stage.epochs):
-        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance, origin)
+        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance, sources)
         total = 0.0
         for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
             y, w = targets[index], weights[index]
@@ -91,7 +102,7 @@ def say_stage(model, stage, backbone_lr_scale=1.0):
     total = sum(p.numel() for p in model.parameters())
     rate = f"lr {stage.lr:.1e}"
     if stage.trains == "all" and backbone_lr_scale != 1:
-        part = "of the stem" if hasattr(model, "stem") else "below the head"
-        rate += f", {part} {stage.lr * backbone_lr_scale:.1e}"
+        below = "of the stem" if hasattr(model, "stem") else "below the head"
+        rate += f", {below} {stage.lr * backbone_lr_scale:.1e}"
     what = {"head": "the head alone", "neck": "all but the stem", "all": "everything"}[stage.trains]
     say(f"stage: {what}, {stage.epochs} epochs, {count:,} of {total:,} parameters, {rate}")

@@ -1,25 +1,24 @@
-"""The training loop, shared by every model."""
+"""The training loop, shared by every model: epochs, the best of them, stopping and resuming."""
 
 import math
 import signal
-import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from common.console import InputError, Interrupted, Pace, command_line, say, tell
+from common.console import InputError, Interrupted, command_line, progress, say, tell
 from common.device import device_name, gather, processes, stop_requests, versions
 from common.files import FORMAT
-from data import Batches
 from images.split import epoch_order
+from models.batches import Batches
+from records.progress import Progress
 from records.track import Tracker
-from training.evaluate import predict, say_stage
-from training.optimiser import WarmAverage, learning_rate, parameter_groups, plateau_factor
-from training.recipe import THAWED, differences
+from training.evaluate import predict_together, say_stage
+from training.loss import figures
+from training.optimiser import WarmAverage, adamw, scheduled_rate
+from training.recipe import differences
 from training.step import Gradient, SharedDraws
 
 
@@ -38,14 +37,46 @@ class Loop:
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.gradient = Gradient(objective, self.recipe, inputs, plan.change, teacher)
         self.rank, self.number = processes()
-        self.state = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
-        self.state["head_seconds"] = 0.0  # spent on the head alone, before the epochs
+        self.progress = Progress()
         self.longer = False  # whether a run that is resumed gets more epochs
         self.frozen = None  # whether the stem of a hybrid is, known from the first epoch on
 
+    def fit(self, train, val, others=None):
+        """Train on Subset `train`, validate on Subset `val` -> the content of results.json. `others`: {name:
+        Subset} whose figures are told beside those of `val`, and choose nothing.
+
+        InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
+        request, after saving."""
+        if self.plan.resume and self._nothing_left():
+            return self.run.results
+        self.others = others or {}
+        self.prepare(len(self._order(0, train)))
+        results = self._begin()
+        self.tracker = Tracker(() if self.rank else self.plan.track, self.run)
+        self.tracker.begin(self.meta)
+        try:
+            self._epochs(train, val, results)
+        finally:
+            self.tracker.close()
+        best = self.progress.history[results["best_epoch"] - 1]
+        tell(
+            f"best epoch {results['best_epoch']}: {figures(best, self.recipe.watch)}; "
+            f"{results['minutes']:.1f} min; wrote {self.run}/checkpoint.pth and results.json"
+        )
+        return results
+
+    def smallest_part(self, train):
+        """How many images of a step the network sees at least at once."""
+        return self.gradient.smallest_part(len(self._order(0, train)))
+
+    def keep_head(self, loss, outputs, stage):
+        """Take what `fit_head` returns for the only epoch there is: a linear probe."""
+        self.progress.step, self.progress.loss_sum, self.progress.lr = 1, loss, stage.lr
+        self.gradient.seen = [(torch.arange(len(outputs)), outputs)]
+
     # ------------------------------------------------------------ start and resume
 
-    def finished(self):
+    def _nothing_left(self):
         """Whether the run to be resumed is finished already; says so. InputError if its settings differ."""
         results, last = self.run.results, self.run.load_last()
         before = {**results, **last["meta"]}
@@ -79,61 +110,6 @@ class Loop:
         )
         return True
 
-    def fit(self, train, val, others=None):
-        """Train on Subset `train`, validate on Subset `val` -> the content of results.json. `others`: {name:
-        Subset} whose figures are told beside those of `val`, and choose nothing.
-
-        InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
-        request, after saving."""
-        if self.plan.resume and self.finished():
-            return self.run.results
-        self.others = others or {}
-        self.prepare(len(self._order(0, train)))
-        results, history = self._begin(), self.state["history"]
-        self.tracker = Tracker(() if self.rank else self.plan.track, self.run)
-        self.tracker.begin(self.meta)
-        try:
-            self._train(train, val, results)
-        finally:
-            self.tracker.close()
-        best = history[results["best_epoch"] - 1]
-        tell(
-            f"best epoch {results['best_epoch']}: {self._figures(best)}; {results['minutes']:.1f} min; "
-            f"wrote {self.run}/checkpoint.pth and results.json"
-        )
-        return results
-
-    def _train(self, train, val, results):
-        """The epochs that are left."""
-        source = Batches(train, self.inputs, self.recipe.balance)
-        with stop_requests() as stop:
-            if self.recipe.epochs == 0 and not self.state["epoch"]:
-                self._end_epoch(train, val, results, time.perf_counter())
-            while not self._done():
-                started = time.perf_counter() - self.state["seconds"]
-                if self._train_epoch(source, stop):
-                    self.state["seconds"] = time.perf_counter() - started
-                    self._save_last()
-                    self._write(results)  # so that a new run does not overwrite it unasked
-                    # none: another process was asked
-                    raise self._interrupted(stop[0] if stop else signal.SIGTERM)
-                self._end_epoch(train, val, results, started)
-        results["finished"] = True
-        self._write(results)
-        self.tracker.end(results)
-
-    def _order(self, epoch, train):
-        return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
-
-    def smallest_part(self, train):
-        """How many images of a step the network sees at least at once."""
-        return self.gradient.smallest_part(len(self._order(0, train)))
-
-    def keep_head(self, loss, outputs, stage):
-        """Take what `fit_head` returns for the only epoch there is: a linear probe."""
-        self.state.update(step=1, loss_sum=loss, lr=stage.lr)
-        self.gradient.seen = [(torch.arange(len(outputs)), outputs)]
-
     def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
         recipe, model = self.recipe, self.model.to(self.device)
@@ -141,64 +117,54 @@ class Loop:
         if self.number > 1:  # images are changed alike in all processes, dropout is another in each
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
-        groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = adamw(model, recipe, self.device)
         self.average = WarmAverage(model, recipe.ema) if recipe.ema else None
         self.kept = self.average.module if self.average else model  # what is validated and saved
         self.steps = math.ceil(count / recipe.batch_size)
         self.total = min(recipe.epochs * self.steps, recipe.max_steps or math.inf)
+        self.pending = torch.zeros(2, device=self.device)  # loss of the last steps; requests to stop
 
     def _share(self):
         """The model as it is trained, shared by all processes."""
-        ids = [self.device] if self.device.type == "cuda" else None
-        if self.number > 1 and (layout := getattr(self.model, "layout", None)):
+        self.net = self.model
+        if self.number == 1:
+            return
+        if layout := getattr(self.model, "layout", None):
             self.model.to(memory_format=layout)  # that of its gradients, or DistributedDataParallel warns
-        self.net = DistributedDataParallel(self.model, ids) if self.number > 1 else self.model
-
-    def _enter_stage(self):
-        """Freeze the stem, or let it be trained, as the epoch that comes asks for."""
-        recipe, epoch = self.recipe, self.state["epoch"]
-        frozen = epoch < recipe.frozen_epochs
-        if recipe.frozen_epochs and frozen != self.frozen:
-            self.frozen = frozen
-            self.model.freeze(frozen)
-            self._share()  # DistributedDataParallel must know what has a gradient
-            say_stage(self.model, recipe.stages[0 if frozen else -1], recipe.backbone_lr_scale)
+        ids = [self.device] if self.device.type == "cuda" else None
+        self.net = DistributedDataParallel(self.model, ids)
 
     def _begin(self):
         """The content of results.json, new or from where the run was stopped; an earlier run's files are
         removed."""
-        meta = self.meta
+        began = command_line()
         if self.plan.resume:
             self._restore(self.run.load_last())
             # The command that began the run tells more than the one that resumed it.
-            now = command_line()
-            began = now.replace(" --resume", "") if self.longer else self.run.results.get("command", now)
-            meta = {**meta, "command": began}
+            if self.longer:
+                began = began.replace(" --resume", "")
+            else:
+                began = self.run.results.get("command", began)
         if self.rank == 0:
             self.run.folder.mkdir(parents=True, exist_ok=True)
             self.run.clear(weights=not self.plan.resume)
         results = {
-            "command": command_line(),
-            **meta,
+            "command": began,
+            **self.meta,
             "format": FORMAT,
             "finished": False,
-            "synthetic": meta["split"]["synthetic"],
+            "synthetic": self.meta["split"]["synthetic"],
             "params": sum(p.numel() for p in self.model.parameters()),
             "device": device_name(self.device),
             "versions": versions(),
-            "best_epoch": self.state["best_epoch"],
-            "history": self.state["history"],
-            "minutes": self._minutes(),
+            "best_epoch": self.progress.best_epoch,
+            "history": self.progress.history,
+            "minutes": self.progress.minutes,
         }
         if not self.plan.resume:  # from now on it can be, and no other is begun in its folder unasked
             self._write(results)
             self._save_last()
         return results
-
-    def _minutes(self):
-        """Time of training so far, validation and the stage of the head included."""
-        return (self.state["head_seconds"] + sum(h["seconds"] for h in self.state["history"])) / 60
 
     def _restore(self, last):
         """Model, optimiser, random state and progress from last.pth."""
@@ -207,181 +173,195 @@ class Loop:
                 f"--resume: {self.run} was trained by {len(last['rng'])} processes, now {self.number}"
             )
         try:
-            self.model.load_state_dict(last["model"])
-            self.optimizer.load_state_dict(last["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(last["average"])
-            if self.number > 1 and last.get("draws"):
-                self.gradient.draws.states = last["draws"]
-            elif self.number > 1:
-                say("note: an older version wrote last.pth: the changes of images are drawn from the start")
-            random_state, device_state = last["rng"][self.rank]
-            torch.set_rng_state(random_state)
-            if device_state is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(device_state, self.device)
-            self.state = {**self.state, **last["state"]}
+            self._restore_weights(last)
+            self._restore_random_state(last)
+            self.progress = Progress.from_saved(last["state"])
             self.gradient.put_back(last["seen"][self.rank] if "seen" in last else [])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--resume: {self.run.folder / 'last.pth'} is damaged ({reason})") from None
-        if self.state["step"] == 0 and self.state["best_epoch"] == self.state["epoch"]:
+        if self.progress.step == 0 and self.progress.best_epoch == self.progress.epoch:
             self._save_model()  # the process may have died before it could
-        say(f"resuming {self.run} in epoch {self.state['epoch'] + 1} after step {self.state['step']}")
+        say(f"resuming {self.run} {self.progress.place}")
+
+    def _restore_weights(self, last):
+        """The model, what is trained beside it, their average, and the optimiser."""
+        self.model.load_state_dict(last["model"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(last["average"])
+
+    def _restore_random_state(self, last):
+        """That of this process, and the one that all processes share."""
+        if self.number > 1:
+            if last.get("draws"):
+                self.gradient.draws.states = last["draws"]
+            else:
+                say("note: an older version wrote last.pth: the changes of images are drawn from the start")
+        random_state, device_state = last["rng"][self.rank]
+        torch.set_rng_state(random_state)
+        if device_state is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(device_state, self.device)
+
+    # ------------------------------------------------------------ epochs
+
+    def _epochs(self, train, val, results):
+        """The epochs that are left."""
+        source = Batches(train, self.inputs, self.recipe.balance)
+        with stop_requests() as stop:
+            if self.recipe.epochs == 0 and not self.progress.epoch:  # a linear probe: see keep_head
+                self._end_epoch(train, val, results, time.perf_counter())
+            while not self._done():
+                started = time.perf_counter() - self.progress.seconds
+                if self._train_epoch(source, stop):
+                    self.progress.seconds = time.perf_counter() - started
+                    self._save_last()
+                    self._write(results)  # so that a new run does not overwrite it unasked
+                    signum = stop[0] if stop else signal.SIGTERM  # none: another process was asked
+                    raise self._interrupted(signum)
+                self._end_epoch(train, val, results, started)
+        results["finished"] = True
+        self._write(results)
+        self.tracker.end(results)
 
     def _done(self):
-        epoch, recipe = self.state["epoch"], self.recipe
-        last = self.state["best_epoch"]
-        if recipe.stop_on == "loss" and self.state["history"]:
-            losses = [row["val_loss"] for row in self.state["history"]]
-            last = losses.index(min(losses)) + 1
-        waited = epoch - last >= recipe.patience and "patience" not in self.plan.unused
-        return epoch >= recipe.epochs or epoch * self.steps >= self.total or waited
+        epoch, recipe = self.progress.epoch, self.recipe
+        if epoch >= recipe.epochs or epoch * self.steps >= self.total:
+            return True
+        return "patience" not in self.plan.unused and self.progress.waited(recipe.stop_on) >= recipe.patience
 
     def _interrupted(self, signum):
         """The exception that tells where a run was stopped and how to go on."""
         again = command_line().replace(" --overwrite", "")
-        again += "" if " --resume" in again else " --resume"
-        where = f"in epoch {self.state['epoch'] + 1} after step {self.state['step']}"
-        return Interrupted(f"stopped {where}; saved. Go on with:\n  {again}", signum)
+        if " --resume" not in again:
+            again += " --resume"
+        return Interrupted(f"stopped {self.progress.place}; saved. Go on with:\n  {again}", signum)
 
-    # ------------------------------------------------------------ an epoch
+    def _order(self, epoch, train):
+        return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
+
+    def _train_epoch(self, source, stop):
+        """Run the rest of the epoch that `progress` is in; returns whether to stop. `stop`: the signals that
+        asked for it."""
+        self._enter_stage()
+        self.net.train()
+        if not self.progress.step:
+            self.gradient.seen = []
+        epoch, first, size = self.progress.epoch, self.progress.step, self.recipe.batch_size
+        order = torch.from_numpy(self._order(epoch, source.subset))
+        batches = order.split(size)[: self.total - epoch * self.steps]
+        every = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
+        begin, stopping = time.perf_counter(), False
+
+        def status():
+            speed = (self.progress.step - first) * size / (time.perf_counter() - begin)
+            return f"loss {self.progress.mean_loss:.3f}, {speed:.0f} images/s"
+
+        title = f"epoch {epoch + 1}/{self.recipe.epochs}"
+        for index in progress(batches[first:], len(batches), title, begin=first, status=status):
+            self._add_gradient(source, index)
+            if self.progress.step % every == 0 or self.progress.step == len(batches):
+                stopping = self._read_loss(stop)  # before the weights are changed by it
+            self._change_weights()
+            if stopping:
+                break
+        return stopping
+
+    def _enter_stage(self):
+        """Freeze the stem, or let it be trained, as the epoch that comes asks for."""
+        recipe = self.recipe
+        frozen = self.progress.epoch < recipe.frozen_epochs
+        if recipe.frozen_epochs and frozen != self.frozen:
+            self.frozen = frozen
+            self.model.freeze(frozen)
+            self._share()  # DistributedDataParallel must know what has a gradient
+            say_stage(self.model, recipe.stages[0 if frozen else -1], recipe.backbone_lr_scale)
+
+    def _add_gradient(self, source, index):
+        """The gradient of the batch at positions `index`, clipped; its loss is added to `pending`."""
+        merits = [self.objective.merit(row) for row in self.progress.history]
+        place = self.progress.epoch, self.progress.step
+        self.progress.lr = scheduled_rate(self.recipe, *place, self.steps, self.total, merits)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.progress.lr * group.get("lr_scale", 1.0)  # absent in older last.pth
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending[0] += self.gradient.add(self.net, source, index)
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
+        self.progress.step += 1
+
+    def _read_loss(self, stop):
+        """Add the `pending` loss of all processes to that of the epoch; returns whether any process was asked
+        to stop, so that none waits for one that has left. InputError if the loss is not finite."""
+        self.pending[1] = len(stop)
+        if self.number > 1:
+            dist.all_reduce(self.pending)
+        loss, requests = self.pending.tolist()
+        self.pending.zero_()
+        if not math.isfinite(loss):
+            advice = ", or --no-amp" if self.inputs.amp else ""
+            raise InputError(
+                f"the loss became {loss} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
+                f"learning rate {self.progress.lr:.2e}. Try a smaller --lr{advice}"
+            )
+        self.progress.loss_sum += loss
+        return requests > 0
+
+    def _change_weights(self):
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    # ------------------------------------------------------------ the end of an epoch
 
     def _end_epoch(self, train, val, results, started):
-        """Validate the epoch in `state` and write what is to be kept; `started`: when it began."""
-        row, history = self._validate(train, val), self.state["history"]
+        """Validate the epoch that `progress` is in and write what is to be kept; `started`: when it began."""
+        row = self._validate(train, val)
         row["seconds"] = time.perf_counter() - started
-        best = self.state["best_epoch"]
-        better = not best or self.objective.merit(row) > self.objective.merit(history[best - 1])
-        history.append(row)
-        self.state.update(epoch=self.state["epoch"] + 1, step=0, loss_sum=0.0, seconds=0.0)
-        if better:
-            self.state["best_epoch"] = self.state["epoch"]
+        better = self.progress.end_epoch(row, self.objective.merit)
         # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint from it.
         self._save_last()
         if better:
             self._save_model()
-        results.update(best_epoch=self.state["best_epoch"], minutes=self._minutes())
+        results.update(best_epoch=self.progress.best_epoch, minutes=self.progress.minutes)
         self._write(results)
-        number, recipe = self.state["epoch"], self.recipe
-        self.tracker.epoch(number, row, 1 + (number > recipe.frozen_epochs > 0) + (recipe.freeze_epochs > 0))
-        name = f"epoch {self.state['epoch']}/{self.recipe.epochs}" if self.recipe.epochs else "head alone"
+        number, recipe = self.progress.epoch, self.recipe
+        stage = 1
+        if recipe.freeze_epochs:
+            stage += 1
+        if recipe.frozen_epochs and number > recipe.frozen_epochs:
+            stage += 1
+        self.tracker.epoch(number, row, stage)
+        name = f"epoch {number}/{recipe.epochs}" if recipe.epochs else "head alone"
+        mark = " *" if better else ""
         tell(
-            f"{name}: train loss {row['train_loss']:.4f}, {self._figures(row)}{' *' if better else ''}, "
+            f"{name}: train loss {row['train_loss']:.4f}, {figures(row, recipe.watch)}{mark}, "
             f"lr {row['lr']:.1e}, {row['seconds']:.0f} s"
         )
 
-    def _rate(self):
-        """Learning rate of the step that comes next."""
-        recipe = self.recipe
-        step = self.state["epoch"] * self.steps + self.state["step"]
-        warmup = min(recipe.warmup_epochs * self.steps, self.total)
-        thawed = recipe.frozen_epochs and self.state["epoch"] >= recipe.frozen_epochs
-        peak = recipe.lr * (THAWED if thawed else 1.0)
-        if recipe.schedule == "plateau":
-            peak *= plateau_factor([self.objective.merit(row) for row in self.state["history"]])
-        return learning_rate(step, self.total, warmup, peak, recipe.schedule, recipe.min_lr)
-
-    def _train_epoch(self, source, stop):
-        """Run the rest of the epoch in `state`; returns whether to stop.
-
-        The processes agree on that, so that none waits for one that has left."""
-        state, epoch, size = self.state, self.state["epoch"], self.recipe.batch_size
-        self._enter_stage()
-        self.net.train()
-        order = torch.from_numpy(self._order(epoch, source.subset))
-        if not state["step"]:
-            self.gradient.seen = []
-        batches = order.split(size)[: self.total - epoch * self.steps]
-        look = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
-        running, pace = torch.zeros(2, device=self.device), Pace()
-        begin, seen, stopping = time.perf_counter(), 0, 0.0
-        name = f"epoch {epoch + 1}/{self.recipe.epochs}"
-        quiet = bool(self.rank) or not sys.stderr.isatty()
-        with tqdm(
-            total=len(batches), initial=state["step"], desc=name, unit="step", leave=False, disable=quiet
-        ) as bar:
-            for index in batches[state["step"] :]:
-                state["lr"] = self._rate()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = state["lr"] * group.get("lr_scale", 1.0)  # absent in older last.pth
-                self.optimizer.zero_grad(set_to_none=True)
-                running[0] += self.gradient.add(self.net, source, index)
-                torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
-                state["step"] += 1
-                seen += len(index)
-                if state["step"] % look == 0 or state["step"] == len(batches):
-                    running[1] = len(stop)
-                    if self.number > 1:
-                        dist.all_reduce(running)
-                    value, stopping = running.tolist()
-                    running.zero_()
-                    self._check(value)
-                    state["loss_sum"] += value
-                self.optimizer.step()
-                if self.average is not None:
-                    self.average.update_parameters(self.model)
-                speed = seen / (time.perf_counter() - begin)
-                status = f"loss {state['loss_sum'] / state['step']:.3f}, {speed:.0f} images/s"
-                bar.set_postfix_str(status, refresh=False)
-                bar.update()
-                if quiet:
-                    text = f"{name} step {state['step']}/{len(batches)}: {status}"
-                    pace.step(seen, seen + (len(batches) - state["step"]) * size, text)
-                if stopping:
-                    break
-        return bool(stopping)
-
-    def _check(self, loss):
-        """InputError if the loss of the last steps is not finite."""
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss became {loss} in epoch {self.state['epoch'] + 1}, step {self.state['step']}, at "
-                f"learning rate {self.state['lr']:.2e}. Try a smaller --lr"
-                + (", or --no-amp" if self.inputs.amp else "")
-            )
-
     def _validate(self, train, val):
-        """The history entry of the epoch in `state`; InputError if the validation loss is not finite.
+        """The history entry of the epoch that `progress` is in; InputError if the validation loss is not
+        finite.
 
         Figures of the training images are of the outputs that training saw: augmented, and weights on their
         way."""
-        outputs = self._outputs(val)
+        outputs = predict_together(self.kept, val, self.inputs, "validation")
         targets = torch.from_numpy(val.targets).to(self.device)
         losses = self.objective.losses(outputs.to(self.device), targets)
         loss = float(losses.sum() / self.objective.weights(targets).sum())
         if not math.isfinite(loss):
             raise InputError(
-                f"the validation loss became {loss} in epoch {self.state['epoch'] + 1}: try a smaller --lr"
+                f"the validation loss became {loss} in epoch {self.progress.epoch + 1}: try a smaller --lr"
             )
         watched = self.objective.watch(val.targets, outputs)
-        seen = (part for rank in gather(self.gradient.outputs()) for part in rank)
-        index, logits = (torch.cat(v) for v in zip(*seen))
+        index, logits = self.gradient.seen_by_all()
         watched |= self.objective.watch(train.targets[index.numpy()], logits, "train")
-        mean = self.state["loss_sum"] / self.state["step"]
-        row = {"train_loss": mean, "val_loss": loss, **watched, "lr": self.state["lr"]}
+        row = {"train_loss": self.progress.mean_loss, "val_loss": loss, **watched, "lr": self.progress.lr}
         if self.others:
-            parts = ((n, o.targets, self._outputs(o, n)) for n, o in self.others.items())
-            row["others"] = {n: self.objective.watch(t, o, "held_out") for n, t, o in parts}
+            row["others"] = {}
+        for name, other in self.others.items():
+            outputs = predict_together(self.kept, other, self.inputs, name)
+            row["others"][name] = self.objective.watch(other.targets, outputs, "held_out")
         return row
-
-    def _outputs(self, subset, name="validation"):
-        """What the kept weights give for a Subset, of which every process takes its share; on the CPU."""
-        mine = subset.take(np.arange(self.rank, len(subset), self.number))
-        mine = predict(self.kept, mine, self.inputs, progress=name)
-        outputs = mine.new_empty(len(subset), mine.shape[1])
-        for rank, part in enumerate(gather(mine)):
-            outputs[rank :: self.number] = part
-        return outputs
-
-    def _figures(self, row):
-        """A history entry's validation figures as text; the accuracy where it chooses the epoch."""
-        names = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
-        names |= {"val_accuracy": "val accuracy"} if self.recipe.watch == "accuracy" else {}
-        parts = [f", {name} {row[key]:.4f}" for key, name in names.items() if key in row]
-        for name, found in row.get("others", {}).items():
-            auroc = found.get("held_out_auroc")
-            parts += [] if auroc is None else [f", {name} AUROC {auroc:.4f}"]
-        return f"val loss {row['val_loss']:.4f}" + "".join(parts)
 
     # ------------------------------------------------------------ files
 
@@ -394,20 +374,22 @@ class Loop:
             self.run.save_model(self.kept)
 
     def _save_last(self):
-        cuda = self.device.type == "cuda"
-        rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None))
-        seen = gather(self.gradient.outputs() if self.state["step"] else [])
+        """Write last.pth, from which --resume goes on; what each process has is gathered."""
+        cuda_state = None
+        if self.device.type == "cuda":
+            cuda_state = torch.cuda.get_rng_state(self.device)
+        random_states = gather((torch.get_rng_state(), cuda_state))
+        seen = gather(self.gradient.outputs() if self.progress.step else [])
         if self.rank:
             return
-        self.run.save_last(
-            {
-                "meta": {k: self.meta[k] for k in ("model_config", "recipe", "data", "split")},
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "state": self.state,
-                "average": self.average and self.average.state_dict(),
-                "rng": rng,
-                "draws": self.gradient.draws and self.gradient.draws.states,
-                "seen": seen,
-            }
-        )
+        last = {
+            "meta": {k: self.meta[k] for k in ("model_config", "recipe", "data", "split")},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "state": self.progress.saved(),
+            "average": self.average and self.average.state_dict(),
+            "rng": random_states,
+            "draws": self.gradient.draws and self.gradient.draws.states,
+            "seen": seen,
+        }
+        self.run.save_last(last)

@@ -23,6 +23,22 @@ def with_both_classes(truth):
     return (truth == 1).any(axis=0) & (truth == 0).any(axis=0)
 
 
+def figures(row, watch):
+    """A history entry's validation figures as text; the accuracy where it chooses the epoch."""
+    names = {"val_auroc": "val AUROC", "val_dice": "val Dice"}
+    if watch == "accuracy":
+        names["val_accuracy"] = "val accuracy"
+    text = f"val loss {row['val_loss']:.4f}"
+    for key, name in names.items():
+        if key in row:
+            text += f", {name} {row[key]:.4f}"
+    for name, held_out in row.get("others", {}).items():
+        auroc = held_out.get("held_out_auroc")
+        if auroc is not None:
+            text += f", {name} AUROC {auroc:.4f}"
+    return text
+
+
 class Supervised:
     """The loss of a Task; `watched`, one of WATCHED, chooses the best epoch.
 

@@ -6,6 +6,8 @@ import math
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from training.recipe import THAWED
+
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
 
 
@@ -25,10 +27,24 @@ def plateau_factor(merits):
     epochs in a row brought nothing better (torch's ReduceLROnPlateau with threshold 0)."""
     best, waited, factor = -math.inf, 0, 1.0
     for merit in merits:
-        best, waited = (merit, 0) if merit > best else (best, waited + 1)
+        waited += 1
+        if merit > best:
+            best, waited = merit, 0
         if waited > PLATEAU_PATIENCE:
             factor, waited = factor * PLATEAU_FACTOR, 0
     return factor
+
+
+def scheduled_rate(recipe, epoch, step, steps, total, merits):
+    """Learning rate of the 0-based `step` of an epoch of `steps`, of `total` steps in all; merits: of the
+    epochs before."""
+    peak = recipe.lr
+    if recipe.frozen_epochs and epoch >= recipe.frozen_epochs:
+        peak *= THAWED
+    if recipe.schedule == "plateau":
+        peak *= plateau_factor(merits)
+    warmup = min(recipe.warmup_epochs * steps, total)
+    return learning_rate(epoch * steps + step, total, warmup, peak, recipe.schedule, recipe.min_lr)
 
 
 def rate_scales(model, backbone=1.0, layer_decay=1.0):
@@ -43,27 +59,36 @@ def rate_scales(model, backbone=1.0, layer_decay=1.0):
     top, scales = len(layers) - 1, {}
     stem = {id(p) for p in getattr(model, "stem", model).parameters()}
     for name, p in model.named_parameters():
-        layer = depth.get(id(p), max(0, top - 1) if name.startswith("norm.") else 0)
+        outside = max(0, top - 1) if name.startswith("norm.") else 0
+        layer = depth.get(id(p), outside)
         pretrained = layer < top and id(p) in stem
-        scales[name] = (backbone if pretrained else 1.0) * layer_decay ** (top - layer)
+        factor = backbone if pretrained else 1.0
+        scales[name] = factor * layer_decay ** (top - layer)
     return scales
 
 
 def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
     """Groups for an optimiser, each with its "weight_decay" and its "lr_scale" (see rate_scales): weight
     decay on matrices and kernels; none on biases, norms, tokens and pos_embed."""
-    one_rate = backbone == layer_decay == 1
-    scales = {} if one_rate else rate_scales(model, backbone, layer_decay)
-    groups = {}
-    for decays in (True, False):
-        for name, p in model.named_parameters():
-            plain = p.ndim <= 1 or name.endswith(("_token", "pos_embed"))
-            if p.requires_grad and plain != decays:
-                groups.setdefault((decays, scales.get(name, 1.0)), []).append(p)
-    return [
-        {"params": params, "weight_decay": weight_decay * decays, "lr_scale": scale}
-        for (decays, scale), params in groups.items()
-    ]
+    scales = {}
+    if (backbone, layer_decay) != (1, 1):
+        scales = rate_scales(model, backbone, layer_decay)
+    decaying, plain = {}, {}  # {factor of the learning rate: parameters}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_plain = p.ndim <= 1 or name.endswith(("_token", "pos_embed"))
+            groups = plain if is_plain else decaying
+            groups.setdefault(scales.get(name, 1.0), []).append(p)
+    out = []
+    for groups, decay in ((decaying, weight_decay), (plain, 0.0)):
+        out += [{"params": p, "weight_decay": decay, "lr_scale": scale} for scale, p in groups.items()]
+    return out
+
+
+def adamw(model, recipe, device):
+    """AdamW for the parameters of a model, as a Recipe asks."""
+    groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=device.type in ("cpu", "cuda"))
 
 
 def average_decay(decay, updates):

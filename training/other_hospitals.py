@@ -4,6 +4,7 @@ tables say in the words of the first hospital's classes.
 Validation and test stay the first hospital's, and so does the choice of epoch and threshold.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from common.console import InputError, say
 from common.files import sha256
 from common.task import is_healthy
-from data import load, open_index
+from data import load, read_listing
 from images import twins
 from images.find import Search
 from images.split import cut
@@ -48,12 +49,10 @@ def read(text, config):
 
     InputError where it asks something else than the first hospital."""
     folder, table = parse(text)
-    if config.task.kind == "sigmoid":
-        if not table:
-            raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
-        return folder, _findings(table, folder, config.classes)
     if table:
-        return folder, _classes(table, folder, config.classes)
+        return folder, _of_table(table, folder, config)
+    if config.task.kind == "sigmoid":
+        raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
     if (folder / "train").is_dir():
         return folder, list_images(folder, "train", config.classes)
     root = folder.resolve()
@@ -68,12 +67,11 @@ def load_site(config, folder, labels="", patients=""):
         raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
     if labels:
         root, table = Path(folder), tables.find_table(labels, folder)
-        how = _findings if config.task.kind == "sigmoid" else _classes
-        index = how(table, root, config.classes)
+        index = _of_table(table, root, config)
     else:
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
-    index = index._replace(part=np.full(len(index.files), "site"))
+    index = index._replace(side=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index, root)
     subset, kept, _ = load(config, root, index, "site")
@@ -83,6 +81,13 @@ def load_site(config, folder, labels="", patients=""):
             which = f"{kept.unknown} of {len(subset)} images count, each,"
         say(f"note: {folder}: patients unknown: {which} as a patient of its own; see --patients")
     return subset
+
+
+def _of_table(table, folder, config):
+    """The Index of a table's images, in the words of the first hospital's findings or classes."""
+    if config.task.kind == "sigmoid":
+        return _findings(table, folder, config.classes)
+    return _classes(table, folder, config.classes)
 
 
 def read_unlabelled(text, config):
@@ -95,8 +100,10 @@ def read_unlabelled(text, config):
     if not files:
         raise InputError(f"--also-unlabelled {text}: no image there; {search.nothing()}")
     search.tell(folder)
-    shape = (len(files), config.task.outputs) if config.task.kind == "sigmoid" else len(files)
-    targets = np.full(shape, -1, np.int8 if config.task.kind == "sigmoid" else np.int64)
+    if config.task.kind == "sigmoid":
+        targets = np.full((len(files), config.task.outputs), -1, np.int8)
+    else:
+        targets = np.full(len(files), -1, np.int64)
     unknown = np.zeros(len(files), dtype=bool)
     return folder, Index(files, targets, list(files), unknown, np.full(len(files), "", dtype="U5"))
 
@@ -153,9 +160,9 @@ def _classes(table, folder, classes):
 class Joined:
     """Several arrays of images, or of masks, read as one: the rows of the first, then those of the next."""
 
-    def __init__(self, parts):
-        self.parts = parts
-        self.starts = np.cumsum([0, *map(len, parts)])
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self):
         return int(self.starts[-1])
@@ -164,11 +171,12 @@ class Joined:
         rows = np.asarray(rows)
         which = np.searchsorted(self.starts, rows, side="right") - 1
         if rows.ndim == 0:
-            return self.parts[which][rows - self.starts[which]]
-        out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        for k, part in enumerate(self.parts):
+            return self.arrays[which][rows - self.starts[which]]
+        first = self.arrays[0]
+        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        for k, array in enumerate(self.arrays):
             here = which == k
-            out[here] = part[rows[here] - self.starts[k]]
+            out[here] = array[rows[here] - self.starts[k]]
         return out
 
 
@@ -184,34 +192,37 @@ def join(config, train, val, tell=print):
     if not config.also and not config.also_unlabelled:
         return train, {}, {}
     everything = [*config.also, *config.also_unlabelled]
-    found, held_out, about = [train], {}, {}
-    home, before = open_index(config)[0], []
+    trained_on, held_out, description = [train], {}, {}
+    earlier = [(config.data_dir, read_listing(config).root, train.files)]
     for number, (name, text) in enumerate(zip(names(everything), everything), 1):
         labelled = number <= len(config.also)
-        root, index = (read if labelled else read_unlabelled)(text, config)
-        index = index._replace(content=twins.contents(root, index.files))
-        subset, kept, _ = load(config, root, index, "also")
-        refuse_known(config, name, root, subset, val)
-        say_known(name, root, subset, [(config.data_dir, home, train.files), *before])
-        before.append((name, root, subset.files))
-        subset.files, subset.patients = (
-            [f"{name}/{v}" for v in part] for part in (kept.files, kept.patients)
-        )
-        subset.sources = np.full(len(subset), number)
-        proof = sha256([subset.files, subset.targets.tolist()])
-        parts = {"train": subset}
         if labelled:
-            sides = cut(kept, config.task, True, config.val_share, config.split_seed)
-            parts = {side: subset.take(some) for side, some in zip(("train", "val"), sides)}
-            held_out[name] = parts["val"]
-        found.append(parts["train"])
-        about[name] = {side: len(part) for side, part in parts.items()}
-        about[name] |= {"unknown_patients": kept.unknown, "fingerprint": proof}
-        tell(
-            f"also {name}: "
-            + "; ".join(f"{side} {describe(config, p, labelled)}" for side, p in parts.items())
-        )
-    return concatenated(found), held_out, about
+            root, index = read(text, config)
+        else:
+            root, index = read_unlabelled(text, config)
+        index = index._replace(content=twins.contents(root, index.files))
+        subset, readable, _ = load(config, root, index, "also")
+
+        # By their own names, before the source's name is put in front.
+        refuse_known(config, name, root, subset, val)
+        say_known(name, root, subset, earlier)
+        earlier.append((name, root, subset.files))
+        subset.files = [f"{name}/{file}" for file in readable.files]
+        subset.patients = [f"{name}/{patient}" for patient in readable.patients]
+        subset.sources = np.full(len(subset), number)
+        fingerprint = sha256([subset.files, subset.targets.tolist()])
+
+        sides = {"train": subset}
+        if labelled:
+            positions = cut(readable, config.task, True, config.val_share, config.split_seed)
+            sides = {side: subset.take(some) for side, some in zip(("train", "val"), positions)}
+            held_out[name] = sides["val"]
+        trained_on.append(sides["train"])
+        description[name] = {side: len(images) for side, images in sides.items()}
+        description[name] |= {"unknown_patients": readable.unknown, "fingerprint": fingerprint}
+        listed = [f"{side} {describe(config, images, labelled)}" for side, images in sides.items()]
+        tell(f"also {name}: {'; '.join(listed)}")
+    return concatenated(trained_on), held_out, description
 
 
 def describe(config, subset, labelled):
@@ -226,9 +237,9 @@ def describe(config, subset, labelled):
 def refuse_known(config, name, root, subset, val):
     """InputError if a source holds validation images, pixel for pixel, or test images, byte for byte (those
     are not decoded)."""
-    home, index, _, test, _ = open_index(config)
-    there = index.take(test).files
-    known = same_images(subset, (val,)), twins.same_files(root, subset.files, home, there)
+    listing = read_listing(config)
+    test_files = listing.test_index.files
+    known = same_images(subset, (val,)), twins.same_files(root, subset.files, listing.root, test_files)
     for what, files in zip(("validation", "test"), known):
         if files:
             some = f"{len(files)} of its images, {', '.join(files[:3])} and so on"
@@ -270,11 +281,16 @@ def look_alikes(config, train, val, test):
 
 def concatenated(subsets):
     """Subsets one after the other as one, without copying their images."""
-    files, patients = ([v for s in subsets for v in getattr(s, k)] for k in ("files", "patients"))
-    targets, levels, origin = (
-        np.concatenate([getattr(s, k) for s in subsets]) for k in ("targets", "levels", "sources")
+    images, masks = Joined([s.images for s in subsets]), None
+    if subsets[0].masks is not None:
+        masks = Joined([s.masks for s in subsets])
+    return Subset(
+        list(itertools.chain.from_iterable(s.files for s in subsets)),
+        np.concatenate([s.targets for s in subsets]),
+        images,
+        np.concatenate([s.rows + start for s, start in zip(subsets, images.starts)]),
+        patients=list(itertools.chain.from_iterable(s.patients for s in subsets)),
+        levels=np.concatenate([s.levels for s in subsets]),
+        masks=masks,
+        sources=np.concatenate([s.sources for s in subsets]),
     )
-    images = Joined([s.images for s in subsets])
-    rows = np.concatenate([s.rows + start for s, start in zip(subsets, images.starts)])
-    masks = None if subsets[0].masks is None else Joined([s.masks for s in subsets])
-    return Subset(files, targets, images, rows, patients=patients, levels=levels, masks=masks, sources=origin)

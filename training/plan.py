@@ -1,7 +1,6 @@
 """From a checked command line to a trained run: what a training script needs beside its model."""
 
 import signal
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +27,11 @@ from data import load_train_val, statistics
 from images.augment import Augment, RandAugment
 from images.drawn import SYNTHETIC_DIR, SYNTHETIC_PX, make_synthetic
 from images.split import POOLED
-from images.subset import input_range
+from images.subset import Subset, input_range
 from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
+from records.begin import runs_to_write
 from records.run import Run
 from training import other_hospitals, seen
 from training import recipe as recipes
@@ -61,64 +61,79 @@ class Plan:
 
     def change(self, x):
         """The random changes of training images: what lungs.show gives -> the same shape."""
-        x, more = self.augment(x), self.recipe.randaugment
-        return RandAugment(*map(int, more.split(",")))(x) if more else x
+        x = self.augment(x)
+        if self.recipe.randaugment:
+            number, magnitude = map(int, self.recipe.randaugment.split(","))
+            x = RandAugment(number, magnitude)(x)
+        return x
 
 
-def check_folder(folder):
-    """InputError if a folder cannot be made or written to; none is left behind."""
-    new = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to: {error.strerror}") from None
-    finally:
-        for p in new:
-            if p.exists():
-                p.rmdir()
+# ---------------------------------------------------------------- from the command line to plans
 
 
-def run_from_args(args, suffix=""):
-    """The Run to write; refuses, before any work is done, to overwrite one silently (InputError)."""
-    folder = Path((args.out or args.default_out + ("-demo" if args.demo else "")) + suffix)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: name a folder")
-    if not processes()[0]:
-        check_folder(folder)
-    run = Run(folder)
-    if not processes()[0]:  # the others might see the lock of the first one
-        lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
-    if args.resume:
-        if not (folder / "last.pth").exists() and not suffix:
-            raise InputError(
-                f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
-            )
-    elif not args.overwrite and run.begun:
-        done = run.results["finished"]
-        can_go_on = not done and (folder / "last.pth").exists()
-        raise InputError(
-            f"{run} already holds {'a finished' if done else 'an interrupted'} run: "
-            + ("continue it with --resume, " if can_go_on else "")
-            + "choose another folder with --out, or replace it with --overwrite"
+def plans_from_args(parser, defaults, size=lambda args, usual: usual):
+    """Parse the command line -> (args, [Plan, ...]), one a seed. `size(args, usual)`: the default of
+    --img-size where other models take `usual`.
+
+    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
+    asked to. With --seeds and --resume, seeds not begun are begun.
+    """
+    args, recipe, augment = recipes.parse(parser, defaults)
+    join_processes(args.device)
+    runs = runs_to_write(args, recipe.seed)
+    device, amp = device_and_precision(args)
+    config = checked_data(args, size)
+    config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
+    plans = []
+    for seed, run in runs.items():
+        plan = Plan(
+            replace(recipe, balance=balance, seed=seed),
+            augment,
+            config,
+            run,
+            device,
+            amp,
+            resume=args.resume and (run.folder / "last.pth").exists(),
+            deterministic=args.deterministic,
+            unused=defaults.unused,
+            track=tuple(args.track),
         )
-    return run
+        plans.append(plan)
+    return args, plans
+
+
+def device_and_precision(args):
+    """(torch.device, whether training is in bf16) of --device and --amp."""
+    device = pick_device(args.device)
+    if args.amp is None:
+        return device, fast_bf16(device)
+    return device, args.amp
+
+
+def checked_data(args, size):
+    """The DataConfig of the flags; the data are drawn or fetched if asked to. `size`: see plans_from_args."""
+    with first_process_first():  # nothing is written before every process has checked the flags and folders
+        prepare(args, partial(size, args))
+        return data.DataConfig.from_args(args)
 
 
 def balanced(config, balance, usual):
     """(DataConfig, balance) as --balance asks for them; `usual` is its default, which gives way where images
     have no one class. InputError where the data cannot be balanced so."""
     by_source = balance.startswith("sources")
-    unclear = "--labels" if config.task.kind == "sigmoid" else "--also-unlabelled"
-    if (unclear == "--labels" or config.also_unlabelled) and not by_source:
-        if balance not in ("weights", "none"):
-            if balance != usual:
-                raise InputError(
-                    f"--balance {balance} needs one class an image; with {unclear}: weights, none, or sources"
-                )
-            say(f"note: --balance weights, as with {unclear} no image has one class to be sampled by")
-            balance = "weights"
+    without_class = ""  # the flag by which images have no one class
+    if config.task.kind == "sigmoid":
+        without_class = "--labels"
+    elif config.also_unlabelled:
+        without_class = "--also-unlabelled"
+    if without_class and not by_source and balance not in ("weights", "none"):
+        if balance != usual:
+            raise InputError(
+                f"--balance {balance} needs one class an image; with {without_class}: weights, none, or "
+                "sources"
+            )
+        say(f"note: --balance weights, as with {without_class} no image has one class to be sampled by")
+        balance = "weights"
     if by_source and not config.also:
         raise InputError(f"--balance {balance} is for images of several hospitals: give --also DIR")
     if config.split in POOLED and balance == "undersample-once":  # test is balanced too
@@ -145,37 +160,7 @@ def prepare(args, size=lambda usual: usual):
         download(args.data_dir, args.download)
 
 
-def plans_from_args(parser, defaults, size=lambda args, usual: usual):
-    """Parse the command line -> (args, [Plan, ...]), one a seed. `size(args, usual)`: the default of
-    --img-size where other models take `usual`.
-
-    Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
-    asked to. With --seeds and --resume, seeds not begun are begun.
-    """
-    args, recipe, augment = recipes.parse(parser, defaults)
-    join_processes(args.device)
-    seeds = args.seeds or [recipe.seed]
-    runs = [run_from_args(args, f"-seed{seed}" if args.seeds else "") for seed in seeds]
-    device = pick_device(args.device)
-    amp = fast_bf16(device) if args.amp is None else args.amp
-    with first_process_first():  # nothing is written before every process has checked the flags and folders
-        prepare(args, partial(size, args))
-        config = data.DataConfig.from_args(args)
-    config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
-    recipe = replace(recipe, balance=balance)
-    plans = []
-    for seed, run in zip(seeds, runs):
-        resume = args.resume and (run.folder / "last.pth").exists()
-        seeded = replace(recipe, seed=seed)
-        plans.append(
-            Plan(
-                *(seeded, augment, config, run, device, amp, resume),
-                deterministic=args.deterministic,
-                unused=defaults.unused,
-                track=tuple(args.track),
-            )
-        )
-    return args, plans
+# ---------------------------------------------------------------- from a plan to a run
 
 
 @contextmanager
@@ -189,92 +174,148 @@ def training(run):
         yield
 
 
-def train(plan, model, **about):
+def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder=None, **described):
     """Load the data of `plan`, train `model` with its recipe, write the run, which is locked meanwhile;
-    returns results.json's content. `about`: see _train."""
-    with training(plan.run):
-        return _train(plan, model, **about)
-
-
-def _train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder=None, **more):
-    """What `train` does once the run is locked.
+    returns results.json's content.
 
     `name` goes into results.json as "model"; `mean` and `std` are the input scaling, one float a channel, or
-    AUTO: that of the training pixels; `more` is copied into results.json. Without an `objective` it is the
-    classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came from,
-    or None. InputError where one of the two learnt from images that are held out here.
+    AUTO: that of the training pixels; `described` is copied into results.json. Without an `objective` it is
+    the classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came
+    from, or None. InputError where one of the two learnt from images that are held out here.
     """
+    with training(plan.run):
+        images = prepare_data(plan, encoder, teacher)
+        if teacher:
+            teacher.begin()
+            described["teacher"] = teacher.about()
+        inputs = scaled_inputs(plan, images.train, mean, std)
+        objective = objective or supervised(plan, images)
+        meta = describe_run(plan, model, name, images, inputs) | described
+        tell(training_line(plan, model, name))
+        loop = Loop(model, objective, plan, inputs, meta, teacher)
+        if check := getattr(model, "check_training", None):
+            check(plan.config.img_size, min(2, loop.smallest_part(images.train)))
+        train_head(plan, loop, images)
+        return loop.fit(images.train, images.val, images.others)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a training: Subsets `train` and `val`; `others`: {name: Subset held out} of other
+    hospitals; `split`: their description, for results.json."""
+
+    train: Subset
+    val: Subset
+    others: dict
+    split: dict
+
+
+def prepare_data(plan, encoder=None, teacher=None):
+    """The Images of a Plan, those of other hospitals among them. InputError where the Run `encoder` or the
+    Teacher learnt from images that are held out here."""
     with first_process_first():
-        train_set, val_set, split = load_train_val(plan.config, tell)
-        sides = train_set, val_set
-        train_set, others, also = other_hospitals.join(plan.config, train_set, val_set, tell)
-        split |= {"also": also} if also else {}
-        for flag, run in (("--init", encoder), ("--teacher", teacher and teacher.run)):
+        own_train, val, split = load_train_val(plan.config, tell)
+        train, others, also = other_hospitals.join(plan.config, own_train, val, tell)
+        if also:
+            split["also"] = also
+        earlier = {"--init": encoder, "--teacher": teacher and teacher.run}
+        for flag, run in earlier.items():
             if run:
-                seen.refuse_known(flag, run, plan.config, sides, split, others)
-    if teacher:
-        teacher.begin()
-        more["teacher"] = teacher.about()
-    recipe, inputs = plan.recipe, scaled_inputs(plan, train_set, mean, std)
-    objective = objective or supervised(plan, train_set, val_set)
-    meta = {
+                seen.refuse_known(flag, run, plan.config, (own_train, val), split, others)
+    return Images(train, val, others, split)
+
+
+def describe_run(plan, model, name, images, inputs):
+    """What results.json says of a training before it begins."""
+    return {
         "model": name,
         "model_config": {"kind": model.kind, **model.config},
-        "recipe": recipes.to_json(recipe, plan.augment, plan.amp, plan.unused),
+        "recipe": recipes.to_json(plan.recipe, plan.augment, plan.amp, plan.unused),
         "data": asdict(plan.config),
-        "split": split,
-        "seed": recipe.seed,
+        "split": images.split,
+        "seed": plan.recipe.seed,
         "mean": list(inputs.mean),
         "std": list(inputs.std),
-        "input_range": input_range(train_set),
-        **more,
+        "input_range": input_range(images.train),
     }
+
+
+def training_line(plan, model, name):
+    """The line that is printed before training."""
     count = sum(p.numel() for p in model.parameters())
-    tell(
+    precision = "bf16" if plan.amp else "fp32"
+    return (
         f"model: {name}, {count:,} parameters, {plan.config.img_size} px, on {device_name(plan.device)}, "
-        f"{'bf16' if plan.amp else 'fp32'}; writing to {plan.run}"
+        f"{precision}; writing to {plan.run}"
     )
-    started, loop = time.perf_counter(), Loop(model, objective, plan, inputs, meta, teacher)
-    if check := getattr(model, "check_training", None):
-        check(plan.config.img_size, min(2, loop.smallest_part(train_set)))
+
+
+def train_head(plan, loop, images):
+    """The stage that trains the head alone, if the recipe has one; where it is the only one, a linear probe,
+    the loop keeps it as its epoch. A run that is resumed has had it."""
+    recipe, started = plan.recipe, time.perf_counter()
     for stage in recipe.stages:
-        if stage.trains == "head" and not plan.resume:
-            how = dict(objective=objective, recipe=recipe, inputs=inputs, augment=plan.change)
-            try:
-                loss, outputs = fit_head(model, train_set, stage, **how)
-            except KeyboardInterrupt:
-                text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
-                raise Interrupted(text, signal.SIGINT) from None
-            loop.state["head_seconds"] = time.perf_counter() - started
-            if not recipe.epochs:
-                loop.keep_head(loss, outputs, stage)
+        if stage.trains != "head" or plan.resume:
+            continue
+        try:
+            loss, outputs = fit_head(
+                loop.model,
+                images.train,
+                stage,
+                objective=loop.objective,
+                recipe=recipe,
+                inputs=loop.inputs,
+                augment=plan.change,
+            )
+        except KeyboardInterrupt:
+            text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
+            raise Interrupted(text, signal.SIGINT) from None
+        loop.progress.head_seconds = time.perf_counter() - started
+        if not recipe.epochs:
+            loop.keep_head(loss, outputs, stage)
     if recipe.freeze_epochs and recipe.epochs:
-        say_stage(model, recipe.stages[-1], recipe.backbone_lr_scale)
-    return loop.fit(train_set, val_set, others)
+        say_stage(loop.model, recipe.stages[-1], recipe.backbone_lr_scale)
 
 
 def scaled_inputs(plan, train_set, mean, std):
     """The Inputs of `plan`; a `mean` or `std` that is AUTO becomes that of the training pixels."""
     config = plan.config
-    how = dict(look=config.input, reads_lungs=config.reads_lungs)
+    unscaled = Inputs(
+        (0.0,),
+        (1.0,),
+        plan.device,
+        input_mode=config.input,
+        reads_lungs=config.reads_lungs,
+    )
     if AUTO in (mean, std):
-        found = statistics(train_set, Inputs((0.0,), (1.0,), plan.device, **how))
-        used = [f"{n} {f:.4f}" for n, given, f in zip(("mean", "std"), (mean, std), found) if given == AUTO]
-        mean, std = ([f] * 3 if given == AUTO else given for given, f in zip((mean, std), found))
+        measured_mean, measured_std = statistics(train_set, unscaled)
+        used = []
+        if mean == AUTO:
+            mean = [measured_mean] * 3
+            used.append(f"mean {measured_mean:.4f}")
+        if std == AUTO:
+            std = [measured_std] * 3
+            used.append(f"std {measured_std:.4f}")
         tell(f"training pixels: {', '.join(used)}")
-    return Inputs(tuple(mean), tuple(std), plan.device, plan.amp, **how)
+    return replace(unscaled, mean=tuple(mean), std=tuple(std), amp=plan.amp)
 
 
-def supervised(plan, train_set, val_set):
+def supervised(plan, images):
     """The loss of the classes of the data. InputError, before training, where no AUROC can be watched."""
-    recipe, task, weights = plan.recipe, plan.config.task, None
+    recipe, task, class_weights = plan.recipe, plan.config.task, None
     if recipe.balance in ("weights", "both"):
-        weights = torch.from_numpy(task.class_weights(train_set.targets)).to(plan.device)
-    how = dict(focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0)
-    how |= dict(segmentation=recipe.seg_weight, attention=recipe.attention_weight)
-    objective = Supervised(task, weights, recipe.label_smoothing, recipe.watch, **how)
-    objective.columns(task.truth(val_set.targets))
-    say_unwatched(task, val_set)
+        class_weights = torch.from_numpy(task.class_weights(images.train.targets)).to(plan.device)
+    objective = Supervised(
+        task,
+        class_weights,
+        recipe.label_smoothing,
+        recipe.watch,
+        focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0,
+        segmentation=recipe.seg_weight,
+        attention=recipe.attention_weight,
+    )
+    objective.columns(task.truth(images.val.targets))
+    say_unwatched(task, images.val)
     return objective
 
 
@@ -292,8 +333,8 @@ def save_run(run, model, results):
     run.folder.mkdir(parents=True, exist_ok=True)
     run.clear(weights=True)
     run.save_model(model)
-    about = {"format": FORMAT, "finished": True, "versions": versions(), "command": command_line()}
-    run.save_results({**results, **about})
+    made_by = {"format": FORMAT, "finished": True, "versions": versions(), "command": command_line()}
+    run.save_results({**results, **made_by})
 
 
 def load_encoder(model, run, config):
@@ -307,16 +348,20 @@ def load_encoder(model, run, config):
         raise InputError(f"--init {run} is no run of pretrain_mae.py")
     if not run.results["finished"]:
         say(f"note: --init: {run.why_unfinished()}; here its best epoch so far is used")
-    auto, there, flags = run.model(), run.config, ("input", "lungs_sha256")
-    if differ := [k for k in flags if getattr(there, k) != getattr(config, k)]:
-        values = [[str(getattr(c, k))[:12] or "none" for c in (there, config)] for k in differ]
-        before = "; ".join(f"--{k.partition('_')[0]} {a}, here {b}" for k, (a, b) in zip(differ, values))
-        raise InputError(f"--init {run} was shown something else: {before}; make the two alike")
-    weights = {k: v for k, v in auto.encoder.state_dict().items() if not k.startswith("head.")}
+    there, differ = run.config, []
+    for name in ("input", "lungs_sha256"):
+        before, here = getattr(there, name), getattr(config, name)
+        if before != here:
+            flag = name.partition("_")[0]
+            differ.append(f"--{flag} {str(before)[:12] or 'none'}, here {str(here)[:12] or 'none'}")
+    if differ:
+        listed = "; ".join(differ)
+        raise InputError(f"--init {run} was shown something else: {listed}; make the two alike")
+    encoder = run.model().encoder.state_dict()
+    weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
     try:
         model.load_state_dict({**model.state_dict(), **weights})
     except RuntimeError as error:
-        raise InputError(
-            f"--init {run} does not fit this model: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--init {run} does not fit this model: {reason}") from None
     return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}

@@ -180,7 +180,7 @@ EVERYDAY = (
 )
 
 
-RECIPES = {"default": "the settings chosen in EXPERIMENTS.md", "paper": "the plain ones of earlier work"}
+RECIPES = {"default": "the settings chosen in docs/EXPERIMENTS.md", "paper": "the plain ones of earlier work"}
 
 
 class Defaults(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.console import InputError, say
 from common.files import sha256
-from data import load, load_train_val, open_index
+from data import load, load_train_val, read_listing
 from images import twins
 from images.split import cut
 from images.subset import same_images
@@ -134,8 +134,8 @@ def _refuse_other_sources(title, other, config, val, split, held_out):
     if same and there.split_seed == config.split_seed:
         return  # the same files, cut alike, which were compared with validation and test already
     settings = _seen_here(there, config, data_dir=config.data_dir, labels=config.labels)
-    home, index, _, test, _ = open_index(config)
-    test_files = index.take(test).files
+    listing = read_listing(config)
+    test_files = listing.test_index.files
     for text in (*there.also, *there.also_unlabelled):
         folder = text if text in there.also_unlabelled else text.partition(":")[0]
         if not Path(folder).is_dir():
@@ -144,7 +144,7 @@ def _refuse_other_sources(title, other, config, val, split, held_out):
         root, learnt = _learnt(text, text in there.also, settings)
         known = {f"held out of {name} here": same_images(learnt, (s,)) for name, s in held_out.items()}
         known["validation images here"] = same_images(learnt, (val,))
-        known["test images here"] = twins.same_files(root, learnt.files, home, test_files)
+        known["test images here"] = twins.same_files(root, learnt.files, listing.root, test_files)
         for what, files in known.items():
             if files:
                 raise InputError(

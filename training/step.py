@@ -1,7 +1,9 @@
 """The gradient of a batch: precision, mixed images, a teacher, small parts, and the share of each process."""
 
+import itertools
 import math
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +15,10 @@ from training.loss import total_weight
 
 def random_state(device):
     """The state of torch's random numbers on the CPU and on `device`: a list of tensors."""
-    more = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *more]
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
 def set_random_state(states, device):
@@ -42,9 +46,13 @@ class SharedDraws:
         set_random_state(self.own, self.device)
 
 
-def _rows(here, count, device):
-    """Places `here` of a batch of `count` images as an index; all: a slice, which copies nothing."""
-    return slice(None) if len(here) == count else here.to(device)
+class Changed(NamedTuple):
+    """A whole batch as the network gets it (`x`, scaled and mixed) and as a teacher does (`grey`); each image
+    keeps `share` of itself, the rest is the image before it."""
+
+    x: torch.Tensor
+    grey: torch.Tensor
+    share: float
 
 
 class Gradient:
@@ -60,63 +68,81 @@ class Gradient:
     def __init__(self, objective, recipe, inputs, change, teacher=None):
         self.objective, self.recipe, self.inputs = objective, recipe, inputs
         self.change, self.teacher, self.seen = change, teacher, []
-        self.mix = Mix(recipe.mixup, recipe.cutmix) if recipe.mixup or recipe.cutmix else None
+        self.mix = None
+        if recipe.mixup or recipe.cutmix:
+            self.mix = Mix(recipe.mixup, recipe.cutmix)
         self.rank, self.number = processes()
         self.draws = None  # under torchrun the SharedDraws of all processes, made by the loop
         self.looked = self.number == recipe.accumulate == 1  # whether the model draws anything at random
 
-    def _part(self, count):
-        """How many of a process's `count` images go through the network at once."""
-        return math.ceil(max(1, count) / self.recipe.accumulate)
-
     def smallest_part(self, count):
         """How many images the smallest part has, in epochs of `count` images."""
-        size, least = self.recipe.batch_size, []
-        for step in (min(count, size), count % size or size):
-            for mine in (max(1, step // self.number), math.ceil(step / self.number)):
-                least.append(mine % self._part(mine) or self._part(mine))
+        size = self.recipe.batch_size
+        last_batch = count % size or size
+        least = []
+        for batch in (min(count, size), last_batch):
+            for mine in (max(1, batch // self.number), math.ceil(batch / self.number)):
+                part = self._part_size(mine)
+                least.append(mine % part or part)
         return min(least)
-
-    @torch.no_grad()
-    def _shown(self, batch):
-        """The images of a whole batch as the network and a teacher get them: (scaled, grey, share); each
-        image keeps `share` of itself, the rest is the image before it."""
-        with self.draws or nullcontext():
-            grey, share = self.change(batch.x), 1.0
-            x = self.inputs.scale(grey)
-            if self.mix:
-                x, share = self.mix(x)
-        return x, grey, share
 
     def add(self, net, source, whole):
         """Add the gradient of this process's images of the batch `whole` (positions in the Batches `source`,
         int64 [B]) to that of `net`'s parameters; returns their part of the batch's loss, detached: the parts
         of all processes add up to it."""
         batch = source.get(whole)
-        total = total_weight(self.objective, batch.target, batch.weight)
-        x, grey, share = self._shown(batch)
-        others = batch.target.roll(1, 0), batch.weight.roll(1, 0)
-        places = torch.arange(len(whole))
-        mine = places[self.rank :: self.number]
-        # A process without an image of its own takes part all the same, with one that counts for nothing.
-        parts = (mine if len(mine) else places[:1]).split(self._part(len(mine)))
-        counts = float(len(mine) > 0)
-        result = 0.0
-        for i, here in enumerate(parts):
-            rows = _rows(here, len(whole), self.inputs.device)
-            wait = net.no_sync() if self.number > 1 and i < len(parts) - 1 else nullcontext()
-            with wait:
-                outputs = self._forward(net, x[rows])
-                if len(mine):
-                    self.seen.append((whole[here], outputs.detach().float()))
-                labels = batch.target[rows], batch.weight[rows], *(v[rows] for v in others)
-                loss = self._loss(outputs.float(), labels, share) / total
+        # Changed and mixed as a whole, before any of it is taken: see SharedDraws.
+        changed = self._changed(batch)
+        mine, parts = self._own_parts(len(whole))
+        loss_sum = 0.0
+        for number, places in enumerate(parts, 1):
+            with self._exchange(net, last=number == len(parts)):
+                rows = self._rows(places, len(whole))
+                outputs = self._forward(net, changed.x[rows])
+                loss = self._labelled_loss(outputs.float(), batch, changed.share, rows)
                 if self.teacher:
-                    loss = self._taught(loss, outputs.float(), grey[rows], len(whole))
-                loss = loss * counts
+                    loss = self._taught(loss, outputs.float(), changed.grey[rows], len(whole))
+                if len(mine):
+                    self.seen.append((whole[places], outputs.detach().float()))
+                else:
+                    loss = loss * 0.0  # it takes part for the others' sake
                 (loss * self.number).backward()  # DistributedDataParallel takes the mean over processes
-            result += loss.detach()
-        return result
+            loss_sum += loss.detach()
+        return loss_sum
+
+    # ------------------------------------------------------------ mixing
+
+    @torch.no_grad()
+    def _changed(self, batch):
+        """A whole batch, changed, scaled and mixed."""
+        with self.draws or nullcontext():
+            grey, share = self.change(batch.x), 1.0
+            x = self.inputs.scale(grey)
+            if self.mix:
+                x, share = self.mix(x)
+        return Changed(x, grey, share)
+
+    def _labelled_loss(self, outputs, batch, share, rows):
+        """The losses of a part of a Batch, its `rows`, added up and divided by the weight of the whole; of
+        mixed images each label has its share."""
+        target, weight = batch.target, batch.weight
+        losses = share * self.objective.losses(outputs, target[rows]) * weight[rows]
+        if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
+            before, before_weight = target.roll(1, 0)[rows], weight.roll(1, 0)[rows]
+            losses += (1 - share) * self.objective.losses(outputs, before) * before_weight
+        return losses.sum() / total_weight(self.objective, target, weight)
+
+    # ------------------------------------------------------------ small parts
+
+    def _part_size(self, count):
+        """How many of a process's `count` images go through the network at once."""
+        return math.ceil(max(1, count) / self.recipe.accumulate)
+
+    def _rows(self, places, count):
+        """Places in a batch of `count` images as an index; all of them: a slice, which copies nothing."""
+        if len(places) == count:
+            return slice(None)
+        return places.to(self.inputs.device)
 
     def _forward(self, net, x):
         """What the network gives for a part of a batch; the first time, a note if it draws at random."""
@@ -134,29 +160,50 @@ class Gradient:
                 )
         return outputs
 
-    def _loss(self, outputs, labels, share):
-        """The sum of the images' losses; of the mixed image each label has its `share`. labels: targets and
-        weights of the images, then those of the images before them in the batch."""
-        target, weight, other, other_weight = labels
-        losses = share * self.objective.losses(outputs, target) * weight
-        if share < 1:  # the weights of a batch add up to the same, whatever is mixed with what
-            losses += (1 - share) * self.objective.losses(outputs, other) * other_weight
-        return losses.sum()
+    # ------------------------------------------------------------ processes
+
+    def _own_parts(self, count):
+        """(places of this process's images in a batch of `count`, the parts that they go through the network
+        in). Without an image of its own it takes one of another's, so that all processes go through it."""
+        places = torch.arange(count)
+        mine = places[self.rank :: self.number]
+        taken = mine if len(mine) else places[:1]
+        return mine, taken.split(self._part_size(len(mine)))
+
+    def _exchange(self, net, last):
+        """A context in which processes exchange their gradients after the `last` part alone."""
+        if self.number > 1 and not last:
+            return net.no_sync()
+        return nullcontext()
+
+    # ------------------------------------------------------------ a teacher
 
     def _taught(self, loss, outputs, grey, count):
         """The loss with the teacher's part in it; `count`: of the whole batch."""
         teacher = self.teacher
-        far = self.objective.imitation(outputs, teacher(grey)).sum() / count
-        return (1 - teacher.share) * loss + teacher.share * far
+        distance = self.objective.imitation(outputs, teacher(grey)).sum() / count
+        return (1 - teacher.share) * loss + teacher.share * distance
+
+    # ------------------------------------------------------------ what was seen
 
     def outputs(self):
         """`seen`, in one piece and on the CPU; [] if nothing was."""
         if not self.seen:
             return []
-        index, outputs = (torch.cat(values) for values in zip(*self.seen))
+        index, outputs = _joined(self.seen)
         self.seen = [(index, outputs)]
         return [(index, outputs.cpu())]
+
+    def seen_by_all(self):
+        """(positions, outputs) of the images that all processes have seen, on the CPU."""
+        return _joined(list(itertools.chain.from_iterable(gather(self.outputs()))))
 
     def put_back(self, seen):
         """Go on from what `outputs` gave before an interruption."""
         self.seen = [(index, outputs.to(self.inputs.device)) for index, outputs in seen]
+
+
+def _joined(seen):
+    """[(positions, outputs)] -> one such pair."""
+    indices, outputs = zip(*seen)
+    return torch.cat(indices), torch.cat(outputs)

@@ -25,7 +25,7 @@ class Teacher:
             raise InputError(f"--teacher {run} tells {tells}; asked here: {', '.join(config.classes)}")
         if not run.results["finished"]:
             raise InputError(f"--teacher: {run.why_unfinished()}")
-        if len(run.looks) > 1:
+        if len(run.input_modes) > 1:
             raise InputError(f"--teacher {run} has members that are shown different parts of an image")
         if there.reads_lungs:
             raise InputError(f"--teacher {run} reads masks of the lungs, which its student is not given")
