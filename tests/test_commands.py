@@ -355,6 +355,7 @@ def messages(path):
 
 
 OTHERS = {"--unzip", "--nproc_per_node", "--standalone", "--help"}  # of kaggle, of torchrun, of all
+OTHERS |= set(scripts.GONE)  # of older versions, whose runs are spoken of
 
 
 def test_messages_name_flags_that_there_are(parsers):
