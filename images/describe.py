@@ -23,7 +23,7 @@ def describe(config, root, train, val, test, readable, test_from):
         "unknown_patients": readable.unknown,
         "fingerprint": _fingerprint(config, train, val),
         "test_from": test_from,
-        "synthetic": Path(root, "SYNTHETIC").exists(),  # demo.py leaves it in what it draws
+        "synthetic": Path(root, "SYNTHETIC").exists(),  # drawn.py leaves it in what it draws
         "set": root.resolve().name,
     }
     # The published parts of a set of folders number their patients separately.
