@@ -367,9 +367,7 @@ def brier(y_true, p1):
 
 def nll(y_true, p1):
     """Mean negative log-likelihood in nats; a probability below 1e-15 counts as 1e-15 (scikit-learn's
-    `log_loss` counts those below 2e-16 as 2e-16).
-
-    InputError: as `check_scores`."""
+    `log_loss` clips at 2e-16). InputError: as `check_scores`."""
     y, p = check_scores(y_true, p1)
     return float(-np.log(np.clip(np.where(y == 1, p, 1 - p), 1e-15, 1)).mean())
 

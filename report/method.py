@@ -111,7 +111,7 @@ def method_rows(entries, standard, prevalence, rule):
     seen, watched = [], []
     for e in entries:
         d = e.results["data"]
-        looks, lungs = e.run.looks, d.get("lungs", "?")
+        looks, lungs = e.run.input_modes, d.get("lungs", "?")
         shown = "" if looks == ["full"] else f", --input {' and '.join(looks)} by {lungs}"
         exposure = d.get("normalise", "none")
         reads = d.get("reads_lungs") and len(looks) == 1  # the masks of several looks are for cutting
