@@ -16,7 +16,7 @@ from pathlib import Path
 from common.cli import Parser
 from common.console import InputError, say, start
 from common.files import check_output
-from report import findings, tables
+from report import tables
 from report.plots import draw_all
 from report.render import TITLE, Heading, Image, to_html, to_markdown, write_text
 from report.rows import load_entries, without_members
@@ -61,7 +61,7 @@ def main():
     blocks = [Heading(1, TITLE)]
     for entries in groups:
         shown = without_members(entries)
-        blocks += (findings if entries[0].several else tables).section(entries, shown)
+        blocks += tables.section(entries, shown)
         pictures = draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
         blocks += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
         count += len(pictures)

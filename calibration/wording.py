@@ -44,7 +44,10 @@ def shared_text(calibration):
         if "guarantee" in found:
             guarantees[name] = found["guarantee"]
     chances = new_patients(calibration["findings"], floor)
-    lines = ["thresholds are chosen on validation:", f"  @Rec: recall >= {floor:g} there; {chances}"]
+    lines = [
+        "thresholds are chosen on validation:",
+        f"  @Rec: recall >= {floor:g} there; for new patients like them below it with {chances}",
+    ]
     granted = [g for g in guarantees.values() if g["threshold"] is not None]
     if joint:
         lines.append(
@@ -62,8 +65,9 @@ def shared_text(calibration):
 
 
 def new_patients(findings, floor):
-    """What @Rec promises for new patients, by the least and the most common of {finding: what a calibration
-    says of it}, as text; "" where none has a threshold."""
+    """How likely the recall @Rec is below the floor for new patients like those of validation, by the least
+    and the most common of {finding: what a calibration says of it}, as text; "" where none has a
+    threshold."""
     known = {}
     for name, found in findings.items():
         if "why_not" not in found:
@@ -72,7 +76,7 @@ def new_patients(findings, floor):
     if not known:
         return ""
     ends = dict.fromkeys([known[min(known)], known[max(known)]])
-    return f"for new patients like those of validation it is below the floor with {', and '.join(ends)}"
+    return ", and ".join(ends)
 
 
 def positives_text(found):

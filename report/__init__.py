@@ -2,10 +2,13 @@
 
 In the order to read them:
 
-    rows.py      what is compared with what
-    tables.py    the report's tables
-    findings.py  the same for several findings
-    evidence.py  what lies beside the figures
-    plots.py     pictures
-    render.py    markdown and HTML
+    rows.py           what is compared with what
+    tables.py         the main tables
+    pairs.py          which of two models is better
+    probabilities.py  are the scores probabilities?
+    evidence.py       what lies beside the figures
+    method.py         how it was done
+    cells.py          what tables are made of
+    plots.py          pictures
+    render.py         markdown and HTML
 """

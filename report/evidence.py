@@ -3,13 +3,9 @@ tests of its maps. No torch, no drawing."""
 
 from calibration.intervals import in_short
 from common.console import say
+from report.cells import unique
 from report.render import Heading, Paragraph, Table
 from report.rows import METHODS
-
-
-def unique(values, join="; "):
-    """Different texts in the order in which they come, joined."""
-    return join.join(dict.fromkeys(map(str, values)))
 
 
 def batch_blocks(entries):
@@ -63,7 +59,7 @@ def map_blocks(entries):
             side = "test" if report.get("split") == "test" else "validation"
             where = f" on {side}" if both else ""
             rows.append([f"{e.name}, {name}{where}", *cells])
-            made_on.append(f"{side} images rightly called {report.get('target', e.finding)}")
+            made_on.append(f"{side} images rightly called {report.get('target', e.findings[0])}")
             sources.append(report.get("lungs", "heuristic"))
     if not rows:
         return []

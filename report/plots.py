@@ -15,10 +15,24 @@ from common.files import atomic_path
 from common.scaling import SIDES
 from metrics import net_benefit
 from records.curves import COLOURS, FILLS, draw_training, finish, label, line_style, panels
+from report.cells import alone, points, span
 from report.rows import POINTS
-from report.tables import with_interval
 
 matplotlib.use("Agg")
+MARKERS = {"at_rec": "o", "at_0.5": "s"}
+
+
+def drawings(entries):
+    """{name of the file: drawing function} for the task of these entries. What looks at one finding's scores
+    and decisions is drawn of an only finding: of fourteen it would fill pages."""
+    found = {"training": draw_training, "roc": draw_roc}
+    if alone(entries):
+        found |= {"pr": draw_pr, "confusion": draw_confusion, "scores": draw_scores}
+        return found | {"reliability": draw_reliability, "decision": draw_decision}
+    found["auroc"] = draw_shift
+    if "confusion" in entries[0].summary["test"]:
+        found["confusion"] = draw_class_confusion
+    return found
 
 
 def draw_all(entries, shown, folder, stem):
@@ -27,9 +41,9 @@ def draw_all(entries, shown, folder, stem):
     Training curves are of all `entries`, the others of the `shown` ones."""
     trained = [e for e in entries if len(e.results["history"]) > 1 and not e.suffix]
     mark, written = " [SYNTHETIC]" if entries[0].synthetic else "", []
-    for name, draw in (SEVERAL if entries[0].several else DRAWINGS).items():
+    for name, draw in drawings(entries).items():
         drawn = trained if name == "training" else shown
-        if not drawn or draw is draw_class_confusion and entries[0].task.kind == "sigmoid":
+        if not drawn:
             continue
         figure, caption = draw(drawn)
         figure.suptitle(label(f"{caption} - {entries[0].set}{mark}", 60), fontsize=11)
@@ -43,46 +57,69 @@ def draw_all(entries, shown, folder, stem):
     return written
 
 
-def mark_points(ax, entry, x, y, i):
-    """Both operating points in the colour of curve i; from the sixth on half of the mark is white."""
+def mark_points(ax, entry, finding, x, y, i):
+    """The operating points in the colour of curve i; from the sixth on half of the mark is white."""
     style = dict(color=line_style(i)["color"], fillstyle=FILLS[i // 5 % 5], markerfacecoloralt="white")
-    for point, marker in (("at_rec", "o"), ("at_0.5", "s")):
-        row = entry.points["test", point]
-        ax.plot(x(row), y(row), marker, markeredgecolor="black", markersize=7, **style)
+    for point in points([entry]):
+        row = entry.row(finding, "test", point)
+        if point in MARKERS and row:
+            ax.plot(x(row), y(row), MARKERS[point], markeredgecolor="black", markersize=7, **style)
 
 
 def draw_roc(entries):
-    """Test ROC curves with both operating points."""
-    spans = [with_interval(e.points["test", "at_rec"], "auroc") for e in entries]
-    names = [label(f"{e.name}: AUROC {span}", 96) for e, span in zip(entries, spans)]
-    figure, (ax,) = panels(1, 6.4, 5.4, names=names)
+    """Test ROC curves with their operating points, a panel a finding."""
+    first, names, size = entries[0], [label(e.name, 110) for e in entries], (3.1, 3.1)
+    findings = [f for f in first.findings if any("test" in e.found[f]["curves"] for e in entries)]
+    if alone(entries):
+        spans = [span(e.found[first.findings[0]]["curves"]["test"]["auroc"]) for e in entries]
+        names = [label(f"{e.name}: AUROC {text}", 96) for e, text in zip(entries, spans)]
+        size = (6.4, 5.4)
+    figure, axes = panels(len(findings), *size, columns=4, names=names)
+    for ax, finding in zip(axes, findings):
+        roc_panel(ax, finding, entries, names)
+    finish(figure, axes[: len(findings)])
+    squares = ", square: @0.5" if alone(entries) else ""
+    return figure, f"ROC on test; circle: @Rec{squares}, dotted line: recall floor"
+
+
+def roc_panel(ax, finding, entries, names):
+    """The curves of one finding."""
+    aurocs = []
     for i, (e, name) in enumerate(zip(entries, names)):
-        fpr, tpr, _ = roc_curve(e.test.truth, e.test.scores)
+        test, curves = e.column(finding, "test"), e.found[finding]["curves"]
+        if "test" not in curves:
+            ax.plot([], [], label=name, **line_style(i))
+            continue
+        fpr, tpr, _ = roc_curve(test.truth, test.scores)
         ax.plot(fpr, tpr, label=name, **line_style(i))
-        mark_points(ax, e, lambda r: 1 - r["specificity"], lambda r: r["recall"], i)
+        mark_points(ax, e, finding, lambda r: 1 - r["specificity"], lambda r: r["recall"], i)
+        aurocs.append(f"{curves['test']['auroc']['value']:.3f}")
     ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
         ax.axhline(floor, color="0.4", lw=0.8, ls=":")
-    title = f"n = {len(e.test.truth)} test images; circle: @Rec, square: @0.5, dotted line: recall floor"
-    ax.set(xlabel="1 - specificity (false positive rate)", ylabel="recall (sensitivity)", title=title)
-    finish(figure, [ax])
-    return figure, "ROC on test"
+    shown = ", ".join(aurocs[:3]) + (" ..." if len(aurocs) > 3 else "")
+    count = f"{test.truth.sum()} of {len(test.truth)} images"
+    ax.set(title=f"{label(finding, 30)} ({count})\nAUROC {shown}")
+    ax.set(xlabel="1 - specificity", ylabel="recall (sensitivity)")
+    ax.tick_params(labelsize=7)
 
 
 def draw_pr(entries):
     """Test precision-recall curves with both operating points."""
-    spans = [with_interval(e.points["test", "at_rec"], "auprc") for e in entries]
-    names = [label(f"{e.name}: AUPRC {span}", 96) for e, span in zip(entries, spans)]
+    (finding,) = entries[0].findings
+    spans = [span(e.found[finding]["curves"]["test"]["auprc"]) for e in entries]
+    names = [label(f"{e.name}: AUPRC {text}", 96) for e, text in zip(entries, spans)]
     figure, (ax,) = panels(1, 6.4, 5.4, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):
-        precision, recall, _ = precision_recall_curve(e.test.truth, e.test.scores)
+        test = e.column(finding, "test")
+        precision, recall, _ = precision_recall_curve(test.truth, test.scores)
         ax.plot(recall, precision, label=name, **line_style(i))
-        mark_points(ax, e, lambda r: r["recall"], lambda r: r["precision"], i)
-    prevalence = e.test.truth.mean()
+        mark_points(ax, e, finding, lambda r: r["recall"], lambda r: r["precision"], i)
+    prevalence = test.truth.mean()
     ax.axhline(prevalence, color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
         ax.axvline(floor, color="0.4", lw=0.8, ls=":")
-    count = f"n = {len(e.test.truth)} test images, prevalence {prevalence:.2f} (grey line)"
+    count = f"n = {len(test.truth)} test images, prevalence {prevalence:.2f} (grey line)"
     title = f"{count}\ncircle: @Rec, square: @0.5, dotted line: recall floor"
     low = min(0.5, prevalence - 0.05)
     ax.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(low, 1.01), title=title)
@@ -91,18 +128,13 @@ def draw_pr(entries):
 
 
 def draw_confusion(entries):
-    """Test confusion matrices, a row per entry, @Rec and @0.5; shade and text: share of the true class."""
+    """Test confusion matrices, a row per entry, @Rec and @0.5."""
+    (finding,) = entries[0].findings
     figure, axes = panels(2 * len(entries), 4.2, 3.3)
     for ax, (e, point) in zip(axes, itertools.product(entries, ("at_rec", "at_0.5"))):
-        row = e.points["test", point]
+        row = e.row(finding, "test", point)
         counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-        for i, j in itertools.product(range(2), range(2)):
-            about = dict(ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black")
-            ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
-        classes = [label(name, 12) for name in (e.healthy, e.finding)]
-        ax.set(xticks=(0, 1), yticks=(0, 1), xticklabels=classes, yticklabels=classes)
+        draw_matrix(ax, counts, [label(name, 12) for name in (e.absent(finding), finding)])
         title = label(f"{e.name} {POINTS[point]}", 42)
         ax.set(
             xlabel="decision",
@@ -114,24 +146,37 @@ def draw_confusion(entries):
     return figure, "Confusion matrices on test"
 
 
+def draw_matrix(ax, counts, classes, **style):
+    """Counts [K, K], rows the truth; shade and text: share of the true class. `style`: of the text."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    for i, j in itertools.product(range(len(classes)), repeat=2):
+        colour = "white" if shares[i, j] > 0.6 else "black"
+        text = f"{counts[i, j]}\n{shares[i, j]:.1%}"
+        ax.text(j, i, text, ha="center", va="center", color=colour, **style)
+    ticks = range(len(classes))
+    ax.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes)
+
+
 def draw_scores(entries):
     """Histograms of the scores by class, validation beside test, with the threshold."""
+    (finding,) = entries[0].findings
     figure, axes = panels(2 * len(entries), 5.2, 2.7)
     bins = np.linspace(0, 1, 41)
     filled = dict(histtype="stepfilled", color="#9ecae1", edgecolor="#3182bd")
     outline = dict(histtype="step", color="#a63603", lw=1.6)
     for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
-        column, row = getattr(e, side), e.points[side, "at_rec"]
-        for k, name, style in ((0, e.healthy, filled), (1, e.finding, outline)):
+        column, row = e.column(finding, side), e.row(finding, side, "at_rec")
+        for k, name, style in ((0, e.absent(finding), filled), (1, finding, outline)):
             scores = column.scores[column.truth == k]
             ax.hist(
                 scores, bins, weights=np.full(len(scores), 100 / len(scores)), label=label(name, 30), **style
             )
-        ax.axvline(e.threshold, color="black", ls="--", lw=1, label="threshold @Rec")
+        ax.axvline(row["thr"], color="black", ls="--", lw=1, label="threshold @Rec")
         sizes = f"{(column.truth == 0).sum()} + {column.truth.sum()}"
-        figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {e.threshold:.3f}"
+        figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {row['thr']:.3f}"
         title = f"{label(e.name, 66)}\n{SIDES[side]}, n = {sizes}: {figures}"
-        ax.set(xlabel=label(f"score for {e.finding}", 60), ylabel="% of the class (log scale)", title=title)
+        ax.set(xlabel=label(f"score for {finding}", 60), ylabel="% of the class (log scale)", title=title)
         ax.set(ylim=(0.1, 120), yscale="log", yticks=(0.1, 1, 10, 100), yticklabels=("0.1", "1", "10", "100"))
         ax.title.set_fontsize(8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -140,6 +185,7 @@ def draw_scores(entries):
 
 def draw_reliability(entries):
     """Share of positives against mean score in bins of equal size, before and after the fitted scaling."""
+    (finding,) = entries[0].findings
     figure, axes = panels(2 * len(entries), 4.4, 3.6)
     styles = {
         "before": dict(color="#0072B2", marker="o"),
@@ -149,12 +195,12 @@ def draw_reliability(entries):
         ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
         name = scaling.fitted(e.calibration)
         for when, style in styles.items():
-            quality = e.found[e.finding]["probability"][side][when]
+            quality = e.found[finding]["probability"][side][when]
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
             ax.plot(x, y, ms=4, lw=1, label=f"{when} {name}: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
         title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} images"
-        ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {e.finding}", 30), title=title)
+        ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {finding}", 30), title=title)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         ax.legend(fontsize=7, loc="best")
         ax.title.set_fontsize(8)
@@ -164,82 +210,37 @@ def draw_reliability(entries):
 
 def draw_decision(entries):
     """Net benefit of acting on the calibrated probability, against treating everybody or nobody."""
+    (finding,) = entries[0].findings
     names = [label(e.name) for e in entries] + ["treat everybody", "treat nobody"]
     figure, (ax,) = panels(1, 6.4, 4.4, names=names)
     chances = np.linspace(0.01, 0.95, 95)
     for i, (e, name) in enumerate(zip(entries, names)):
-        model, everybody = net_benefit(e.test.truth, e.test.probabilities, chances)
+        test = e.column(finding, "test")
+        model, everybody = net_benefit(test.truth, test.probabilities, chances)
         lost = np.maximum.accumulate(model < -0.1)  # below the frame: the curve ends there
         ax.plot(chances, np.where(lost, np.nan, model), label=name, **line_style(i))
     ax.plot(chances, everybody, color="0.5", lw=1, label=names[-2])
     ax.axhline(0, color="black", lw=1, label=names[-1])
-    prevalence = e.test.truth.mean()
-    count = f"n = {len(e.test.truth)} test images, prevalence {prevalence:.2f}"
+    prevalence = test.truth.mean()
+    count = f"n = {len(test.truth)} test images, prevalence {prevalence:.2f}"
     ax.set(ylim=(-0.1, prevalence + 0.05), title=f"{count}; probabilities after scaling")
     ax.set(xlabel="threshold probability", ylabel="net benefit (true positives per image)")
     finish(figure, [ax])
     return figure, "Decision curve on test"
 
 
-DRAWINGS = {
-    "training": draw_training,
-    "roc": draw_roc,
-    "pr": draw_pr,
-    "confusion": draw_confusion,
-    "scores": draw_scores,
-    "reliability": draw_reliability,
-    "decision": draw_decision,
-}
-
-
 # ---------------------------------------------------------------- several findings
 
 
-def draw_rocs(entries):
-    """Test ROC curves, a panel a finding, with the points @Rec."""
-    findings = [f for f in entries[0].task.findings if any("test" in e.found[f]["curves"] for e in entries)]
-    names = [label(e.name, 110) for e in entries]
-    figure, axes = panels(len(findings), 3.1, 3.1, columns=4, names=names)
-    for ax, finding in zip(axes, findings):
-        lines, k = [], entries[0].task.findings.index(finding)
-        for i, (e, name) in enumerate(zip(entries, names)):
-            column, found = e.columns["test"].of(k), e.found[finding]
-            if "test" not in found["curves"]:
-                ax.plot([], [], label=name, **line_style(i))
-                continue
-            fpr, tpr, _ = roc_curve(column.truth, column.scores)
-            ax.plot(fpr, tpr, label=name, **line_style(i))
-            if "test" in found:
-                row, colour = found["test"]["at_rec"], line_style(i)["color"]
-                x, y = 1 - row["specificity"], row["recall"]
-                ax.plot(x, y, "o", color=colour, markeredgecolor="black", markersize=6)
-            lines.append(f"{found['curves']['test']['auroc']['value']:.3f}")
-        ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-        shown = ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
-        ax.set(title=f"{label(finding, 30)} (n+ = {column.truth.sum()})\nAUROC {shown}")
-        ax.set(xlabel="1 - specificity", ylabel="recall")
-        ax.tick_params(labelsize=7)
-    finish(figure, axes[: len(findings)])
-    return figure, "ROC of every finding on test; circle: @Rec"
-
-
 def draw_class_confusion(entries):
-    """K x K confusion matrices of the most probable class; shade and text: share of the true class."""
+    """K x K confusion matrices of the most probable class."""
     classes = [label(name, 14) for name in entries[0].task.classes]
     side = max(4.2, 0.9 * len(classes) + 1.4)
     figure, axes = panels(len(entries), side, side * 0.85)
     for ax, e in zip(axes, entries):
         summary = e.summary["test"]
         counts = np.array(summary["confusion"])
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        ax.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-        for i, j in itertools.product(range(len(classes)), repeat=2):
-            about = dict(
-                ha="center", va="center", color="white" if shares[i, j] > 0.6 else "black", fontsize=7
-            )
-            ax.text(j, i, f"{counts[i, j]}\n{shares[i, j]:.1%}", **about)
-        ticks = range(len(classes))
-        ax.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes)
+        draw_matrix(ax, counts, classes, fontsize=7)
         ax.tick_params(axis="x", labelrotation=30)
         ax.tick_params(labelsize=7)
         accuracy = summary["accuracy"]["value"]
@@ -250,10 +251,10 @@ def draw_class_confusion(entries):
 
 def draw_shift(entries):
     """AUROC on validation and test, a panel a model, a line a finding."""
-    findings = [(k, name) for k, name in enumerate(entries[0].task.findings)][::-1]
+    findings = entries[0].findings[::-1]
     figure, axes = panels(len(entries), 5.6, 0.28 * len(findings) + 1.4)
     for ax, e in zip(axes, entries):
-        for y, (_, name) in enumerate(findings):
+        for y, name in enumerate(findings):
             curves, first = e.found[name]["curves"], y == len(findings) - 1
             if "test" in curves:
                 auroc = curves["test"]["auroc"]
@@ -264,7 +265,7 @@ def draw_shift(entries):
             if "val" in curves:
                 value, about = curves["val"]["auroc"]["value"], "validation" if first else None
                 ax.plot(value, y, "x", color=COLOURS[1], label=about)
-        ax.set(yticks=range(len(findings)), yticklabels=[label(n, 24) for _, n in findings], xlabel="AUROC")
+        ax.set(yticks=range(len(findings)), yticklabels=[label(n, 24) for n in findings], xlabel="AUROC")
         ax.axvline(0.5, color="0.7", lw=0.8)
         ax.tick_params(labelsize=7)
         ax.set_title(label(e.name, 60), fontsize=9)
@@ -273,11 +274,3 @@ def draw_shift(entries):
     for ax in axes[: len(entries)]:
         ax.set_xlim(least, 1.01)
     return figure, "AUROC of every finding, validation and test"
-
-
-SEVERAL = {
-    "training": draw_training,
-    "roc": draw_rocs,
-    "auroc": draw_shift,
-    "confusion": draw_class_confusion,
-}

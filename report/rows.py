@@ -59,11 +59,11 @@ METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 
 
 class Column(NamedTuple):
-    """One finding on one side (validation or test), in the order of the file names. Arrays [N]; of several
-    findings the last three are [N, F].
+    """One side (validation or test), in the order of the file names: arrays [N], the last three [N, F]; of
+    one finding (`Entry.column`) all are [N].
 
-    truth: int64, 0 or 1 (of several findings also -1, unknown); scores: float64 in [0, 1], what thresholds
-    apply to; probabilities: float64, the same after the fitted scaling (scaling.fitted)."""
+    truth: int64, 0 or 1 (in [N, F] also -1, unknown); scores: float64 in [0, 1], what thresholds apply to;
+    probabilities: float64, the same after the fitted scaling (scaling.fitted)."""
 
     files: np.ndarray
     patients: np.ndarray
@@ -86,10 +86,9 @@ class Entry:
     """A row of the report: one calibration of a run.
 
     `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
-    `group`, equal for entries on the same test images; `members`, the checkpoints of an ensemble; `several`,
-    whether the task has several findings. With one: `val` and `test`, Columns, and `points`, the figures by
-    side and operating point. With several: `columns` {side: Columns of [N, F]}, `found` {finding: what the
-    calibration says of it}, `summary` {side: figures over all}. InputError naming the run if damaged.
+    `group`, equal for entries on the same test images; `members`, the checkpoints of an ensemble. `findings`,
+    their names; `columns` {side: Column of [N, F]}, `found` {finding: what the calibration says of it},
+    `summary` {side: figures over all}. InputError naming the run if damaged.
     """
 
     def __init__(self, run, suffix=""):
@@ -107,38 +106,34 @@ class Entry:
         self.calibration, self.task = run.calibration(suffix), run.task
         if "alike" in self.calibration and mismatches(self.calibration["alike"], COPIES):
             raise InputError(f"the calibration of {run} is damaged (alike): run calibrate.py again")
-        self.several = len(self.task.findings) > 1
+        self.findings = self.task.findings
+        self.found, self.summary = self.calibration["findings"], self.calibration["summary"]
         arrays = run.scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
         except InputError as error:
             raise InputError(f"the scores of {run} are damaged ({error}): run calibrate.py again") from None
-        self.found, self.summary = self.calibration["findings"], self.calibration["summary"]
-        if not self.several:
-            self._one_finding()
         self.min_recall = self.calibration["min_recall"]
         self.members = [m["checkpoint"] for m in self.results.get("members", [])]
         self.minutes = run.minutes
         self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
         self.base, self.name = names(run, suffix)
         test = self.columns["test"]
-        truth = test.truth if self.several else test.truth[:, 0]
-        self.group = sha256([self.task.classes, test.files.tolist(), truth.tolist()])
+        self.group = sha256([self.task.classes, test.files.tolist(), test.truth.tolist()])
         self.family = self._family()
 
-    def _one_finding(self):
-        """What a task of one finding has for short."""
-        self.healthy, self.finding = self.task.classes[0], self.task.findings[0]
-        if self.task.kind == "sigmoid":
-            self.healthy = f"no {self.finding}"
-        self.val, self.test = (self.columns[side].of(0) for side in ("val", "test"))
-        self.points = {
-            (side, point): self.found[self.finding][side][point]
-            for side in ("val", "test")
-            for point in POINTS
-            if point in self.found[self.finding][side]
-        }
-        self.threshold = self.found[self.finding]["threshold"]
+    def column(self, finding, side):
+        """The Column of a finding: arrays [N] of the images whose truth is known."""
+        return self.columns[side].of(self.findings.index(finding))
+
+    def row(self, finding, side, point):
+        """The figures of a finding on a side at an operating point; None where there are none."""
+        return self.found[finding].get(side, {}).get(point)
+
+    def absent(self, finding):
+        """What an image without a finding is called."""
+        two_classes = self.task.kind == "softmax" and len(self.findings) == 1
+        return self.task.classes[0] if two_classes else f"no {finding}"
 
     def _columns(self, arrays, side):
         """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""
@@ -159,12 +154,12 @@ class Entry:
         scores = scores[:, None] if scores.ndim == 1 else scores
         if scores.shape != truth.shape:
             raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
-        for k in range(truth.shape[1]):
+        for k, name in enumerate(self.findings):
             known = truth[:, k] >= 0
-            if not self.several or known.any():
+            if known.any():
                 check_scores(truth[known, k], scores[known, k])
-        if not self.several:
-            check_both_classes(truth[truth[:, 0] >= 0, 0], f"{side} labels")
+            if side in self.found[name]:
+                check_both_classes(truth[known, k], f"{side} labels")
         order = np.argsort(files, kind="stable")
         columns = files, patients, truth, scores, self.task.scaled_scores(logits, self.calibration)
         return Column(*(c[order] for c in columns))

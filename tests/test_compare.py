@@ -29,6 +29,10 @@ from records.curves import label, panels
 from records.run import Run
 from report import rows as rows_module
 from report import tables as tables_module
+from report.evidence import map_blocks
+from report.method import shared_text
+from report.pairs import pair_blocks
+from report.probabilities import predictive_blocks, subgroup_blocks
 from report.render import Code, Table, markdown_text, to_html, to_markdown
 from report.rows import Entry
 from tests.fixtures import FLOOR
@@ -160,15 +164,15 @@ def test_scores_that_were_not_saved_are_computed(tmp_path, applied):
     )
     temperature = kept.calibration["temperature"]
     for side in ("val", "test"):
-        a, b = getattr(kept, side), getattr(computed, side)
+        a, b = (entry.column("PNEUMONIA", side) for entry in (kept, computed))
         np.testing.assert_allclose(b.scores, a.scores, rtol=1e-12)
         logits = noisy_scores(0)[f"{side}_logits"][np.argsort(noisy_scores(0)[f"{side}_files"])].astype(float)
         odds = np.exp((logits[:, 1] - logits[:, 0]) / temperature)
         np.testing.assert_allclose(a.probabilities, odds / (1 + odds), rtol=1e-12)
         assert np.allclose(a.scores, a.probabilities, rtol=1e-12) == applied
-    assert ((kept.val.scores >= kept.threshold) & (kept.val.truth == 1)).sum() == kept.points[
-        "val", "at_rec"
-    ]["tp"]
+    val, row = kept.column("PNEUMONIA", "val"), kept.row("PNEUMONIA", "val", "at_rec")
+    assert ((val.scores >= row["thr"]) & (val.truth == 1)).sum() == row["tp"]
+    assert row["thr"] == kept.found["PNEUMONIA"]["threshold"]
 
 
 def test_order_of_the_images_does_not_matter(tmp_path):
@@ -176,8 +180,8 @@ def test_order_of_the_images_does_not_matter(tmp_path):
     scores, order = noisy_scores(0), np.random.default_rng(1).permutation(48)
     mixed = {k: v[order] if k.startswith("test") else v for k, v in scores.items()}
     a, b = Entry(write_run(tmp_path / "a")), Entry(write_run(tmp_path / "b", scores=mixed))
-    assert a.group == b.group and np.array_equal(a.test.scores, b.test.scores)
-    [*_, table] = tables_module.pair_blocks([a, b])
+    assert a.group == b.group and np.array_equal(a.columns["test"].scores, b.columns["test"].scores)
+    [*_, table] = pair_blocks([a, b])
     assert table.rows[0][1].startswith("+0.000 [+0.000, +0.000], p = 1")
 
 
@@ -186,11 +190,13 @@ def test_the_best_model_is_named_with_those_it_is_not_told_apart_from(tmp_path):
     worse = noisy_scores(0)
     worse["test_logits"] = -worse["test_logits"]
     a, b, c = (Entry(write_run(tmp_path / n, scores=s)) for n, s in zip("abc", (None, None, worse)))
-    _, best, _, table = tables_module.pair_blocks([c, a, b])
-    auroc = sklearn.metrics.roc_auc_score(a.test.truth, a.test.scores)
+    _, best, _, table = pair_blocks([c, a, b])
+    auroc = sklearn.metrics.roc_auc_score(
+        a.column("PNEUMONIA", "test").truth, a.column("PNEUMONIA", "test").scores
+    )
     assert best.text.startswith(f"Highest AUROC on test: {a.name}, {auroc:.3f} [")
     assert f"not told apart from it: {b.name}." in best.text and len(table.rows) == 3
-    assert "told apart from every other" in tables_module.pair_blocks([c, a])[1].text
+    assert "told apart from every other" in pair_blocks([c, a])[1].text
 
 
 DAMAGE = {
@@ -245,9 +251,7 @@ def test_patients_unknown(tmp_path):
     for name, split in (("old", {}), ("new", {"unknown_patients": 260})):
         entry = Entry(write_run(tmp_path / name, scores=unknown, split=split))
         text = to_markdown(tables_module.section([entry], [entry]))
-        assert tables_module.shared_text(entry) == say_shared(
-            {**entry.results["split"], "unknown_patients": 260}
-        )
+        assert shared_text(entry) == say_shared({**entry.results["split"], "unknown_patients": 260})
         assert "patients unknown, so images of one patient may be on both sides" in text
         assert "single images (patients unknown)" in text and "unknown validation, unknown test" in text
         assert "whole patients" not in text and "0 validation images share" not in text
@@ -257,7 +261,7 @@ def test_patients_unknown(tmp_path):
 def test_shared_patients_are_told_as_in_training(tmp_path, unknown):
     split = {"shared_patients": 3} | ({} if unknown is None else {"unknown_patients": unknown})
     entry = Entry(write_run(tmp_path / "r", split=split))
-    assert tables_module.shared_text(entry) == say_shared(entry.results["split"])
+    assert shared_text(entry) == say_shared(entry.results["split"])
 
 
 # ---------------------------------------------------------------- which rows belong together
@@ -354,21 +358,22 @@ def test_predictive_values_share_one_prevalence(tmp_path):
     """Columns are headed by one prevalence, also where runs were calibrated with different ones."""
     a = Entry(write_run(tmp_path / "a"))
     b = Entry(write_run(tmp_path / "b", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.3)))
-    _, table = tables_module.predictive_blocks([a, b])
+    _, table = predictive_blocks([a, b])
     assert table.head[3:] == ["PPV at 10%", "NPV at 10%"] and table.rows[0][1:] == table.rows[1][1:]
 
 
 def test_subgroups_only_where_names_tell_them(tmp_path):
     scores = noisy_scores(0)
     entry = Entry(write_run(tmp_path / "a", scores=scores))
-    inside = (entry.test.truth == 1) & np.array(["virus" in f for f in entry.test.files])
-    found = (entry.test.scores >= entry.threshold)[inside].mean()
-    [*_, table] = tables_module.subgroup_blocks([entry])
+    test, threshold = entry.column("PNEUMONIA", "test"), entry.found["PNEUMONIA"]["threshold"]
+    inside = (test.truth == 1) & np.array(["virus" in f for f in test.files])
+    found = (test.scores >= threshold)[inside].mean()
+    [*_, table] = subgroup_blocks([entry])
     assert table.rows[0][2].startswith(f"{found:.3f} [") and table.rows[0][2].endswith(
         f"(n = {inside.sum()})"
     )
     scores["test_files"] = np.array([f"test/{i}.png" for i in range(48)])
-    assert tables_module.subgroup_blocks([Entry(write_run(tmp_path / "b", scores=scores))]) == []
+    assert subgroup_blocks([Entry(write_run(tmp_path / "b", scores=scores))]) == []
 
 
 def map_report(run, **changes):
@@ -384,14 +389,14 @@ def map_report(run, **changes):
 def test_tests_of_maps(tmp_path, capsys):
     run = write_run(tmp_path / "outputs/scratch")
     map_report(run)
-    heading, text, table = tables_module.map_blocks([Entry(run)])
+    heading, text, table = map_blocks([Entry(run)])
     assert "validation images rightly called NORMAL" in text.text
     assert table.rows == [
         ["ViT scratch, attention rollout", *["-0.100 [-0.200, +0.050]"] * 2]
         + ["-0.10 [-0.20, 0.05] of 0.40", "-0.10 [-0.20, 0.05] of 0.19", "0.50", "0.10"]
     ]
     map_report(run, checkpoint="another")
-    assert tables_module.map_blocks([Entry(run)]) == [] and "another checkpoint" in capsys.readouterr().err
+    assert map_blocks([Entry(run)]) == [] and "another checkpoint" in capsys.readouterr().err
     for damage in ({"rollout": []}, {"gradcam": {}}, {"rollout": 3}):
         map_report(run, **damage)
         refused(cli("compare", cwd=tmp_path), "scratch", "explain.py again")

@@ -106,8 +106,8 @@ def test_classes_in_the_report(folders):
     page = (root / "r.html").read_text()
     assert page.count("data:image/png") == 3 and "Square: ViT scratch" in page
     rows = list(csv.DictReader((root / "r.csv").open()))
-    assert [r["Model"] for r in rows[:3]] == [
-        f"Logistic regression 32x32 px, {n} @Rec" for n in ("any disease", "Round One", "Square")
+    assert [r["Model"] for r in rows[::2]] == [
+        f"{n}: Logistic regression 32x32 px @Rec" for n in ("any disease", "Round One", "Square")
     ]
 
 
@@ -145,10 +145,11 @@ def test_the_report_counts_what_scores_hold(folders, findings):
     """A row a finding and run; the confusion matrix is scikit-learn's of the stored scores."""
     names = {"linear": "Logistic regression 32x32 px", "scratch": "ViT scratch"}
     for root, report in ((folders[0], folders[-1]), (findings[0], findings[-1])):
-        rows = next(table[1:] for table in tables(report) if table[0][0] == "Finding: model")
+        head, *rows = next(table for table in tables(report) if "Positives val + test" in table[0])
+        rows = [row for row in rows if row[0].endswith(" @Rec")]
         run = Run(root / "outputs/linear")
         assert [row[0] for row in rows] == [
-            f"{name}: {model}" for name in run.task.findings for model in names.values()
+            f"{name}: {model} @Rec" for name in run.task.findings for model in names.values()
         ]
         for kind, model in names.items():
             arrays = Run(root / "outputs" / kind).scores()
@@ -156,9 +157,9 @@ def test_the_report_counts_what_scores_hold(folders, findings):
             for k, name in enumerate(run.task.findings):
                 known = truth[:, k] >= 0
                 auroc = sklearn.metrics.roc_auc_score(truth[known, k], arrays["test_p1"][known, k])
-                (row,) = [r for r in rows if r[0] == f"{name}: {model}"]
-                assert row[1].split(" + ")[1] == str((truth[:, k] == 1).sum())
-                assert row[3].startswith(f"{auroc:.3f} [")
+                (row,) = [dict(zip(head, r)) for r in rows if r[0] == f"{name}: {model} @Rec"]
+                assert row["Positives val + test"].split(" + ")[1] == str((truth[:, k] == 1).sum())
+                assert row["AUROC test"].startswith(f"{auroc:.3f} [")
     matrices = [table for table in tables(folders[-1]) if table[0][0] == "Class"]
     for kind, matrix in zip(names, matrices, strict=True):
         arrays = Run(folders[0] / "outputs" / kind).scores()

@@ -1,0 +1,69 @@
+"""What the cells and sentences of the report's tables are made of. No torch, no drawing."""
+
+import itertools
+
+from common.proportions import reported_interval
+from report.rows import POINTS
+
+
+def unique(values, join="; "):
+    """Different texts in the order in which they come, joined."""
+    return join.join(dict.fromkeys(map(str, values)))
+
+
+def interval(low, high):
+    return f"[{low:.3f}, {high:.3f}]"
+
+
+def with_interval(row, key):
+    """ "0.951 [0.931, 0.968]": a figure with its 95% interval; a dash where there is no row."""
+    return "-" if row is None else f"{row[key]:.3f} {interval(*reported_interval(row, key))}"
+
+
+def span(figure):
+    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
+    return f"{figure['value']:.3f} {interval(figure['lo'], figure['hi'])}"
+
+
+def size_and_time(entry):
+    """Millions of parameters and minutes of training, as text."""
+    params = entry.results["params"] / 1e6
+    return [f"{params:.{4 if params < 0.1 else 2}f}", f"{entry.minutes:.1f}"]
+
+
+def floors(entries):
+    """The recall floors of the entries, as text."""
+    return ", ".join(sorted({f"{e.min_recall:g}" for e in entries}))
+
+
+def drawn(entries):
+    """What the bootstrap draws, as text."""
+    return (
+        "whole patients" if entries[0].columns["test"].patients_known else "single images (patients unknown)"
+    )
+
+
+def alone(entries):
+    """Whether the task of these entries has one finding."""
+    return len(entries[0].findings) == 1
+
+
+def points(entries):
+    """The operating points that tables have rows of. Where there are several findings, decisions at 0.5 would
+    fill pages; calibration.json has them."""
+    return POINTS if alone(entries) else {k: mark for k, mark in POINTS.items() if k != "at_0.5"}
+
+
+def questions(entries):
+    """[(finding, entry)], finding by finding."""
+    return list(itertools.product(entries[0].findings, entries))
+
+
+def title(entry, finding):
+    """What a row of a finding and an entry is called; the only finding needs no name."""
+    return entry.name if alone([entry]) else f"{finding}: {entry.name}"
+
+
+def first_head(entries):
+    """The head of the column of `title`."""
+    return "Model" if alone(entries) else "Finding: model"

@@ -1,0 +1,95 @@
+"""Blocks of the report on which of two models is better, on the same test images. No torch, no drawing."""
+
+import itertools
+
+from calibration.intervals import compare_at_thresholds, difference_of_means, mean_auroc_draws
+from report.cells import alone, drawn, span, with_interval
+from report.render import Heading, Paragraph, Table
+
+HEADING = Heading(3, "Which model is better")
+
+
+def pair_blocks(entries):
+    """Every two models: an only finding by three figures, several by the mean of their AUROCs, because as
+    many tests as findings would find differences by chance."""
+    return decision_pairs(entries) if alone(entries) else mean_pairs(entries)
+
+
+def leader(figure, names, values, spans, tied):
+    """A sentence on which model is best: its names, values and their spans as text; tied: the pairs of
+    positions whose difference has an interval with 0 inside."""
+    best = max(range(len(names)), key=lambda i: values[i])
+    level = [names[i] for i in range(len(names)) if (min(i, best), max(i, best)) in tied]
+    text = f"Highest {figure} on test: {names[best]}, {spans[best]}; "
+    text += f"not told apart from it: {'; '.join(level)}." if level else "it is told apart from every other."
+    return f"{text} That is a finding and no way to choose: choose on validation."
+
+
+def decision_pairs(entries):
+    """Every two models, by AUROC, and by recall and specificity @Rec of the only finding."""
+    (finding,) = entries[0].findings
+    rows, tied = [], set()
+    tests = {"auroc": "delong", "recall": "mcnemar_recall", "specificity": "mcnemar_specificity"}
+    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
+        test = a.column(finding, "test")
+        sides = []
+        for e in (a, b):
+            sides += [e.column(finding, "test").scores, e.found[finding]["threshold"]]
+        d = compare_at_thresholds(test.truth, *sides, test.patients, a.calibration["bootstrap"])
+        cells = [
+            "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}], p = {p:.2g}".format(**d[figure], p=d[test])
+            for figure, test in tests.items()
+        ]
+        rows.append([f"{a.name} minus {b.name}", *cells])
+        if d["auroc"]["lo"] <= 0 <= d["auroc"]["hi"] and d["delong"] > 0.05:
+            tied.add((i, j))
+    if not rows:
+        return []
+    text = (
+        "Differences on the same test images, recall and specificity @Rec. Intervals: 95%, paired bootstrap "
+        f"of {drawn(entries)}. p-values: DeLong for AUROC, exact McNemar for the others, not corrected for "
+        "the number of pairs."
+    )
+    found = [e.row(finding, "test", "at_rec") for e in entries]
+    spans = [with_interval(row, "auroc") for row in found]
+    best = leader("AUROC", [e.name for e in entries], [row["auroc"] for row in found], spans, tied)
+    head = ["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"]
+    return [HEADING, Paragraph(best), Paragraph(text), Table(head, rows)]
+
+
+def mean_pairs(entries):
+    """Every two models, by mean AUROC over the findings that both have figures of."""
+    rows, kept, tied = [], {}, set()
+
+    def mean_draws(entry, findings, draws):
+        key = id(entry), tuple(findings), draws
+        if key not in kept:
+            columns, test = [entry.findings.index(n) for n in findings], entry.columns["test"]
+            arrays = test.truth[:, columns], test.scores[:, columns]
+            kept[key] = mean_auroc_draws(*arrays, test.patients, draws)
+        return kept[key]
+
+    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
+        both = [n for n in a.summary["test"]["findings"] if n in b.summary["test"]["findings"]]
+        if not both:
+            continue
+        d = difference_of_means(*(mean_draws(e, both, a.calibration["bootstrap"]) for e in (a, b)))
+        word = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
+        tied |= {(i, j)} if word == "no" else set()
+        cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
+        rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, word])
+    if not rows:
+        return []
+    text = (
+        "Difference of the mean AUROC on the same test images, 95% interval by a paired bootstrap of "
+        f"{drawn(entries)}; not corrected for the number of pairs."
+    )
+    head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
+    blocks = [HEADING, Paragraph(text), Table(head, rows)]
+    asked = [e.summary["test"]["findings"] for e in entries]
+    if all(found == asked[0] for found in asked):  # means of other findings cannot be ranked
+        found = [e.summary["test"]["auroc"] for e in entries]
+        values = [figure["value"] for figure in found]
+        best = leader("mean AUROC", [e.name for e in entries], values, [span(f) for f in found], tied)
+        blocks.insert(1, Paragraph(best))
+    return blocks

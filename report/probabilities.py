@@ -1,0 +1,98 @@
+"""Blocks of the report on scores as probabilities, and on what they say of groups of people. No torch, no
+drawing."""
+
+import itertools
+
+import numpy as np
+
+from calibration.intervals import proportion_interval
+from common import scaling
+from metrics import predictive_values
+from report.cells import first_head, interval, questions, title
+from report.render import Heading, Paragraph, Table
+
+SIDES, WHEN = ("val", "test"), ("before", "after")
+
+
+def probability_blocks(entries):
+    """Temperature or Platt scaling, mean score against share of positives, and calibration error."""
+    figures = list(itertools.product(SIDES, ("ECE", "Brier", "NLL")))
+    rows = []
+    for name, e in questions(entries):
+        if "probability" not in e.found[name]:
+            continue
+        mean, share = scaling.averages(e.found[name], scaling.applied(e.calibration))
+        cells = [scaling.cell(e.calibration, name), f"{mean:.3f}", f"{share:.3f}"]
+        quality = e.found[name]["probability"]
+        for side, figure in figures:
+            cells.append(before_and_after(quality.get(side), figure.lower()))
+        rows.append([title(e, name), *cells])
+    if not rows:
+        return []
+    text = (
+        "Each model has one temperature, which minimises NLL on validation, or a slope and a bias for each "
+        "finding (Platt scaling) where calibrate.py was asked for them; figures are before → after, applied "
+        "or not. The mean score is that of validation, as thresholds apply to it; of probabilities at "
+        "validation's prevalence it is the share of images with the finding. ECE is over 15 bins of equal "
+        f"size. {scaling.in_report(entries)}"
+    )
+    head = [first_head(entries), "Temperature", "Mean score val", "Share val"]
+    head += [f"{figure} {side}" for side, figure in figures]
+    return [Heading(3, "Are the probabilities right"), Paragraph(text), Table(head, rows)]
+
+
+def before_and_after(quality, figure):
+    """A figure before and after scaling; a dash where a side has too few images for it."""
+    if quality is None:
+        return "-"
+    return "{:.3f} → {:.3f}".format(*(quality[when][figure] for when in WHEN))
+
+
+def predictive_blocks(entries):
+    """Predictive values where a finding is as common as on test, and where it is rarer."""
+    known = [(name, e) for name, e in questions(entries) if e.row(name, "test", "at_rec")]
+    if not known:
+        return []
+    name, first = known[0]
+    there = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
+    there = there if 0 < there < 1 else 0.1
+    rows, shares = [], {}
+    for name, e in known:
+        row, here = e.row(name, "test", "at_rec"), float(e.column(name, "test").truth.mean())
+        values = [v for p in (here, there) for v in predictive_values(row["recall"], row["specificity"], p)]
+        rows.append([f"{title(e, name)} @Rec", *(f"{v:.3f}" if np.isfinite(v) else "-" for v in values)])
+        shares[name] = f"{here:.1%} show {name}"
+    text = (
+        f"Predictive values depend on how common the finding is. Of these test images "
+        f"{', '.join(shares.values())}. The last two columns assume a prevalence of {there:.0%}, with the "
+        "same recall and specificity."
+    )
+    assumed = ("as on test", f"at {there:.0%}")
+    head = [first_head(entries), *(f"{k} {p}" for p in assumed for k in ("PPV", "NPV"))]
+    return [Paragraph(text), Table(head, rows)]
+
+
+def subgroup_blocks(entries):
+    """Recall of bacterial and viral pneumonia, where the file names tell them apart."""
+    causes, rows = {"bacteria": "bacterial", "virus": "viral"}, []
+    for name, e in questions(entries):
+        if e.row(name, "test", "at_rec"):
+            cells = [recall_of(e, name, word) for word in causes]
+            if cells != ["-"] * len(causes):
+                rows.append([f"{title(e, name)} @Rec", *cells])
+    if not rows:
+        return []
+    text = "Test recall @Rec by cause, as the file names tell it; 95% intervals, bootstrap of patients."
+    head = [first_head(entries), *(f"Recall, {cause}" for cause in causes.values())]
+    return [Heading(3, "Subgroups"), Paragraph(text), Table(head, rows)]
+
+
+def recall_of(entry, finding, word):
+    """Test recall @Rec among images with this word in their file name, as text; a dash where none has it."""
+    test = entry.column(finding, "test")
+    inside = (test.truth == 1) & (np.char.find(np.char.lower(test.files), word) >= 0)
+    if not inside.any():
+        return "-"
+    hits = test.scores[inside] >= entry.found[finding]["threshold"]
+    span = interval(*proportion_interval(hits, test.patients[inside], entry.calibration["bootstrap"]))
+    return f"{hits.mean():.3f} {span} (n = {inside.sum()})"
