@@ -31,7 +31,7 @@ DEFAULTS = recipe.Defaults(
             warmup_epochs=4.0,
         )
     },
-    unused=recipe.SUPERVISED + recipe.TWO_STAGES + recipe.HYBRID + recipe.TAUGHT,
+    used=recipe.MASKED,
 )
 
 

@@ -45,7 +45,7 @@ def defaults(name):
             "default": {**common_part, "augment": "strong"},
             "paper": {**common_part, "augment": "plain"},
         },
-        unused=("drop_rate", "patch_drop", *recipe.MASKED, *recipe.HYBRID, *recipe.TAUGHT),
+        used=recipe.SUPERVISED + recipe.TWO_STAGES,
     )
 
 

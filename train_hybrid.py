@@ -35,7 +35,7 @@ DEFAULTS = recipe.Defaults(
         "default": {**COMMON, "augment": "strong", "epochs": 6, "ema": 0.99},
         "paper": {**COMMON, "augment": "plain", "epochs": 15},
     },
-    unused=(*recipe.TWO_STAGES, *recipe.MASKED, *recipe.TAUGHT),
+    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.HYBRID,
 )
 
 

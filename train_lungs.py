@@ -37,7 +37,6 @@ DEFAULTS = recipe.Defaults(
             ema=0.99,
         )
     },
-    unused=(*recipe.SUPERVISED, *recipe.TWO_STAGES, *recipe.MASKED, *recipe.HYBRID, *recipe.TAUGHT),
 )
 
 

@@ -29,7 +29,7 @@ DEFAULTS = recipe.Defaults(
         "default": dict(augment="strong", epochs=3, freeze_epochs=30, lr=3e-5, ema=0.99),
         "paper": dict(augment="plain", epochs=10, lr=1e-4),
     },
-    unused=("drop_rate", *recipe.MASKED, *recipe.HYBRID, *recipe.TAUGHT),
+    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.TWO_STAGES,
 )
 
 

@@ -26,7 +26,7 @@ DEFAULTS = recipe.Defaults(
         "default": dict(augment="robust,frame=0.5,tone=0.5", drop_path=0.05, patch_drop=0.5, ema=0.99),
         "paper": dict(augment="plain", drop_rate=0.1, drop_path=0.05),
     },
-    unused=recipe.TWO_STAGES + recipe.MASKED + recipe.HYBRID,
+    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.TAUGHT,
 )
 
 

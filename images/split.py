@@ -215,10 +215,19 @@ def say_shared(split):
 
 def undersampled(targets, seed):
     """Positions, sorted, of as many random images of each class as the rarest has."""
-    rng, targets = np.random.default_rng(seed), np.asarray(targets)
-    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
+    return np.sort(_as_many_of_each(np.asarray(targets), np.random.default_rng(seed)))
+
+
+def _members(targets):
+    """The positions of each class: list of int64 arrays."""
+    return [np.flatnonzero(targets == k) for k in np.unique(targets)]
+
+
+def _as_many_of_each(targets, rng):
+    """Positions of as many random images of each class as the rarest has, one class after the other."""
+    classes = _members(targets)
     least = min(map(len, classes))
-    return np.sort(np.concatenate([rng.choice(c, least, replace=False) for c in classes]))
+    return np.concatenate([rng.choice(members, least, replace=False) for members in classes])
 
 
 def groups(targets, sources):
@@ -243,20 +252,22 @@ def epoch_order(seed, epoch, targets, balance="none", sources=None):
     epoch continues in the same order.
 
     "sampler" and "both": N drawn with replacement, every class alike; "sources-sampler": every class of every
-    source; "undersample": as many of each class as
-    the rarest has, drawn anew in every epoch, "undersample-once": the same ones in every epoch. Otherwise all
-    once."""
+    source; "undersample": as many of each class as the rarest has, drawn again in every epoch;
+    "undersample-once": the same ones in every epoch. Otherwise all once."""
     rng, targets = np.random.default_rng([seed, epoch]), np.asarray(targets)
     if balance in ("weights", "none", "sources"):
         return rng.permutation(len(targets))
     if balance == "sources-sampler":
         targets = groups(targets, sources)
-    classes = [np.flatnonzero(targets == k) for k in np.unique(targets)]
     if balance in ("sampler", "both", "sources-sampler"):
-        picks, order = rng.integers(len(classes), size=len(targets)), np.empty(len(targets), dtype=np.int64)
+        classes = _members(targets)
+        # First the class of each place, then an image of it.
+        picks = rng.integers(len(classes), size=len(targets))
+        order = np.empty(len(targets), dtype=np.int64)
         for k, members in enumerate(classes):
             order[picks == k] = rng.choice(members, (picks == k).sum())
         return order
-    once = np.random.default_rng([seed, 2**32]) if balance == "undersample-once" else rng
-    least = min(map(len, classes))
-    return rng.permutation(np.concatenate([once.choice(c, least, replace=False) for c in classes]))
+    chooser = rng
+    if balance == "undersample-once":
+        chooser = np.random.default_rng([seed, 2**32])  # the same in every epoch
+    return rng.permutation(_as_many_of_each(targets, chooser))

@@ -43,10 +43,16 @@ class Subset:
 
     def take(self, index):
         """The Subset of these positions."""
-        files, patients = ([values[i] for i in index] for values in (self.files, self.patients))
-        levels = None if self._levels is None else self._levels[index]
-        about = dict(patients=patients, levels=levels, masks=self.masks, sources=self.sources[index])
-        return Subset(files, self.targets[index], self.images, self.rows[index], **about)
+        return Subset(
+            [self.files[i] for i in index],
+            self.targets[index],
+            self.images,
+            self.rows[index],
+            patients=[self.patients[i] for i in index],
+            levels=None if self._levels is None else self._levels[index],
+            masks=self.masks,
+            sources=self.sources[index],
+        )
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""
@@ -62,11 +68,13 @@ class Subset:
 def same_images(here, there):
     """Which images of Subset `here` have the very pixels of one of the Subsets `there`: list of files."""
 
-    def prints(subset):
+    def digests(subset):
         return [hashlib.blake2b(subset.images[row].tobytes(), digest_size=16).digest() for row in subset.rows]
 
-    known = {p for subset in there for p in prints(subset)}
-    return [file for file, p in zip(here.files, prints(here)) if p in known]
+    known = set()
+    for subset in there:
+        known.update(digests(subset))
+    return [file for file, digest in zip(here.files, digests(here)) if digest in known]
 
 
 def pixel_fingerprint(subset):
@@ -80,4 +88,4 @@ def pixel_fingerprint(subset):
 def input_range(subset):
     """Least and greatest mean and standard deviation of an image (grey levels 0 to 1) that a model saw."""
     low, high = subset.levels.min(axis=0), subset.levels.max(axis=0)
-    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(("mean", "std"))}
+    return {"mean": [float(low[0]), float(high[0])], "std": [float(low[1]), float(high[1])]}

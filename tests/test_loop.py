@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import device
-from common.console import InputError, Interrupted
+from common import console, device
+from common.console import InputError, Interrupted, Pace
 from common.task import Task
 from images.augment import PRESETS, Augment
 from images.subset import Subset
 from models.batches import Batches
 from models.inputs import Inputs
+from records.progress import Progress
 from records.run import Run
 from tests.shared import (
     CPU,
@@ -749,3 +750,45 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
     refused(cli("train_scratch", *flags, "--overwrite", "--model", "ti16", cwd=tmp_path), "does not fit")
     refused(cli("train_scratch", *flags, "--overwrite", "--split-seed", 1, cwd=tmp_path), "--split")
     refused(cli("train_scratch", *flags, "--overwrite", "--init", "nowhere", cwd=tmp_path), "nowhere")
+
+
+# ---------------------------------------------------------------- how far it is
+
+
+def test_progress_reads_what_earlier_versions_saved():
+    """The "state" of a last.pth of version 82507f6, within an epoch and before the first step."""
+    row = {"train_loss": 0.8, "val_loss": 0.7, "val_auroc": 0.6, "lr": 3e-4, "seconds": 6.0}
+    within = {"epoch": 1, "step": 3, "loss_sum": 2.1, "seconds": 0.5, "history": [row], "best_epoch": 1}
+    within |= {"head_seconds": 54.0, "lr": 2e-4}
+    read = Progress.from_saved(within)
+    assert read.saved() == within and list(read.saved()) == list(within)
+    assert read.minutes == 1.0 and read.mean_loss == pytest.approx(0.7)
+    new = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "history": [], "best_epoch": 0}
+    assert Progress().saved() == {**new, "head_seconds": 0.0}
+    older = {k: v for k, v in within.items() if k != "head_seconds"}  # before the head's stage was timed
+    assert Progress.from_saved(older).minutes == 0.1
+
+
+def test_progress_knows_the_best_epoch_and_how_long_ago_it_was():
+    """Merits by hand: the second epoch is best, a draw later is not; the loss is lowest in the third."""
+    at, better = Progress(), []
+    for auroc, loss in ((0.6, 0.7), (0.8, 0.6), (0.7, 0.5), (0.8, 0.55)):
+        at.step, at.loss_sum = 5, 3.0
+        better.append(at.end_epoch({"auroc": auroc, "val_loss": loss}, lambda row: row["auroc"]))
+    assert better == [True, True, False, False] and at.best_epoch == 2 and at.epoch == 4
+    assert (at.step, at.loss_sum) == (0, 0.0)
+    assert at.waited("best") == 2 and at.waited("loss") == 1
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    """Items of 10, 10 and 5 units, after 10 that were done before: a line each, if it were time for one."""
+    monkeypatch.setattr(console, "Pace", lambda: Pace(every=-1))
+    words = dict(size=lambda n: n, begin=10, status=lambda: "loss 0.5")
+    assert list(console.progress([10, 10, 5], 35, "epoch 1/2", "images", **words)) == [10, 10, 5]
+    lines = capsys.readouterr().err.splitlines()
+    starts = [f"epoch 1/2: {done} of 35 images, loss 0.5: " for done in (20, 30, 35)]
+    assert [line.startswith(start) for line, start in zip(lines, starts)] == [True] * 3 and len(lines) == 3
+    assert list(console.progress(range(3), 3, None)) == [0, 1, 2]
+    monkeypatch.setenv("RANK", "1")  # under torchrun the first process alone speaks
+    assert list(console.progress(range(3), 3, "epoch")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

@@ -66,7 +66,7 @@ def test_flags_of_a_script_are_few(script):
 def test_json_holds_what_the_script_uses():
     """The keys that earlier versions wrote, so that old and new runs of one recipe make one family."""
     _, settings, augment = parsed("train_scratch", "--seed", "3")
-    found = recipe.to_json(settings, augment, False, importlib.import_module("train_scratch").DEFAULTS.unused)
+    found = recipe.to_json(settings, augment, False, importlib.import_module("train_scratch").DEFAULTS.used)
     assert found["seed"] == 3 and found["amp"] is False and found["tone"] == 0.5
     assert not {"freeze_epochs", "head_lr", "mask_ratio"} & found.keys()
     assert {"epochs", "clip", "schedule", "warmup_epochs", "drop_rate", "rotate"} <= found.keys()

@@ -228,7 +228,7 @@ class Loop:
         epoch, recipe = self.progress.epoch, self.recipe
         if epoch >= recipe.epochs or epoch * self.steps >= self.total:
             return True
-        return "patience" not in self.plan.unused and self.progress.waited(recipe.stop_on) >= recipe.patience
+        return "patience" in self.plan.used and self.progress.waited(recipe.stop_on) >= recipe.patience
 
     def _interrupted(self, signum):
         """The exception that tells where a run was stopped and how to go on."""

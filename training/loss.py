@@ -56,15 +56,20 @@ class Supervised:
         segmentation=0.0,
         attention=0.0,
     ):
-        how = dict(label_smoothing=label_smoothing, focal_gamma=focal_gamma)
-        self.task_losses = partial(task.losses, class_weights=class_weights, **how)
+        self.task_losses = partial(
+            task.losses,
+            class_weights=class_weights,
+            label_smoothing=label_smoothing,
+            focal_gamma=focal_gamma,
+        )
         self.weights = partial(task.weights, class_weights=class_weights)
-        self.task, self.watched, self.more = task, watched, (segmentation, attention)
+        self.task, self.watched = task, watched
+        self.factors = segmentation, attention  # of the two losses that a hybrid appends
 
     def losses(self, outputs, targets):
         """The loss of every image: outputs [B, K], of a hybrid in training [B, K + 2] -> tensor [B]."""
         losses = self.task_losses(outputs[:, : self.task.outputs], targets)
-        for factor, column in zip(self.more, outputs[:, self.task.outputs :].unbind(1)):
+        for factor, column in zip(self.factors, outputs[:, self.task.outputs :].unbind(1)):
             losses = losses + factor * self.weights(targets) * column
         return losses
 
@@ -74,13 +79,14 @@ class Supervised:
 
     def columns(self, truth, side="val"):
         """The numbers of the findings whose AUROC exists; none on validation is an InputError."""
-        found = np.flatnonzero(with_both_classes(truth[:, self.task.averaged])) + self.task.averaged.start
-        if len(found) == 0 and side == "val":
+        averaged = self.task.averaged
+        columns = np.flatnonzero(with_both_classes(truth[:, averaged])) + averaged.start
+        if len(columns) == 0 and side == "val":
             raise InputError(
                 "in validation no finding is present in one image and absent in another, so no AUROC can be "
                 "watched: give it more images with --fractions, or ask other --findings"
             )
-        return found
+        return columns
 
     def watch(self, targets, outputs, side="val"):
         """Targets [N] or [N, K], outputs [N, K or more] on the CPU -> figures for the history. None where no
@@ -91,17 +97,22 @@ class Supervised:
         for k in self.columns(truth, side):
             known = truth[:, k] >= 0
             aurocs.append(roc_auc_score(truth[known, k], scores[known, k]))
+        outputs, targets = np.asarray(outputs), np.asarray(targets)
         if self.task.kind == "softmax":
-            right = (np.asarray(outputs).argmax(axis=1) == np.asarray(targets))[np.asarray(targets) >= 0]
+            right = outputs.argmax(axis=1) == targets
         else:
-            right = ((np.asarray(outputs) > 0) == (np.asarray(targets) == 1))[np.asarray(targets) >= 0]
+            right = (outputs > 0) == (targets == 1)
+        right = right[targets >= 0]  # where the label is known
         auroc = float(np.mean(aurocs)) if aurocs else None
-        return {f"{side}_auroc": auroc, f"{side}_accuracy": float(right.mean()) if len(right) else None}
+        accuracy = float(right.mean()) if len(right) else None
+        return {f"{side}_auroc": auroc, f"{side}_accuracy": accuracy}
 
     def merit(self, row):
         """What the best epoch has most of, rounded: figures that rounding errors alone tell apart are equal,
         and then the earlier epoch is kept."""
-        return round(-row["val_loss"] if self.watched == "loss" else row[f"val_{self.watched}"], 9)
+        if self.watched == "loss":
+            return round(-row["val_loss"], 9)
+        return round(row[f"val_{self.watched}"], 9)
 
 
 class Reconstruction:

@@ -52,7 +52,7 @@ class Plan:
     amp: bool
     resume: bool = False
     deterministic: bool = False
-    unused: tuple = ()
+    used: tuple = recipes.SOME_ARM
     track: tuple = ()
 
     def seed(self):
@@ -95,7 +95,7 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
             amp,
             resume=args.resume and (run.folder / "last.pth").exists(),
             deterministic=args.deterministic,
-            unused=defaults.unused,
+            used=defaults.used,
             track=tuple(args.track),
         )
         plans.append(plan)
@@ -230,7 +230,7 @@ def describe_run(plan, model, name, images, inputs):
     return {
         "model": name,
         "model_config": {"kind": model.kind, **model.config},
-        "recipe": recipes.to_json(plan.recipe, plan.augment, plan.amp, plan.unused),
+        "recipe": recipes.to_json(plan.recipe, plan.augment, plan.amp, plan.used),
         "data": asdict(plan.config),
         "split": images.split,
         "seed": plan.recipe.seed,

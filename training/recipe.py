@@ -149,26 +149,27 @@ class Recipe:
         return [*head, Stage("neck", frozen, self.lr), *rest]
 
 
-SUPERVISED = (
-    "layer_decay",
-    "backbone_lr_scale",
-    "loss",
-    "focal_gamma",
-    "mixup",
-    "cutmix",
-    "randaugment",
-    "watch",
-    "patience",
-    "label_smoothing",
-    "balance",
-    "patch_drop",
-    "drop_path",
-    "drop_rate",
+# The fields that every training script uses, and those that some do.
+EVERY_ARM = (
+    *("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "min_lr", "warmup_epochs"),
+    *("clip", "stop_on", "max_steps", "ema", "head_decay", "seed"),
 )
+SUPERVISED = (
+    *("layer_decay", "backbone_lr_scale", "loss", "focal_gamma", "mixup", "cutmix", "randaugment", "watch"),
+    *("patience", "label_smoothing", "balance", "drop_path"),
+)
+PATCH_DROP = ("patch_drop",)
+DROPOUT = ("drop_rate",)
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
 TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
+SOME_ARM = (*SUPERVISED, *PATCH_DROP, *DROPOUT, *TWO_STAGES, *MASKED, *TAUGHT, *HYBRID)
+
+
+def not_used(used):
+    """The fields of Recipe that a script has no use for which, besides EVERY_ARM, uses these."""
+    return [f.name for f in fields(Recipe) if f.name not in EVERY_ARM and f.name not in used]
 
 
 # What --help of a training script shows; --help-all shows the rest.
@@ -185,12 +186,12 @@ RECIPES = {"default": "the settings chosen in docs/EXPERIMENTS.md", "paper": "th
 
 class Defaults(NamedTuple):
     """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment":
-    text}}, the first of which is meant unless --recipe names another; `unused`, the fields of Recipe that it
-    has no use for."""
+    text}}, the first of which is meant unless --recipe names another; `used`, the fields of Recipe that it
+    uses besides EVERY_ARM."""
 
     out: str
     recipes: dict
-    unused: tuple = ()
+    used: tuple = ()
 
 
 def add_arguments(parser, defaults):
@@ -201,7 +202,7 @@ def add_arguments(parser, defaults):
         text = "; ".join(f"{name}: {RECIPES[name]}" for name in defaults.recipes)
         group.add_argument("--recipe", choices=tuple(defaults.recipes), default=first, help=text)
     add_augment_argument(group, "plain")
-    add_flags(group, Recipe, leave_out=(*defaults.unused, "seed", "max_steps"))
+    add_flags(group, Recipe, leave_out=(*not_used(defaults.used), "seed", "max_steps"))
     group = add_run_arguments(parser, defaults.out)
     add_flags(
         group, Recipe, leave_out=[f.name for f in fields(Recipe) if f.name not in ("seed", "max_steps")]
@@ -264,9 +265,10 @@ def parse(parser, defaults, argv=None):
     return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
 
 
-def to_json(recipe, augment, amp, unused=()):
+def to_json(recipe, augment, amp, used=SOME_ARM):
     """The "recipe" of a results.json: the fields the script uses, those of the augmentation, and bf16."""
-    values = {k: v for k, v in asdict(recipe).items() if k not in unused}
+    left_out = not_used(used)
+    values = {k: v for k, v in asdict(recipe).items() if k not in left_out}
     return {**values, **asdict(augment), "amp": amp}
 
 

@@ -35,7 +35,9 @@ def refuse_known(flag, run, config, sides, split, held_out):
 
     config: the DataConfig here; split: its description; held_out: {name: Subset} of --also."""
     for name, other in [(str(run), run), *run.forebears()]:
-        title = f"{flag} {run}" + ("" if other is run else f": {name}, from which it was made,")
+        title = f"{flag} {run}"
+        if other is not run:
+            title += f": {name}, from which it was made,"
         if other is None:
             say(f"note: {title} is not there any more: whether it saw images held out here is not known")
             continue
@@ -60,9 +62,12 @@ def _same_split(other, config, sides, split):
         return False
     index = tables.read_table(config.labels, Path(config.data_dir), there.classes)
     targets = dict(zip(index.files, index.targets.tolist()))
-    if not all(file in targets for side in sides for file in side.files):
-        return False
-    return kept == sha256([there.classes, [sorted((f, targets[f]) for f in side.files) for side in sides]])
+    labelled = []
+    for side in sides:
+        if not targets.keys() >= set(side.files):
+            return False
+        labelled.append(sorted((file, targets[file]) for file in side.files))
+    return kept == sha256([there.classes, labelled])
 
 
 def _other_split(flag, title, other, config, split):
@@ -120,8 +125,15 @@ def _refuse_other_pictures(title, other, config, sides):
 
 def _seen_here(there, config, **changes):
     """The DataConfig of a run with pictures prepared as here, and without masks of the lungs."""
-    how = dict(img_size=config.img_size, resize=config.resize, cache_dir=config.cache_dir)
-    return replace(there, **how, input="full", reads_lungs=False, **changes)
+    return replace(
+        there,
+        img_size=config.img_size,
+        resize=config.resize,
+        cache_dir=config.cache_dir,
+        input="full",
+        reads_lungs=False,
+        **changes,
+    )
 
 
 # ---------------------------------------------------------------- other hospitals
@@ -142,7 +154,9 @@ def _refuse_other_sources(title, other, config, val, split, held_out):
             say(f"note: {title} also learnt from {folder}, which is not there any more: it is not compared")
             continue
         root, learnt = _learnt(text, text in there.also, settings)
-        known = {f"held out of {name} here": same_images(learnt, (s,)) for name, s in held_out.items()}
+        known = {}
+        for name, subset in held_out.items():
+            known[f"held out of {name} here"] = same_images(learnt, (subset,))
         known["validation images here"] = same_images(learnt, (val,))
         known["test images here"] = twins.same_files(root, learnt.files, listing.root, test_files)
         for what, files in known.items():
@@ -156,10 +170,12 @@ def _refuse_other_sources(title, other, config, val, split, held_out):
 
 def _learnt(text, labelled, settings):
     """(root, Subset) of what a run with these settings learnt from one of its sources."""
-    read = other_hospitals.read if labelled else other_hospitals.read_unlabelled
-    root, index = read(text, settings)
-    subset, kept, _ = load(settings, root, index, "also")
+    if labelled:
+        root, index = other_hospitals.read(text, settings)
+    else:
+        root, index = other_hospitals.read_unlabelled(text, settings)
+    subset, readable, _ = load(settings, root, index, "also")
     if not labelled:
         return root, subset
-    train, _ = cut(kept, settings.task, True, settings.val_share, settings.split_seed)
+    train, _ = cut(readable, settings.task, True, settings.val_share, settings.split_seed)
     return root, subset.take(np.asarray(train))
