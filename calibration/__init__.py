@@ -3,5 +3,5 @@ longer do.
 
 Read operating_point.py (thresholds on validation, figures on both sides), intervals.py, ensemble.py, site.py
 (another hospital), shift.py and shares.py (unlike validation?), sequential.py (tests at all times),
-wording.py. The thresholds themselves are chosen in metrics.py.
+wording.py and show.py (what is said of a calibration). The thresholds themselves are chosen in metrics.py.
 """

@@ -15,6 +15,7 @@ from calibration.intervals import (
 )
 from common.console import InputError
 from common.proportions import count_of, curves_of, f1_of_patients, proportion_of_patients
+from common.scaling import SIDES
 from common.task import Task
 from metrics import (
     brier,
@@ -69,7 +70,6 @@ class Rule:
 
 
 LEAST = 5  # images with and without a finding, of several, that figures of it need on each side (`least_of`)
-SIDES = {"val": "validation", "test": "test"}
 
 
 class Side(NamedTuple):

@@ -12,13 +12,13 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from common import scaling
 from common.files import atomic_path
+from common.scaling import SIDES
 from metrics import net_benefit
 from records.curves import COLOURS, FILLS, draw_training, finish, label, line_style, panels
 from report.cells import alone, points, span
 from report.rows import POINTS
 
 matplotlib.use("Agg")
-SIDES = {"val": "validation", "test": "test"}
 MARKERS = {"at_rec": "o", "at_0.5": "s"}
 
 
