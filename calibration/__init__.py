@@ -10,4 +10,5 @@ In the order to read them:
     shares.py           the same at another share of the sick
     sequential.py       tests that may be looked at daily
     wording.py          what is said of thresholds
+    show.py             what calibrate.py prints
 """

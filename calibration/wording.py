@@ -1,9 +1,7 @@
 """What is said of thresholds and their figures, on the console and in the report. No torch, no files."""
 
-from common.scaling import SIDES
+from common.scaling import POINTS, SIDES
 from metrics import chance_below_floor
-
-POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
 
 
 def concerns(row, floor):
@@ -106,12 +104,4 @@ def warnings(found, floor):
             row = found.get(side, {}).get(point)
             if row:
                 texts += [f"{word} {POINTS[point]}: {text}" for text in concerns(row, floor)]
-    return texts
-
-
-def several_warnings(findings, floor):
-    """The same of several findings, {finding: what the calibration says of it}, each text with its name."""
-    texts = []
-    for name, found in findings.items():
-        texts += [f"{name}, {text}" for text in warnings(found, floor)]
     return texts
