@@ -9,9 +9,9 @@ sorts as text). The first image of each patient counts; without that column, fil
 in training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with
 95% confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
 If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that
-ever happens with a chance of at most 5%, however long one watches (calibration/sequential.py). With few patients it says
-that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta those of
-calibrate.py --tta, for scores of predict.py --tta.
+ever happens with a chance of at most 5%, however long one watches (calibration/sequential.py). With few
+patients it says that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta
+those of calibrate.py --tta, for scores of predict.py --tta.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
