@@ -3,6 +3,7 @@
 In the order to read them:
 
     run.py       a run folder
+    weights.py   its model
     schema.py    what its files must hold
     older.py     calibrations of older versions, in the present form
     progress.py  how far training is

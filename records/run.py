@@ -181,46 +181,10 @@ class Run:
 
         Sizes in results.json are checked against the shapes in the checkpoint before anything is
         allocated."""
-        import torch
-
-        from common.safe_files import check_state_dict, load_tensors
-        from models.build import build_model
+        from records.weights import model_of
 
         self.check_checkpoint()
-        weights = load_tensors(self.checkpoint)
-        check_state_dict(weights, self.checkpoint)
-        config = self.results["model_config"]
-        try:
-            with torch.device("meta"):
-                shapes = {n: v.shape for n, v in build_model(config).state_dict().items()}
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-            raise InputError(f"{self.folder / 'results.json'} does not describe a model: {error}") from None
-        differ = [f"{n} is absent" for n in shapes.keys() - weights.keys()]
-        differ += [f"{n} is not part of it" for n in weights.keys() - shapes.keys()]
-        differ += [
-            f"{n} is {tuple(weights[n].shape)}, needs {tuple(shapes[n])}"
-            for n in shapes.keys() & weights.keys()
-            if weights[n].shape != shapes[n]
-        ]
-        if differ:
-            listed = "; ".join(sorted(differ))[:300]
-            raise InputError(f"{self.checkpoint} does not fit the model in results.json: {listed}")
-        bad = [n for n, v in weights.items() if not torch.isfinite(v).all()]
-        if bad:
-            raise InputError(
-                f"{self.checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again"
-            )
-        model = build_model(config)
-        if len(self.results["mean"]) != model.in_chans:
-            raise InputError(
-                f"{self.folder / 'results.json'} is damaged: mean does not fit the model's input"
-            )
-        if getattr(model, "reads_lungs", False) != self.results["data"].get("reads_lungs", False):
-            raise InputError(
-                f"{self.folder / 'results.json'} is damaged: reads_lungs does not fit the model's input"
-            )
-        model.load_state_dict(weights)
-        return model.eval()
+        return model_of(self.results, self.folder / "results.json", self.checkpoint)
 
     def save_results(self, results):
         """Write results.json."""
@@ -229,11 +193,16 @@ class Run:
 
     def save_model(self, model):
         """Write checkpoint.pth: the model's state dict, on the CPU."""
-        self._save_tensors("checkpoint.pth", {n: p.detach().cpu() for n, p in model.state_dict().items()})
+        from records.weights import save_tensors
+
+        weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        save_tensors(self.checkpoint, weights)
 
     def save_last(self, value):
         """Write last.pth: tensors and plain Python values."""
-        self._save_tensors("last.pth", {"format": FORMAT, **value})
+        from records.weights import save_tensors
+
+        save_tensors(self.folder / "last.pth", {"format": FORMAT, **value})
 
     def load_last(self):
         """The content of last.pth. InputError if absent, damaged or of another format."""
@@ -249,15 +218,6 @@ class Run:
         if wrong := mismatches(last, needed):
             raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)}")
         return last
-
-    def _save_tensors(self, name, value):
-        import torch
-
-        with atomic_path(self.folder / name) as tmp:
-            try:
-                torch.save(value, tmp)
-            except RuntimeError as error:  # how torch reports a full disk
-                raise OSError(None, str(error).splitlines()[0], str(self.folder / name)) from None
 
     def clear(self, *, weights):
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself

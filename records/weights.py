@@ -1,0 +1,58 @@
+"""From a checkpoint to the model that results.json describes, and tensors to a file. Needs torch."""
+
+import torch
+
+from common.console import InputError
+from common.files import atomic_path
+from common.safe_files import check_state_dict, load_tensors
+from models.build import build_model
+
+
+def model_of(results, path, checkpoint):
+    """The model of a results.json (`results`, read from `path`) with the weights of `checkpoint`, in eval
+    mode on the CPU.
+
+    Sizes in results.json are checked against the shapes in the checkpoint before anything is allocated.
+    InputError where the two do not belong together, or weights are not finite."""
+    weights = load_tensors(checkpoint)
+    check_state_dict(weights, checkpoint)
+    config = results["model_config"]
+    try:
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in build_model(config).state_dict().items()}
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
+    differ = _differences(weights, shapes)
+    if differ:
+        listed = "; ".join(sorted(differ))[:300]
+        raise InputError(f"{checkpoint} does not fit the model in results.json: {listed}")
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise InputError(f"{checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again")
+
+    model = build_model(config)
+    if len(results["mean"]) != model.in_chans:
+        raise InputError(f"{path} is damaged: mean does not fit the model's input")
+    if getattr(model, "reads_lungs", False) != results["data"].get("reads_lungs", False):
+        raise InputError(f"{path} is damaged: reads_lungs does not fit the model's input")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _differences(weights, shapes):
+    """In what a state dict differs from the shapes {name: size} that a model needs, in words."""
+    differ = [f"{name} is absent" for name in shapes.keys() - weights.keys()]
+    differ += [f"{name} is not part of it" for name in weights.keys() - shapes.keys()]
+    for name in shapes.keys() & weights.keys():
+        if weights[name].shape != shapes[name]:
+            differ.append(f"{name} is {tuple(weights[name].shape)}, needs {tuple(shapes[name])}")
+    return differ
+
+
+def save_tensors(path, value):
+    """Write tensors and plain Python values, atomically."""
+    with atomic_path(path) as tmp:
+        try:
+            torch.save(value, tmp)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(None, str(error).splitlines()[0], str(path)) from None
