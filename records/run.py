@@ -177,10 +177,7 @@ class Run:
         return f"nothing to go on from was saved; start it again with {command} --overwrite"
 
     def model(self):
-        """The model with the weights of the best epoch, in eval mode on the CPU.
-
-        Sizes in results.json are checked against the shapes in the checkpoint before anything is
-        allocated."""
+        """The model with the weights of the best epoch, in eval mode on the CPU (weights.py)."""
         from records.weights import model_of
 
         self.check_checkpoint()
