@@ -1,7 +1,7 @@
 """The kinds of run that studies/pins.py holds two versions against each other on.
 
-Commands are written as SCRIPT FLAG... and called in OUT/old or OUT/new. {run} is the run's copy there, {log}
-is what predict.py printed, with diagnoses."""
+Commands are written as SCRIPT FLAG... and called in OUT/old or OUT/new-NAME. {run} is the run's copy there,
+{log} is what predict.py printed, with diagnoses."""
 
 from typing import NamedTuple
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 
 import numpy as np
 from PIL import Image
@@ -93,12 +94,20 @@ def compared(old, new):
         distance, size = apart(old[path], new[path])
         values, largest = values + size, max(largest, distance)
         if distance:
-            first.append(f"{path}: {short(old[path])} -> {short(new[path])}")
+            first.append(f"{path}: {excerpts(old[path], new[path])}")
     others = f" (and {len(first) - 1} more)" if len(first) > 1 else ""
     return values, largest, first[0] + others if first else "same"
 
 
-def short(value):
-    """A leaf in a cell of a table."""
+def excerpts(old, new):
+    """OLD's leaf -> NEW's, for a cell of a table; two texts from a little before where they part."""
+    start = 0
+    if isinstance(old, str) and isinstance(new, str):
+        start = max(0, len(os.path.commonprefix([old, new])) - 20)
+    return f"{short(old, start)} -> {short(new, start)}"
+
+
+def short(value, start):
+    """At most 60 characters of a leaf, without what would end a cell."""
     text = f"array {value.shape}" if isinstance(value, np.ndarray) and value.size > 1 else str(value)
-    return text.replace("|", "/")[:60]
+    return text[start:][:60].replace("|", "/")

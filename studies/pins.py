@@ -16,8 +16,8 @@ Prints one markdown table:
 
 Below it, unless --only is given, come the options that only one side has. Exit code 1 if anything differs.
 What OLD made stays in OUT/old and is used again while OLD's commit and the commands are the same; remove OUT
-after a change of drawn.py. OUT/new is removed at the end, unless --keep is given. Both sides must run on the
-same processor.
+after a change of drawn.py. OUT/new-NAME, by the name of the checkout, is removed at the end, unless --keep is
+given; so several checkouts may be compared at a time. Both sides must run on the same processor.
 
 Two processes at a time, one thread each; about 130 processes, half of them OLD's. TIME
 """
@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 from studies.drawn import draw
 from studies.kinds import KINDS, needed, with_needs
-from studies.leaves import compared, flat, of_file, of_folder, of_table
+from studies.leaves import compared, flat, of_folder, of_table
 
 SCRIPTS = (
     "train_scratch train_pretrained train_cnn train_hybrid train_linear pretrain_mae train_lungs calibrate "
@@ -252,20 +252,17 @@ def options(side, version=None):
     return names
 
 
-def reports(old, new, names):
-    """The leaves of compare.py on OLD's runs and on NEW's, and of NEW's compare.py on OLD's runs."""
-    kinds = {name: KINDS[name] for name in names}
-    runs = [f"runs/{slug(n)}" for n, k in kinds.items() if k.then and not k.copy_of and not k.deleted]
-    found = []
-    for side, where in ((old, ""), (new, ""), (new, "../old/")):
-        words = "compare --figures figures --csv report.csv --run".split()
-        words += [where + run for run in runs]
-        shutil.rmtree(side.folder / "figures", ignore_errors=True)
-        leaves = of_record(call(side, f"compare{len(found)}", words), "compare.py")
-        if (side.folder / "report.csv").exists():
-            leaves |= of_file(side.folder / "report.csv", "report.csv")
-        found.append(leaves | of_folder(side.folder / "figures"))
-    return found
+def report(side, place, runs, where="", keep=False):
+    """The leaves of compare.py on these runs, which lie in the folder `where`, seen from this side's.
+
+    place: folder of what it writes. keep: what it has written there before is taken again."""
+    folder, record = side.folder / place, side.folder / "done" / f"{place}.json"
+    if not (keep and record.exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        words = f"compare --figures {place}/figures --csv {place}/report.csv --run".split()
+        call(side, place, words + [where + run for run in runs])
+    return of_record(json.loads(record.read_text()), "compare.py") | of_folder(folder)
 
 
 # ---------------------------------------------------------------- the table
@@ -287,9 +284,15 @@ def rows(old, new, names):
             yield name, what(name), 0, 0.0, said
         else:
             yield name, what(name), *compared(of_kind(old, name), of_kind(new, name))
-    reported, again, reread = reports(old, new, names)
-    yield "all", "compare", *compared(reported, again)
-    yield "all", "compare on OLD's calibrations", *compared(reported, reread)
+    kinds = {name: KINDS[name] for name in names}
+    runs = [f"runs/{slug(n)}" for n, k in kinds.items() if k.then and not k.copy_of and not k.deleted]
+    if runs:
+        depends = repr([plan(name, identity(old.checkout)) for name in names])
+        place = f"reports/{hashlib.sha256(depends.encode()).hexdigest()[:8]}"
+        reported = report(old, place, runs, keep=True)
+        yield "all", "compare", *compared(reported, report(new, place, runs))
+        again = report(new, place, runs, where="../old/")
+        yield "all", "compare on OLD's calibrations", *compared(reported, again)
     for name in names:
         if KINDS[name].train and not KINDS[name].deleted:
             leaves = of_training(old, name), of_training(new, name)
@@ -307,7 +310,7 @@ def parse():
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where everything is made")
     parser.add_argument("--only", nargs="+", choices=tuple(KINDS), default=list(KINDS), metavar="KIND")
-    parser.add_argument("--keep", action="store_true", help="keep FOLDER/new")
+    parser.add_argument("--keep", action="store_true", help="keep FOLDER/new-NAME")
     args = parser.parse_args()
     for flag in ("old", "new"):
         if not (getattr(args, flag) / "calibrate.py").exists():
@@ -318,7 +321,8 @@ def parse():
 def main():
     args, began = parse(), time.time()
     names = with_needs(args.only)
-    old, new = Side(args.old.resolve(), args.out / "old"), Side(args.new.resolve(), args.out / "new")
+    old = Side(args.old.resolve(), args.out / "old")
+    new = Side(args.new.resolve(), args.out / f"new-{args.new.resolve().name}")
     shutil.rmtree(new.folder, ignore_errors=True)
     for side in (old, new):
         side.folder.mkdir(parents=True, exist_ok=True)
