@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,10 @@ def started(script, *argv, cwd, fakes):
         (cwd / f"{name}.py").write_text(code)
     env = {**os.environ, "PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1"}
     argv = [sys.executable, REPO / f"{script}.py", *argv]
-    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, env=env, timeout=60)
+    settings = dict(cwd=cwd, capture_output=True, text=True, env=env, timeout=60)
+    if os.name == "posix":  # tests that run in the background hand on that Ctrl-C is ignored
+        settings["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(argv, **settings)
 
 
 ABSENT = "raise ModuleNotFoundError('it is not installed', name={0!r})"

@@ -15,7 +15,8 @@ from tests.shared import REPO, cli, refused, succeed
 from training import plan
 
 HOLDER = """
-import lock, sys, time
+import sys, time
+from records import lock
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -113,7 +114,7 @@ def test_a_lock_ends_with_its_block(tmp_path, monkeypatch):
 
 def test_a_script_holds_the_lock_while_it_works(flags, tmp_path, monkeypatch):
     """From before the images are read until the end, also of a run that fails."""
-    seen, real = [], plan.data.load_train_val
+    seen, real = [], plan.load_train_val
 
     def load(*args):
         seen.append(lock.holder(tmp_path / "run"))
@@ -121,7 +122,7 @@ def test_a_script_holds_the_lock_while_it_works(flags, tmp_path, monkeypatch):
             raise InputError("no more")
         return real(*args)
 
-    monkeypatch.setattr(plan.data, "load_train_val", load)
+    monkeypatch.setattr(plan, "load_train_val", load)
     argv = ("train_scratch", *flags, *SHORT, "--out", "run")
     succeed(*argv, cwd=tmp_path)
     refused(cli(*argv, "--overwrite", cwd=tmp_path), "no more")

@@ -86,7 +86,7 @@ def test_the_choice_is_printed_before_the_test_images_are_opened(bench, tmp_path
         opened.append(capsys.readouterr().out)
         return load_test(config)
 
-    monkeypatch.setattr(data, "load_test", load_later)
+    monkeypatch.setattr(transfer, "load_test", load_later)
     monkeypatch.chdir(bench)
     names = [f"outputs/scratch-seed{k}" for k in (0, 1)]
     backbones = [transfer.Backbone(Run(name), torch.device("cpu")) for name in names]
