@@ -8,12 +8,14 @@ import math
 import os
 
 import numpy as np
+import torch
 from PIL import Image
 
-# What differs between two calls of one version, or names a place; the key of kept scores is a hash of those.
+# What differs between two calls of one version, or names a place. The key of kept scores is a hash of those.
+# The hash of a checkpoint depends on the name of a temporary file, which torch.save writes into it.
 IGNORED = set(
-    "date time seconds minutes head_seconds duration version versions path command commit git device run "
-    "key".split()
+    "date time seconds minutes head_seconds duration version versions path command commit git device run key "
+    "checkpoint".split()
 )
 
 
@@ -56,6 +58,15 @@ def of_file(path, name):
         with np.load(path, allow_pickle=False) as arrays:
             return {f"{name} {key}": arrays[key] for key in arrays.files if key not in IGNORED}
     return {}
+
+
+def of_checkpoint(path):
+    """Every tensor of a state dict, and its dtype."""
+    leaves = {}
+    for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+        leaves[f"{path.name} {key}"] = tensor.double().numpy()  # exact, and numpy knows no bfloat16
+        leaves[f"{path.name} {key} dtype"] = str(tensor.dtype)
+    return leaves
 
 
 def of_folder(folder):
