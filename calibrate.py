@@ -34,7 +34,7 @@ from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, say, start
 from common.device import add_device_argument, pick_device
 from common.files import CALIBRATION, sha256
-from data import load_test, load_train_val, refuse_other_images
+from data import add_moved_arguments, load_test, load_train_val, refuse_other_images
 from images.subset import pixel_fingerprint
 from layouts.tables import find_table
 from models.inputs import Inputs
@@ -264,16 +264,7 @@ def add_image_arguments(parser):
     group = parser.add_argument_group("images")
     group.add_argument("--tta", action="store_true", help="average scores over small shifts and zooms")
     group.add_argument("--tta-flip", action="store_true", help="mirrored views, too; implies --tta")
-    group.add_argument("--data-dir", metavar="DIR", help="where the images are now (default: as trained)")
-    group.add_argument(
-        "--labels", metavar="CSV", help="where the table of findings is now (default: as trained)"
-    )
-    group.add_argument(
-        "--patients", metavar="CSV", help="where the table of patients is now (default: as trained)"
-    )
-    group.add_argument(
-        "--cache-dir", metavar="DIR", help="folder of the decoded images (default: as trained)"
-    )
+    add_moved_arguments(group)
     group.add_argument(
         "--skip-bad", action="store_true", help="leave out unreadable images (default: as trained)"
     )

@@ -1,8 +1,7 @@
 """Images on disk -> train/validation/test -> one grey uint8 array. models/batches.py makes batches of it.
 
-Layout: DIR/{train,test}/CLASS/*.jpeg, or a table of findings (layouts/ reads both, images/split.py splits).
-Only pixels reach a model: never file names, sizes, or original widths and heights, which separate the
-classes.
+DIR/{train,test}/CLASS/*.jpeg, or a table of findings: layouts/ reads both, images/split.py splits. Only pixels
+reach a model: no file names, no sizes, no original widths and heights, which separate the classes.
 
     python data.py --statistics DIR
 
@@ -213,6 +212,18 @@ def add_arguments(parser, also=True):
     return group
 
 
+def add_moved_arguments(group):
+    """The flags that say where the images of a run are now."""
+    where = {
+        "--data-dir": ("DIR", "where the images are now"),
+        "--labels": ("CSV", "where the table of findings is now"),
+        "--patients": ("CSV", "where the table of patients is now"),
+        "--cache-dir": ("DIR", "folder of the decoded images"),
+    }
+    for flag_name, (metavar, text) in where.items():
+        group.add_argument(flag_name, metavar=metavar, help=f"{text} (default: as trained)")
+
+
 def add_unlabelled_argument(group):
     """--also-unlabelled, for training that needs no labels."""
     about = "folders of unlabelled images of other hospitals that join training"
@@ -222,11 +233,8 @@ def add_unlabelled_argument(group):
 def add_choices(group):
     """The flags that choose classes, findings and fractions."""
     group.add_argument("--findings", metavar="A,B,...", help="findings asked, of --labels (default: all)")
-    group.add_argument(
-        "--healthy",
-        metavar="CLASS",
-        help="the healthy class (default: normal, healthy or no finding)",
-    )
+    text = "the healthy class (default: normal, healthy or no finding)"
+    group.add_argument("--healthy", metavar="CLASS", help=text)
     group.add_argument(
         "--fractions",
         type=FRACTION,

@@ -31,7 +31,7 @@ from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
 from common.files import FORMAT, write_json
-from data import load_split
+from data import add_moved_arguments, load_split
 from images.decode import read_image
 from images.find import Search
 from images.subset import Subset
@@ -258,20 +258,6 @@ def summary(name, found):
         f"{mean['border_share']:.2f} (its area {found['border_area']:.2f}); rank correlation {head:.2f} "
         f"after the head is drawn anew, {everything:.2f} after all weights are (near 1: what was "
         "learnt does not show)"
-    )
-
-
-def add_moved_arguments(parser):
-    """Where the images of the run are now."""
-    parser.add_argument("--data-dir", metavar="DIR", help="where the images are now (default: as trained)")
-    parser.add_argument(
-        "--labels", metavar="CSV", help="where the table of findings is now (default: as trained)"
-    )
-    parser.add_argument(
-        "--patients", metavar="CSV", help="where the table of patients is now (default: as trained)"
-    )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="folder of the decoded images (default: as trained)"
     )
 
 
