@@ -1,7 +1,7 @@
 """Images on disk -> train/validation/test -> one grey uint8 array. models/batches.py makes batches of it.
 
-DIR/{train,test}/CLASS/*.jpeg, or a table of findings: layouts/ reads both, images/split.py splits. Only pixels
-reach a model: no file names, no sizes, no original widths and heights, which separate the classes.
+DIR/{train,test}/CLASS/*.jpeg, or a table of findings: layouts/ reads both, images/split.py splits. Only
+pixels reach a model: no file names, no sizes, no original widths and heights, which separate the classes.
 
     python data.py --statistics DIR
 
