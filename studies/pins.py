@@ -19,9 +19,9 @@ What OLD made stays in OUT/old and is used again while OLD's commit and the comm
 after a change of drawn.py. OUT/new-NAME, by the name of the checkout, is removed at the end, unless --keep is
 given; so several checkouts may be compared at a time. Both sides must run on the same processor.
 
-Two processes at a time, one thread each; about 130 processes, half of them OLD's. That is about 16 minutes
-of processor time on a core without AVX512-BF16, so 8 minutes on two free ones, and half of it where OLD's
-part is there.
+Two processes at a time, one thread each; about 130 processes, half of them OLD's. That is about 16 minutes of
+processor time on cores without AVX512-BF16: 8 minutes on two free ones, and half of it where OLD's part is
+there. On two cores that ten other jobs shared it took 68 minutes.
 """
 
 import argparse
