@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.task import Task
+from records import older
+
 # What differs between two calls of one version, or names a place. The key of kept scores is a hash of those.
 # The hash of a checkpoint depends on the name of a temporary file, which torch.save writes into it.
 IGNORED = set(
@@ -45,10 +48,21 @@ def of_table(text, path):
     return leaves
 
 
+def in_present_form(calibration, results):
+    """A calibration.json as this version reads it, whichever version wrote it: its form has changed, its
+    figures may not."""
+    settings = json.loads(results.read_text())["data"]
+    task = Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+    return older.in_present_form(calibration, task)
+
+
 def of_file(path, name):
     """The leaves of one file; none of a kind of file that is not compared."""
     if path.suffix == ".json":
-        return flat(json.loads(path.read_text()), name)
+        value = json.loads(path.read_text())
+        if path.name.startswith("calibration"):
+            value = in_present_form(value, path.with_name("results.json"))
+        return flat(value, name)
     if path.suffix == ".csv":
         return of_table(path.read_text(), name)
     if path.suffix == ".png":
