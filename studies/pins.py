@@ -230,6 +230,14 @@ def refusal(side, name):
     return wrong[0] if wrong else f"refused: {said}"
 
 
+def help_of(side, script):
+    """What a script prints of its flags: of all, where --help leaves some to --help-all."""
+    done = call(side, f"help/{script}", [script, "--help-all"])
+    if done["code"] != 0:
+        done = call(side, f"help/{script}", [script, "--help"])
+    return done
+
+
 def options(side, version=None):
     """{SCRIPT.py --flag, or SCRIPT.py --flag value for those of a list} of all scripts, from their --help.
 
@@ -239,7 +247,7 @@ def options(side, version=None):
         found = [json.loads((marker.parent / f"{script}.json").read_text()) for script in SCRIPTS]
     else:
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda script: call(side, f"help/{script}", [script, "--help"]), SCRIPTS))
+            found = list(pool.map(lambda script: help_of(side, script), SCRIPTS))
         marker.write_text(str(version))
     names = set()
     for script, done in zip(SCRIPTS, found):
