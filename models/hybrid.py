@@ -169,6 +169,8 @@ class Hybrid(nn.Module):
         return self._read(x)[0]
 
     def forward(self, x):
+        """Images and lungs (B, 4, H, W) -> logits (B, K); in training (B, K + 2): the last two columns are
+        the losses of segmentation and of attention beside the lungs."""
         features, attention, share, large = self._read(x)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.head(features.float())

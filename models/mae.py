@@ -48,6 +48,7 @@ class MaskedAutoencoder(nn.Module):
             nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, x):
+        """Scaled images (B, C, H, W) -> the loss of the hidden patches of each image, float32 (B, 1)."""
         B = len(x)
         if self.training:
             order = torch.rand(B, self.patches, device=x.device).argsort(1)
@@ -68,9 +69,8 @@ class MaskedAutoencoder(nn.Module):
         guess = self.predict(
             self.norm(tokens[:, 1:].gather(1, index.expand(-1, -1, tokens.shape[2])))
         ).float()
-        p = (
-            self.encoder.patch_size
-        )  # the channels repeat one grey image, so the first is all there is to guess
+        p = self.encoder.patch_size
+        # The channels repeat one grey image, so the first is all there is to guess.
         target = F.unfold(x[:, :1].float(), p, stride=p).transpose(1, 2)
         target = target.gather(1, index.expand(-1, -1, target.shape[2]))
         var, mean = torch.var_mean(target, dim=2, keepdim=True)

@@ -32,6 +32,8 @@ class Exported(torch.nn.Module):
         self.net, self.lines = net, lines
 
     def forward(self, image):
+        """Grey images, float32 (B, 1, S, S) in [0, 1] -> probabilities, float32 (B,) or (B, F); NaN where it
+        is not settled whether an image was cut already."""
         unsettled = None
         if self.net is not None:
             image, unsettled = self.shown(image)
