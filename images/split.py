@@ -26,7 +26,9 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     cannot be on both sides.
     """
     labels = np.asarray(labels)
-    patients = [patient_id(f) for f in files] if patients is None else patients
+    if patients is None:
+        patients = [patient_id(file) for file in files]
+    # By name, so that the split does not depend on the order in which the files were found.
     order = np.array(sorted(range(len(files)), key=files.__getitem__))
     try:
         train, val = train_test_split(
@@ -36,21 +38,17 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
         raise InputError(f"the training images cannot be split: {error}") from None
     if mode == "image":
         return np.sort(train), np.sort(val)
-    kinds = np.unique(labels)
-    wanted = np.array([(labels[val] == k).sum() for k in kinds])
-    groups = {}
-    for i in order:
-        groups.setdefault(patients[i], []).append(i)
+
+    # Whole patients must come near the class counts that the split by image has.
+    classes = np.unique(labels)
+    wanted = np.array([(labels[val] == k).sum() for k in classes])
     rng = np.random.default_rng(seed)
-    shuffled = [list(groups.values())[i] for i in rng.permutation(len(groups))]
-    single, mixed = {k: [] for k in kinds}, []
-    for images in shuffled:
-        alike = (labels[images] == labels[images[0]]).all()
-        (single[labels[images[0]]] if alike else mixed).append(images)
+    single, mixed = _patients_by_class(order, patients, labels, rng)
     chosen = _choose_patients(single, mixed, labels, wanted, len(val) / len(order), rng)
     val = np.sort(np.array(chosen, dtype=np.int64))
     train = np.setdiff1d(order, val)
-    for k in kinds:
+
+    for k in classes:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
             raise InputError(
                 f"class number {k} has too few patients to be in train and validation"
@@ -59,25 +57,46 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     return train, val
 
 
+def _patients_by_class(order, patients, labels, rng):
+    """({class: patients whose images are all of that class}, the patients with images of several classes), in
+    random order. A patient is the list of its images, positions as in `order`."""
+    images_of = {}
+    for i in order:
+        images_of.setdefault(patients[i], []).append(i)
+    images_of = list(images_of.values())
+    single, mixed = {k: [] for k in np.unique(labels)}, []
+    for number in rng.permutation(len(images_of)):
+        images = images_of[number]
+        first = labels[images[0]]
+        if (labels[images] == first).all():
+            single[first].append(images)
+        else:
+            mixed.append(images)
+    return single, mixed
+
+
 def _choose_patients(single, mixed, labels, wanted, share, rng):
     """The images of the patients that validate. `single`: {class: patients of that class alone}, `mixed`: the
     others, each a list of images; `wanted`: the number of images of each class.
 
     The mixed patients are drawn several times where that brings the counts nearer to `wanted`. Where a class
     would be missing on a side, more and more of them are drawn, up to half."""
-    kinds = list(single)
-    counts = [[(labels[images] == k).sum() for k in kinds] for images in mixed]
-    counts = np.array(counts, dtype=int).reshape(-1, len(kinds))
-    sizes = [[len(images) for images in single[k]] for k in kinds]
+    classes = list(single)
+    counts = [[(labels[images] == k).sum() for k in classes] for images in mixed]
+    counts = np.array(counts, dtype=int).reshape(-1, len(classes))
+    sizes = [[len(images) for images in single[k]] for k in classes]
     totals = np.array([sum(s) for s in sizes]) + counts.sum(axis=0)
     best = None
     attempts = TRIES if mixed else 1
     for attempt in range(attempts):
-        more = max(0, 2 * attempt / TRIES - 1)  # 0 in the first half of the attempts
-        if more and best[0][0] == 0:
+        # The first half of the attempts draws the usual share; where a class is still missing on a side after
+        # them, the share grows up to half.
+        growth = max(0, 2 * attempt / TRIES - 1)
+        if growth and best[0][0] == 0:
             break
-        drawn = _share_of_mixed(counts, share + more * max(0, 0.5 - share), rng)
+        drawn = _share_of_mixed(counts, share + growth * max(0, 0.5 - share), rng)
         have = counts[drawn].sum(axis=0)
+        # The patients of one class alone fill up what the mixed ones leave open.
         alone = [_nearest_subset(s, max(0, n)) for s, n in zip(sizes, (wanted - have).tolist())]
         have = have + [sum(s[g] for g in part) for s, part in zip(sizes, alone)]
         missing = int(((have == 0) | (have == totals)).sum())
@@ -90,7 +109,7 @@ def _choose_patients(single, mixed, labels, wanted, share, rng):
     chosen = []
     for group in drawn:
         chosen += mixed[group]
-    for k, part in zip(kinds, alone):
+    for k, part in zip(classes, alone):
         for group in part:
             chosen += single[k][group]
     return chosen
