@@ -7,7 +7,7 @@ weights, so that outputs/linear holds a checkpoint.pth and results.json like any
 scores it in the same way. Takes seconds.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import time
 from dataclasses import asdict
@@ -25,7 +25,6 @@ from images.split import epoch_order, image_weights
 from images.subset import input_range
 from models.build import PixelLinear
 from models.inputs import Inputs
-from records.begin import run_from_args
 from records.track import Tracker
 from training import other_hospitals, plan, recipe
 from training.evaluate import predict
@@ -97,8 +96,8 @@ def main():
     group.add_argument("--balance", choices=BALANCES, default="none", help=about)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
-    run = run_from_args(args)
-    plan.prepare(args)
+    run = plan.run_from_args(args)
+    plan.provide_data(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
         nearest = max(32, round(config.img_size / 32) * 32)
