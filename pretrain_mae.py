@@ -13,7 +13,6 @@ Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one C
 import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 from common.console import start
-from data import add_unlabelled_argument
 from models.mae import MaskedAutoencoder
 from training import plan, recipe
 from training.loss import Reconstruction
@@ -31,12 +30,12 @@ DEFAULTS = recipe.Defaults(
         )
     },
     used=recipe.MASKED,
+    unlabelled=True,
 )
 
 
 def add_own_flags(data_flags, model_flags):
     """The flags that training with labels does not have, or has in other words."""
-    add_unlabelled_argument(data_flags)
     text = "architecture of the encoder"
     model_flags.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help=text)
 

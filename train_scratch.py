@@ -13,7 +13,6 @@ import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing p
 
 from common.console import InputError, say, start
 from common.scripts import there_is
-from data import add_unlabelled_argument
 from records.run import Run
 from training import plan, recipe
 from training.teacher import Teacher
@@ -27,12 +26,12 @@ DEFAULTS = recipe.Defaults(
         "paper": dict(augment="plain", drop_rate=0.1, drop_path=0.05),
     },
     used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.TAUGHT,
+    unlabelled=True,
 )
 
 
 def add_own_flags(data_flags, model_flags):
     """The flags that no other script has."""
-    add_unlabelled_argument(data_flags)
     text = "which Vision Transformer"
     model_flags.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help=text)
     text = "start from the encoder that pretrain_mae.py left in DIR"

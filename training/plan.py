@@ -85,6 +85,8 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
     # --help shows the groups in this order: data, model, recipe, run.
     parser = Parser(doc, recipes.EVERYDAY)
     data_flags = data.add_arguments(parser, defaults.also)
+    if defaults.unlabelled:
+        data.add_unlabelled_argument(data_flags)
     add_own_flags(data_flags, parser.add_argument_group("model"))
     recipes.add_arguments(parser, defaults)
     parser.set_defaults(**defaults.data)
@@ -357,7 +359,8 @@ def training_line(plan, model, name):
 
 def train_head(plan, loop, images):
     """The stage of a recipe that trains the head alone; where it is the only one, a linear probe, the loop
-    keeps it as its epoch. A run that is resumed has had it. KeyboardInterrupt says that nothing is saved."""
+    keeps it as its epoch. A run that is resumed has had it. Interrupted, which says that nothing is saved,
+    where it is stopped."""
     recipe, started = plan.recipe, time.perf_counter()
     stage = recipe.stages[0]
     if not plan.resume:

@@ -198,14 +198,15 @@ RECIPES = {"default": "the settings chosen in docs/EXPERIMENTS.md", "paper": "th
 class Defaults(NamedTuple):
     """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment":
     text}}, the first of which is meant unless --recipe names another; `used`, the fields of Recipe that it
-    uses besides EVERY_ARM; `data`, {field of DataConfig: default}; `also`, whether images of other hospitals
-    may join."""
+    uses besides EVERY_ARM; `data`, {field of DataConfig: default}; `also`, whether labelled
+    images of other hospitals may join, `unlabelled`, whether others may."""
 
     out: str
     recipes: dict
     used: tuple = ()
     data: dict = {}
     also: bool = True
+    unlabelled: bool = False
 
 
 def add_arguments(parser, defaults):
