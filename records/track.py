@@ -88,9 +88,13 @@ class MLflow:
             self.reference = self.client.get_run(known).info.run_id
             self.client.set_terminated(known, "RUNNING")
             return
-        found = self.client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT, **place)
-        self.reference = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
+        # All runs of this project stand in one experiment.
+        experiment = self.client.get_experiment_by_name(PROJECT)
+        if experiment:
+            number = experiment.experiment_id
+        else:
+            number = self.client.create_experiment(PROJECT, **place)
+        self.reference = self.client.create_run(number, run_name=run.folder.name).info.run_id
 
     @staticmethod
     def _name(name):

@@ -214,7 +214,7 @@ class Loop:
         }
         if not self.plan.resume:  # from now on it can be resumed, and no other is begun here unasked
             self._write(results)
-            resume.keep(self)
+            resume.save_last(self)
         return results
 
     # ------------------------------------------------------------ epochs
@@ -231,7 +231,7 @@ class Loop:
                 started = time.perf_counter() - self.progress.seconds
                 if self._train_epoch(source, stop):
                     self.progress.seconds = time.perf_counter() - started
-                    resume.keep(self)
+                    resume.save_last(self)
                     self._write(results)  # so that a new run does not overwrite it unasked
                     signum = stop[0] if stop else signal.SIGTERM  # none: another process was asked
                     raise Interrupted(resume.how_to_go_on(self.progress), signum)
@@ -340,7 +340,7 @@ class Loop:
         row["seconds"] = time.perf_counter() - started
         better = self.progress.end_epoch(row, self.objective.merit)
         # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint from it.
-        resume.keep(self)
+        resume.save_last(self)
         if better:
             self._save_model()
         results.update(best_epoch=self.progress.best_epoch, minutes=self.progress.minutes)

@@ -258,10 +258,10 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     recipe = plan.recipe
     with training(plan.run):
         # Prepare the data: images, their scaling, and the loss of their classes.
-        images = prepare_data(plan, encoder, teacher)
+        images = prepare_data(plan.config, encoder, teacher)
         if teacher:
             teacher.begin()
-            described["teacher"] = teacher.about()
+            described["teacher"] = teacher.description()
         inputs = scaled_inputs(plan, images.train, mean, std)
         if objective is None:
             targets = images.train.targets, images.val.targets
@@ -291,20 +291,20 @@ class Images:
     split: dict
 
 
-def prepare_data(plan, encoder=None, teacher=None):
-    """The Images of a Plan, those of other hospitals among them. InputError where the Run `encoder` or the
-    Teacher learnt from images that are held out here."""
+def prepare_data(config, encoder=None, teacher=None):
+    """The Images of a DataConfig, those of other hospitals among them. InputError where the Run `encoder` or
+    the Teacher learnt from images that are held out here."""
     with first_process_first():
-        own_train, val, split = load_train_val(plan.config, tell)
+        own_train, val, split = load_train_val(config, tell)
         train, others = own_train, {}
-        if plan.config.also or plan.config.also_unlabelled:
-            train, others, split["also"] = other_hospitals.join(plan.config, own_train, val, tell)
+        if config.also or config.also_unlabelled:
+            train, others, split["also"] = other_hospitals.join(config, own_train, val, tell)
         # What another run has learnt must not be held out here.
         sides = own_train, val
         if encoder:
-            seen.refuse_known("--init", encoder, plan.config, sides, split, others)
+            seen.refuse_known("--init", encoder, config, sides, split, others)
         if teacher:
-            seen.refuse_known("--teacher", teacher.run, plan.config, sides, split, others)
+            seen.refuse_known("--teacher", teacher.run, config, sides, split, others)
     return Images(train, val, others, split)
 
 

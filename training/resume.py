@@ -1,6 +1,6 @@
 """Going on with an interrupted run: what must be as it was, and what last.pth holds.
 
-`keep` and `restore` are the two halves of the Loop's state on disk; when they are called stands in loop.py.
+`save_last` and `restore` write and read the state of a Loop; when they are called stands in loop.py.
 """
 
 import torch
@@ -135,7 +135,7 @@ def how_to_go_on(progress):
 # ---------------------------------------------------------------- last.pth
 
 
-def keep(loop):
+def save_last(loop):
     """Write last.pth: all that a Loop needs to go on bit for bit. What each process has is gathered, and the
     first one writes."""
     # Gathering needs every process, so it comes before all but the first one return.
