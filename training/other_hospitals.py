@@ -211,7 +211,7 @@ def join(config, train, val, tell=print):
         index = index._replace(content=twins.contents(root, index.files))
         subset, readable, _ = load(config, root, index, "also")
 
-        # By their own names, before the source's name is put in front.
+        # What may not join is looked for by their own names, before the source's name is put in front.
         refuse_known(config, name, root, subset, val)
         say_known(name, root, subset, earlier)
         earlier.append((name, root, subset.files))
@@ -220,6 +220,7 @@ def join(config, train, val, tell=print):
         subset.sources = np.full(len(subset), number)
         fingerprint = sha256([subset.files, subset.targets.tolist()])
 
+        # Whole patients are held out; without labels there is nothing to measure on them.
         sides = {"train": subset}
         if labelled:
             positions = cut(readable, config.task, True, config.val_share, config.split_seed)
