@@ -44,8 +44,10 @@ def names(texts):
         raise InputError(f"{EITHER} names a folder twice")
     unique = []
     for folder in folders:
-        alone = short.count(folder.name) == 1
-        unique.append(folder.name if alone else folder.as_posix().strip("/"))
+        name = folder.name
+        if short.count(name) > 1:
+            name = folder.as_posix().strip("/")
+        unique.append(name)
     return unique
 
 
