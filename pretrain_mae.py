@@ -10,11 +10,9 @@ Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one C
 90 epochs take an hour and a quarter.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
-from common.cli import Parser
 from common.console import start
-from data import add_arguments, add_unlabelled_argument
 from models.mae import MaskedAutoencoder
 from training import plan, recipe
 from training.loss import Reconstruction
@@ -32,19 +30,18 @@ DEFAULTS = recipe.Defaults(
         )
     },
     used=recipe.MASKED,
+    unlabelled=True,
 )
 
 
-def main():
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    add_unlabelled_argument(add_arguments(parser))
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", choices=tuple(CONFIGS), default="scratch", help="architecture of the encoder"
-    )
-    recipe.add_arguments(parser, DEFAULTS)
-    args, plans = plan.plans_from_args(parser, DEFAULTS)
+def add_own_flags(data_flags, model_flags):
+    """The flags that training with labels does not have, or has in other words."""
+    text = "architecture of the encoder"
+    model_flags.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help=text)
 
+
+def main():
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
     for p in plans:
         p.seed()
         shape = dict(

@@ -7,13 +7,12 @@ download; without either they are random. Input size and scaling are those of ti
 checkpoint.pth, last.pth and results.json to outputs/cnn.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import npz_loader
 from common.cli import Parser
 from common.console import say, start, tell
 from common.device import processes
-from data import add_arguments
 from models import cnn, inputs
 from training import plan, recipe
 
@@ -33,6 +32,7 @@ TWO_STAGES = dict(
     watch="accuracy",
     stop_on="loss",
 )
+USUAL = "convnextv2_tiny"
 BATCH = {"convnextv2_base": 16, "tf_efficientnetv2_m": 16, "tf_efficientnetv2_l": 8}  # else 32
 
 
@@ -49,38 +49,49 @@ def defaults(name):
     )
 
 
-def main():
-    early = Parser(None, add_help=False)  # the model decides the default of --batch-size
-    early.add_argument("--model", default="convnextv2_tiny")
-    chosen = defaults(early.parse_known_args()[0].model)
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    add_arguments(parser)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="convnextv2_tiny", metavar="NAME", help="any CNN of timm")
-    inputs.add_scaling_arguments(group)
-    weights = group.add_mutually_exclusive_group()
+def add_own_flags(data_flags, model_flags):
+    """The flags of the model."""
+    model_flags.add_argument("--model", default=USUAL, metavar="NAME", help="any CNN of timm")
+    inputs.add_scaling_arguments(model_flags)
+    weights = model_flags.add_mutually_exclusive_group()
     weights.add_argument("--weights", metavar="PATH", help="file of its weights, a timm .pth or .safetensors")
     weights.add_argument("--pretrained", action="store_true", help="let timm download the weights")
-    recipe.add_arguments(parser, chosen)
 
-    def size(args, usual):
-        return usual if args.demo else cnn.usual_size(args.model)
 
-    args, plans = plan.plans_from_args(parser, chosen, size)
+def usual_size(args, usual):
+    """The default of --img-size: that of timm's weights, of drawn images the `usual` one."""
+    return usual if args.demo else cnn.usual_size(args.model)
+
+
+def load_weights(args, model):
+    """Load the weights that --weights or --pretrained name -> what results.json says of them, by key; random
+    ones are said in a note."""
+    if args.weights:
+        report = cnn.load_weights(model, args.weights)
+    elif args.pretrained:
+        report = cnn.download(model)
+    else:
+        say(f"note: {args.model} starts from random weights; --weights or --pretrained name others")
+        return {}
+    tell(npz_loader.describe(report))
+    return {"weights": {key: report[key] for key in report if key != "loaded"}}
+
+
+def main():
+    # The model decides the default of --batch-size, so it is read first.
+    early = Parser(None, add_help=False)
+    early.add_argument("--model", default=USUAL)
+    chosen = defaults(early.parse_known_args()[0].model)
+
+    args, plans = plan.from_command_line(__doc__, chosen, add_own_flags, usual_size)
     for p in plans:
         p.seed()
         model = cnn.Cnn(args.model, p.config.task.outputs, p.recipe.drop_path)
-        more = {}
-        if args.weights or args.pretrained:
-            report = cnn.load_weights(model, args.weights) if args.weights else cnn.download(model)
-            tell(npz_loader.describe(report))
-            more["weights"] = {key: report[key] for key in report if key != "loaded"}
-        else:
-            say(f"note: {args.model} starts from random weights; --weights or --pretrained name others")
+        described = load_weights(args, model)
         if p.recipe.accumulate * processes()[1] > 1 and cnn.has_batch_norm(model):
             say("note: BatchNorm takes the statistics of each part of a batch by itself")
         mean, std = inputs.chosen_scaling(args, *model.scaling)
-        plan.train(p, model, name=args.model, mean=mean, std=std, **more)
+        plan.train(p, model, name=args.model, mean=mean, std=std, **described)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ mirrored mask. First all but the stem is trained, then everything at a fifth of 
 train_pretrained.py reads will do. Writes checkpoint.pth, last.pth and results.json to outputs/hybrid.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import npz_loader
-from common.cli import Number, Parser
+from common.cli import Number
 from common.console import start, tell
-from data import add_arguments
 from models import inputs
 from models.build import LIMITS
 from models.hybrid import Hybrid
@@ -36,15 +35,15 @@ DEFAULTS = recipe.Defaults(
         "paper": {**COMMON, "augment": "plain", "epochs": 15},
     },
     used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.HYBRID,
+    data=dict(reads_lungs=True),
 )
 
 
-def add_model_arguments(parser):
+def add_own_flags(data_flags, model_flags):
     """The flags of the hybrid itself."""
-    group = parser.add_argument_group("model")
     text = "Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face"
-    group.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
-    inputs.add_scaling_arguments(group)
+    model_flags.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
+    inputs.add_scaling_arguments(model_flags)
     sizes = dict(
         d_model=(192, "channels behind the stem, a multiple of 4"),
         token_grid=(4, "tokens a side of each lung's part"),
@@ -53,19 +52,13 @@ def add_model_arguments(parser):
     for name, (usual, text) in sizes.items():
         flag = f"--{name.replace('_', '-')}"
         kind = Number(int, 1, LIMITS[name])
-        group.add_argument(flag, type=kind, default=usual, metavar="N", help=text)
+        model_flags.add_argument(flag, type=kind, default=usual, metavar="N", help=text)
     text = "let the query read the tokens of the whole map too"
-    group.add_argument("--global-tokens", action="store_true", help=text)
+    model_flags.add_argument("--global-tokens", action="store_true", help=text)
 
 
 def main():
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    add_arguments(parser)
-    add_model_arguments(parser)
-    recipe.add_arguments(parser, DEFAULTS)
-    parser.set_defaults(reads_lungs=True)
-
-    args, plans = plan.plans_from_args(parser, DEFAULTS, npz_loader.usual_size)
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, npz_loader.usual_size)
     shape = npz_loader.config_from_npz(args.weights)
     for p in plans:
         p.seed()

@@ -7,7 +7,7 @@ weights, so that outputs/linear holds a checkpoint.pth and results.json like any
 scores it in the same way. Takes seconds.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import time
 from dataclasses import asdict
@@ -20,14 +20,13 @@ from sklearn.preprocessing import StandardScaler
 import data
 from common.cli import Number, Parser
 from common.console import InputError, start, tell
-from data import add_arguments, load_train_val
+from data import add_arguments
 from images.split import epoch_order, image_weights
 from images.subset import input_range
 from models.build import PixelLinear
 from models.inputs import Inputs
-from records.begin import run_from_args
 from records.track import Tracker
-from training import other_hospitals, plan, recipe
+from training import plan, recipe
 from training.evaluate import predict
 from training.loss import Supervised
 
@@ -93,12 +92,13 @@ def main():
     group.add_argument(
         "--C", type=penalty, default=0.01, metavar="X", help="inverse strength of the L2 penalty"
     )
-    about = "rare classes, as in the other training scripts"
-    group.add_argument("--balance", choices=BALANCES, default="none", help=about)
+    text = "rare classes, as in the other training scripts"
+    group.add_argument("--balance", choices=BALANCES, default="none", help=text)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
-    run = run_from_args(args)
-    plan.prepare(args)
+    # As in training by epochs: what can be refused is, before data are drawn or fetched.
+    run = plan.run_from_args(args)
+    plan.provide_data(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:
         nearest = max(32, round(config.img_size / 32) * 32)
@@ -111,14 +111,13 @@ def main():
 
 def train_linear(args, config, run):
     """Load the data, fit the model, write the run."""
-    train, val, split = load_train_val(config, tell)
-    train, others, also = other_hospitals.join(config, train, val, tell)
-    split |= {"also": also} if also else {}
-    seen = input_range(train)
+    images = plan.prepare_data(config)
+    train = images.train
     if args.balance == "undersample-once":  # the images that the other arms are trained on, with --seed 0
         train = train.take(np.sort(epoch_order(0, 0, train.targets, args.balance)))
         tell(f"trained on {len(train)} images, as many of each class as of the rarest")
 
+    # The features are pooled pixels; the model is linear in them, so the fit becomes its weights.
     started = time.perf_counter()
     task, inputs = config.task, Inputs((0.0,), (1.0,), torch.device("cpu"), input_mode=config.input)
     model = PixelLinear(num_classes=task.outputs).eval()
@@ -130,19 +129,24 @@ def train_linear(args, config, run):
         model.head.bias.copy_(torch.from_numpy(bias))
     seconds = time.perf_counter() - started
 
-    row = {"lr": 0.0, "seconds": seconds} | watched(model, task, inputs, {"train": train, "val": val}, others)
+    # The same keys as those of a run of several epochs, so that reports need not tell them apart.
+    sides = {"train": train, "val": images.val}
+    row = {"lr": 0.0, "seconds": seconds} | watched(model, task, inputs, sides, images.others)
+    free = len(weight)
+    if task.outputs == 2 and task.kind == "softmax":  # two classes have one row of log-odds
+        free = 1
     results = {
         "model": "linear",
         "model_config": {"kind": "linear", **model.config},
         "data": asdict(config),
-        "split": split,
+        "split": images.split,
         "recipe": {"C": args.C, "balance": args.balance, "amp": False},
         "mean": inputs.mean,
         "std": inputs.std,
-        "input_range": seen,
-        "params": (len(weight) - (task.outputs == 2 and task.kind == "softmax")) * (weight.shape[1] + 1),
+        "input_range": input_range(images.train),
+        "params": free * (weight.shape[1] + 1),
         "minutes": seconds / 60,
-        "synthetic": split["synthetic"],
+        "synthetic": images.split["synthetic"],
         "best_epoch": 1,
         "seed": 0,
         "device": "cpu",

@@ -9,16 +9,14 @@ outputs/lungs. Copy the last one over the project's own, or name it with --lungs
 took 13 minutes on two CPU cores without AVX512-BF16.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 from dataclasses import replace
 
 from safetensors.torch import save_file
 
-from common.cli import Parser
 from common.console import start
 from common.files import atomic_path
-from data import add_arguments
 from lungs import masks
 from lungs.unet import SIDE, LungNet
 from training import plan, recipe
@@ -37,7 +35,14 @@ DEFAULTS = recipe.Defaults(
             ema=0.99,
         )
     },
+    data=dict(img_size=SIDE),
+    also=False,
 )
+
+
+def add_own_flags(data_flags, model_flags):
+    """--masks."""
+    data_flags.add_argument("--masks", required=True, metavar="NPZ", help="file of the true lung masks")
 
 
 def export(run):
@@ -50,13 +55,7 @@ def export(run):
 
 
 def main():
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    group = add_arguments(parser, also=False)
-    group.add_argument("--masks", required=True, metavar="NPZ", help="file of the true lung masks")
-    parser.set_defaults(img_size=SIDE)
-    recipe.add_arguments(parser, DEFAULTS)
-    args, plans = plan.plans_from_args(parser, DEFAULTS)
-
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
     for p in plans:
         source = dict(input="pair", lungs=args.masks, lungs_sha256=masks.fingerprint(args.masks))
         p = replace(p, config=replace(p.config, **source))

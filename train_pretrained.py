@@ -12,12 +12,10 @@ for Ti/16.
 trains the head alone on frozen features: a linear probe.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import npz_loader
-from common.cli import Parser
 from common.console import start, tell
-from data import add_arguments
 from models import inputs
 from training import plan, recipe
 from vit import READOUTS, VisionTransformer
@@ -33,26 +31,17 @@ DEFAULTS = recipe.Defaults(
 )
 
 
-def main():
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    add_arguments(parser)
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--weights",
-        default=npz_loader.DEFAULT_PATH,
-        metavar="PATH",
-        help="Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face",
-    )
-    group.add_argument(
-        "--readout",
-        choices=READOUTS,
-        default="cls",
-        help="what the head reads: [CLS], the mean patch token, or both",
-    )
-    inputs.add_scaling_arguments(group)
-    recipe.add_arguments(parser, DEFAULTS)
+def add_own_flags(data_flags, model_flags):
+    """The flags of the model."""
+    text = "Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face"
+    model_flags.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
+    text = "what the head reads: [CLS], the mean patch token, or both"
+    model_flags.add_argument("--readout", choices=READOUTS, default="cls", help=text)
+    inputs.add_scaling_arguments(model_flags)
 
-    args, plans = plan.plans_from_args(parser, DEFAULTS, npz_loader.usual_size)
+
+def main():
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, npz_loader.usual_size)
     shape = npz_loader.config_from_npz(args.weights)
     for p in plans:
         p.seed()

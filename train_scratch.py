@@ -9,11 +9,10 @@ a minute (a minute and a half with --recipe paper), on older ones about four. Th
 that is calibrate.py's job.
 """
 
-import common.prelude  # noqa: F401  (first: see there)
+import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
-from common.cli import Parser
-from common.console import InputError, start
-from data import add_arguments, add_unlabelled_argument
+from common.console import InputError, say, start
+from common.scripts import there_is
 from records.run import Run
 from training import plan, recipe
 from training.teacher import Teacher
@@ -27,28 +26,65 @@ DEFAULTS = recipe.Defaults(
         "paper": dict(augment="plain", drop_rate=0.1, drop_path=0.05),
     },
     used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.TAUGHT,
+    unlabelled=True,
 )
 
 
-def main():
-    parser = Parser(__doc__, recipe.EVERYDAY)
-    add_unlabelled_argument(add_arguments(parser))
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help="which Vision Transformer")
-    group.add_argument(
-        "--init", default=None, metavar="DIR", help="start from the encoder that pretrain_mae.py left in DIR"
-    )
-    about = "imitate the probabilities of this finished run, too"
-    group.add_argument("--teacher", default=None, metavar="DIR", help=about)
-    recipe.add_arguments(parser, DEFAULTS)
-    args, plans = plan.plans_from_args(parser, DEFAULTS)
+def add_own_flags(data_flags, model_flags):
+    """The flags that no other script has."""
+    text = "which Vision Transformer"
+    model_flags.add_argument("--model", choices=tuple(CONFIGS), default="scratch", help=text)
+    text = "start from the encoder that pretrain_mae.py left in DIR"
+    model_flags.add_argument("--init", default=None, metavar="DIR", help=text)
+    text = "imitate the probabilities of this finished run, too"
+    model_flags.add_argument("--teacher", default=None, metavar="DIR", help=text)
+
+
+def teacher_of(args, plan):
+    """The Teacher of --teacher, None without it; it is the same for every seed. InputError for flags that do
+    not go with one, or need one."""
     if args.also_unlabelled and not args.teacher:
         raise InputError("--also-unlabelled: images without labels teach nothing: give --teacher, which does")
-    if args.teacher and (args.mixup or args.cutmix):
+    if not args.teacher:
+        return None
+    if args.mixup or args.cutmix:
         raise InputError("--teacher judges images one by one: leave out --mixup and --cutmix")
-    how = (plans[0].config, plans[0].device, plans[0].recipe.teacher_weight)
-    teacher = Teacher(Run(args.teacher), *how) if args.teacher else None
+    return Teacher(Run(args.teacher), plan.config, plan.device, plan.recipe.teacher_weight)
 
+
+def load_encoder(model, run, config):
+    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it
+    was, for results.json. InputError if the run is another kind, its shape differs, or it was shown something
+    else than a model of `config`. Whether it saw images that are held out is looked at by `train`.
+    """
+    if not run.begun:
+        raise InputError(f"--init {run} holds no run{there_is(run.folder, 'pretrain_mae')}")
+    if run.kind != "mae":
+        raise InputError(f"--init {run} is no run of pretrain_mae.py")
+    if not run.results["finished"]:
+        say(f"note: --init: {run.why_unfinished()}; here its best epoch so far is used")
+    there, differ = run.config, []
+    for name in ("input", "lungs_sha256"):
+        before, here = getattr(there, name), getattr(config, name)
+        if before != here:
+            flag = name.partition("_")[0]
+            differ.append(f"--{flag} {str(before)[:12] or 'none'}, here {str(here)[:12] or 'none'}")
+    if differ:
+        listed = "; ".join(differ)
+        raise InputError(f"--init {run} was shown something else: {listed}; make the two alike")
+    encoder = run.model().encoder.state_dict()
+    weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
+    try:
+        model.load_state_dict({**model.state_dict(), **weights})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--init {run} does not fit this model: {reason}") from None
+    return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}
+
+
+def main():
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
+    teacher = teacher_of(args, plans[0])
     for p in plans:
         p.seed()
         model = build_vit(
@@ -59,10 +95,12 @@ def main():
             drop_path_rate=p.recipe.drop_path,
             patch_drop_rate=p.recipe.patch_drop,
         )
-        encoder = Run(args.init) if args.init else None
-        more = {"init": plan.load_encoder(model, encoder, p.config)} if encoder else {}
-        made_from = dict(teacher=teacher, encoder=encoder)
-        plan.train(p, model, name=args.model, mean=(0.5,) * 3, std=(0.5,) * 3, **made_from, **more)
+        encoder, described = None, {}
+        if args.init:
+            encoder = Run(args.init)
+            described["init"] = load_encoder(model, encoder, p.config)
+        scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        plan.train(p, model, name=args.model, **scaling, teacher=teacher, encoder=encoder, **described)
 
 
 if __name__ == "__main__":

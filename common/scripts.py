@@ -78,10 +78,13 @@ def _occurs(flag):
 def making(folder, script=None):
     """The command that makes a run in `folder`: by `script`, or the one whose usual folder has the nearest
     name."""
-    usual = {out: script for script, out in TRAINING.items()}
-    stem = re.sub(r"(-demo)?(-seed\d+)?$", "", Path(folder).name)
-    nearest = difflib.get_close_matches(stem, usual, 1, cutoff=0.5) or [out for out in usual if out in stem]
-    script = script or usual[nearest[0] if nearest else "scratch"]
+    if script is None:
+        script_of = {out: script for script, out in TRAINING.items()}
+        stem = re.sub(r"(-demo)?(-seed\d+)?$", "", Path(folder).name)
+        nearest = difflib.get_close_matches(stem, script_of, 1, cutoff=0.5)
+        # A name such as scratch-of-monday is near to none, but holds one; the rest is taken for scratch.
+        nearest += [out for out in script_of if out in stem]
+        script = script_of[[*nearest, "scratch"][0]]
     if Path(folder) == Path("outputs", TRAINING[script]):
         return f"python {script}.py"
     return f"python {script}.py --out {shlex.quote(str(folder))}"
@@ -90,13 +93,15 @@ def making(folder, script=None):
 def there_is(folder, script=None):
     """What to do where `folder` holds no run, as the end of a sentence: the runs that are there, beside it,
     in it and under outputs/, those of the nearest names first; and the command that makes one."""
-    places = dict.fromkeys(Path(os.path.normpath(place)) for place in (folder.parent, folder, "outputs"))
-    found = [path.parent for place in places for path in sorted(place.glob("*/results.json"))]
-    names = [str(path) for path in dict.fromkeys(found)]
+    runs = []
+    for place in dict.fromkeys(Path(os.path.normpath(place)) for place in (folder.parent, folder, "outputs")):
+        runs += [path.parent for path in sorted(place.glob("*/results.json"))]
+    names = [str(run) for run in dict.fromkeys(runs)]
+    # The nearest names first, and not all of them where there are many.
     likeness = {name: difflib.SequenceMatcher(None, Path(name).name, folder.name).ratio() for name in names}
     names.sort(key=lambda name: -likeness[name])
     listed = ", ".join(names[:LISTED])
     if len(names) > LISTED:
         listed += f" and {len(names) - LISTED} more"
-    runs = f"the runs that are there: {listed}" if names else "there is no run yet"
-    return f"; {runs}; {making(folder, script)} makes one here"
+    there = f"the runs that are there: {listed}" if names else "there is no run yet"
+    return f"; {there}; {making(folder, script)} makes one here"

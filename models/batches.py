@@ -37,18 +37,23 @@ class Batches:
 
     def get(self, index):
         """Positions `index` (int64 tensor [B] on the CPU) -> Batch."""
-        masks = self.subset.lungs(index.numpy()) if self.inputs.needs_lungs else None
+        on_device, masks = index.to(self.inputs.device), None
+        if self.inputs.needs_lungs:
+            masks = self.subset.lungs(index.numpy())
         if self.resident is not None:
-            index = index.to(self.inputs.device)
-            grey = self.inputs.grey(self.resident[index], masks)
-            return Batch(grey, self.targets[index], self.weights[index])
-        pixels = self.subset.images[self.subset.rows[index.numpy()]]
+            pixels = self.resident[on_device]
+        else:
+            pixels = self._gathered(index)
         grey = self.inputs.grey(pixels, masks)
+        return Batch(grey, self.targets[on_device], self.weights[on_device])
+
+    def _gathered(self, index):
+        """The pixels of these positions from the memory map, in memory."""
+        pixels = self.subset.images[self.subset.rows[index.numpy()]]
         self.taken += 1
-        if self.taken % 4 == 0:
+        if self.taken % 4 == 0:  # `pixels` is a copy, so the pages are not needed any more
             self._let_pages_go()
-        index = index.to(self.inputs.device)
-        return Batch(grey, self.targets[index], self.weights[index])
+        return pixels
 
     def _let_pages_go(self):
         """Tell the system that the pages of the memory maps which were read are not needed any more."""

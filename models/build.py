@@ -114,7 +114,9 @@ LIMITS = dict(
 def check_config(config):
     """InputError if a size in a model_config is not a positive number within LIMITS."""
     for name, value in config.items():
-        values = value if name == "img_size" and isinstance(value, list) else [value]
+        values = [value]
+        if name == "img_size" and isinstance(value, list):  # height and width
+            values = value
         number = (int, float) if name == "mlp_ratio" else int
         for v in values if name in LIMITS else []:
             if isinstance(v, bool) or not isinstance(v, number) or not 0 < v <= LIMITS[name]:

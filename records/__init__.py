@@ -6,8 +6,6 @@ In the order to read them:
     weights.py   its model
     schema.py    what its files must hold
     older.py     calibrations of older versions, in the present form
-    progress.py  how far training is
-    begin.py     which folder a training may write
     lock.py      who trains there
     curves.py    training curves
     track.py     TensorBoard, MLflow, W&B

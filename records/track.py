@@ -12,6 +12,7 @@ same one.
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -87,14 +88,18 @@ class MLflow:
             self.reference = self.client.get_run(known).info.run_id
             self.client.set_terminated(known, "RUNNING")
             return
-        found = self.client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT, **place)
-        self.reference = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
+        # All runs of this project stand in one experiment.
+        experiment = self.client.get_experiment_by_name(PROJECT)
+        if experiment:
+            number = experiment.experiment_id
+        else:
+            number = self.client.create_experiment(PROJECT, **place)
+        self.reference = self.client.create_run(number, run_name=run.folder.name).info.run_id
 
     @staticmethod
     def _name(name):
         """A name of the few characters that MLflow allows."""
-        return "".join(c if c.isalnum() or c in "_-. /" else "-" for c in name)[:250]
+        return re.sub(r"[^\w\-. /]", "-", name)[:250]
 
     def parameters(self, values):
         named = {self._name(k): str(v) for k, v in values.items()}

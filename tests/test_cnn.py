@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from common.console import InputError
 from models import build, cnn, maps
 from tests.shared import SHARED, cli, predict_rows, randomise, read_json, refused, succeed
-from training import optimiser
+from training import step
 from training.recipe import Recipe
 
 NAME = "mobilenetv3_small_050"  # small, and with a convolution after the pooling
@@ -157,14 +157,14 @@ def test_layer_decay_is_timms():
     named = {id(p): n for n, p in peer.named_parameters()}
     groups = param_groups_layer_decay(peer, layer_decay=0.7)
     expected = {named[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
-    got = optimiser.rate_scales(ours, layer_decay=0.7)
+    got = step.rate_scales(ours, layer_decay=0.7)
     assert got.keys() == expected.keys()
     assert got == pytest.approx(expected)
 
 
 def test_backbone_rate_and_decay_of_groups():
     model = cnn.Cnn("resnet10t")
-    groups = optimiser.parameter_groups(model, 0.01, backbone=0.25)
+    groups = step.parameter_groups(model, 0.01, backbone=0.25)
     head = {id(p) for p in model.head.parameters()}
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     for group in groups:
@@ -181,17 +181,17 @@ def test_plateau_is_torchs():
         peer = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer,
             "max",
-            factor=optimiser.PLATEAU_FACTOR,
-            patience=optimiser.PLATEAU_PATIENCE,
+            factor=step.PLATEAU_FACTOR,
+            patience=step.PLATEAU_PATIENCE,
             threshold=0,
         )
         for i, merit in enumerate(merits):
             peer.step(merit)
-            assert optimiser.plateau_factor(merits[: i + 1]) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert step.plateau_factor(merits[: i + 1]) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 def test_cosine_ends_at_its_floor():
-    rates = [optimiser.learning_rate(s, 100, 0, 3e-5, floor=1e-7) for s in (0, 50, 100)]
+    rates = [step.learning_rate(s, 100, 0, 3e-5, floor=1e-7) for s in (0, 50, 100)]
     assert rates == pytest.approx([3e-5, (3e-5 + 1e-7) / 2, 1e-7])
 
 

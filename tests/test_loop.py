@@ -28,7 +28,6 @@ from images.augment import PRESETS, Augment
 from images.subset import Subset
 from models.batches import Batches
 from models.inputs import Inputs
-from records.progress import Progress
 from records.run import Run
 from tests.shared import (
     CPU,
@@ -47,8 +46,10 @@ from tests.shared import (
     toy_subset,
 )
 from training import loop as loop_module
-from training import optimiser, recipe
+from training import recipe
+from training import step as step_module
 from training.evaluate import fit_head, predict
+from training.loop import Progress
 from training.loss import Supervised
 from training.plan import Plan
 
@@ -115,21 +116,21 @@ def toy_fit(out, **settings):
 
 def test_learning_rate_by_hand():
     def rate(step, schedule="cosine"):
-        return optimiser.learning_rate(step, total=110, warmup=10, peak=2.0, schedule=schedule)
+        return step_module.learning_rate(step, total=110, warmup=10, peak=2.0, schedule=schedule)
 
     assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert rate(60) == pytest.approx(1.0)  # half-way down
     assert rate(35) == pytest.approx(1 + math.sqrt(0.5))  # a quarter of the way: cos 45 degrees
     assert rate(110) == pytest.approx(0, abs=1e-12) and 0 < rate(109) < 0.001
     assert [rate(s, "constant") for s in (4, 9, 10, 109)] == pytest.approx([1, 2, 2, 2])
-    assert optimiser.learning_rate(0, total=10, warmup=0, peak=2.0) == 2.0
+    assert step_module.learning_rate(0, total=10, warmup=0, peak=2.0) == 2.0
 
 
 @pytest.mark.parametrize("warmup", [0.001, 0.5, 1, 1.31, 2.5, 13.1])
 def test_learning_rate_never_exceeds_the_peak(warmup):
     """--warmup-epochs is a float, so the warm-up need not be a whole number of steps."""
     for schedule in ("cosine", "constant"):
-        rates = [optimiser.learning_rate(s, 100, warmup, 1.0, schedule) for s in range(100)]
+        rates = [step_module.learning_rate(s, 100, warmup, 1.0, schedule) for s in range(100)]
         assert max(rates) <= 1 + 1e-9 and min(rates) > 0
         peak = rates.index(max(rates))
         assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -137,7 +138,7 @@ def test_learning_rate_never_exceeds_the_peak(warmup):
 
 def test_parameter_groups():
     model = small_vit()
-    decay, plain = optimiser.parameter_groups(model, 0.05)
+    decay, plain = step_module.parameter_groups(model, 0.05)
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     with_decay, without = ([names[id(p)] for p in g["params"]] for g in (decay, plain))
@@ -205,7 +206,7 @@ def test_fit_is_deterministic_and_learns(tmp_path, toy_reference):
     losses = [h["train_loss"] for h in results["history"]]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert [h["lr"] for h in results["history"]] == pytest.approx(
-        [optimiser.learning_rate(s, 15, 5, 1e-3) for s in (4, 9, 14)]
+        [step_module.learning_rate(s, 15, 5, 1e-3) for s in (4, 9, 14)]
     )
 
 
@@ -498,7 +499,7 @@ def test_non_finite_loss_names_epoch_step_and_rate(tmp_path):
 
     with pytest.raises(InputError) as error:
         toy_fit(tmp_path, objective=ToyObjective(hook))
-    rate = optimiser.learning_rate(7, 15, 5, 1e-3)
+    rate = step_module.learning_rate(7, 15, 5, 1e-3)
     for word in ("epoch 2", "step 3", f"{rate:.2e}", "nan"):
         assert word in str(error.value)
     assert len(read_json(tmp_path, "results.json")["history"]) == 1

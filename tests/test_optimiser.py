@@ -12,7 +12,7 @@ from torch import nn
 from models import cnn
 from tests.shared import load_pth, toy_subset
 from tests.test_loop import toy_loop
-from training.optimiser import WarmAverage
+from training.step import WarmAverage
 
 
 def averaged_by_hand(steps, decay):

@@ -25,7 +25,6 @@ from records.run import Run
 from studies import errors, kermany, lung_masks, signals, unit
 from studies.nih import load_nih
 from tests.shared import REPO, SHARED, cli, of_one, read_json, refused, succeed
-from training import recipe
 
 EXPERIMENTS = "studies.experiments"
 
@@ -557,11 +556,10 @@ def test_every_row_of_the_matrix_is_a_command_its_script_takes(monkeypatch, caps
     class Parsed(Exception):
         pass
 
-    def stop(parser, defaults, size=None):
-        recipe.parse(parser, defaults)
+    def stop(device):
         raise Parsed
 
-    monkeypatch.setattr(plan, "plans_from_args", stop)
+    monkeypatch.setattr(plan, "join_processes", stop)  # what comes after parsing
     argv = ["matrix.py", "lungs", "arms", "five", "accuracy", "--nih", "N"]
     monkeypatch.setattr(sys, "argv", argv)
     args = matrix.parse()

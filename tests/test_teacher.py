@@ -137,7 +137,7 @@ def test_a_teacher_is_what_predict_makes_of_an_image(school):
     mean, std = (torch.tensor(run.results[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
     expected = run.model()((grey.expand(-1, 3, -1, -1) - mean) / std)
     assert torch.allclose(teacher(grey), expected, atol=1e-5) and not teacher(grey).requires_grad
-    assert teacher.about()["minutes"] == run.results["minutes"]
+    assert teacher.description()["minutes"] == run.results["minutes"]
 
 
 def test_a_taught_run(school):

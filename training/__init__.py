@@ -2,12 +2,12 @@
 
 In the order to read them:
 
-    plan.py             from flags to a run
+    plan.py             from flags to plans, and from a plan to a run
     recipe.py           every setting of training
     loop.py             epochs
-    step.py             a batch
+    step.py             the gradient of a batch, rates, AdamW, the average of the weights
     loss.py             what is minimised
-    optimiser.py        rates, decay, the average of the weights
+    resume.py           going on with an interrupted run
     evaluate.py         a network that is not trained
     teacher.py          learning from a finished run
     other_hospitals.py  images that join training

@@ -61,6 +61,7 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     def view(model, grey):
         return inputs.features(model, augment(grey))
 
+    # Each image as it is, then its views; what the head reads of them does not change any more.
     views = [inputs.features] + [view] * recipe.probe_views
     features = [predict(model, train, inputs, output=v, progress="features") for v in views]
     features = torch.cat(features).to(inputs.device)  # (views * N, D)
@@ -68,6 +69,8 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     sources = np.concatenate([train.sources] * len(views))
     weights = torch.from_numpy(image_weights(all_targets, sources, recipe.balance)).to(inputs.device)
     targets = torch.from_numpy(all_targets).to(inputs.device)
+
+    # The head's own AdamW, and orders of epochs as in the loop.
     decay = recipe.weight_decay if recipe.head_decay is None else recipe.head_decay
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
     say_stage(model, stage)
@@ -83,6 +86,8 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(index)
+
+    # The outputs are for the images as they are.
     mean = float(total) / len(order)
     if not math.isfinite(mean):
         raise InputError(

@@ -1,25 +1,95 @@
-"""The training loop, shared by every model: epochs, the best of them, stopping and resuming."""
+"""The training loop, shared by every model: epochs, the best of them, and a stop on request.
+
+What a step does stands in step.py, what a resumed run needs in resume.py.
+"""
 
 import math
 import signal
 import time
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.console import InputError, Interrupted, command_line, progress, say, tell
-from common.device import device_name, gather, processes, stop_requests, versions
+from common.console import InputError, Interrupted, progress, say, tell
+from common.device import device_name, processes, stop_requests, versions
 from common.files import FORMAT
 from images.split import epoch_order
 from models.batches import Batches
-from records.progress import Progress
 from records.track import Tracker
+from training import resume
 from training.evaluate import predict_together, say_stage
 from training.loss import figures
-from training.optimiser import WarmAverage, adamw, scheduled_rate
-from training.recipe import differences
-from training.step import Gradient, SharedDraws
+from training.step import Gradient, SharedDraws, WarmAverage, adamw, scheduled_rate
+
+
+@dataclass
+class Progress:
+    """How far a training run is.
+
+    `epoch`: how many epochs are over; `step`: how many steps of the next one are, `loss_sum`: the sum of
+    their losses, `seconds`: the time they took before an interruption; `history`: a row an epoch, as in
+    results.json; `best_epoch`: its number, from 1 on, 0 before there is one; `head_seconds`: spent on the
+    head alone, before the epochs; `lr`: learning rate of the last step, None before the first."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    history: list = field(default_factory=list)
+    best_epoch: int = 0
+    head_seconds: float = 0.0
+    lr: float = None
+
+    @classmethod
+    def from_saved(cls, saved):
+        """The Progress that `saved` gave; what older versions did not keep is as at the start. TypeError if
+        it is no dict."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def saved(self):
+        """The same as a dict of plain values, for last.pth."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.lr is None:
+            del values["lr"]
+        return values
+
+    @property
+    def minutes(self):
+        """Time of training so far, validation and the stage of the head included."""
+        epochs = sum(row["seconds"] for row in self.history)
+        return (self.head_seconds + epochs) / 60
+
+    @property
+    def mean_loss(self):
+        """Mean training loss of the steps of this epoch so far."""
+        return self.loss_sum / self.step
+
+    @property
+    def place(self):
+        """Where training is, as text."""
+        return f"in epoch {self.epoch + 1} after step {self.step}"
+
+    def end_epoch(self, row, merit):
+        """Add the history `row` of the epoch that ends; returns whether it has more `merit`, a function of a
+        row, than the best before."""
+        better = not self.best_epoch or merit(row) > merit(self.history[self.best_epoch - 1])
+        self.history.append(row)
+        self.epoch += 1
+        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0
+        if better:
+            self.best_epoch = self.epoch
+        return better
+
+    def waited(self, stop_on):
+        """How many epochs brought nothing better: since the best one or, with "loss" to `stop_on`, since the
+        lowest validation loss."""
+        last = self.best_epoch
+        if stop_on == "loss" and self.history:
+            losses = [row["val_loss"] for row in self.history]
+            last = losses.index(min(losses)) + 1
+        return self.epoch - last
 
 
 class Loop:
@@ -47,12 +117,22 @@ class Loop:
 
         InputError on a non-finite loss, naming epoch, step and learning rate; Interrupted when stopped on
         request, after saving."""
-        if self.plan.resume and self._nothing_left():
-            return self.run.results
+        if self.plan.resume:
+            self.longer = resume.is_longer(self.plan, self.meta)
+            if self.run.results["finished"] and not self.longer:
+                say(f"{self.run} is finished: nothing is left to do, and nothing was changed")
+                return self.run.results
+        # Optimiser and average, and after an interruption what last.pth kept of them.
         self.others = others or {}
         self.prepare(len(self._order(0, train)))
+        if self.plan.resume:
+            self._go_on()
+        # From here on the folder holds this run, and trackers follow it.
         results = self._begin()
-        self.tracker = Tracker(() if self.rank else self.plan.track, self.run)
+        trackers = self.plan.track
+        if self.rank:
+            trackers = ()
+        self.tracker = Tracker(trackers, self.run)
         self.tracker.begin(self.meta)
         try:
             self._epochs(train, val, results)
@@ -74,41 +154,7 @@ class Loop:
         self.progress.step, self.progress.loss_sum, self.progress.lr = 1, loss, stage.lr
         self.gradient.seen = [(torch.arange(len(outputs)), outputs)]
 
-    # ------------------------------------------------------------ start and resume
-
-    def _nothing_left(self):
-        """Whether the run to be resumed is finished already; says so. InputError if its settings differ."""
-        results, last = self.run.results, self.run.load_last()
-        before = {**results, **last["meta"]}
-        self.longer = self._is_longer(before["recipe"].get("epochs"))
-        if self.longer:
-            before["recipe"] = {**before["recipe"], "epochs": self.recipe.epochs}
-        if differ := differences(before, self.meta):
-            raise InputError(f"--resume: the settings differ from those of {self.run}: " + "; ".join(differ))
-        if self.longer:
-            return False
-        if results["finished"]:
-            say(f"{self.run} is finished: nothing is left to do, and nothing was changed")
-        return results["finished"]
-
-    def _is_longer(self, epochs):
-        """Whether more epochs are asked for than the `epochs` the run to be resumed was begun with; says so.
-        InputError where its learning rate was planned over those."""
-        asked = self.recipe.epochs
-        if not isinstance(epochs, int) or asked <= epochs:
-            return False
-        if self.recipe.schedule == "cosine":
-            raise InputError(
-                f"--resume: {self.run} was begun with --epochs {epochs}, over which its learning rate falls "
-                f"(--schedule cosine), so {asked} epochs are another run: go on with --epochs {epochs}, or "
-                f"train anew with --epochs {asked} and --overwrite, or another --out. Only a run with "
-                "--schedule constant or plateau can be made longer"
-            )
-        say(
-            f"{self.run} was begun with --epochs {epochs} and goes on to {asked}, as if begun with these "
-            f"(--schedule {self.recipe.schedule}, --lr {self.recipe.lr:g}); its calibration is removed"
-        )
-        return True
+    # ------------------------------------------------------------ start
 
     def prepare(self, count):
         """Everything that `fit` uses, for `count` training images."""
@@ -117,9 +163,13 @@ class Loop:
         if self.number > 1:  # images are changed alike in all processes, dropout is another in each
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
+        # What is validated and saved is the average of the weights, where there is one.
         self.optimizer = adamw(model, recipe, self.device)
-        self.average = WarmAverage(model, recipe.ema) if recipe.ema else None
-        self.kept = self.average.module if self.average else model  # what is validated and saved
+        self.average, self.kept = None, model
+        if recipe.ema:
+            self.average = WarmAverage(model, recipe.ema)
+            self.kept = self.average.module
+        # How long training is: epochs of so many steps, fewer in all with --max-steps.
         self.steps = math.ceil(count / recipe.batch_size)
         self.total = min(recipe.epochs * self.steps, recipe.max_steps or math.inf)
         self.pending = torch.zeros(2, device=self.device)  # loss of the last steps; requests to stop
@@ -134,22 +184,23 @@ class Loop:
         ids = [self.device] if self.device.type == "cuda" else None
         self.net = DistributedDataParallel(self.model, ids)
 
+    def _go_on(self):
+        """Go on from where the run was stopped."""
+        resume.restore(self)
+        # last.pth is written before checkpoint.pth: the process may have died before it could write that.
+        if self.progress.step == 0 and self.progress.best_epoch == self.progress.epoch:
+            self._save_model()
+        say(f"resuming {self.run} {self.progress.place}")
+
     def _begin(self):
         """The content of results.json, new or from where the run was stopped; an earlier run's files are
         removed."""
-        began = command_line()
-        if self.plan.resume:
-            self._restore(self.run.load_last())
-            # The command that began the run tells more than the one that resumed it.
-            if self.longer:
-                began = began.replace(" --resume", "")
-            else:
-                began = self.run.results.get("command", began)
-        if self.rank == 0:
+        command = resume.command(self.plan, self.longer)
+        if self.rank == 0:  # what was calibrated belongs to other weights
             self.run.folder.mkdir(parents=True, exist_ok=True)
             self.run.clear(weights=not self.plan.resume)
         results = {
-            "command": began,
+            "command": command,
             **self.meta,
             "format": FORMAT,
             "finished": False,
@@ -161,64 +212,29 @@ class Loop:
             "history": self.progress.history,
             "minutes": self.progress.minutes,
         }
-        if not self.plan.resume:  # from now on it can be, and no other is begun in its folder unasked
+        if not self.plan.resume:  # from now on it can be resumed, and no other is begun here unasked
             self._write(results)
-            self._save_last()
+            resume.save_last(self)
         return results
-
-    def _restore(self, last):
-        """Model, optimiser, random state and progress from last.pth."""
-        if len(last["rng"]) != self.number:
-            raise InputError(
-                f"--resume: {self.run} was trained by {len(last['rng'])} processes, now {self.number}"
-            )
-        try:
-            self._restore_weights(last)
-            self._restore_random_state(last)
-            self.progress = Progress.from_saved(last["state"])
-            self.gradient.put_back(last["seen"][self.rank] if "seen" in last else [])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--resume: {self.run.folder / 'last.pth'} is damaged ({reason})") from None
-        if self.progress.step == 0 and self.progress.best_epoch == self.progress.epoch:
-            self._save_model()  # the process may have died before it could
-        say(f"resuming {self.run} {self.progress.place}")
-
-    def _restore_weights(self, last):
-        """The model, what is trained beside it, their average, and the optimiser."""
-        self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(last["average"])
-
-    def _restore_random_state(self, last):
-        """That of this process, and the one that all processes share."""
-        if self.number > 1:
-            if last.get("draws"):
-                self.gradient.draws.states = last["draws"]
-            else:
-                say("note: an older version wrote last.pth: the changes of images are drawn from the start")
-        random_state, device_state = last["rng"][self.rank]
-        torch.set_rng_state(random_state)
-        if device_state is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(device_state, self.device)
 
     # ------------------------------------------------------------ epochs
 
     def _epochs(self, train, val, results):
-        """The epochs that are left."""
+        """The epochs that are left; when they are over, the run is finished. Interrupted when asked to stop,
+        after saving."""
         source = Batches(train, self.inputs, self.recipe.balance)
         with stop_requests() as stop:
-            if self.recipe.epochs == 0 and not self.progress.epoch:  # a linear probe: see keep_head
+            # A linear probe has one epoch, which is over before the first step: see keep_head.
+            if self.recipe.epochs == 0 and not self.progress.epoch:
                 self._end_epoch(train, val, results, time.perf_counter())
             while not self._done():
                 started = time.perf_counter() - self.progress.seconds
                 if self._train_epoch(source, stop):
                     self.progress.seconds = time.perf_counter() - started
-                    self._save_last()
+                    resume.save_last(self)
                     self._write(results)  # so that a new run does not overwrite it unasked
                     signum = stop[0] if stop else signal.SIGTERM  # none: another process was asked
-                    raise self._interrupted(signum)
+                    raise Interrupted(resume.how_to_go_on(self.progress), signum)
                 self._end_epoch(train, val, results, started)
         results["finished"] = True
         self._write(results)
@@ -230,27 +246,23 @@ class Loop:
             return True
         return "patience" in self.plan.used and self.progress.waited(recipe.stop_on) >= recipe.patience
 
-    def _interrupted(self, signum):
-        """The exception that tells where a run was stopped and how to go on."""
-        again = command_line().replace(" --overwrite", "")
-        if " --resume" not in again:
-            again += " --resume"
-        return Interrupted(f"stopped {self.progress.place}; saved. Go on with:\n  {again}", signum)
-
     def _order(self, epoch, train):
         return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)
 
     def _train_epoch(self, source, stop):
         """Run the rest of the epoch that `progress` is in; returns whether to stop. `stop`: the signals that
         asked for it."""
-        self._enter_stage()
+        if self.recipe.frozen_epochs:
+            self._enter_stage()
         self.net.train()
         if not self.progress.step:
             self.gradient.seen = []
+        # The order is a function of seed and epoch, so a resumed epoch goes on where it was stopped.
         epoch, first, size = self.progress.epoch, self.progress.step, self.recipe.batch_size
         order = torch.from_numpy(self._order(epoch, source.subset))
         batches = order.split(size)[: self.total - epoch * self.steps]
-        every = 1 if self.device.type == "cpu" else 10  # reading the loss makes a GPU wait
+        # Reading the loss makes a GPU wait.
+        every = 1 if self.device.type == "cpu" else 10
         begin, stopping = time.perf_counter(), False
 
         def status():
@@ -259,31 +271,38 @@ class Loop:
 
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
         for index in progress(batches[first:], len(batches), title, begin=first, status=status):
+            self._set_rate()
             self._add_gradient(source, index)
+            # A loss that is not finite must not change the weights, so it is read first.
             if self.progress.step % every == 0 or self.progress.step == len(batches):
-                stopping = self._read_loss(stop)  # before the weights are changed by it
+                stopping = self._read_loss(stop)
             self._change_weights()
             if stopping:
                 break
         return stopping
 
     def _enter_stage(self):
-        """Freeze the stem, or let it be trained, as the epoch that comes asks for."""
+        """Freeze the stem of a hybrid, or let it be trained, as the epoch that comes asks for."""
         recipe = self.recipe
         frozen = self.progress.epoch < recipe.frozen_epochs
-        if recipe.frozen_epochs and frozen != self.frozen:
-            self.frozen = frozen
-            self.model.freeze(frozen)
-            self._share()  # DistributedDataParallel must know what has a gradient
-            say_stage(self.model, recipe.stages[0 if frozen else -1], recipe.backbone_lr_scale)
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        self.model.freeze(frozen)
+        self._share()  # DistributedDataParallel must know what has a gradient
+        stage = recipe.stages[0] if frozen else recipe.stages[-1]
+        say_stage(self.model, stage, recipe.backbone_lr_scale)
 
-    def _add_gradient(self, source, index):
-        """The gradient of the batch at positions `index`, clipped; its loss is added to `pending`."""
+    def _set_rate(self):
+        """Give every layer the learning rate of the step that comes."""
         merits = [self.objective.merit(row) for row in self.progress.history]
         place = self.progress.epoch, self.progress.step
         self.progress.lr = scheduled_rate(self.recipe, *place, self.steps, self.total, merits)
         for group in self.optimizer.param_groups:
             group["lr"] = self.progress.lr * group.get("lr_scale", 1.0)  # absent in older last.pth
+
+    def _add_gradient(self, source, index):
+        """The gradient of the batch at positions `index`, clipped; its loss is added to `pending`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.pending[0] += self.gradient.add(self.net, source, index)
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
@@ -292,6 +311,7 @@ class Loop:
     def _read_loss(self, stop):
         """Add the `pending` loss of all processes to that of the epoch; returns whether any process was asked
         to stop, so that none waits for one that has left. InputError if the loss is not finite."""
+        # One exchange for both: what the other processes lost, and whether one of them was asked to stop.
         self.pending[1] = len(stop)
         if self.number > 1:
             dist.all_reduce(self.pending)
@@ -307,6 +327,7 @@ class Loop:
         return requests > 0
 
     def _change_weights(self):
+        """AdamW's step, and that of the average."""
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -319,18 +340,14 @@ class Loop:
         row["seconds"] = time.perf_counter() - started
         better = self.progress.end_epoch(row, self.objective.merit)
         # last.pth goes first: if the process dies between the two, resuming rewrites the checkpoint from it.
-        self._save_last()
+        resume.save_last(self)
         if better:
             self._save_model()
         results.update(best_epoch=self.progress.best_epoch, minutes=self.progress.minutes)
         self._write(results)
+        # Trackers and the reader of the terminal learn of it when it is safe.
         number, recipe = self.progress.epoch, self.recipe
-        stage = 1
-        if recipe.freeze_epochs:
-            stage += 1
-        if recipe.frozen_epochs and number > recipe.frozen_epochs:
-            stage += 1
-        self.tracker.epoch(number, row, stage)
+        self.tracker.epoch(number, row, recipe.stage_of(number))
         name = f"epoch {number}/{recipe.epochs}" if recipe.epochs else "head alone"
         mark = " *" if better else ""
         tell(
@@ -340,10 +357,7 @@ class Loop:
 
     def _validate(self, train, val):
         """The history entry of the epoch that `progress` is in; InputError if the validation loss is not
-        finite.
-
-        Figures of the training images are of the outputs that training saw: augmented, and weights on their
-        way."""
+        finite."""
         outputs = predict_together(self.kept, val, self.inputs, "validation")
         targets = torch.from_numpy(val.targets).to(self.device)
         losses = self.objective.losses(outputs.to(self.device), targets)
@@ -353,9 +367,11 @@ class Loop:
                 f"the validation loss became {loss} in epoch {self.progress.epoch + 1}: try a smaller --lr"
             )
         watched = self.objective.watch(val.targets, outputs)
+        # Of the training images what training saw counts: augmented, and with weights on their way.
         index, logits = self.gradient.seen_by_all()
         watched |= self.objective.watch(train.targets[index.numpy()], logits, "train")
         row = {"train_loss": self.progress.mean_loss, "val_loss": loss, **watched, "lr": self.progress.lr}
+        # Images held out of other hospitals choose nothing.
         if self.others:
             row["others"] = {}
         for name, other in self.others.items():
@@ -372,24 +388,3 @@ class Loop:
     def _save_model(self):
         if self.rank == 0:
             self.run.save_model(self.kept)
-
-    def _save_last(self):
-        """Write last.pth, from which --resume goes on; what each process has is gathered."""
-        cuda_state = None
-        if self.device.type == "cuda":
-            cuda_state = torch.cuda.get_rng_state(self.device)
-        random_states = gather((torch.get_rng_state(), cuda_state))
-        seen = gather(self.gradient.outputs() if self.progress.step else [])
-        if self.rank:
-            return
-        last = {
-            "meta": {k: self.meta[k] for k in ("model_config", "recipe", "data", "split")},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "state": self.progress.saved(),
-            "average": self.average and self.average.state_dict(),
-            "rng": random_states,
-            "draws": self.gradient.draws and self.gradient.draws.states,
-            "seen": seen,
-        }
-        self.run.save_last(last)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from common.console import InputError
+from common.console import InputError, say
 
 
 def total_weight(objective, targets, weights=1.0):
@@ -113,6 +113,34 @@ class Supervised:
         if self.watched == "loss":
             return round(-row["val_loss"], 9)
         return round(row[f"val_{self.watched}"], 9)
+
+
+def supervised(recipe, task, train_targets, val_targets, device):
+    """The Supervised of a Recipe and a Task for the targets of training and validation. A note names findings
+    whose validation AUROC does not exist; InputError, before training, where none exists."""
+    class_weights, focal_gamma = None, 0.0
+    if recipe.balance in ("weights", "both"):
+        class_weights = torch.from_numpy(task.class_weights(train_targets)).to(device)
+    if recipe.loss == "focal":
+        focal_gamma = recipe.focal_gamma
+    objective = Supervised(
+        task,
+        class_weights,
+        recipe.label_smoothing,
+        recipe.watch,
+        focal_gamma=focal_gamma,
+        segmentation=recipe.seg_weight,
+        attention=recipe.attention_weight,
+    )
+    # What cannot be watched is found before training, not after its first epoch.
+    truth = task.truth(val_targets)
+    objective.columns(truth)
+    missing = ~with_both_classes(truth)
+    names = [name for name, absent in zip(task.findings, missing) if absent]
+    if names and len(names) < len(missing):
+        verb = "is" if len(names) == 1 else "are"
+        say(f"note: {', '.join(names)} {verb} not watched: validation has no image with, or none without")
+    return objective
 
 
 class Reconstruction:

@@ -31,7 +31,9 @@ def parse(text):
         folder, table = text, None
     if not Path(folder).is_dir():
         raise InputError(f"{EITHER} {text}: there is no folder {folder}")
-    return Path(folder), tables.find_table(table, folder) if table else None
+    if table is None:
+        return Path(folder), None
+    return Path(folder), tables.find_table(table, folder)
 
 
 def names(texts):
@@ -40,7 +42,13 @@ def names(texts):
     short = [f.name for f in folders]
     if len(set(map(str, folders))) < len(folders):
         raise InputError(f"{EITHER} names a folder twice")
-    return [f.name if short.count(f.name) == 1 else f.as_posix().strip("/") for f in folders]
+    unique = []
+    for folder in folders:
+        name = folder.name
+        if short.count(name) > 1:
+            name = folder.as_posix().strip("/")
+        unique.append(name)
+    return unique
 
 
 def read(text, config):
@@ -116,13 +124,13 @@ def _columns(table, wanted):
 
 def _findings(table, folder, findings):
     """The Index of a table for a task of findings; what the table does not ask is unknown."""
-    found = _columns(table, findings)
-    if not found:
+    column_of = _columns(table, findings)
+    if not column_of:
         raise InputError(f"{table}: it has none of the findings {', '.join(findings)}")
-    index = tables.read_table(table, folder, tuple(found.values()))
+    index = tables.read_table(table, folder, tuple(column_of.values()))
     targets = np.full((len(index.files), len(findings)), -1, dtype=np.int8)
-    targets[:, [findings.index(name) for name in found]] = index.targets
-    if absent := [name for name in findings if name not in found]:
+    targets[:, [findings.index(name) for name in column_of]] = index.targets
+    if absent := [name for name in findings if name not in column_of]:
         say(f"note: {table} does not ask {', '.join(absent)}: unknown on its images")
     return index._replace(targets=targets)
 
@@ -131,20 +139,22 @@ def _classes(table, folder, classes):
     """The Index of a table for a task of classes: an image is of the class whose column has a 1, and healthy
     where every disease is 0 and the table's healthy column, if it has one, does not say otherwise. Images of
     which the table does not say that are left out, and counted."""
-    found = _columns(table, classes[1:])
-    if absent := [name for name in classes[1:] if name not in found]:
+    column_of = _columns(table, classes[1:])
+    if absent := [name for name in classes[1:] if name not in column_of]:
         raise InputError(
             f"{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has "
             f"{', '.join(tables.table_findings(table))}"
         )
+    # One disease and no other makes a class; none, all of them known, makes the healthy one.
     healthy = [name for name in tables.table_findings(table) if is_healthy(name) or name == classes[0]][:1]
-    index = tables.read_table(table, folder, (*found.values(), *healthy))
-    diseases = index.targets[:, : len(found)]
+    index = tables.read_table(table, folder, (*column_of.values(), *healthy))
+    diseases = index.targets[:, : len(column_of)]
     well = (diseases == 0).all(axis=1)
     sick = ((diseases == 1).sum(axis=1) == 1) & (diseases >= 0).all(axis=1)
     if healthy:
         well &= index.targets[:, -1] == 1
         sick &= index.targets[:, -1] != 1
+    # An image that the table gives no class, or two, teaches nothing here.
     kept = np.flatnonzero(well | sick)
     if len(kept) < len(well):
         out = len(well) - len(kept)
@@ -203,7 +213,7 @@ def join(config, train, val, tell=print):
         index = index._replace(content=twins.contents(root, index.files))
         subset, readable, _ = load(config, root, index, "also")
 
-        # By their own names, before the source's name is put in front.
+        # What may not join is looked for by their own names, before the source's name is put in front.
         refuse_known(config, name, root, subset, val)
         say_known(name, root, subset, earlier)
         earlier.append((name, root, subset.files))
@@ -212,6 +222,7 @@ def join(config, train, val, tell=print):
         subset.sources = np.full(len(subset), number)
         fingerprint = sha256([subset.files, subset.targets.tolist()])
 
+        # Whole patients are held out; without labels there is nothing to measure on them.
         sides = {"train": subset}
         if labelled:
             positions = cut(readable, config.task, True, config.val_share, config.split_seed)

@@ -1,15 +1,18 @@
-"""From a checked command line to a trained run: what a training script needs beside its model."""
+"""From the command line to plans, and from a plan to a trained run: all that a training script needs besides
+its model. The epochs stand in loop.py.
+"""
 
 import signal
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import data
+from common.cli import Parser
 from common.console import InputError, Interrupted, command_line, say, tell
 from common.device import (
     device_name,
@@ -22,7 +25,6 @@ from common.device import (
     versions,
 )
 from common.files import FORMAT
-from common.scripts import there_is
 from data import load_train_val, statistics
 from images.augment import Augment, RandAugment
 from images.drawn import SYNTHETIC_DIR, SYNTHETIC_PX, make_synthetic
@@ -31,13 +33,12 @@ from images.subset import Subset, input_range
 from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
-from records.begin import runs_to_write
 from records.run import Run
 from training import other_hospitals, seen
 from training import recipe as recipes
 from training.evaluate import fit_head, say_stage
 from training.loop import Loop
-from training.loss import Supervised, with_both_classes
+from training.loss import supervised
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,39 @@ class Plan:
 # ---------------------------------------------------------------- from the command line to plans
 
 
-def plans_from_args(parser, defaults, size=lambda args, usual: usual):
-    """Parse the command line -> (args, [Plan, ...]), one a seed. `size(args, usual)`: the default of
-    --img-size where other models take `usual`.
+def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usual):
+    """Parse the command line of a training script -> (args, [Plan, ...]), one a seed.
+
+    `doc`: the script's docstring, for --help; `add_own_flags(data_flags, model_flags)` adds what it alone has
+    to these two groups of flags; `size(args, usual)`: the default of --img-size where other models take
+    `usual`.
 
     Every flag and every run folder is checked before any work is done; then data are drawn or fetched if
     asked to. With --seeds and --resume, seeds not begun are begun.
     """
+    # --help shows the groups in this order: data, model, recipe, run.
+    parser = Parser(doc, recipes.EVERYDAY)
+    data_flags = data.add_arguments(parser, defaults.also)
+    if defaults.unlabelled:
+        data.add_unlabelled_argument(data_flags)
+    add_own_flags(data_flags, parser.add_argument_group("model"))
+    recipes.add_arguments(parser, defaults)
+    parser.set_defaults(**defaults.data)
     args, recipe, augment = recipes.parse(parser, defaults)
+
+    # What can be refused at once is: folders that hold a run, a device that is not there.
     join_processes(args.device)
     runs = runs_to_write(args, recipe.seed)
-    device, amp = device_and_precision(args)
-    config = checked_data(args, size)
+    device, amp = pick_device(args.device), args.amp
+    if amp is None:
+        amp = fast_bf16(device)
+
+    # Nothing is written before every process has come so far. The first one draws or fetches the data.
+    with first_process_first():
+        provide_data(args, size)
+        config = data.DataConfig.from_args(args)
     config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
+
     plans = []
     for seed, run in runs.items():
         plan = Plan(
@@ -102,19 +123,89 @@ def plans_from_args(parser, defaults, size=lambda args, usual: usual):
     return args, plans
 
 
-def device_and_precision(args):
-    """(torch.device, whether training is in bf16) of --device and --amp."""
-    device = pick_device(args.device)
-    if args.amp is None:
-        return device, fast_bf16(device)
-    return device, args.amp
+# ---------------------------------------------------------------- the run folder
 
 
-def checked_data(args, size):
-    """The DataConfig of the flags; the data are drawn or fetched if asked to. `size`: see plans_from_args."""
-    with first_process_first():  # nothing is written before every process has checked the flags and folders
-        prepare(args, partial(size, args))
-        return data.DataConfig.from_args(args)
+def runs_to_write(args, seed):
+    """{seed: its Run}, one for each of --seeds, or for the one `seed`. InputError as of run_from_args."""
+    if not args.seeds:
+        return {seed: run_from_args(args)}
+    return {seed: run_from_args(args, f"-seed{seed}") for seed in args.seeds}
+
+
+def run_from_args(args, suffix=""):
+    """The Run to write; refuses, before any work is done, to overwrite one silently (InputError)."""
+    usual = args.default_out
+    if args.demo:
+        usual += "-demo"
+    folder = Path((args.out or usual) + suffix)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    first = processes()[0] == 0
+    if first:
+        check_folder(folder)
+    run = Run(folder)
+    if first:  # the others might see the lock of the first one
+        lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
+    can_go_on = (folder / "last.pth").exists()
+    if args.resume:
+        if not can_go_on and not suffix:
+            raise InputError(
+                f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
+            )
+    elif run.begun and not args.overwrite:
+        refuse_begun(run, can_go_on)
+    return run
+
+
+def refuse_begun(run, can_go_on):
+    """InputError: what can be done where a run is there already."""
+    if run.results["finished"]:
+        there, resume = "a finished", ""
+    else:
+        there = "an interrupted"
+        resume = "continue it with --resume, " if can_go_on else ""
+    raise InputError(
+        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
+        "--overwrite"
+    )
+
+
+def check_folder(folder):
+    """InputError if a folder cannot be made or written to; none is left behind."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written to: {error.strerror}") from None
+    finally:
+        for p in new:
+            if p.exists():
+                p.rmdir()
+
+
+# ---------------------------------------------------------------- the data
+
+
+def provide_data(args, size=lambda args, usual: usual):
+    """Draw or download the data that the parsed data flags ask for; fills in --data-dir, and --img-size by
+    `size` (see from_command_line).
+
+    InputError, before any work, for flags that do not go together and a --cache-dir that is a file."""
+    if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
+        raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
+    if args.demo and (args.download or args.labels or args.data_dir != data.DEFAULT_DIR):
+        raise InputError("--demo brings its own data: leave out --data-dir, --labels and --download")
+    if args.img_size is None:
+        usual = SYNTHETIC_PX if args.demo else data.DataConfig().img_size
+        args.img_size = size(args, usual)
+    if args.demo:
+        args.data_dir = SYNTHETIC_DIR
+        make_synthetic(SYNTHETIC_DIR)
+    elif args.download:
+        download(args.data_dir, args.download)
 
 
 def balanced(config, balance, usual):
@@ -141,25 +232,6 @@ def balanced(config, balance, usual):
     return config, balance
 
 
-def prepare(args, size=lambda usual: usual):
-    """Draw or download the data that the parsed data flags ask for; fills in --data-dir, and --img-size by
-    what `size` makes of the usual one.
-
-    InputError, before any work, for flags that do not go together and a --cache-dir that is a file."""
-    if Path(args.cache_dir).exists() and not Path(args.cache_dir).is_dir():
-        raise InputError(f"--cache-dir {args.cache_dir} is a file: name a folder")
-    if args.demo and (args.download or args.labels or args.data_dir != data.DEFAULT_DIR):
-        raise InputError("--demo brings its own data: leave out --data-dir, --labels and --download")
-    if args.img_size is None:
-        usual = SYNTHETIC_PX if args.demo else data.DataConfig().img_size
-        args.img_size = size(usual)
-    if args.demo:
-        args.data_dir = SYNTHETIC_DIR
-        make_synthetic(SYNTHETIC_DIR)
-    elif args.download:
-        download(args.data_dir, args.download)
-
-
 # ---------------------------------------------------------------- from a plan to a run
 
 
@@ -183,19 +255,28 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     the classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came
     from, or None. InputError where one of the two learnt from images that are held out here.
     """
+    recipe = plan.recipe
     with training(plan.run):
-        images = prepare_data(plan, encoder, teacher)
+        # Prepare the data: images, their scaling, and the loss of their classes.
+        images = prepare_data(plan.config, encoder, teacher)
         if teacher:
             teacher.begin()
-            described["teacher"] = teacher.about()
+            described["teacher"] = teacher.description()
         inputs = scaled_inputs(plan, images.train, mean, std)
-        objective = objective or supervised(plan, images)
+        if objective is None:
+            targets = images.train.targets, images.val.targets
+            objective = supervised(recipe, plan.config.task, *targets, plan.device)
+
+        # Describe the run: what results.json keeps, and --resume compares.
         meta = describe_run(plan, model, name, images, inputs) | described
         tell(training_line(plan, model, name))
         loop = Loop(model, objective, plan, inputs, meta, teacher)
-        if check := getattr(model, "check_training", None):
+        if check := getattr(model, "check_training", None):  # batches too small for BatchNorm
             check(plan.config.img_size, min(2, loop.smallest_part(images.train)))
-        train_head(plan, loop, images)
+
+        # Train the head alone, then all of it; the loop writes what it reaches.
+        if recipe.freeze_epochs:
+            train_head(plan, loop, images)
         return loop.fit(images.train, images.val, images.others)
 
 
@@ -210,19 +291,45 @@ class Images:
     split: dict
 
 
-def prepare_data(plan, encoder=None, teacher=None):
-    """The Images of a Plan, those of other hospitals among them. InputError where the Run `encoder` or the
-    Teacher learnt from images that are held out here."""
+def prepare_data(config, encoder=None, teacher=None):
+    """The Images of a DataConfig, those of other hospitals among them. InputError where the Run `encoder` or
+    the Teacher learnt from images that are held out here."""
     with first_process_first():
-        own_train, val, split = load_train_val(plan.config, tell)
-        train, others, also = other_hospitals.join(plan.config, own_train, val, tell)
-        if also:
-            split["also"] = also
-        earlier = {"--init": encoder, "--teacher": teacher and teacher.run}
-        for flag, run in earlier.items():
-            if run:
-                seen.refuse_known(flag, run, plan.config, (own_train, val), split, others)
+        own_train, val, split = load_train_val(config, tell)
+        train, others = own_train, {}
+        if config.also or config.also_unlabelled:
+            train, others, split["also"] = other_hospitals.join(config, own_train, val, tell)
+        # What another run has learnt must not be held out here.
+        sides = own_train, val
+        if encoder:
+            seen.refuse_known("--init", encoder, config, sides, split, others)
+        if teacher:
+            seen.refuse_known("--teacher", teacher.run, config, sides, split, others)
     return Images(train, val, others, split)
+
+
+def scaled_inputs(plan, train_set, mean, std):
+    """The Inputs of `plan`; a `mean` or `std` that is AUTO becomes that of the training pixels."""
+    config = plan.config
+    # The pixels are measured as the model is shown them, before any scaling.
+    unscaled = Inputs(
+        (0.0,),
+        (1.0,),
+        plan.device,
+        input_mode=config.input,
+        reads_lungs=config.reads_lungs,
+    )
+    if AUTO in (mean, std):
+        measured_mean, measured_std = statistics(train_set, unscaled)
+        used = []
+        if mean == AUTO:
+            mean = [measured_mean] * 3
+            used.append(f"mean {measured_mean:.4f}")
+        if std == AUTO:
+            std = [measured_std] * 3
+            used.append(f"std {measured_std:.4f}")
+        tell(f"training pixels: {', '.join(used)}")
+    return replace(unscaled, mean=tuple(mean), std=tuple(std), amp=plan.amp)
 
 
 def describe_run(plan, model, name, images, inputs):
@@ -251,12 +358,12 @@ def training_line(plan, model, name):
 
 
 def train_head(plan, loop, images):
-    """The stage that trains the head alone, if the recipe has one; where it is the only one, a linear probe,
-    the loop keeps it as its epoch. A run that is resumed has had it."""
+    """The stage of a recipe that trains the head alone; where it is the only one, a linear probe, the loop
+    keeps it as its epoch. A run that is resumed has had it. Interrupted, which says that nothing is saved,
+    where it is stopped."""
     recipe, started = plan.recipe, time.perf_counter()
-    for stage in recipe.stages:
-        if stage.trains != "head" or plan.resume:
-            continue
+    stage = recipe.stages[0]
+    if not plan.resume:
         try:
             loss, outputs = fit_head(
                 loop.model,
@@ -273,59 +380,8 @@ def train_head(plan, loop, images):
         loop.progress.head_seconds = time.perf_counter() - started
         if not recipe.epochs:
             loop.keep_head(loss, outputs, stage)
-    if recipe.freeze_epochs and recipe.epochs:
+    if recipe.epochs:  # what comes next
         say_stage(loop.model, recipe.stages[-1], recipe.backbone_lr_scale)
-
-
-def scaled_inputs(plan, train_set, mean, std):
-    """The Inputs of `plan`; a `mean` or `std` that is AUTO becomes that of the training pixels."""
-    config = plan.config
-    unscaled = Inputs(
-        (0.0,),
-        (1.0,),
-        plan.device,
-        input_mode=config.input,
-        reads_lungs=config.reads_lungs,
-    )
-    if AUTO in (mean, std):
-        measured_mean, measured_std = statistics(train_set, unscaled)
-        used = []
-        if mean == AUTO:
-            mean = [measured_mean] * 3
-            used.append(f"mean {measured_mean:.4f}")
-        if std == AUTO:
-            std = [measured_std] * 3
-            used.append(f"std {measured_std:.4f}")
-        tell(f"training pixels: {', '.join(used)}")
-    return replace(unscaled, mean=tuple(mean), std=tuple(std), amp=plan.amp)
-
-
-def supervised(plan, images):
-    """The loss of the classes of the data. InputError, before training, where no AUROC can be watched."""
-    recipe, task, class_weights = plan.recipe, plan.config.task, None
-    if recipe.balance in ("weights", "both"):
-        class_weights = torch.from_numpy(task.class_weights(images.train.targets)).to(plan.device)
-    objective = Supervised(
-        task,
-        class_weights,
-        recipe.label_smoothing,
-        recipe.watch,
-        focal_gamma=recipe.focal_gamma if recipe.loss == "focal" else 0.0,
-        segmentation=recipe.seg_weight,
-        attention=recipe.attention_weight,
-    )
-    objective.columns(task.truth(images.val.targets))
-    say_unwatched(task, images.val)
-    return objective
-
-
-def say_unwatched(task, val):
-    """A note on findings whose validation AUROC does not exist."""
-    missing = ~with_both_classes(task.truth(val.targets))
-    names = [name for name, absent in zip(task.findings, missing) if absent]
-    if names and len(names) < len(missing):
-        verb = "is" if len(names) == 1 else "are"
-        say(f"note: {', '.join(names)} {verb} not watched: validation has no image with, or none without")
 
 
 def save_run(run, model, results):
@@ -335,33 +391,3 @@ def save_run(run, model, results):
     run.save_model(model)
     made_by = {"format": FORMAT, "finished": True, "versions": versions(), "command": command_line()}
     run.save_results({**results, **made_by})
-
-
-def load_encoder(model, run, config):
-    """Load the encoder of a pretrain_mae.py run into a VisionTransformer, all but its head; returns what it
-    was, for results.json. InputError if the run is another kind, its shape differs, or it was shown something
-    else than a model of `config`. Whether it saw images that are held out is looked at by `train`.
-    """
-    if not run.begun:
-        raise InputError(f"--init {run} holds no run{there_is(run.folder, 'pretrain_mae')}")
-    if run.kind != "mae":
-        raise InputError(f"--init {run} is no run of pretrain_mae.py")
-    if not run.results["finished"]:
-        say(f"note: --init: {run.why_unfinished()}; here its best epoch so far is used")
-    there, differ = run.config, []
-    for name in ("input", "lungs_sha256"):
-        before, here = getattr(there, name), getattr(config, name)
-        if before != here:
-            flag = name.partition("_")[0]
-            differ.append(f"--{flag} {str(before)[:12] or 'none'}, here {str(here)[:12] or 'none'}")
-    if differ:
-        listed = "; ".join(differ)
-        raise InputError(f"--init {run} was shown something else: {listed}; make the two alike")
-    encoder = run.model().encoder.state_dict()
-    weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
-    try:
-        model.load_state_dict({**model.state_dict(), **weights})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--init {run} does not fit this model: {reason}") from None
-    return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}

@@ -1,5 +1,5 @@
-"""What a result depends on beside the data: the flags of training, results.json and the check of --resume all
-come from the fields of Recipe."""
+"""What a result depends on besides the data: the flags of training, the "recipe" of results.json and the
+check of --resume all come from the fields of Recipe."""
 
 import argparse
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,10 +8,8 @@ from typing import NamedTuple
 from common.cli import COUNT, SEED, Number, Parser, add_flags, flag
 from common.console import InputError
 from common.device import add_device_argument
-from common.scripts import LAST_VERSION
 from images.augment import add_augment_argument, parse_augment, parse_randaugment
 from images.split import BALANCES
-from records.schema import GONE
 from records.track import add_track_argument
 from training.loss import WATCHED
 
@@ -141,12 +139,25 @@ class Recipe:
     @property
     def stages(self):
         """The stages of training, in order."""
-        head = [Stage("head", self.freeze_epochs, self.head_lr)] if self.freeze_epochs else []
+        stages = []
+        if self.freeze_epochs:
+            stages.append(Stage("head", self.freeze_epochs, self.head_lr))
         if not self.frozen_epochs:
-            return [*head, Stage("all", self.epochs, self.lr)]
+            return [*stages, Stage("all", self.epochs, self.lr)]
         frozen = min(self.epochs, self.frozen_epochs)
-        rest = [Stage("all", self.epochs - frozen, self.lr * THAWED)] if self.epochs > frozen else []
-        return [*head, Stage("neck", frozen, self.lr), *rest]
+        stages.append(Stage("neck", frozen, self.lr))
+        if self.epochs > frozen:
+            stages.append(Stage("all", self.epochs - frozen, self.lr * THAWED))
+        return stages
+
+    def stage_of(self, epoch):
+        """The number, from 1, of the stage that an epoch, from 1, of the loop belongs to."""
+        stage = 1
+        if self.freeze_epochs:
+            stage += 1
+        if self.frozen_epochs and epoch > self.frozen_epochs:
+            stage += 1
+        return stage
 
 
 # The fields that every training script uses, and those that some do.
@@ -187,11 +198,15 @@ RECIPES = {"default": "the settings chosen in docs/EXPERIMENTS.md", "paper": "th
 class Defaults(NamedTuple):
     """What a training script brings: `out`, its run folder; `recipes` {name: {field: value, "augment":
     text}}, the first of which is meant unless --recipe names another; `used`, the fields of Recipe that it
-    uses besides EVERY_ARM."""
+    uses besides EVERY_ARM; `data`, {field of DataConfig: default}; `also`, whether labelled
+    images of other hospitals may join, `unlabelled`, whether others may."""
 
     out: str
     recipes: dict
     used: tuple = ()
+    data: dict = {}
+    also: bool = True
+    unlabelled: bool = False
 
 
 def add_arguments(parser, defaults):
@@ -246,22 +261,25 @@ def parse(parser, defaults, argv=None):
     wins.
 
     InputError if a value is out of range, or seeds are given twice."""
-    early = Parser(None, add_help=False)  # so that --help shows the defaults of the recipe that is named
+    # The recipe that is named changes the defaults, so it is read first, and --help shows these.
+    early = Parser(None, add_help=False)
     early.add_argument("--recipe", default=None)
     name = early.parse_known_args(argv)[0].recipe
     chosen = defaults.recipes.get(name) or next(iter(defaults.recipes.values()))
     flags = {f.name for f in fields(Recipe)} | {"augment"}
     parser.set_defaults(**{k: v for k, v in chosen.items() if k in flags})
     args = parser.parse_args(argv)
+
+    # Values that no flag of this script changes come from the recipe itself.
     values = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    fixed = {k: v for k, v in chosen.items() if k in flags and not hasattr(args, k)}
     if args.seeds is not None and (len(set(args.seeds)) < len(args.seeds) or args.seed):
         raise InputError("give each seed once, by --seeds or by --seed")
     if not values["epochs"] and not values.get("freeze_epochs"):
-        raise InputError(
-            "--epochs 0 trains nothing"
-            + (": give --freeze-epochs for a linear probe" if "freeze_epochs" in values else "")
-        )
-    fixed = {k: v for k, v in chosen.items() if k in flags and not hasattr(args, k)}  # no flag of their own
+        advice = ""
+        if "freeze_epochs" in values:
+            advice = ": give --freeze-epochs for a linear probe"
+        raise InputError(f"--epochs 0 trains nothing{advice}")
     return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
 
 
@@ -270,48 +288,3 @@ def to_json(recipe, augment, amp, used=SOME_ARM):
     left_out = not_used(used)
     values = {k: v for k, v in asdict(recipe).items() if k not in left_out}
     return {**values, **asdict(augment), "amp": amp}
-
-
-# What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
-CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
-IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
-IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
-
-
-def differences(old, new):
-    """What differs between the settings of a run and those of the command that would resume it: list of text.
-
-    Values that the older version of a run did not record are not compared, nor those that are gone, if they
-    changed nothing."""
-    found = []
-    for key, settings in GONE.items():
-        for name, usual in settings.items():
-            value = old.get(key, {}).get(name, usual)
-            if value != usual:
-                found.append(f"{key}.{name}: was {value!r}, which is gone: {LAST_VERSION} goes on with it")
-    for key in CHECKED:
-        if key not in new and key in old:
-            found.append(f"{key}: was given, now it is not")
-        elif key in new and key not in old:
-            found.append(f"{key}: was not given, now it is")
-        elif key in new and isinstance(new[key], dict):
-            for name, value in new[key].items():
-                ignored = name in IGNORED.get(key, ()) and (key == "data" or _same_proof(old[key], new[key]))
-                if name in old[key] and not ignored:
-                    before, now = (list(v) if isinstance(v, tuple) else v for v in (old[key][name], value))
-                    if before != now:
-                        found.append(f"{key}.{name}: was {_short(before)}, now {_short(now)}")
-        elif key in new and (list(old[key]), list(new[key]))[0] != list(new[key]):
-            found.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
-    return found
-
-
-def _short(value):
-    """A value as text, of a checksum its beginning."""
-    checksum = isinstance(value, str) and len(value) == 64
-    return f"{value[:12]!r}..." if checksum else repr(value)
-
-
-def _same_proof(old, new):
-    """Whether both name a file's checksum, which tells more than its path."""
-    return any(k in old and k in new for k in ("sha256", "checkpoint"))

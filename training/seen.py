@@ -142,9 +142,11 @@ def _seen_here(there, config, **changes):
 def _refuse_other_sources(title, other, config, val, split, held_out):
     """InputError where a run's --also or --also-unlabelled hold images of validation, test or `held_out`."""
     there = other.config
+    # The same files, cut alike, were compared with validation and test already.
     same = other.results["split"].get("also", {}) == split.get("also", {})
     if same and there.split_seed == config.split_seed:
-        return  # the same files, cut alike, which were compared with validation and test already
+        return
+    # Otherwise every source that is still there is read again and compared with all that is held out here.
     settings = _seen_here(there, config, data_dir=config.data_dir, labels=config.labels)
     listing = read_listing(config)
     test_files = listing.test_index.files

@@ -20,8 +20,11 @@ class Teacher:
 
     def __init__(self, run, config, device, share):
         there = run.config
+        # It must answer the same questions, of the same pictures, without more to look at.
         if run.kind in WITHOUT_CLASSES or there.task != config.task:
-            tells = "nothing" if run.kind in WITHOUT_CLASSES else ", ".join(there.classes)
+            tells = "nothing"
+            if run.kind not in WITHOUT_CLASSES:
+                tells = ", ".join(there.classes)
             raise InputError(f"--teacher {run} tells {tells}; asked here: {', '.join(config.classes)}")
         if not run.results["finished"]:
             raise InputError(f"--teacher: {run.why_unfinished()}")
@@ -44,8 +47,11 @@ class Teacher:
         """Images as the student's Inputs.grey gives them -> logits, float32 [B, K]."""
         return self.inputs.logits(self.model, grey)
 
-    def about(self):
+    def description(self):
         """What results.json says of it."""
-        results = self.run.results
-        about = {"run": str(self.run), "checkpoint": self.run.checkpoint_sha256, "model": results["model"]}
-        return {**about, "minutes": self.run.minutes}
+        return {
+            "run": str(self.run),
+            "checkpoint": self.run.checkpoint_sha256,
+            "model": self.run.results["model"],
+            "minutes": self.run.minutes,
+        }

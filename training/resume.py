@@ -1,0 +1,203 @@
+"""Going on with an interrupted run: what must be as it was, and what last.pth holds.
+
+`save_last` and `restore` write and read the state of a Loop; when they are called stands in loop.py.
+"""
+
+import torch
+
+from common.console import InputError, command_line, say
+from common.device import gather
+from common.scripts import LAST_VERSION
+from records.schema import GONE
+
+# What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
+CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
+IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
+IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
+
+
+# ---------------------------------------------------------------- what must be as it was
+
+
+def is_longer(plan, meta):
+    """Whether a Plan that resumes its run asks for more epochs than the run was begun with; says so. `meta`:
+    what results.json says of the present command. InputError if other settings differ."""
+    run, last = plan.run, plan.run.load_last()
+    before = {**run.results, **last["meta"]}
+    longer = _more_epochs(plan, before["recipe"].get("epochs"))
+    if longer:  # the one setting that may differ
+        before["recipe"] = {**before["recipe"], "epochs": plan.recipe.epochs}
+    if differ := differences(before, meta):
+        raise InputError(f"--resume: the settings differ from those of {run}: " + "; ".join(differ))
+    return longer
+
+
+def _more_epochs(plan, epochs):
+    """Whether more epochs are asked for than the `epochs` the run to be resumed was begun with; says so.
+    InputError where its learning rate was planned over those."""
+    run, recipe = plan.run, plan.recipe
+    if not isinstance(epochs, int) or recipe.epochs <= epochs:
+        return False
+    if recipe.schedule == "cosine":
+        raise InputError(
+            f"--resume: {run} was begun with --epochs {epochs}, over which its learning rate falls "
+            f"(--schedule cosine), so {recipe.epochs} epochs are another run: go on with --epochs {epochs}, "
+            f"or train anew with --epochs {recipe.epochs} and --overwrite, or another --out. Only a run with "
+            "--schedule constant or plateau can be made longer"
+        )
+    say(
+        f"{run} was begun with --epochs {epochs} and goes on to {recipe.epochs}, as if begun with these "
+        f"(--schedule {recipe.schedule}, --lr {recipe.lr:g}); its calibration is removed"
+    )
+    return True
+
+
+def differences(old, new):
+    """What differs between the settings of a run and those of the command that would resume it: list of text.
+
+    Values that the older version of a run did not record are not compared, nor those that are gone, if they
+    changed nothing."""
+    differ = []
+    for key, settings in GONE.items():
+        for name, usual in settings.items():
+            value = old.get(key, {}).get(name, usual)
+            if value != usual:
+                differ.append(f"{key}.{name}: was {value!r}, which is gone: {LAST_VERSION} goes on with it")
+    for key in CHECKED:
+        if key not in new and key not in old:
+            continue
+        if key not in new:
+            differ.append(f"{key}: was given, now it is not")
+        elif key not in old:
+            differ.append(f"{key}: was not given, now it is")
+        elif isinstance(new[key], dict):
+            differ += _different_values(key, old[key], new[key])
+        elif list(old[key]) != list(new[key]):  # a text or, as list or tuple, numbers
+            differ.append(f"{key}: was {old[key]!r}, now {new[key]!r}")
+    return differ
+
+
+def _different_values(key, old, new):
+    """`differences` of the dict under a key."""
+    # The path of a file tells less than its checksum; without one it must be the same.
+    may_differ = IGNORED.get(key, ())
+    if key != "data" and not _have_checksums(old, new):
+        may_differ = ()
+    differ = []
+    for name, value in new.items():
+        if name not in old or name in may_differ:
+            continue
+        before, now = _as_in_json(old[name]), _as_in_json(value)
+        if before != now:
+            differ.append(f"{key}.{name}: was {_short(before)}, now {_short(now)}")
+    return differ
+
+
+def _as_in_json(value):
+    """A value as JSON gives it back: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value):
+    """A value as text, of a checksum its beginning."""
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]!r}..."
+    return repr(value)
+
+
+def _have_checksums(old, new):
+    """Whether both name a file's checksum."""
+    return any(name in old and name in new for name in ("sha256", "checkpoint"))
+
+
+# ---------------------------------------------------------------- commands
+
+
+def command(plan, longer):
+    """The command line for results.json: the one that began the run, which tells more than the one that
+    resumes it, unless this one asks for more epochs (`longer`)."""
+    present = command_line()
+    if not plan.resume:
+        return present
+    if longer:
+        return present.replace(" --resume", "")
+    return plan.run.results.get("command", present)
+
+
+def how_to_go_on(progress):
+    """What is said of a training that was stopped: where, and the command that goes on with it."""
+    again = command_line().replace(" --overwrite", "")
+    if " --resume" not in again:
+        again += " --resume"
+    return f"stopped {progress.place}; saved. Go on with:\n  {again}"
+
+
+# ---------------------------------------------------------------- last.pth
+
+
+def save_last(loop):
+    """Write last.pth: all that a Loop needs to go on bit for bit. What each process has is gathered, and the
+    first one writes."""
+    # Gathering needs every process, so it comes before all but the first one return.
+    cuda_state, outputs = None, []
+    if loop.device.type == "cuda":
+        cuda_state = torch.cuda.get_rng_state(loop.device)
+    random_states = gather((torch.get_rng_state(), cuda_state))
+    if loop.progress.step:  # within an epoch: its training figures need what was seen so far
+        outputs = loop.gradient.outputs()
+    seen = gather(outputs)
+    if loop.rank:
+        return
+    last = {
+        "meta": {k: loop.meta[k] for k in ("model_config", "recipe", "data", "split")},
+        "model": loop.model.state_dict(),
+        "optimizer": loop.optimizer.state_dict(),
+        "state": loop.progress.saved(),
+        "average": loop.average and loop.average.state_dict(),
+        "rng": random_states,
+        "draws": loop.gradient.draws and loop.gradient.draws.states,
+        "seen": seen,
+    }
+    loop.run.save_last(last)
+
+
+def restore(loop):
+    """Put a Loop where last.pth says that training was. InputError if the file is damaged, or another number
+    of processes wrote it."""
+    last = loop.run.load_last()
+    if len(last["rng"]) != loop.number:
+        raise InputError(
+            f"--resume: {loop.run} was trained by {len(last['rng'])} processes, now {loop.number}"
+        )
+    try:
+        _restore_weights(loop, last)
+        _restore_random_state(loop, last)
+        loop.progress = loop.progress.from_saved(last["state"])
+        seen = []  # older versions kept none
+        if "seen" in last:
+            seen = last["seen"][loop.rank]
+        loop.gradient.put_back(seen)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--resume: {loop.run.folder / 'last.pth'} is damaged ({reason})") from None
+
+
+def _restore_weights(loop, last):
+    """The model, the average of its weights, and the optimiser."""
+    loop.model.load_state_dict(last["model"])
+    loop.optimizer.load_state_dict(last["optimizer"])
+    if loop.average is not None:
+        loop.average.load_state_dict(last["average"])
+
+
+def _restore_random_state(loop, last):
+    """The random state of this process, and the one that all processes share."""
+    if loop.number > 1:
+        if last.get("draws"):
+            loop.gradient.draws.states = last["draws"]
+        else:
+            say("note: an older version wrote last.pth: the changes of images are drawn from the start")
+    random_state, device_state = last["rng"][loop.rank]
+    torch.set_rng_state(random_state)
+    if device_state is not None and loop.device.type == "cuda":
+        torch.cuda.set_rng_state(device_state, loop.device)
