@@ -190,6 +190,7 @@ def parse():
         raise InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
         raise InputError("--site DIR and --name WHERE belong together, without --ensemble")
+    # A site's thresholds are for the scores that the run gives now.
     if args.site and args.temperature:
         raise InputError(
             "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
@@ -287,6 +288,7 @@ def calibrate_run(run, scores, rule, origin):
         **origin,
         "command": command_line(),
     }
+    # The scores that thresholds apply to are kept beside the logits: reports need no torch.
     thresholds_apply_to = {f"{side}_p1": p1[side] for side in SIDES}
     run.save_calibration(result, scores | thresholds_apply_to, scaling.calibration_name(origin["tta"]))
     return result

@@ -74,6 +74,7 @@ def summarize_at_threshold(y_true, p1, thr):
     positives = check_both_classes(y)
     if np.isnan(thr):
         raise InputError("the threshold is NaN")
+    # Who calls nobody positive has no precision; 0 keeps tables and means defined.
     tp, fp, tn, fn = counts_at_threshold(y, p, thr)
     return {
         "acc": (tp + tn) / len(y),

@@ -27,7 +27,7 @@ import numpy as np
 
 from calibration import sequential
 from common import scaling
-from common.cli import Number, Parser, check_name
+from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
 from layouts.listing import patient_id
@@ -84,7 +84,7 @@ def check_row(cell, score, words, where):
         value = float(cell[score])
     except ValueError:
         value = float("nan")
-    if not cell[score] and score != "score":
+    if not cell[score] and score != "score":  # predict.py leaves the score of an unreadable file empty
         value = None
     elif not 0 <= value <= 1:
         raise InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
@@ -95,6 +95,7 @@ def check_row(cell, score, words, where):
         known = ", ".join((*absent, *present))
         raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
     sick = diagnosis in present if diagnosis else None
+    # Without a column patient the file name may tell, as in training.
     patient = clean_patient(cell.get("patient", ""))
     if not patient and patient_id(cell["path"]) != cell["path"]:
         patient = patient_id(cell["path"])
@@ -224,12 +225,7 @@ def parse():
     parser.add_argument(
         "log", metavar="LOG.csv", help="table path,score,diagnosis, perhaps with patient,time"
     )
-    parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument(
-        "--site",
-        metavar="WHERE",
-        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
-    )
+    add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
     parser.add_argument(
         "--point",
@@ -281,6 +277,7 @@ def say_verdict(alarm, patients, finding, floor):
         )
         sys.exit(REFUTED)
     say(f"recall >= {floor:g} is not refuted so far")
+    # "Not refuted" may only mean "too few": so what could be noticed by now is said.
     lower = floor - 0.05 if floor > 0.1 else floor / 2
     usual = sequential.noticed_after(lower, floor)
     if usual is None or patients < usual:

@@ -38,7 +38,7 @@ import torch
 
 from calibration import shift
 from common import scaling
-from common.cli import COUNT, Parser, check_name
+from common.cli import COUNT, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, Pace, say, start
 from common.device import add_device_argument, pick_device
 from common.files import check_output, write_json
@@ -214,12 +214,7 @@ def parse():
     """Checked command line."""
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="images to score: files, folders or globs")
-    parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument(
-        "--site",
-        metavar="WHERE",
-        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
-    )
+    add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="average over views, as calibrate.py --tta did")
     parser.add_argument("--jsonl", action="store_true", help="print JSON lines instead of CSV")
     parser.add_argument(
@@ -239,7 +234,7 @@ def parse():
     for flag, path in (("--summary", args.summary), ("--export", args.export)):
         if path:
             check_output(flag, path)
-    if bool(args.paths) == bool(args.export):
+    if bool(args.paths) == bool(args.export):  # both, or neither
         raise InputError("give either PATHS to score or --export FILE.onnx")
     return args
 
@@ -253,6 +248,7 @@ def count_of_notes(count, notes, typicality):
         "unlike": "of a brightness, contrast, colour or size unlike the training images",
         "lungs": "without lungs, though the model needs them",
     }
+    # Kinds that do not occur are not listed; that one could not be looked for is.
     counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
     if not typicality:
         counts.append("which are odd cannot be told")
@@ -265,7 +261,7 @@ def count_of_notes(count, notes, typicality):
 def advice(verdict, run, site):
     """What to do next, as text; empty if nothing."""
     if verdict["verdict"] == "shifted":
-        if site:
+        if site:  # its thresholds were chosen for such images, so nothing need be labelled again
             return (
                 f"next: the thresholds of {site} hold while patients stay like those labelled there; "
                 "python monitor.py watches that as diagnoses come in"
@@ -291,6 +287,7 @@ def report(scorer, args, counts):
     say(shift.sentence(verdict))
     if next_step := advice(verdict, run, args.site):
         say(next_step)
+    # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
     summary = {**origin, **counts, **verdict}
     if args.summary:

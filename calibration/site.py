@@ -42,8 +42,6 @@ SHOWN = ("recall", "specificity")
 POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
 ROWS = {"at_rec": "threshold", "at_mean": "mean", "at_guaranteed": "guaranteed"}  # of `held_out`: POINTS
 
-needed = positives_needed  # patients with the finding that @Guar needs, all of them found
-
 
 def needed_on_average(floor):
     """Patients with the finding that @Mean needs: the least n with (1 - floor) (n + 1) >= 1."""
@@ -107,7 +105,7 @@ def choose(y, p, patients, rule):
         "negatives": int((y == 0).sum()),
         "positive_patients": len(np.unique(patients[y == 1])),
         "negative_patients": len(np.unique(patients[y == 0])),
-        "needed": needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
+        "needed": positives_needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
     }
     if not has_enough(y):
         counts = f"{chosen['positives']} images with it and {chosen['negatives']} without"
@@ -226,7 +224,7 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
 def calibrate(args, rule, device, tta):
     """What calibrate.py does with --site: thresholds for another hospital, for every run."""
     if rule.min_recall < 1:
-        guaranteed, more_if_joint = needed(rule.min_recall, rule.confidence), ""
+        guaranteed, more_if_joint = positives_needed(rule.min_recall, rule.confidence), ""
         if rule.jointly:
             more_if_joint = " (with --jointly more, where there are several findings)"
         print(
@@ -234,6 +232,7 @@ def calibrate(args, rule, device, tta):
             f"{needed_on_average(rule.min_recall)} for @Mean; {LEAST} images with it and without it "
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
+    # All that can fail for one run alone comes before its thresholds are chosen.
     moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
 
     def score_site(run):
@@ -292,7 +291,9 @@ def joint_line(name, joint, each):
     text = f"{name}: the floors of {joint['findings']} findings hold at once with confidence "
     text += f"{joint['confidence']:g}: by the union bound each alone with {each.confidence:.6g}"
     if each.min_recall < 1:
-        text += f", which needs {needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        text += (
+            f", which needs {positives_needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        )
     return text
 
 
@@ -334,6 +335,7 @@ def lines(name, finding, chosen, rule, alone=True):
         "guaranteed": f"true recall >= {floor:g} with confidence {confidence:.6g}, while patients stay like "
         "these",
     }
+    # Each point with what it promises, or why it is not there.
     out = [f"{name}: {counts}"]
     for point, mark in POINTS.items():
         if chosen[point] is not None:
@@ -353,6 +355,7 @@ def instead_line(finding, chosen, rule, alone):
     floor, confidence, less = rule.min_recall, rule.confidence, chosen["instead"]
     lacking = chosen["needed"] - chosen["positive_patients"]
     text = f"  no @Guar: needs {chosen['needed']} patients with {finding}, {lacking} more."
+    # Either the same confidence of a lower recall, or the same recall with less confidence.
     options = []
     if less["floor"] is not None:
         options.append(

@@ -86,6 +86,7 @@ def differences(old, new):
 def check_site(site, path, calibration, run):
     """InputError if the thresholds of a site were chosen on other scores than the calibration of the run
     gives now. Older versions did not keep on which; where that may matter, a note says so."""
+    # Older versions kept the thresholds of the run instead: these tell most changes.
     if "scores" in site:
         differ = differences(site["scores"], basis(calibration, run))
     else:

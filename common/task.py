@@ -154,6 +154,7 @@ class Task:
                 Decision(f"decision@Rec_{word}", "@Rec", name, k, thresholds[name], ("no", "yes"))
                 for k, (name, word) in asked
             ]
+        # An only finding is answered by the names of the classes.
         (name,) = self.findings
         words = self.classes if self.kind == "softmax" else (f"no {name}", name)
         points = {"@0.5": 0.5, "@Rec": thresholds[name]}

@@ -66,6 +66,7 @@ class Inputs:
         precision, certain = scaling.precision_of(calibration, run.results)
         flags = " --tta" if calibration.get("tta") else ""
         again = f"calibrate.py{flags} --run {run}"
+        # Thresholds fit the precision they were chosen in, even where another one is faster.
         amp = precision == "bf16" and can_bf16(device)
         if not certain:
             say(

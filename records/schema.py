@@ -192,6 +192,7 @@ def wrong_scaling(value, task):
         return wrong
     if not isinstance(platt, dict) or tuple(platt) != task.findings or value.get("temperature_applied"):
         return [*wrong, "platt"]
+    # A finding that could not be scaled has a reason instead of a line.
     for name, line in platt.items():
         refused = mismatches(line, {"why_not": str}) == []
         if not refused and mismatches(line, {"slope": POSITIVE, "bias": REAL}):
@@ -246,6 +247,7 @@ def _wrong_in_finding(of_finding, alone):
     threshold, or of figures on test; an `alone` one has both."""
     if not isinstance(of_finding, dict):
         return ["everything"]
+    # A reason why there are no figures replaces them.
     sides, wrong = ("val", "test"), []
     if not alone and isinstance(of_finding.get("test_why_not"), str):
         sides = ("val",)

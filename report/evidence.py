@@ -63,6 +63,7 @@ def map_blocks(entries):
         for report, (method, name) in itertools.product(reports, METHODS.items()):
             if method not in report:
                 continue
+            # The side is named where both have been explained; older reports do not say it.
             side = "test" if report.get("split") == "test" else "validation"
             where = f" on {side}" if len(reports) > 1 else ""
             rows.append([f"{entry.name}, {name}{where}", *map_cells(report[method])])
