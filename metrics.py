@@ -52,7 +52,7 @@ def choose_threshold_by_min_recall(y_true, p1, min_recall=0.95):
     order = np.argsort(-p, kind="stable")
     scores = p[order]
     # Images of equal score are called together, so only the last of each tie is a threshold.
-    last = ends_of_ties(scores)
+    last = np.r_[np.flatnonzero(np.diff(scores)), len(scores) - 1]
     tp = np.cumsum(y[order])[last]
     recall, precision = tp / positives, tp / (last + 1)
     high_enough = np.flatnonzero(recall >= min_recall)  # never empty: the lowest score has recall 1
@@ -74,8 +74,8 @@ def summarize_at_threshold(y_true, p1, thr):
     positives = check_both_classes(y)
     if np.isnan(thr):
         raise InputError("the threshold is NaN")
-    # Who calls nobody positive has no precision; 0 keeps tables and means defined.
-    tp, fp, tn, fn = counts_at_threshold(y, p, thr)
+    counts = counts_at_threshold(y, p, thr)
+    tp, fp, tn, fn = counts.values()
     return {
         "acc": (tp + tn) / len(y),
         "precision": tp / (tp + fp) if tp + fp else 0.0,
@@ -84,19 +84,16 @@ def summarize_at_threshold(y_true, p1, thr):
         "f1": 2 * tp / (2 * tp + fp + fn),
         "auroc": float(roc_auc_score(y, p)),
         "auprc": float(average_precision_score(y, p)),
-        "tp": tp,
-        "fp": fp,
-        "tn": tn,
-        "fn": fn,
+        **counts,
         "thr": float(thr),
     }
 
 
 def counts_at_threshold(y, p, thr):
-    """(tp, fp, tn, fn) of the decisions p >= thr: checked labels and scores [N]."""
+    """{"tp", "fp", "tn", "fn"} of the decisions p >= thr: checked labels and scores [N]."""
     called, sick = p >= thr, y == 1
     tp, fp = int((called & sick).sum()), int((called & ~sick).sum())
-    return tp, fp, int((~sick).sum()) - fp, int(sick.sum()) - tp
+    return {"tp": tp, "fp": fp, "tn": int((~sick).sum()) - fp, "fn": int(sick.sum()) - tp}
 
 
 def check_both_classes(y, where="labels"):
@@ -117,15 +114,9 @@ def check_groups(groups, y):
     return groups
 
 
-def ends_of_ties(ordered):
-    """The last index of every run of equal values in a sorted array."""
-    return np.r_[np.flatnonzero(np.diff(ordered)), len(ordered) - 1]
-
-
 # ---------------------------------------------------------------- room for rounding
 
 HALF = 0.5  # unit of logit below the lowest score
-CLOSEST_TO_1 = np.nextafter(1.0, 0.0)
 
 
 def lowered_to_midpoint(thr, scores):
@@ -159,7 +150,7 @@ def lowered_to_midpoint(thr, scores):
 
 def _finite_logit(p):
     """log(p / (1 - p)) in float64; 0 and 1 count as the doubles next to them."""
-    return logit(np.clip(p, np.nextafter(0.0, 1.0), CLOSEST_TO_1))
+    return logit(np.clip(p, np.nextafter(0.0, 1.0), np.nextafter(1.0, 0.0)))
 
 
 # ---------------------------------------------------------------- a recall that can be promised
@@ -190,7 +181,6 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     for name, value in (("min_recall", min_recall), ("confidence", confidence)):
         if not 0 < value < 1:
             raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
-    # The rule needs independent positives: without groups each image is one.
     if groups is None:
         draws = np.sort(p[y == 1])[None]
     else:
@@ -359,7 +349,6 @@ def calibration_error(y_true, p1, bins=15):
     y, p = check_scores(y_true, p1)
     if bins < 1:
         raise InputError(f"calibration needs at least one bin, got {bins}")
-    # Images of equal score share the mean of their labels.
     _, codes = np.unique(p, return_inverse=True)
     y = (np.bincount(codes, weights=y) / np.bincount(codes))[codes]
     # The k-th bin holds the k-th smallest scores.

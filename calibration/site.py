@@ -128,7 +128,7 @@ def choose(y, p, patients, rule):
         if chosen[name] is None:
             continue
         chosen[name], chosen["gaps"][name] = lowered_to_midpoint(chosen[name], p)
-        row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, chosen[name])))
+        row = counts_at_threshold(y, p, chosen[name])
         chosen["specificities"][name] = row["tn"] / chosen["negatives"]
         # @Mean may miss more of these images than the floor allows: it promises an average.
         floor = rule.min_recall if name == "threshold" else 0
