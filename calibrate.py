@@ -2,18 +2,20 @@
 
     python calibrate.py --min-recall 0.95
 
-For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
-thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
-true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Each
-lies in the middle between two validation scores, so that rounding changes no decision there. Where
-there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores
-the test images (the only script that opens them for that) and prints both sides with intervals. Writes
-scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
-Scores are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds.
+For every finished run under outputs/ (or --run DIR ...), scores the validation images and chooses two
+thresholds there. @Rec has the highest precision among thresholds with recall >= --min-recall. @Guar has a
+true recall >= --min-recall with probability --guarantee, for patients like the validation patients. Each lies
+in the middle between two validation scores, so that rounding changes no decision there. Of several findings,
+each gets both; --jointly asks that all guarantees hold at once.
+
+Then scores the test images (no other script opens them for that) and prints both sides with intervals. Writes
+scores.npz and calibration.json into the run folder (with --tta: scores-tta.npz, calibration-tta.json). Scores
+are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds. A run
+that cannot be read is passed over with a note; the exit code is then 2 if --run named it.
 
     python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
 
-first makes a run of its own of several: its probability is the mean of theirs.
+first makes one run of several: its probability is the mean of theirs.
 """
 
 import common.prelude  # noqa: F401  (first: see there)

@@ -2,16 +2,19 @@
 
     python monitor.py --run outputs/pretrained LOG.csv
 
-LOG.csv has a row for each image, in the order in which the truth became known: path, score (or p_FINDING, as
-predict.py writes it: its CSV with a column diagnosis will do), diagnosis (the name of the class or finding,
-of its absence, or 1 and 0; rows where it is empty wait), and perhaps patient and time (as 2026-11-23, which
-sorts as text). The first image of each patient counts; without that column, file names tell the patient, as
-in training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with
-95% confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
-If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that
-ever happens with a chance of at most 5%, however long one watches (calibration/sequential.py). With few
-patients it says that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta
-those of calibrate.py --tta, for scores of predict.py --tta.
+LOG.csv has a row for each image, in the order in which the truth became known. The CSV of predict.py with a
+column diagnosis will do. Columns: path; score, or p_FINDING as predict.py writes it; diagnosis (the name of
+the class or finding, or of its absence, or 1 and 0; rows where it is empty wait); perhaps patient, and time
+(as 2026-11-23, which sorts as text).
+
+The first image of each patient counts. Without a column patient, file names tell the patient, as in training;
+an image with no patient in its name counts as a patient. Prints recall and specificity so far with 95%
+confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
+
+If the data refute a recall at the floor or above, it says when, and the exit code is 3. Where recall is at
+the floor, that ever happens with a chance of at most 5%, however long one watches
+(calibration/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
+thresholds of calibrate.py --site; --tta takes those of calibrate.py --tta, for scores of predict.py --tta.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -103,7 +106,7 @@ def check_row(cell, score, words, where):
 
 
 def check_columns(path, head, score):
-    """InputError if a log with these columns lacks one; `score`: that of the scores."""
+    """InputError if a log with these columns lacks one; `score`: the column of scores."""
     missing = [name for name in ("path", score, "diagnosis") if name not in head]
     if not missing:
         return

@@ -3,19 +3,22 @@
     python predict.py PATHS... --run outputs/pretrained > predictions.csv
 
 PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF, BMP, WebP and DICOM, of 8
-bits or more, grey or colour. Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
-decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
-findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
-empty without a threshold) for each. Preprocessing, precision, scaling and thresholds are those of the run's
-calibration, so the test folder gives calibrate.py's scores. Where they are no probabilities (a run trained
-with class weights), a line on stderr says so. A file that cannot be read gets a note in its row and makes the
-exit code 2; the rest is scored all the same. `typicality` is the share of validation images at least as odd,
-and `note` says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training
-images. Stderr ends with the count of notes by kind, and says whether all images together are like validation,
-like validation at another share of sick people, or others (shift.py says how), and what to do next; --summary
-writes that to a file, and --keep to the run, for compare.py. In folders files are recognised by their names
-or, of any other name, by their content; what is passed over is counted in a line on stderr. Memory does not
-grow with the number of files.
+bits or more, grey or colour. In folders, files are recognised by name, or else by content; a line on stderr
+counts what is passed over.
+
+Stdout is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with --site also
+decision@Guar), typicality, note. Several findings have p_FINDING and decision@Rec_FINDING each (yes or no,
+empty without a threshold); several classes also top_class, the most probable one. Preprocessing, precision,
+scaling and thresholds come from the run's calibration, so the test folder gives calibrate.py's scores. A line
+on stderr says where scores are no probabilities (a run trained with class weights).
+
+`typicality` is the share of validation images at least as odd. `note` says when it is 0.01 or less, or when
+brightness, contrast, colour or size is unlike the training images. A file that cannot be read gets a note in
+its row, and the exit code is 2; the others are scored. Memory does not grow with the number of files.
+
+Stderr ends with the count of notes by kind, a verdict on all images together, and what to do next. The
+verdict: like validation, like validation at another share of sick people, or others (calibration/shift.py).
+--summary writes it to a file, --keep to the run, for compare.py.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -140,7 +143,7 @@ class Scorer:
 
     def verdict(self):
         """Whether all images so far are like validation, as JSON; None without a reference that holds labels
-        (those of older versions)."""
+        (older versions kept none)."""
         if self.reference is None or not self.reference.labelled:
             return None
         usual = self.called(self.task.scores_from(self.reference.logits, self.calibration))

@@ -1,7 +1,7 @@
-"""Thresholds of a trained run for another hospital, chosen on a few of its own labelled images.
+"""Thresholds of a trained run for another hospital, chosen on a few images labelled there.
 
-A threshold promises nothing where patients differ from those of validation. Local labels can promise again:
-@Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
+A threshold promises nothing where patients differ from the validation patients. Local labels can promise
+again: @Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
 0.95 with confidence 0.95. No rule that assumes nothing can do with fewer: if the true recall of a threshold
 is just below the floor r, all of n patients are found with a chance of nearly r^n, so they refute it with
 confidence c only if r^n <= 1 - c.
@@ -163,9 +163,9 @@ def scored(run, subset, device, tta, batch_size):
 
 
 def held_out(y, p, patients, shipped, rule):
-    """How local thresholds would fare on new patients: chosen on one half of the patients, figures of the
-    other half, those of the `shipped` threshold beside them, with intervals (as operating.summarize gives
-    them) -> JSON; None where a half has too few images."""
+    """How local thresholds would fare on new patients: they are chosen on one half of the patients and tried
+    on the other, as is the `shipped` threshold -> JSON, figures with intervals as summarize gives them; None
+    where a half has too few images."""
     here, there = halves(patients, y)
     chosen = choose(y[here], p[here], patients[here], replace(rule, strict=False))
     if "why_not" in chosen or not has_enough(y[there]):

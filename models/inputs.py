@@ -144,7 +144,7 @@ class Inputs:
         return torch.stack(logits).mean(0)
 
     def logits_and_features(self, model, grey):
-        """Grey on the device -> `logits` and, beside them, what the heads read of the first view: float32
+        """Grey on the device -> `logits`, then what the heads read of the first view: float32
         [B, K + D]; of an ensemble, one member after the other."""
         heads = [member.head for member in getattr(model, "members", [model])]
         kept = {head: [] for head in heads}

@@ -2,7 +2,7 @@
 
 Format 3 of calibration.json has {finding: what is said of it} under "findings", however many there are, and
 figures over all of them under "summary". Formats 1 and 2 (2: with Platt scaling) had that for several
-findings alone; what they say of an only finding stands beside the settings.
+findings alone; what they say of an only finding stands among the settings.
 """
 
 from common.files import CALIBRATION

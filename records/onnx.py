@@ -64,7 +64,7 @@ class Exported(torch.nn.Module):
         task, logits = self.task, logits / self.temperature
         if task.kind == "softmax" and task.outputs == 2:
             return torch.sigmoid(logits[:, 1:] - logits[:, :1])
-        # "Any disease" is asked by the absence of the healthy class.
+        # "Any disease" is the absence of the healthy class.
         p = logits.sigmoid() if task.kind == "sigmoid" else logits.softmax(dim=1)
         columns = []
         for answer in map(task.answer, task.findings):

@@ -158,7 +158,7 @@ def draw_matrix(ax, counts, classes, **style):
 
 
 def draw_scores(entries):
-    """Histograms of the scores by class, validation beside test, with the threshold."""
+    """Histograms of the scores by class on validation and test, with the threshold."""
     (finding,) = entries[0].findings
     figure, axes = panels(2 * len(entries), 5.2, 2.7)
     bins = np.linspace(0, 1, 41)

@@ -55,7 +55,7 @@ def predictive_blocks(entries):
     known = [(name, e) for name, e in questions(entries) if e.row(name, "test", "at_rec")]
     if not known:
         return []
-    # One assumed prevalence for all rows, so that they can be compared: that of the first calibration.
+    # One assumed prevalence for all rows, so that they can be compared: the first calibration's.
     name, first = known[0]
     assumed = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
     if not 0 < assumed < 1:

@@ -72,7 +72,7 @@ class Column(NamedTuple):
     probabilities: np.ndarray
 
     def of(self, k):
-        """The Column of finding number k, those images whose truth is known."""
+        """The Column of finding number k: images of known truth."""
         known = self.truth[:, k] >= 0
         return Column(self.files[known], self.patients[known], *(v[known, k] for v in self[2:]))
 
@@ -117,7 +117,7 @@ class Entry:
         self.family = self._family()
 
     def column(self, finding, side):
-        """The Column of a finding: arrays [N] of the images whose truth is known."""
+        """The Column of a finding: arrays [N] of the images of known truth."""
         return self.columns[side].of(self.findings.index(finding))
 
     def row(self, finding, side, point):
