@@ -1,10 +1,10 @@
 """Thresholds of a trained run for another hospital, chosen on a few images labelled there.
 
 A threshold promises nothing where patients differ from the validation patients. Local labels can promise
-again: @Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
-0.95 with confidence 0.95. No rule that assumes nothing can do with fewer: if the true recall of a threshold
-is just below the floor r, all of n patients are found with a chance of nearly r^n, so they refute it with
-confidence c only if r^n <= 1 - c.
+again: @Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a
+recall of 0.95 with confidence 0.95. No rule that assumes nothing can do with fewer. If the true recall of a
+threshold is just below the floor r, all of n patients are found with a chance of nearly r^n; so they refute
+it with confidence c only if r^n <= 1 - c.
 
 Fewer can promise less: @Mean, the threshold of split conformal prediction (Vovk et al. 2005; Angelopoulos and
 Bates 2023, arXiv:2107.07511, section 1), has a recall of at least the floor on average over samples like this
