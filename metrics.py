@@ -52,7 +52,7 @@ def choose_threshold_by_min_recall(y_true, p1, min_recall=0.95):
     order = np.argsort(-p, kind="stable")
     scores = p[order]
     # Images of equal score are called together, so only the last of each tie is a threshold.
-    last = np.r_[np.flatnonzero(np.diff(scores)), len(scores) - 1]
+    last = ends_of_ties(scores)
     tp = np.cumsum(y[order])[last]
     recall, precision = tp / positives, tp / (last + 1)
     high_enough = np.flatnonzero(recall >= min_recall)  # never empty: the lowest score has recall 1
@@ -114,9 +114,12 @@ def check_groups(groups, y):
     return groups
 
 
-# ---------------------------------------------------------------- room for rounding
+def ends_of_ties(ordered):
+    """The last index of every run of equal values in a sorted array."""
+    return np.r_[np.flatnonzero(np.diff(ordered)), len(ordered) - 1]
 
-HALF = 0.5  # unit of logit below the lowest score
+
+# ---------------------------------------------------------------- room for rounding
 
 
 def lowered_to_midpoint(thr, scores):
@@ -140,7 +143,7 @@ def lowered_to_midpoint(thr, scores):
         middle = (_finite_logit(lower) + _finite_logit(thr)) / 2
     else:
         lower = -math.inf
-        middle = _finite_logit(thr) - HALF
+        middle = _finite_logit(thr) - 0.5
     # Near 0 and 1 the doubles are coarse in logits, so a rounded middle may land on an end.
     for candidate in (float(expit(middle)), (lower + thr) / 2):
         if lower < candidate < thr:
@@ -195,7 +198,6 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
             f"{n} independent positives{counted} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
-    # The median over the draws of patients' images, the lower one of two.
     candidates = np.sort(draws[:, allowed[-1]])
     thr = candidates[(len(candidates) - 1) // 2]
     called = p >= thr
@@ -225,9 +227,8 @@ def chance_below_floor(positives, min_recall):
     missed, the true share of the missed is Beta(m + 1, n - m), and it exceeds 1 - `min_recall` with the
     chance P(Binomial(n, 1 - min_recall) <= m). Fewer missed, ties, or a threshold between two scores only
     lower the chance."""
-    n = positives
-    missed = np.flatnonzero((n - np.arange(n)) / n >= min_recall)[-1]
-    return float(binom.cdf(missed, n, 1 - min_recall))
+    missed = np.flatnonzero((positives - np.arange(positives)) / positives >= min_recall)[-1]
+    return float(binom.cdf(missed, positives, 1 - min_recall))
 
 
 def one_image_per_patient(scores, patients, draws=201):
@@ -351,7 +352,6 @@ def calibration_error(y_true, p1, bins=15):
         raise InputError(f"calibration needs at least one bin, got {bins}")
     _, codes = np.unique(p, return_inverse=True)
     y = (np.bincount(codes, weights=y) / np.bincount(codes))[codes]
-    # The k-th bin holds the k-th smallest scores.
     members = np.array_split(np.argsort(p, kind="stable"), min(bins, len(y)))
     rows = [{"n": len(i), "score": float(p[i].mean()), "positives": float(y[i].mean())} for i in members]
     return sum(row["n"] * abs(row["score"] - row["positives"]) for row in rows) / len(y), rows
