@@ -299,7 +299,7 @@ def _summary(findings, draws, side, scores, rule, task):
     Of two classes that is the decision at 0.5."""
     averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
     found = {"findings": averaged, **_means(findings, draws, averaged, side)}
-    if task.kind == "softmax" and task.outputs > 2:
+    if task.one_of_many:
         labels, logits, patients = (
             np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits", "patients")
         )

@@ -21,8 +21,8 @@ def show(title, calibration):
     if len(findings) > 1:
         for side, word in SIDES.items():
             show_summary(word, calibration["summary"][side])
-    if "platt" not in calibration:
-        used = "applied" if calibration["temperature_applied"] else "not applied; --temperature applies it"
+    if scaling.fitted(calibration) == scaling.TEMPERATURE:
+        used = "applied" if scaling.applied(calibration) else "not applied; --temperature applies it"
         used = "; ".join(filter(None, [used, temperature_limit(calibration["temperature"])]))
         print(f"  temperature {calibration['temperature']:.3f} ({used})")
     for line in scaling.told(calibration):
@@ -68,7 +68,7 @@ def show_probabilities(found, calibration):
             f"{side} ECE {before['ece']:.3f} -> {after['ece']:.3f}, "
             f"NLL {before['nll']:.3f} -> {after['nll']:.3f}"
         )
-    if "platt" not in calibration:  # scaling.told has it
+    if scaling.fitted(calibration) == scaling.TEMPERATURE:  # of Platt scaling scaling.told says it
         print(f"  by the temperature: {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(

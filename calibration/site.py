@@ -1,10 +1,10 @@
-"""Thresholds of a trained run for another hospital, chosen on a few of its own labelled images.
+"""Thresholds of a trained run for another hospital, chosen on a few images labelled there.
 
-A threshold promises nothing where patients differ from those of validation. Local labels can promise again:
-@Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
-0.95 with confidence 0.95. No rule that assumes nothing can do with fewer: if the true recall of a threshold
-is just below the floor r, all of n patients are found with a chance of nearly r^n, so they refute it with
-confidence c only if r^n <= 1 - c.
+A threshold promises nothing where patients differ from the validation patients. Local labels can promise
+again: @Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a
+recall of 0.95 with confidence 0.95. No rule that assumes nothing can do with fewer. If the true recall of a
+threshold is just below the floor r, all of n patients are found with a chance of nearly r^n; so they refute
+it with confidence c only if r^n <= 1 - c.
 
 Fewer can promise less: @Mean, the threshold of split conformal prediction (Vovk et al. 2005; Angelopoulos and
 Bates 2023, arXiv:2107.07511, section 1), has a recall of at least the floor on average over samples like this
@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from calibration.operating_point import LEAST, Side, shared_out, summarize
+from calibration.scores import each_run
 from calibration.wording import chance_text, concerns
 from common import scaling
 from common.console import InputError, command_line, say
@@ -34,14 +35,12 @@ from metrics import (
     positives_needed,
 )
 from models.inputs import Inputs
-from records.run import find_runs
 from training import other_hospitals
 from training.evaluate import predict
 
 SHOWN = ("recall", "specificity")
 POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
-
-needed = positives_needed  # patients with the finding that @Guar needs, all of them found
+ROWS = {"at_rec": "threshold", "at_mean": "mean", "at_guaranteed": "guaranteed"}  # of `held_out`: POINTS
 
 
 def needed_on_average(floor):
@@ -66,8 +65,8 @@ def granted(value, test, digits=3):
     that would be 0. None if there is none."""
     while digits < 10:
         steps = math.floor(value * 10**digits)
-        for number in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
-            rounded = round(number / 10**digits, digits)
+        for count in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
+            rounded = round(count / 10**digits, digits)
             if 0 < rounded < 1 and test(rounded):
                 return rounded
         digits += 1
@@ -101,54 +100,59 @@ def choose(y, p, patients, rule):
     {"why_not": text, ...} where there are too few images for any threshold.
 
     Each threshold lies between two scores of these images (metrics.lowered_to_midpoint)."""
-    found = {
+    chosen = {
         "positives": int(y.sum()),
         "negatives": int((y == 0).sum()),
         "positive_patients": len(np.unique(patients[y == 1])),
         "negative_patients": len(np.unique(patients[y == 0])),
-        "needed": needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
+        "needed": positives_needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
     }
     if not has_enough(y):
-        counts = f"{found['positives']} images with it and {found['negatives']} without"
-        return found | {"why_not": f"{counts}; {LEAST} of each are needed"}
+        counts = f"{chosen['positives']} images with it and {chosen['negatives']} without"
+        return chosen | {"why_not": f"{counts}; {LEAST} of each are needed"}
     thr, recall, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
-    found |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
+    chosen |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
+    # A floor of 1 can be neither promised nor kept on average: the next patient may score lower than all.
     if rule.min_recall < 1:
-        found["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
+        chosen["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
         try:
-            how = (rule.min_recall, rule.confidence, patients)
-            found["guaranteed"] = choose_threshold_with_guarantee(y, p, *how)[0]
+            promised = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
+            chosen["guaranteed"] = promised[0]
         except InputError:
             if rule.strict:
                 raise
-            found["instead"] = instead(found["positive_patients"], rule.min_recall, rule.confidence)
-    found |= {"gaps": {}, "specificities": {}, "concerns": {}}
+            chosen["instead"] = instead(chosen["positive_patients"], rule.min_recall, rule.confidence)
+    # Rounding must change no decision on these images, so each threshold moves between two scores.
+    chosen |= {"gaps": {}, "specificities": {}, "concerns": {}}
     for name in POINTS:
-        if found[name] is not None:
-            found[name], found["gaps"][name] = lowered_to_midpoint(found[name], p)
-            row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, found[name])))
-            found["specificities"][name] = row["tn"] / found["negatives"]
-            # @Mean may miss more of these images than the floor allows: it promises an average.
-            found["concerns"][name] = concerns(row, rule.min_recall if name == "threshold" else 0)
-    return found
+        if chosen[name] is None:
+            continue
+        chosen[name], chosen["gaps"][name] = lowered_to_midpoint(chosen[name], p)
+        row = counts_at_threshold(y, p, chosen[name])
+        chosen["specificities"][name] = row["tn"] / chosen["negatives"]
+        # @Mean may miss more of these images than the floor allows: it promises an average.
+        floor = rule.min_recall if name == "threshold" else 0
+        chosen["concerns"][name] = concerns(row, floor)
+    return chosen
 
 
 def halves(patients, y, seed=0):
     """Two halves of the images, whole patients on one side, alike in their truth [N]: index arrays."""
-    names, first = np.unique(patients, return_index=True)
+    names = np.unique(patients)
     sick = np.array([y[patients == name].max() for name in names])
-    rng, side = np.random.default_rng(seed), np.zeros(len(names), int)
+    rng, in_first = np.random.default_rng(seed), np.zeros(len(names), bool)
+    # The healthy and the sick are halved apart; of an odd number of the sick the first half gets one more.
     for k in (0, 1):
         members = rng.permutation(np.flatnonzero(sick == k))
-        side[members[: (len(members) + k) // 2]] = 1
-    chosen = np.isin(patients, names[side == 1])
-    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+        in_first[members[: (len(members) + k) // 2]] = True
+    first = np.isin(patients, names[in_first])
+    return np.flatnonzero(first), np.flatnonzero(~first)
 
 
 def scored(run, subset, device, tta, batch_size):
     """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
     also returned {finding: threshold or None}, apply to."""
-    calibration = run.calibration("tta" if tta else "")
+    calibration = run.calibration(scaling.calibration_name(tta))
     inputs = Inputs.of_calibration(run, calibration, device)
     if tta and tta != calibration["tta"]:
         say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
@@ -159,73 +163,86 @@ def scored(run, subset, device, tta, batch_size):
 
 
 def held_out(y, p, patients, shipped, rule):
-    """How local thresholds would fare on new patients: chosen on one half of the patients, figures of the
-    other half, those of the `shipped` threshold beside them, with intervals (as operating.summarize gives
-    them) -> JSON; None where a half has too few images."""
+    """How local thresholds would fare on new patients: they are chosen on one half of the patients and tried
+    on the other, as is the `shipped` threshold -> JSON, figures with intervals as summarize gives them; None
+    where a half has too few images."""
     here, there = halves(patients, y)
-    found = choose(y[here], p[here], patients[here], replace(rule, strict=False))
-    if "why_not" in found or not has_enough(y[there]):
+    chosen = choose(y[here], p[here], patients[here], replace(rule, strict=False))
+    if "why_not" in chosen or not has_enough(y[there]):
         return None
-    names = dict(at_rec="threshold", at_mean="mean", at_guaranteed="guaranteed")
-    thresholds = {k: found[name] for k, name in names.items() if found[name] is not None}
-    thresholds |= {"at_shipped": shipped} if shipped is not None else {}
+    thresholds = {row: chosen[point] for row, point in ROWS.items() if chosen[point] is not None}
+    if shipped is not None:
+        thresholds["at_shipped"] = shipped
+    # Local thresholds apply to the scores as they are, so "before" and "after" scaling are the same here.
     side = Side(y[there], *[p[there]] * 3, patients[there], np.ones(len(there), bool))
     rows, _ = summarize(side, patients[there], thresholds, rule)
-    return {"chosen_on": found["positive_patients"], "images": len(there), "points": rows}
+    return {"chosen_on": chosen["positive_patients"], "images": len(there), "points": rows}
 
 
-def promise(run, name, subset, rule, *, device, tta=None, batch_size=64, report=False):
-    """Choose the thresholds of `run` for the Subset of a site called `name`, print them, and keep them in the
-    run; with `report` what they are worth, too.
+def promise(run, name, patients, scored_images, rule, *, tta=None, report=False):
+    """Choose the thresholds of `run` for a site called `name`, print them, and keep them in the run; with
+    `report` what they are worth, too.
 
-    InputError where no finding gets a threshold."""
-    truth, scores, shipped = scored(run, subset, device, tta, batch_size)
-    patients, findings = np.asarray(subset.patients), {}
-    usable = sum(has_enough(truth[:, k]) for k in range(truth.shape[1]))
-    each = shared_out(rule, max(1, usable))
-    joint = {"confidence": rule.confidence, "findings": usable} if rule.jointly and len(shipped) > 1 else None
+    `patients` [N]; `scored_images`: what `scored` gives of these images. InputError where no finding gets a
+    threshold."""
+    truth, scores, shipped = scored_images
+    alone = len(shipped) == 1
+    # Joint floors share the confidence among the findings that can have a threshold at all.
+    usable = sum(has_enough(column) for column in truth.T)
+    each, joint = shared_out(rule, max(1, usable)), None
+    if rule.jointly and not alone:
+        joint = {"confidence": rule.confidence, "findings": usable}
     if joint and usable:
         print(joint_line(f"{run} at {name}", joint, each), flush=True)
+
+    findings = {}
     for k, (finding, usual) in enumerate(shipped.items()):
         known = truth[:, k] >= 0
         y, p, whose = truth[known, k].astype(int), scores[known, k], patients[known]
         try:
-            findings[finding] = choose(y, p, whose, each)
+            chosen = choose(y, p, whose, each)
         except InputError as error:
             raise InputError(f"{run} at {name}: {finding}: {error}") from None
-        alone = len(shipped) == 1
-        print("\n".join(lines(f"{run} at {name}", finding, findings[finding], each, alone)), flush=True)
-        if report and "why_not" not in findings[finding]:
-            found = findings[finding]["held_out"] = held_out(y, p, whose, usual, each)
-            print("\n".join(held_out_lines(found, rule.min_recall)), flush=True)
-    if all("why_not" in f for f in findings.values()):
+        findings[finding] = chosen
+        print("\n".join(lines(f"{run} at {name}", finding, chosen, each, alone)), flush=True)
+        if report and "why_not" not in chosen:
+            chosen["held_out"] = held_out(y, p, whose, usual, each)
+            print("\n".join(held_out_lines(chosen["held_out"], rule.min_recall)), flush=True)
+    if all("why_not" in chosen for chosen in findings.values()):
         raise InputError(f"{name}: too few labelled images for a threshold, see above: nothing was kept")
     for line in advice(findings, rule):
         print(line, flush=True)
-    about = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(subset), shipped=shipped)
-    about |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
-    about |= dict(jointly=joint)
-    about["scores"] = scaling.basis(run.calibration("tta" if tta else ""), run)
-    run.save_site(name, {**about, "findings": findings}, "tta" if tta else "")
+
+    kept = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(patients), shipped=shipped)
+    kept |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
+    kept["jointly"] = joint
+    calibration_name = scaling.calibration_name(tta)
+    kept["scores"] = scaling.basis(run.calibration(calibration_name), run)
+    run.save_site(name, {**kept, "findings": findings}, calibration_name)
 
 
 def calibrate(args, rule, device, tta):
     """What calibrate.py does with --site: thresholds for another hospital, for every run."""
     if rule.min_recall < 1:
-        guaranteed = needed(rule.min_recall, rule.confidence)
-        several = " (with --jointly more, where there are several findings)" if rule.jointly else ""
+        guaranteed, more_if_joint = positives_needed(rule.min_recall, rule.confidence), ""
+        if rule.jointly:
+            more_if_joint = " (with --jointly more, where there are several findings)"
         print(
-            f"needed at {args.name}: {guaranteed} patients with a finding for @Guar{several}, "
+            f"needed at {args.name}: {guaranteed} patients with a finding for @Guar{more_if_joint}, "
             f"{needed_on_average(rule.min_recall)} for @Mean; {LEAST} images with it and without it "
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
-    for run in find_runs(args.runs_dir, args.run):
-        moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    # All that can fail for one run alone comes before its thresholds are chosen.
+    moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+
+    def score_site(run):
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
-        how = dict(device=device, tta=tta, batch_size=args.batch_size, report=args.report)
-        promise(run, args.name, site, rule, **how)
+        return np.asarray(site.patients), scored(run, site, device, tta, args.batch_size)
+
+    for run, (patients, scored_images) in each_run(args.runs_dir, args.run, score_site):
+        promise(run, args.name, patients, scored_images, rule, tta=tta, report=args.report)
 
 
 def refuse_seen(run, site, folder, moved):
@@ -235,34 +252,36 @@ def refuse_seen(run, site, folder, moved):
         if other is None:
             say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
             continue
+        # Images of other hospitals that joined training were learnt from, too.
         config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
         if known := same_images(site, (train, val)):
-            by = str(run) if other is run else f"{name}, from which {run} was made,"
+            trained = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
                 f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
-                f"that {by} was trained and validated on: they can promise nothing"
+                f"that {trained} was trained and validated on: they can promise nothing"
             )
-        if pairs := [pair for part in (train, val) for pair in twins.alike(site, part)]:
+        pairs = [*twins.alike(site, train), *twins.alike(site, val)]
+        if pairs:
             say(
                 f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
                 f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
             )
 
 
-def held_out_lines(found, floor):
+def held_out_lines(figures, floor):
     """What `held_out` gives, as lines of text, with warnings where figures are bad."""
-    if found is None:
+    if figures is None:
         return ["  too few images to hold out half of the patients"]
     out = [
-        f"  chosen on half of the patients ({found['chosen_on']} with it), on the {found['images']} images "
-        "of the other half:"
+        f"  chosen on half of the patients ({figures['chosen_on']} with it), on the {figures['images']} "
+        "images of the other half:"
     ]
-    for point, row in found["points"].items():
+    for point, row in figures["points"].items():
         spans = ["{:.3f} [{:.3f}, {:.3f}]".format(row[k], *reported_interval(row, k)) for k in SHOWN]
-        word = {"at_rec": "@Rec", "at_mean": "@Mean", "at_guaranteed": "@Guar"}.get(point, "as shipped")
-        out.append(f"    {word:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
+        mark = POINTS[ROWS[point]] if point in ROWS else "as shipped"
+        out.append(f"    {mark:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
         out += [f"      warning: {text}" for text in concerns(row, floor)]
     return out
 
@@ -272,19 +291,22 @@ def joint_line(name, joint, each):
     text = f"{name}: the floors of {joint['findings']} findings hold at once with confidence "
     text += f"{joint['confidence']:g}: by the union bound each alone with {each.confidence:.6g}"
     if each.min_recall < 1:
-        text += f", which needs {needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        text += (
+            f", which needs {positives_needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        )
     return text
 
 
 def advice(findings, rule):
     """With several findings, the confidence at which all of them get @Guar, as lines of text; none where all
     have it, or none can."""
-    chosen = [found for found in findings.values() if "why_not" not in found]
-    if len(findings) == 1 or not any("instead" in found for found in chosen):
+    decided = [chosen for chosen in findings.values() if "why_not" not in chosen]
+    if len(findings) == 1 or not any("instead" in chosen for chosen in decided):
         return []
-    fewest, sharing = min(found["positive_patients"] for found in chosen), len(chosen)
-    if not rule.jointly:
-        sharing = 1
+    # The rarest finding limits all; joint floors share the confidence (shared_out).
+    fewest, sharing = min(chosen["positive_patients"] for chosen in decided), 1
+    if rule.jointly:
+        sharing = len(decided)
 
     def all_get_it(confidence):
         return can_guarantee(fewest, rule.min_recall, 1 - (1 - confidence) / sharing)
@@ -292,43 +314,48 @@ def advice(findings, rule):
     confidence = granted(1 - sharing * rule.min_recall**fewest, all_get_it)
     if confidence is None:
         return ["  no --guarantee gives all of these findings @Guar: too few patients with one of them"]
-    text = f"  with --guarantee {confidence:g} all {len(chosen)} findings that have a threshold get @Guar"
-    return [text + (", all floors at once" if rule.jointly else ", each floor alone")]
+    together = "all floors at once" if rule.jointly else "each floor alone"
+    return [
+        f"  with --guarantee {confidence:g} all {len(decided)} findings that have a threshold get @Guar, "
+        f"{together}"
+    ]
 
 
-def lines(name, finding, found, rule, alone=True):
-    """What `choose` found, as lines of text; `alone`: whether it is the only finding."""
+def lines(name, finding, chosen, rule, alone=True):
+    """What `choose` gives, as lines of text; `alone`: whether it is the only finding."""
     floor, confidence = rule.min_recall, rule.confidence
-    counts = f"{found['positives']} images of {found['positive_patients']} patients with {finding}, "
-    counts += f"{found['negatives']} of {found['negative_patients']} without"
-    if "why_not" in found:
-        return [f"{name}: {counts}: no threshold: {found['why_not']}"]
-    chance = chance_text(found["positives"], found["positive_patients"], floor)
+    counts = f"{chosen['positives']} images of {chosen['positive_patients']} patients with {finding}, "
+    counts += f"{chosen['negatives']} of {chosen['negative_patients']} without"
+    if "why_not" in chosen:
+        return [f"{name}: {counts}: no threshold: {chosen['why_not']}"]
+    chance = chance_text(chosen["positives"], chosen["positive_patients"], floor)
     promises = {
         "threshold": f"recall >= {floor:g} on these; for new patients below it with {chance}",
         "mean": f"recall >= {floor:g} on average over samples like this one",
         "guaranteed": f"true recall >= {floor:g} with confidence {confidence:.6g}, while patients stay like "
         "these",
     }
+    # Each point with what it promises, or why it is not there.
     out = [f"{name}: {counts}"]
     for point, mark in POINTS.items():
-        if found[point] is not None:
-            gap = f"{found['gaps'][point]:.2g} logits from the nearest score"
-            out.append(f"  {mark:5} {found[point]:.4f}: {promises[point]} ({gap})")
-            out += [f"    warning: on these images {text}" for text in found["concerns"][point]]
+        if chosen[point] is not None:
+            gap = f"{chosen['gaps'][point]:.2g} logits from the nearest score"
+            out.append(f"  {mark:5} {chosen[point]:.4f}: {promises[point]} ({gap})")
+            out += [f"    warning: on these images {text}" for text in chosen["concerns"][point]]
         elif point == "mean" and floor < 1:
             out.append(f"  no @Mean: needs {needed_on_average(floor)} patients with {finding}")
-    if "instead" in found:
-        out.append(instead_line(finding, found, rule, alone))
+    if "instead" in chosen:
+        out.append(instead_line(finding, chosen, rule, alone))
     return out
 
 
-def instead_line(finding, found, rule, alone):
+def instead_line(finding, chosen, rule, alone):
     """Why there is no @Guar, and what so few patients can promise, as text. Flags are named where they are
     sure to be granted: --guarantee asks for @Guar of all findings, so with several see `advice`."""
-    floor, confidence, less = rule.min_recall, rule.confidence, found["instead"]
-    more = found["needed"] - found["positive_patients"]
-    text = f"  no @Guar: needs {found['needed']} patients with {finding}, {more} more."
+    floor, confidence, less = rule.min_recall, rule.confidence, chosen["instead"]
+    lacking = chosen["needed"] - chosen["positive_patients"]
+    text = f"  no @Guar: needs {chosen['needed']} patients with {finding}, {lacking} more."
+    # Either the same confidence of a lower recall, or the same recall with less confidence.
     options = []
     if less["floor"] is not None:
         options.append(

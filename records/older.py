@@ -2,7 +2,7 @@
 
 Format 3 of calibration.json has {finding: what is said of it} under "findings", however many there are, and
 figures over all of them under "summary". Formats 1 and 2 (2: with Platt scaling) had that for several
-findings alone; what they say of an only finding stands beside the settings.
+findings alone; what they say of an only finding stands among the settings.
 """
 
 from common.files import CALIBRATION
@@ -19,9 +19,9 @@ def in_present_form(calibration, task):
     present = {"jointly": None, **calibration, "format": CALIBRATION}
     if calibration["format"] == CALIBRATION or "findings" in calibration:
         return present
-    found = {name: present.pop(name) for name in OF_ONE if name in present}
-    if not wrong_finding(found):
-        found["curves"] = {side: curves_of(found[side]["at_0.5"]) for side in ("val", "test")}
+    of_finding = {name: present.pop(name) for name in OF_ONE if name in present}
+    if not wrong_finding(of_finding):
+        of_finding["curves"] = {side: curves_of(of_finding[side]["at_0.5"]) for side in ("val", "test")}
         averaged = {"findings": [task.findings[0]]}
-        present["summary"] = {side: averaged | curves for side, curves in found["curves"].items()}
-    return present | {"findings": {task.findings[0]: found}}
+        present["summary"] = {side: averaged | curves for side, curves in of_finding["curves"].items()}
+    return present | {"findings": {task.findings[0]: of_finding}}

@@ -40,14 +40,12 @@ from common.task import Task
 from records import lock
 from records.older import in_present_form
 from records.schema import (
-    BASIS,
     BATCH,
-    SITE,
     mismatches,
     without_gone,
     wrong_calibration,
     wrong_results,
-    wrong_site_finding,
+    wrong_site,
 )
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -119,14 +117,14 @@ class Run:
         teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as
         it was."""
         parts = [self.results[k] for k in ("init", "teacher") if k in self.results]
-        found = []
+        forebears = []
         for part in parts + self.results.get("members", []):
             if mismatches(part, {"run": str, "checkpoint": str}):
                 raise InputError(f"{self.folder / 'results.json'} is damaged: wrong init, teacher or members")
             run = Run(part["run"])
             there = run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == part["checkpoint"]
-            found += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
-        return found
+            forebears += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
+        return forebears
 
     @cached_property
     def config(self):
@@ -141,8 +139,9 @@ class Run:
         settings = self.results["data"]
         if wrong := mismatches(settings, {"classes": [str]}):
             raise InputError(f"{self.folder / 'results.json'} is damaged: missing or wrong data.{wrong[0]}")
+        kind = "sigmoid" if settings.get("labels") else "softmax"
         try:
-            return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+            return Task(tuple(settings["classes"]), kind)
         except InputError as error:
             raise InputError(f"{self.folder / 'results.json'} is damaged: {error}") from None
 
@@ -271,17 +270,12 @@ class Run:
             raise InputError(f"{path} does not exist: run calibrate.py again")
         arrays = load_arrays(path)
         for s in ("val", "test"):
-            found = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
-            if any(a is None or a.ndim < 1 or len(a) != len(found[0]) for a in found):
+            of_side = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
+            if any(a is None or a.ndim < 1 or len(a) != len(of_side[0]) for a in of_side):
                 raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
-            files, patients, labels, logits = found
-            kinds = (files.dtype.kind, patients.dtype.kind, labels.dtype.kind, logits.dtype.kind)
-            shapes = [a.ndim for a in found]
-            if (
-                kinds != ("U", "U", "i", "f")
-                or shapes not in ([1, 1, 1, 2], [1, 1, 2, 2])
-                or not np.isfinite(logits).all()
-            ):
+            kinds, shapes = [a.dtype.kind for a in of_side], [a.ndim for a in of_side]
+            typed = kinds == ["U", "U", "i", "f"] and shapes in ([1, 1, 1, 2], [1, 1, 2, 2])
+            if not (typed and np.isfinite(of_side[-1]).all()):  # the last are the logits
                 raise InputError(
                     f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
                 )
@@ -305,21 +299,19 @@ class Run:
         path = self.folder / "sites" / f"{site}{_dash(name)}.json"
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+            views = " --tta" if name else ""
             raise InputError(
                 f"{self} has no thresholds for the site {site!r} (there is {known}): make them with "
-                f"calibrate.py --site DIR --name {site!r}{' --tta' if name else ''}"
+                f"calibrate.py --site DIR --name {site!r}{views}"
             )
-        found = read_json(path)
-        check_format(found, path)
-        wrong = mismatches(found, SITE) or [n for n in self.task.findings if n not in found["findings"]]
-        wrong += [n for n, f in found["findings"].items() if wrong_site_finding(f)] if not wrong else []
-        wrong += mismatches(found.get("scores", {}), BASIS, "scores") if "scores" in found else []
-        if wrong:
+        thresholds = read_json(path)
+        check_format(thresholds, path)
+        if wrong := wrong_site(thresholds, self.task.findings):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
-        if found["checkpoint"] != self.checkpoint_sha256:
+        if thresholds["checkpoint"] != self.checkpoint_sha256:
             raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
-        scaling.check_site(found, path, self.calibration(name), self)
-        return found
+        scaling.check_site(thresholds, path, self.calibration(name), self)
+        return thresholds
 
     def save_batch(self, name, verdict):
         """Write batches/NAME.json."""
@@ -327,24 +319,23 @@ class Run:
 
     def batches(self):
         """{name: verdict} of batches/. InputError if one is damaged."""
-        found = {}
+        verdicts = {}
         for path in sorted(self.folder.glob("batches/*.json")):
-            found[path.stem] = read_json(path)
-            if wrong := mismatches(found[path.stem], BATCH):
+            verdicts[path.stem] = read_json(path)
+            if wrong := mismatches(verdicts[path.stem], BATCH):
                 raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)[:200]}")
-        return found
+        return verdicts
 
     def tracked(self):
         """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
         path = self.folder / "track.json"
-        found = read_json(path) if path.exists() else {}
-        if mismatches(found, dict.fromkeys(found, str) if isinstance(found, dict) else {"": str}):
+        references = read_json(path) if path.exists() else {}
+        if mismatches(references, dict.fromkeys(references, str)):
             raise InputError(f"{path} is damaged: delete it")
-        return found
+        return references
 
     def save_tracked(self, references):
         """Write track.json."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "track.json", references)
 
     def explained_folder(self, split=""):
@@ -356,8 +347,8 @@ class Run:
         stands for its split until that is explained again."""
         paths = [self.explained_folder(split) / "explain.json" for split in ("", "val", "test")]
         old, *new = [read_json(path) if path.exists() else None for path in paths]
-        found = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
-        return found | {split: report for split, report in zip(("val", "test"), new) if report is not None}
+        reports = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
+        return reports | {split: report for split, report in zip(("val", "test"), new) if report is not None}
 
 
 def _dash(name):
@@ -367,8 +358,8 @@ def _dash(name):
 def find_runs(runs_dir, chosen=None):
     """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
 
-    Unfinished runs are passed over with a note, unless chosen; so are those that are being trained, which
-    cannot be chosen. InputError if there is none.
+    Unfinished and damaged runs are passed over with a note, unless chosen; so are those that are being
+    trained, which cannot be chosen. InputError if there is none.
     """
     if chosen:
         runs = [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
@@ -377,20 +368,29 @@ def find_runs(runs_dir, chosen=None):
             if run.begun and not run.results["finished"]:
                 run.check_checkpoint()
         return runs
-    runs = []
+    runs, damaged = [], []
     for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
         if who := lock.holder(path.parent):
             say(f"note: {path.parent} is being trained by {who}, passed over")
     for path in sorted(Path(runs_dir).glob("*/results.json")):
-        check_regular(path)
         run = Run(path.parent)
-        if run.kind in WITHOUT_CLASSES or lock.holder(run):
+        try:
+            check_regular(path)
+            passed_over = run.kind in WITHOUT_CLASSES or lock.holder(run)
+        except InputError as error:
+            damaged.append(error)
+            continue
+        if passed_over:
             continue
         if run.results["finished"]:
             runs.append(run)
         else:
             usable = " (name it with --run to use it all the same)" if run.checkpoint.exists() else ""
             say(f"note: {run} is not finished, passed over{usable}; {run.to_finish}")
+    if damaged and not runs:
+        raise damaged[0]
+    for error in damaged:
+        say(f"note: passed over: {error}")
     if not runs:
         raise InputError(
             f"no finished runs under {runs_dir}: train one first, "

@@ -99,7 +99,7 @@ class MLflow:
     @staticmethod
     def _name(name):
         """A name of the few characters that MLflow allows."""
-        return re.sub(r"[^\w\-. /]", "-", name)[:250]
+        return re.sub(r"[^\w. /-]", "-", name)[:250]
 
     def parameters(self, values):
         named = {self._name(k): str(v) for k, v in values.items()}

@@ -172,7 +172,7 @@ def test_scores_that_were_not_saved_are_computed(tmp_path, applied):
         assert np.allclose(a.scores, a.probabilities, rtol=1e-12) == applied
     val, row = kept.column("PNEUMONIA", "val"), kept.row("PNEUMONIA", "val", "at_rec")
     assert ((val.scores >= row["thr"]) & (val.truth == 1)).sum() == row["tp"]
-    assert row["thr"] == kept.found["PNEUMONIA"]["threshold"]
+    assert row["thr"] == kept.calibrated["PNEUMONIA"]["threshold"]
 
 
 def test_order_of_the_images_does_not_matter(tmp_path):
@@ -365,7 +365,7 @@ def test_predictive_values_share_one_prevalence(tmp_path):
 def test_subgroups_only_where_names_tell_them(tmp_path):
     scores = noisy_scores(0)
     entry = Entry(write_run(tmp_path / "a", scores=scores))
-    test, threshold = entry.column("PNEUMONIA", "test"), entry.found["PNEUMONIA"]["threshold"]
+    test, threshold = entry.column("PNEUMONIA", "test"), entry.calibrated["PNEUMONIA"]["threshold"]
     inside = (test.truth == 1) & np.array(["virus" in f for f in test.files])
     found = (test.scores >= threshold)[inside].mean()
     [*_, table] = subgroup_blocks([entry])
@@ -531,7 +531,21 @@ def test_compare_says_where_everything_is(tmp_path):
     assert (tmp_path / "site/r.html").exists() and len(list((tmp_path / "pics").iterdir())) == 7
 
 
-@pytest.mark.parametrize("flag", ["--html", "--csv", "--figures"])
+def test_the_report_as_a_file(tmp_path):
+    """--out writes what standard output would hold, in UTF-8; links start from the folder of the file."""
+    write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "site").mkdir()
+    printed = succeed("compare", cwd=tmp_path).out
+    for place, way in (("r.md", ""), ("site/r.md", "../")):
+        done = succeed("compare", "--out", place, cwd=tmp_path)
+        assert done.out == "" and f"report: {place}" in done.err
+        text = (tmp_path / place).read_bytes().decode("utf-8")
+        assert text == printed.replace("](outputs/", f"]({way}outputs/") and "≥" not in text
+        links = re.findall(LINK, text)
+        assert len(links) == 7 and all((tmp_path / place).parent.joinpath(link).exists() for link in links)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html", "--csv", "--figures"])
 @pytest.mark.parametrize("target", ["device", "fifo", "folder", "under a file"])
 def test_outputs_are_checked_before_drawing(tmp_path, flag, target):
     write_run(tmp_path / "outputs/scratch")
