@@ -337,15 +337,17 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
 
 
 @pytest.fixture(scope="module")
-def looks(tmp_path_factory, flags):
+def looks(own_build, flags):
     """Calibrated runs that see the lungs by the shipped U-Net: linear (masked-crop), scratch (masked)."""
-    cwd = tmp_path_factory.mktemp("looks")
-    how = ("--input", "masked-crop")
-    succeed("train_linear", *flags[:4], "--img-size", 64, *how, cwd=cwd)
-    scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
-    succeed("train_scratch", *flags, *scratch, cwd=cwd)
-    succeed("calibrate", "--min-recall", 0.9, cwd=cwd)
-    return cwd
+
+    def build(cwd):
+        how = ("--input", "masked-crop")
+        succeed("train_linear", *flags[:4], "--img-size", 64, *how, cwd=cwd)
+        scratch = ("--max-steps", 2, "--batch-size", 16, "--no-amp", "--input", "masked")
+        succeed("train_scratch", *flags, *scratch, cwd=cwd)
+        succeed("calibrate", "--min-recall", 0.9, "--bootstrap", 100, cwd=cwd)
+
+    return own_build("looks", build)[0]
 
 
 def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
@@ -363,15 +365,19 @@ def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory, flags):
+def parts(own_build, flags):
     """Runs that are shown different parts of an image, and their ensemble "mean", all calibrated."""
-    cwd, rule = tmp_path_factory.mktemp("parts"), ("--min-recall", 0.9, "--bootstrap", 100)
     members = [f"outputs/{look}" for look in ("full", "masked-crop", "outside")]
-    for member in members:
-        argv = ("train_linear", *flags[:4], "--img-size", 64, "--input", Path(member).name)
-        succeed(*argv, "--out", member, cwd=cwd)
-    succeed("calibrate", "--ensemble", *members, "--out", "outputs/mean", *rule, cwd=cwd)
-    succeed("calibrate", "--run", *members, *rule, cwd=cwd)
+
+    def build(cwd):
+        rule = ("--min-recall", 0.9, "--bootstrap", 100)
+        for member in members:
+            argv = ("train_linear", *flags[:4], "--img-size", 64, "--input", Path(member).name)
+            succeed(*argv, "--out", member, cwd=cwd)
+        succeed("calibrate", "--ensemble", *members, "--out", "outputs/mean", *rule, cwd=cwd)
+        succeed("calibrate", "--run", *members, *rule, cwd=cwd)
+
+    cwd, _ = own_build("parts", build)
     return [Run(cwd / folder) for folder in (*members, "outputs/mean")]
 
 
