@@ -28,12 +28,18 @@ from images.drawn import make_synthetic
 from tests.shared import google_arrays, succeed
 
 draw_figure = Figure.savefig
+NOT_DRAWN = {
+    "figures",
+    "explain",
+    "monitor",
+}  # folders for the pictures of compare.py, explain.py, monitor.py
 
 
 def draw_nothing(self, path, **settings):
-    """Figure.savefig, but a picture of the report is one grey pixel: to draw its seven takes five seconds,
-    and nearly a hundred tests make a report. Those that look at pictures ask for `pictures_drawn`."""
-    if Path(path).parent.name != "figures":
+    """Figure.savefig, but a picture of a report, a sheet of maps or a monitor's course is one grey pixel: to
+    draw it takes seconds, and over a hundred tests would. Those that look at pictures ask for
+    `pictures_drawn`."""
+    if not NOT_DRAWN & set(Path(path).parts):
         return draw_figure(self, path, **settings)
     Image.new("L", (1, 1)).save(path, format="png")
 
@@ -110,7 +116,7 @@ def flags(synthetic, cache):
 
 @pytest.fixture
 def pictures_drawn(monkeypatch):
-    """The pictures of the report are drawn, as a user has them."""
+    """All pictures are drawn, as a user has them."""
     monkeypatch.setattr(Figure, "savefig", draw_figure)
 
 
@@ -141,7 +147,7 @@ def own_runs(runs, tmp_path):
     return tmp_path
 
 
-FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 200)  # 22 patients are enough for these
+FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 100)  # 22 patients are enough for these
 
 
 @pytest.fixture(scope="session")

@@ -270,11 +270,11 @@ def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch)
     """Stopped in the middle of an epoch and resumed: the same weights and history, bit for bit."""
     root, real, steps = findings[0], step.Gradient.add, []
     argv = ["--data-dir", root / "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3]
-    argv += ["--img-size", 32, "--batch-size", 4, "--epochs", 2, "--cache-dir", root / "Data/cache"]
+    argv += ["--img-size", 32, "--batch-size", 8, "--epochs", 2, "--cache-dir", root / "Data/cache"]
 
     def backward(self, *batch):
         steps.append(1)
-        if len(steps) == 20:
+        if len(steps) == 11:  # of 8 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *batch)
 
