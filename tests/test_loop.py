@@ -191,6 +191,14 @@ def toy_reference(tmp_path_factory):
     return results, load_pth(out, "checkpoint.pth")
 
 
+@pytest.fixture(scope="module")
+def toy_reference_of_two(tmp_path_factory):
+    """As `toy_reference`, of two epochs: for the tests that train it many times."""
+    out = tmp_path_factory.mktemp("toy")
+    results = toy_fit(out, epochs=2)
+    return results, load_pth(out, "checkpoint.pth")
+
+
 def agrees(out, results, reference):
     """Bit for bit the reference run: weights, history, best epoch; finished, with its minutes."""
     assert same_tensors(load_pth(out, "checkpoint.pth"), reference[1])
@@ -254,11 +262,11 @@ def test_one_step_is_adamw_with_clipping(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
-    """A signal in each of the 15 steps and the 2 validations before the last: the end is the uninterrupted
-    one. The other signal in one step, for they meet in one handler."""
+def test_stop_at_every_step_and_resume(tmp_path, toy_reference_of_two, signum):
+    """A signal in each of the 10 steps and the validation between: the end is the uninterrupted one. The
+    other signal in one step, for they meet in one handler."""
     stopped = []
-    for at in range(1, 18) if signum == signal.SIGINT else (8,):
+    for at in range(1, 12) if signum == signal.SIGINT else (8,):
         calls = itertools.count(1)
 
         def hook(losses, at=at, calls=calls):
@@ -268,18 +276,18 @@ def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
 
         out = tmp_path / str(at)
         with pytest.raises(Interrupted) as stop:
-            toy_fit(out, objective=ToyObjective(hook))
+            toy_fit(out, epochs=2, objective=ToyObjective(hook))
         assert stop.value.signum == signum and "--resume" in str(stop.value)
         state = load_pth(out, "last.pth")["state"]
         stopped.append((state["epoch"], state["step"]))
         assert read_json(out, "results.json")["finished"] is False
-        agrees(out, toy_fit(out, resume=True), toy_reference)
+        agrees(out, toy_fit(out, epochs=2, resume=True), toy_reference_of_two)
         shutil.rmtree(out)
     if signum == signal.SIGINT:  # after its step; during a validation: after the first step of the next epoch
-        assert stopped == [(e, s) for e in range(3) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
+        assert stopped == [(e, s) for e in range(2) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
 
 
-def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
+def test_death_at_every_write_and_resume(tmp_path, toy_reference_of_two, monkeypatch):
     """The process dies just before each rename, which is just after the one before: what lies there is
     complete, and goes on to the end."""
 
@@ -298,14 +306,15 @@ def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
             try:
-                toy_fit(out)
+                toy_fit(out, epochs=2)
                 break  # fewer writes than that: every one has been tried
             except Died:
                 deaths += 1
         for path in out.glob("*.pth"):
             load_pth(path)
-        agrees(out, toy_fit(out, resume=(out / "last.pth").exists()), toy_reference)
-    assert deaths >= 2 * 3 + 2  # at least last.pth and results.json an epoch, a checkpoint, and the end
+        again = toy_fit(out, epochs=2, resume=(out / "last.pth").exists())
+        agrees(out, again, toy_reference_of_two)
+    assert deaths >= 2 * 2 + 2  # at least last.pth and results.json an epoch, a checkpoint, and the end
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, toy_reference, capsys):
