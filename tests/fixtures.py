@@ -1,5 +1,6 @@
 """Fixtures shared by all test files, and what every test process needs set. Loaded by conftest.py."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis")))
 
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,48 +25,92 @@ from common import device as device_module
 detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: False
 
 import data
+from calibration import shift
 from images.drawn import make_synthetic
-from tests.shared import cli, google_arrays, succeed
+from tests.shared import google_arrays, succeed
 
 draw_figure = Figure.savefig
+NOT_DRAWN = {
+    "figures",
+    "explain",
+    "monitor",
+}  # folders for the pictures of compare.py, explain.py, monitor.py
 
 
 def draw_nothing(self, path, **settings):
-    """Figure.savefig, but a picture of the report is one grey pixel: to draw its seven takes five seconds,
-    and nearly a hundred tests make a report. Those that look at pictures ask for `pictures_drawn`."""
-    if Path(path).parent.name != "figures":
+    """Figure.savefig, but a picture of a report, a sheet of maps or a monitor's course is one grey pixel: to
+    draw it takes seconds, and over a hundred tests would. Those that look at pictures ask for
+    `pictures_drawn`."""
+    if not NOT_DRAWN & set(Path(path).parts):
         return draw_figure(self, path, **settings)
     Image.new("L", (1, 1)).save(path, format="png")
 
 
 Figure.savefig = draw_nothing
+# The inverse of the covariance, which nothing reads, takes over half the time that a linear run's calibration
+# does, and half a minute of an ensemble of three.
+shift.LedoitWolf = partial(shift.LedoitWolf, store_precision=False)
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
-def synthetic(tmp_path_factory):
+def built_once(tmp_path_factory):
+    """`built_once(name, build)`: a folder that `build(folder)` fills in the first of pytest-xdist's workers
+    that asks, for all of them to read -> (folder, what `build` returned: what JSON can hold)."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the workers' own folders lie side by side in it
+    (base / "built").mkdir(exist_ok=True)
+
+    def built(name, build):
+        folder, returned = base / "built" / name, base / "built" / f"{name}.json"
+        with FileLock(f"{folder}.lock"):  # the other workers wait; it ends with the process that holds it
+            if not returned.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker whose build failed
+                folder.mkdir()
+                returned.write_text(json.dumps(build(folder)))
+        return folder, json.loads(returned.read_text())
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def own_build(built_once, tmp_path_factory):
+    """As `built_once`, but each worker has a copy that its tests may change."""
+
+    def built(name, build):
+        folder, returned = built_once(name, build)
+        own = tmp_path_factory.mktemp("own") / name
+        return Path(shutil.copytree(folder, own)), returned
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def synthetic(built_once):
     """A small synthetic data folder: train 36 + 60, test 15 + 25 images. Read only: tests that change it copy
     it."""
-    root = tmp_path_factory.mktemp("data") / "synthetic"
-    make_synthetic(root, train=96, test=40)
-    return root
+    folder, _ = built_once("data", lambda folder: make_synthetic(folder / "synthetic", train=96, test=40))
+    return folder / "synthetic"
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
+def cache(built_once):
     """A cache folder that runs on the unchanged synthetic set share."""
-    return tmp_path_factory.mktemp("cache")
+    return built_once("cache", lambda folder: None)[0]
 
 
 @pytest.fixture(scope="session")
-def tiny_npz(tmp_path_factory):
+def tiny_npz(built_once):
     """Weights in Google's layout of a very small ViT (width 24, depth 2, heads 3, patch 16, 32 px, 1,000
     classes)."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.npz"
-    np.savez(path, **google_arrays(dim=24, depth=2, heads=3, patch=16, grid=2, classes=1000))
-    return path
+
+    def build(folder):
+        np.savez(folder / "tiny.npz", **google_arrays(dim=24, depth=2, patch=16, grid=2, classes=1000))
+
+    return built_once("weights", build)[0] / "tiny.npz"
 
 
 @pytest.fixture(scope="session")
@@ -74,23 +121,28 @@ def flags(synthetic, cache):
 
 @pytest.fixture
 def pictures_drawn(monkeypatch):
-    """The pictures of the report are drawn, as a user has them."""
+    """All pictures are drawn, as a user has them."""
     monkeypatch.setattr(Figure, "savefig", draw_figure)
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, flags, tiny_npz):
+def runs(built_once, flags, tiny_npz):
     """One run of each kind, calibrated and compared: folder, and what calibrate and compare printed. Read
     only."""
-    cwd = tmp_path_factory.mktemp("runs")
-    succeed("train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", cwd=cwd)
-    succeed("train_pretrained", *flags, "--weights", tiny_npz, "--epochs", 2, "--batch-size", 16, cwd=cwd)
-    succeed("train_linear", *flags[:4], "--img-size", 64, cwd=cwd)
-    calibrated = succeed("calibrate", "--min-recall", 0.9, cwd=cwd)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", draw_figure)
-        compared = succeed("compare", "--csv", "table.csv", cwd=cwd)
-    return SimpleNamespace(cwd=cwd, out=cwd / "outputs", calibrated=calibrated, compared=compared)
+
+    def build(cwd):
+        succeed("train_scratch", *flags, "--epochs", 2, "--batch-size", 16, "--no-amp", cwd=cwd)
+        succeed("train_pretrained", *flags, "--weights", tiny_npz, "--epochs", 2, "--batch-size", 16, cwd=cwd)
+        succeed("train_linear", *flags[:4], "--img-size", 64, cwd=cwd)
+        printed = {"calibrated": vars(succeed("calibrate", "--min-recall", 0.9, cwd=cwd))}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", draw_figure)
+            printed["compared"] = vars(succeed("compare", "--csv", "table.csv", cwd=cwd))
+        return printed
+
+    cwd, printed = built_once("runs", build)
+    printed = {name: SimpleNamespace(**done) for name, done in printed.items()}
+    return SimpleNamespace(cwd=cwd, out=cwd / "outputs", **printed)
 
 
 @pytest.fixture
@@ -100,20 +152,22 @@ def own_runs(runs, tmp_path):
     return tmp_path
 
 
-FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 200)  # 22 patients are enough for these
+FLOOR = ("--min-recall", 0.9, "--guarantee", 0.9, "--bootstrap", 100)  # 22 patients are enough for these
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+@pytest.fixture(scope="session")
+def bench(own_build):
     """A synthetic set with enough patients for a guarantee, and calibrated runs: linear, and scratch with two
     seeds."""
-    folder = tmp_path_factory.mktemp("bench")
-    make_synthetic(folder / "xray", train=420, test=60)
-    common_flags = ("--data-dir", "xray", "--img-size", "32")
-    assert cli("train_linear", *common_flags, cwd=folder).code == 0
-    assert cli("train_scratch", *common_flags, "--seeds", 0, 1, "--max-steps", 3, cwd=folder).code == 0
-    assert cli("calibrate", *FLOOR, cwd=folder).code == 0
-    return folder
+
+    def build(folder):
+        make_synthetic(folder / "xray", train=420, test=60)
+        common_flags = ("--data-dir", "xray", "--img-size", "32")
+        succeed("train_linear", *common_flags, cwd=folder)
+        succeed("train_scratch", *common_flags, "--seeds", 0, 1, "--max-steps", 3, cwd=folder)
+        succeed("calibrate", *FLOOR, cwd=folder)
+
+    return own_build("bench", build)[0]
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_cnn_from_training_to_prediction(flags, body, synthetic, tmp_path):
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         done = succeed("predict", "--export", "m.onnx", "--run", "outputs/cnn", cwd=tmp_path)
         assert "by at most" in done.out
-    succeed("explain", "--run", "outputs/cnn", "--tests", 2, cwd=tmp_path)
+    succeed("explain", "--run", "outputs/cnn", "--tests", 1, cwd=tmp_path)
     assert "gradcam" in read_json(tmp_path, "outputs/cnn/explain/val/explain.json")
     refused(cli("explain", "--run", "outputs/cnn", "--method", "rollout", cwd=tmp_path), "no attention")
     refused(cli("explain", "--run", "outputs/cnn", "--layer", 3, cwd=tmp_path), "--layer 3", "leave it out")

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -40,7 +38,6 @@ from tests.shared import (
     HEADER,
     LINK,
     NAMES,
-    REPO,
     cli,
     of_one,
     read_json,
@@ -510,17 +507,6 @@ def test_file_stems():
 
 
 # ---------------------------------------------------------------- the script
-
-
-def test_compare_needs_no_torch(tmp_path):
-    write_run(tmp_path / "outputs/scratch")
-    (tmp_path / "no/torch").mkdir(parents=True)
-    (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
-    code = "import compare; from common.console import start; start(compare.main)"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "no"), str(REPO)])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# ") and len(re.findall(LINK, done.stdout)) == 7
 
 
 def test_compare_says_where_everything_is(tmp_path):

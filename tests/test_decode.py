@@ -88,24 +88,23 @@ def test_reduced_decoding_of_real_originals():
         assert difference.mean() < 1.5, path
 
 
-def test_damaged_pictures_raise_oserror_only():
+@pytest.mark.parametrize("kind, least", [("JPEG", 15), ("PNG", 15), ("TIFF", 10), ("BMP", 10), ("WEBP", 10)])
+def test_damaged_pictures_raise_oserror_only(kind, least):
     """Cut or changed bytes give a picture or OSError, which load_images turns into a named error."""
-    rng, failures = random.Random(0), 0
-    for kind in ("jpeg", "png"):
-        buffer = io.BytesIO()
-        Image.fromarray(smooth_picture(40, 40)).save(buffer, kind)
-        for trial in range(250):
-            raw = bytearray(buffer.getvalue())
-            if trial % 5 == 0:
-                del raw[rng.randrange(len(raw)) :]
-            else:
-                raw[rng.randrange(min(len(raw), 400 if trial % 2 else len(raw)))] = rng.randrange(256)
-            try:
-                image = decode.decode(io.BytesIO(raw), 16)
-                assert image.shape == (16, 16) and image.dtype == np.uint8
-            except OSError:
-                failures += 1
-    assert failures > 100
+    rng, failures, buffer = random.Random(0), 0, io.BytesIO()
+    Image.fromarray(smooth_picture(40, 40)).save(buffer, kind)
+    for trial in range(80):
+        raw = bytearray(buffer.getvalue())
+        if trial % 5 == 0:
+            del raw[rng.randrange(len(raw)) :]
+        else:  # every second one in the header
+            raw[rng.randrange(len(raw) if trial % 2 else min(len(raw), 100))] = rng.randrange(256)
+        try:
+            image = decode.decode(io.BytesIO(raw), 16)
+            assert image.shape == (16, 16) and image.dtype == np.uint8
+        except OSError:
+            failures += 1
+    assert failures >= least
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -465,26 +464,6 @@ def test_deep_tiff_in_colour_says_what_to_do(tmp_path):
     (tmp_path / "a.tif").write_bytes(raw)
     with pytest.raises(OSError, match="colour TIFF of 16 bits: save it as grey"):
         decode.decode(tmp_path / "a.tif", 16)
-
-
-def test_damaged_tiff_bmp_and_webp_raise_oserror_only(tmp_path):
-    rng, failures = random.Random(0), 0
-    for kind in ("TIFF", "BMP", "WEBP"):
-        buffer = io.BytesIO()
-        Image.fromarray(smooth_picture(40, 40)).save(buffer, kind)
-        for trial in range(80):
-            raw = bytearray(buffer.getvalue())
-            if trial % 5 == 0:
-                del raw[rng.randrange(len(raw)) :]
-            else:
-                raw[rng.randrange(len(raw) if trial % 2 else 100)] = rng.randrange(256)
-            (tmp_path / "a").write_bytes(raw)
-            try:
-                image = decode.decode(tmp_path / "a", 16)
-                assert image.shape == (16, 16) and image.dtype == np.uint8
-            except OSError:
-                failures += 1
-    assert failures > 30
 
 
 # ---------------------------------------------------------------- not regular files

@@ -298,7 +298,7 @@ def scratch_run(bench, tmp_path, monkeypatch):
     return Run(shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "run"))
 
 
-def test_explain_end_to_end(bench, scratch_run):
+def test_explain_end_to_end(bench, scratch_run, pictures_drawn):
     done = succeed("explain", "--run", scratch_run, "--tests", 4, cwd=bench)
     sheet = np.asarray(Image.open(scratch_run.folder / "explain/val/sheet.png").convert("L"))
     assert sheet.std() > 20 and len(list((scratch_run.folder / "explain/val").glob("*.png"))) >= 3
@@ -355,7 +355,7 @@ def test_target_goes_through_everything(bench, scratch_run, drawn, monkeypatch, 
     assert np.array_equal(asked["pixels"], load_split(scratch_run, "val").pixels(right))
 
 
-def test_images_of_one_stem_have_pictures_of_their_own(bench, scratch_run, tmp_path):
+def test_images_of_one_stem_have_pictures_of_their_own(bench, scratch_run, tmp_path, pictures_drawn):
     values = {"a/x.png": 0, "b/x.png": 120, "x.jpg": 250}
     for name, grey in values.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,28 +1,41 @@
 """Tests of interruption."""
 
+import re
+import shutil
 import signal
 import time
 
 import pytest
 
-from tests.shared import REPO, cli, load_pth, popen, read_json, refused, same_tensors, strip_time, succeed
+from tests.shared import (
+    LINK,
+    REPO,
+    cli,
+    load_pth,
+    popen,
+    read_json,
+    refused,
+    same_tensors,
+    strip_time,
+    succeed,
+)
 from training import plan
 
 LONG = ["--epochs", 4, "--batch-size", 4, "--patience", 9, "--no-amp", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, flags, tiny_npz):
+def uninterrupted(built_once, flags, tiny_npz):
     """The same runs as those interrupted below, left alone: {script: (arguments, run folder)}."""
-    cwd, out = tmp_path_factory.mktemp("uninterrupted"), {}
-    for script, more in (
-        ("train_scratch", []),
-        ("train_pretrained", ["--weights", tiny_npz, "--drop-path", 0.2]),
-    ):
-        argv = [*flags, *LONG, *more, "--out", "run"]
-        succeed(script, *argv[:-1], cwd / script, cwd=cwd)
-        out[script] = argv, cwd / script
-    return out
+    more = {"train_scratch": [], "train_pretrained": ["--weights", tiny_npz, "--drop-path", 0.2]}
+    argv = {script: [*flags, *LONG, *own, "--out", "run"] for script, own in more.items()}
+
+    def build(cwd):
+        for script in more:
+            succeed(script, *argv[script][:-1], cwd / script, cwd=cwd)
+
+    cwd, _ = built_once("uninterrupted", build)
+    return {script: (argv[script], cwd / script) for script in more}
 
 
 @pytest.mark.parametrize(
@@ -76,11 +89,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(flags, tmp_p
     assert done.out == "" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_whole_chain_as_processes(flags, tmp_path):
-    """Train, calibrate, compare > results.md, from another folder, with real exit codes and streams."""
-    for script, argv in (("train_scratch", [*flags, "--epochs", 1]), ("calibrate", []), ("compare", [])):
+def test_calibrate_and_compare_as_processes(runs, tmp_path, monkeypatch):
+    """Calibrate, compare > results.md, from another folder, with real exit codes and streams; compare.py is
+    started where there is no torch, which it does not need."""
+    shutil.copytree(runs.out / "scratch", tmp_path / "outputs/scratch")
+    (tmp_path / "outputs/scratch/calibration.json").unlink()
+    (tmp_path / "no/torch").mkdir(parents=True)
+    (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
+    for script, argv in (("calibrate", ("--bootstrap", 100)), ("compare", ())):
+        if script == "compare":
+            monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no"))
         process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
     assert out.startswith("# ") and "| ViT scratch [SYNTHETIC] @Rec |" in out
-    assert (tmp_path / "outputs/figures/synthetic-roc.png").exists()
+    drawn = list((tmp_path / "outputs/figures").glob("synthetic-*.png"))
+    assert len(re.findall(LINK, out)) == len(drawn) == 7

@@ -5,9 +5,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -190,6 +192,14 @@ def toy_reference(tmp_path_factory):
     return results, load_pth(out, "checkpoint.pth")
 
 
+@pytest.fixture(scope="module")
+def toy_reference_of_two(tmp_path_factory):
+    """As `toy_reference`, of two epochs: for the tests that train it many times."""
+    out = tmp_path_factory.mktemp("toy")
+    results = toy_fit(out, epochs=2)
+    return results, load_pth(out, "checkpoint.pth")
+
+
 def agrees(out, results, reference):
     """Bit for bit the reference run: weights, history, best epoch; finished, with its minutes."""
     assert same_tensors(load_pth(out, "checkpoint.pth"), reference[1])
@@ -253,11 +263,11 @@ def test_one_step_is_adamw_with_clipping(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
-    """A signal in each of the 15 steps and the 2 validations before the last: the end is the uninterrupted
-    one."""
+def test_stop_at_every_step_and_resume(tmp_path, toy_reference_of_two, signum):
+    """A signal in each of the 10 steps and the validation between: the end is the uninterrupted one. The
+    other signal in one step, for they meet in one handler."""
     stopped = []
-    for at in range(1, 18, 1 if signum == signal.SIGINT else 5):
+    for at in range(1, 12) if signum == signal.SIGINT else (8,):
         calls = itertools.count(1)
 
         def hook(losses, at=at, calls=calls):
@@ -267,47 +277,45 @@ def test_stop_at_every_step_and_resume(tmp_path, toy_reference, signum):
 
         out = tmp_path / str(at)
         with pytest.raises(Interrupted) as stop:
-            toy_fit(out, objective=ToyObjective(hook))
+            toy_fit(out, epochs=2, objective=ToyObjective(hook))
         assert stop.value.signum == signum and "--resume" in str(stop.value)
         state = load_pth(out, "last.pth")["state"]
         stopped.append((state["epoch"], state["step"]))
         assert read_json(out, "results.json")["finished"] is False
-        agrees(out, toy_fit(out, resume=True), toy_reference)
+        agrees(out, toy_fit(out, epochs=2, resume=True), toy_reference_of_two)
         shutil.rmtree(out)
     if signum == signal.SIGINT:  # after its step; during a validation: after the first step of the next epoch
-        assert stopped == [(e, s) for e in range(3) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
+        assert stopped == [(e, s) for e in range(2) for s in (1, 1, 2, 3, 4, 5)[e == 0 :]]
 
 
-def test_death_at_every_write_and_resume(tmp_path, toy_reference, monkeypatch):
-    """The process dies just before or just after each rename: what lies there is complete, and goes on to the
-    end."""
+def test_death_at_every_write_and_resume(tmp_path, toy_reference_of_two, monkeypatch):
+    """The process dies just before each rename, which is just after the one before: what lies there is
+    complete, and goes on to the end."""
 
     class Died(BaseException):
         pass
 
     real, deaths = os.replace, 0
-    for at, done in itertools.product(range(1, 40), (False, True)):
-        out, calls = tmp_path / f"{at}{done}", itertools.count(1)
+    for at in range(1, 40):
+        out, calls = tmp_path / f"{at}", itertools.count(1)
 
         def replace(a, b):
-            now = next(calls)
-            if now == at and not done:
+            if next(calls) == at:
                 raise Died
             real(a, b)
-            if now == at:
-                raise Died
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
             try:
-                toy_fit(out)
+                toy_fit(out, epochs=2)
                 break  # fewer writes than that: every one has been tried
             except Died:
                 deaths += 1
         for path in out.glob("*.pth"):
             load_pth(path)
-        agrees(out, toy_fit(out, resume=(out / "last.pth").exists()), toy_reference)
-    assert deaths >= 2 * (2 * 3 + 2)  # at least last.pth and results.json an epoch, a checkpoint, and the end
+        again = toy_fit(out, epochs=2, resume=(out / "last.pth").exists())
+        agrees(out, again, toy_reference_of_two)
+    assert deaths >= 2 * 2 + 2  # at least last.pth and results.json an epoch, a checkpoint, and the end
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, toy_reference, capsys):
@@ -599,6 +607,20 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
         assert torch.allclose(ends[0][name], ends[1][name], atol=2e-4), name
 
 
+def as_rank(rank, port, argv, cwd):
+    """train_scratch.py as torchrun starts the process `rank` of two; ends this process with its exit code."""
+    about = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in about.items()}
+    done = cli("train_scratch", *argv, cwd=cwd)
+    os._exit(done.code if "nothing is left to do" in done.err or rank else 1)
+
+
 def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     """torchrun with 2 gloo processes against one process: same global batch, changed and mixed alike, same
     losses and scores to rounding; one writer; a resume with another number of processes is refused."""
@@ -618,31 +640,28 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
     ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
 
-    def torchrun(*more):
-        return popen(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            2,
-            REPO / "train_scratch.py",
-            *flags,
-            "--out",
-            "two",
-            *more,
-            cwd=tmp_path,
-        )
-
-    process = torchrun()
-    out, _ = process.communicate(timeout=120)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    process = popen(*torchrun, REPO / "train_scratch.py", *flags, "--out", "two", cwd=tmp_path)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
     assert out.count("model: scratch") == 1
     one, two = (read_json(tmp_path, name, "results.json") for name in ("one", "two"))
     for a, b in zip(one["history"], two["history"], strict=True):
         for key in ("train_loss", "val_loss", "val_auroc"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
-    process = torchrun("--resume")  # finished: nothing is left to do
-    assert process.wait(timeout=120) == 0
+    # Finished: nothing is left to do. These two have imported everything already, which torchrun's take
+    # half a minute for.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = (*flags, "--out", "two", "--resume")
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=as_rank, args=(k, port, argv, tmp_path)) for k in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+    assert [process.exitcode for process in both] == [0, 0]
     assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
 
 

@@ -175,7 +175,7 @@ def log_of(path, rows, head="path,score,diagnosis"):
     return path
 
 
-def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path):
+def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path, pictures_drawn):
     thr = of_one(read_json(own_runs, "outputs/linear/calibration.json"))["threshold"]
     above, below = f"{min(1, thr + 1e-9)}", f"{max(0, thr - 1e-6)}"
     rows = [f"a{i}.png,{above},PNEUMONIA,p{i // 2},2026-01-{i + 1:02d}" for i in range(20)]

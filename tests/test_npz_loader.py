@@ -69,23 +69,24 @@ def flax_forward(w, images):
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, dim, heads, batch",
-    [("ti16", "vit_tiny_patch16_224", 192, 3, 2), ("b16", "vit_base_patch16_224", 768, 12, 1)],
+    "ours, theirs, dim, heads, depth",
+    [("ti16", "vit_tiny_patch16_224", 192, 3, 12), ("b16", "vit_base_patch16_224", 768, 12, 2)],
 )
-def test_npz_logits_against_timm_and_numpy(tmp_path, ours, theirs, dim, heads, batch):
-    """A whole checkpoint: our loader = timm's = the Flax definition; then saved back, the same arrays."""
-    w = google_arrays(dim=dim, depth=12, heads=heads, patch=16, grid=14, classes=7)
+def test_npz_logits_against_timm_and_numpy(tmp_path, ours, theirs, dim, heads, depth):
+    """A whole checkpoint, of ViT-B/16 two blocks: our loader = timm's = the Flax definition; then saved back,
+    the same arrays."""
+    w = google_arrays(dim=dim, depth=depth, heads=heads, patch=16, grid=14, classes=7)
     path = tmp_path / "weights.npz"
     np.savez(path, **w)
     with torch.device("meta"):
-        model = build_vit(ours, num_classes=7)
+        model = build_vit(ours, num_classes=7, depth=depth)
     model = model.to_empty(device="cpu").eval()
     report = npz_loader.load_npz(model, path)
     assert sorted(report["loaded"]) == sorted(model.state_dict())
     assert (report["resized"], report["reset"], report["dropped"]) == ([], [], [])
-    other = timm.create_model(theirs, num_classes=7, weight_init="skip").eval()
+    other = timm.create_model(theirs, num_classes=7, depth=depth, weight_init="skip").eval()
     other.load_pretrained(str(path))
-    x = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(x)
         assert torch.allclose(logits, other(x), atol=1e-5)

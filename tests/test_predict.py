@@ -226,17 +226,22 @@ def test_precision_that_cannot_be_had_or_was_not_kept_is_said(bench, halves, mon
     assert 0 < np.abs(scores - kept).max() < 0.02
 
 
-def test_export_counts_decisions_that_precision_changes(bench, halves, monkeypatch):
-    """The file computes in fp32 what was calibrated in bf16: the count is that of a pass in fp32 by hand."""
-    onnx, _, _ = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
+def test_export_matches_pytorch_and_counts_decisions_that_precision_changes(bench, halves, monkeypatch):
+    """The file computes in fp32 what was calibrated in bf16: its probabilities and the count are those of a
+    pass in fp32 by hand."""
+    onnx, _, runtime = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
     done = succeed("predict", "--export", "half.onnx", "--run", halves, cwd=bench)
     meta = {p.key: p.value for p in onnx.load(bench / "half.onnx").metadata_props}
     assert meta["precision"] == "fp32" and meta["calibrated in"] == "bf16"
     kept, threshold = halves.scores(), of_one(halves.calibration())["threshold"]
+    assert float(meta["threshold@Rec"]) == threshold
     pixels = np.stack([decode.decode(bench / "xray" / f, 32) for f in kept["val_files"]])
     inputs = Inputs.of_run(halves.results, torch.device("cpu"))  # fp32 here
     with torch.inference_mode():
         p = tempered(inputs.logits(halves.model(), inputs.grey(pixels)).numpy(), 1.0)
+    session = runtime.InferenceSession(str(bench / "half.onnx"))
+    got = session.run(None, {"image": pixels[:5, None].astype(np.float32) / 255})[0]
+    assert got == pytest.approx(p[:5], abs=1e-5)
     changed = [((kept["val_p1"] >= t) != (p >= t)).sum() for t in (0.5, threshold)]
     close = [(np.abs(p - t) < 1e-6).sum() for t in (0.5, threshold)]  # rounding may turn these either way
     said = re.search(r"\(bf16 there, fp32 here\): @0.5 (\d+) of (\d+), @Rec (\d+) of", done.out)
@@ -259,23 +264,6 @@ def test_exported_views_are_those_of_test_time_augmentation(bench):
         got = model(torch.from_numpy(pixels).float() / 255).numpy()
     assert got == pytest.approx(kept["test_p1"], abs=1e-5)
     assert np.abs(kept["test_p1"] - run.scores()["test_p1"]).max() > 1e-3
-
-
-def test_export_matches_pytorch(bench):
-    onnx, _, runtime = (pytest.importorskip(n) for n in ("onnx", "onnxscript", "onnxruntime"))
-    run = "outputs/scratch-seed0"
-    assert cli("predict", "--export", "m.onnx", "--run", run, cwd=bench).code == 0
-    meta = {p.key: p.value for p in onnx.load(bench / "m.onnx").metadata_props}
-    assert float(meta["threshold@Rec"]) == of_one(read_json(bench / run / "calibration.json"))["threshold"]
-    pixels = np.stack([decode.decode(bench / "xray" / f, 32) for f in file_list(bench, run)[:5]])
-    got = runtime.InferenceSession(str(bench / "m.onnx")).run(
-        None, {"image": pixels[:, None].astype(np.float32) / 255}
-    )[0]
-    run = Run(bench / run)
-    inputs = Inputs.of_run(run.results, torch.device("cpu")).on("cpu")
-    with torch.inference_mode():
-        logits = inputs.logits(run.model(), inputs.grey(pixels))
-    assert got == pytest.approx(tempered(logits.numpy(), 1.0), abs=1e-4)
 
 
 def test_predict_goes_on_after_whatever_one_file_raises(bench):

@@ -47,42 +47,53 @@ def picture(rng, round_one, square):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(own_build):
     """Three classes with runs: a linear and a short scratch one, calibrated and compared."""
-    root, rng = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
-    for (part, count), (k, name) in [
-        (p, c) for p in (("train", 40), ("test", 12)) for c in enumerate(CLASSES)
-    ]:
-        folder = root / "shapes" / part / name
-        folder.mkdir(parents=True)
-        for i in range(count):
-            picture(rng, k == 1, k == 2).save(folder / f"{name[0]}{i:02d}.png")
-    flags = ("--data-dir", "shapes")
-    printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
-    succeed("train_scratch", *flags, *TINY, "--watch", "accuracy", "--balance", "undersample", cwd=root)
-    printed.append(succeed("calibrate", "--bootstrap", 100, cwd=root).out)
-    argv = ("--html", "r.html", "--csv", "r.csv")
-    printed.append(succeed("compare", *argv, cwd=root).out)
+
+    def build(root):
+        rng = np.random.default_rng(0)
+        for (part, count), (k, name) in [
+            (p, c) for p in (("train", 40), ("test", 12)) for c in enumerate(CLASSES)
+        ]:
+            folder = root / "shapes" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(rng, k == 1, k == 2).save(folder / f"{name[0]}{i:02d}.png")
+        flags = ("--data-dir", "shapes")
+        printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
+        succeed("train_scratch", *flags, *TINY, "--watch", "accuracy", "--balance", "undersample", cwd=root)
+        printed.append(succeed("calibrate", "--bootstrap", 100, cwd=root).out)
+        argv = ("--html", "r.html", "--csv", "r.csv")
+        printed.append(succeed("compare", *argv, cwd=root).out)
+        return printed
+
+    root, printed = own_build("several", build)
     return root, *printed
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory):
+def findings(own_build):
     """A table of findings, some unknown, with the same runs."""
-    root, rng = tmp_path_factory.mktemp("findings"), np.random.default_rng(1)
-    (root / "set/images").mkdir(parents=True)
-    lines = ["path,patient," + ",".join(FINDINGS)]
-    for i in range(150):
-        a, b = rng.random(2) < 0.4
-        picture(rng, a, b).save(root / f"set/images/{i:03d}.png")
-        labels = [int(not (a or b)), int(a), "" if i % 7 == 0 else int(b)]
-        lines.append(f"images/{i:03d}.png,{i // 2}," + ",".join(map(str, labels)))
-    (root / "set/labels.csv").write_text("\n".join(lines))
-    flags = ("--data-dir", "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3)
-    printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
-    succeed("train_scratch", *flags, *TINY, cwd=root)
-    printed.append(succeed("calibrate", "--bootstrap", 100, "--jointly", "--min-recall", 0.8, cwd=root).out)
-    printed.append(succeed("compare", cwd=root).out)
+
+    def build(root):
+        rng = np.random.default_rng(1)
+        (root / "set/images").mkdir(parents=True)
+        lines = ["path,patient," + ",".join(FINDINGS)]
+        for i in range(150):
+            a, b = rng.random(2) < 0.4
+            picture(rng, a, b).save(root / f"set/images/{i:03d}.png")
+            labels = [int(not (a or b)), int(a), "" if i % 7 == 0 else int(b)]
+            lines.append(f"images/{i:03d}.png,{i // 2}," + ",".join(map(str, labels)))
+        (root / "set/labels.csv").write_text("\n".join(lines))
+        flags = ("--data-dir", "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3)
+        printed = [succeed("train_linear", *flags, "--img-size", 32, cwd=root).out]
+        succeed("train_scratch", *flags, *TINY, cwd=root)
+        joint = ("--bootstrap", 100, "--jointly", "--min-recall", 0.8)
+        printed.append(succeed("calibrate", *joint, cwd=root).out)
+        printed.append(succeed("compare", cwd=root).out)
+        return printed
+
+    root, printed = own_build("findings", build)
     return root, *printed
 
 
@@ -259,11 +270,11 @@ def test_an_interrupted_run_of_findings_goes_on(findings, tmp_path, monkeypatch)
     """Stopped in the middle of an epoch and resumed: the same weights and history, bit for bit."""
     root, real, steps = findings[0], step.Gradient.add, []
     argv = ["--data-dir", root / "set", "--labels", "labels.csv", "--fractions", 0.4, 0.3, 0.3]
-    argv += ["--img-size", 32, "--batch-size", 4, "--epochs", 2, "--cache-dir", root / "Data/cache"]
+    argv += ["--img-size", 32, "--batch-size", 8, "--epochs", 2, "--cache-dir", root / "Data/cache"]
 
     def backward(self, *batch):
         steps.append(1)
-        if len(steps) == 20:
+        if len(steps) == 11:  # of 8 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *batch)
 

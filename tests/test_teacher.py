@@ -121,12 +121,13 @@ SHORT = ("--epochs", 1, "--batch-size", 32, "--max-steps", 3)
 
 
 @pytest.fixture(scope="module")
-def school(tmp_path_factory, synthetic, cache, tiny_npz):
+def school(own_build, flags, tiny_npz):
     """A trained teacher in outputs/pretrained."""
-    cwd = tmp_path_factory.mktemp("school")
-    flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32)
-    succeed("train_pretrained", *flags, "--weights", tiny_npz, *SHORT, cwd=cwd)
-    return cwd, flags
+
+    def build(cwd):
+        succeed("train_pretrained", *flags, "--weights", tiny_npz, *SHORT, cwd=cwd)
+
+    return own_build("school", build)[0], flags
 
 
 def test_a_teacher_is_what_predict_makes_of_an_image(school):

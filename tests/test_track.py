@@ -27,6 +27,18 @@ def offline(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder whose runs MLflow keeps in one database: to lay one out takes seconds."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+def runs_of(client, name):
+    """MLflow's runs of that name, of all experiments."""
+    places = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [found for found in client.search_runs(places) if found.info.run_name == name]
+
+
 def followed(folder, name):
     """A Run that `name` has followed from training, with an interruption, to calibration."""
     run = Run(folder / "outputs" / "scratch")
@@ -59,14 +71,13 @@ def test_tensorboard(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_mlflow(tmp_path, capsys):
+def test_mlflow(store, capsys):
     mlflow = pytest.importorskip("mlflow")
-    run = followed(tmp_path, "mlflow")
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns/mlflow.db")
-    experiment = client.get_experiment_by_name(track.PROJECT)
-    (found,) = client.search_runs([experiment.experiment_id])
+    run = followed(store, "mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{store}/outputs/mlruns/mlflow.db")
+    (found,) = runs_of(client, "scratch")
     assert found.info.run_id == run.tracked()["mlflow"] and found.info.status == "FINISHED"
-    assert found.info.run_name == "scratch"
+    assert found.info.experiment_id == client.get_experiment_by_name(track.PROJECT).experiment_id
     assert found.data.params["recipe.lr"] == "0.0003" and found.data.params["split.train"] == "76"
     history = client.get_metric_history(found.info.run_id, "val_loss")
     assert [(m.step, m.value) for m in history] == [(1, 0.75), (2, 0.5)]
@@ -152,24 +163,24 @@ def test_a_server_that_is_down_costs_a_note(tmp_path, monkeypatch, capsys):
     assert "--track mlflow:" in capsys.readouterr().err and time.monotonic() - started < 60
 
 
-def test_mlflow_gets_names_it_allows(tmp_path, capsys):
+def test_mlflow_gets_names_it_allows(store, capsys):
     """Classes of any name, and more parameters than it takes at once."""
     mlflow = pytest.importorskip("mlflow")
     counts = {"Pneumonia (viral, mild)": 3, **{f"class {i}": i for i in range(150)}}
-    run = Run(tmp_path / "outputs/scratch")
+    run = Run(store / "outputs/odd")
     tracker = track.Tracker(["mlflow"], run)
     tracker.begin({"split": {"train": counts}})
     tracker.close()
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns/mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{store}/outputs/mlruns/mlflow.db")
     found = client.get_run(run.tracked()["mlflow"])
     assert found.data.params["split.train.Pneumonia -viral- mild-"] == "3"
     assert found.data.params["split.train.class 149"] == "149" and found.info.status == "FINISHED"
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_run_that_mlflow_loses_is_marked(tmp_path, monkeypatch, capsys):
+def test_a_run_that_mlflow_loses_is_marked(store, monkeypatch, capsys):
     mlflow = pytest.importorskip("mlflow")
-    run = Run(tmp_path / "outputs/scratch")
+    run = Run(store / "outputs/lost")
     tracker = track.Tracker(["mlflow"], run)
 
     def refuse(*args, **kwargs):
@@ -178,7 +189,7 @@ def test_a_run_that_mlflow_loses_is_marked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracker.open["mlflow"].client, "log_batch", refuse)
     tracker.begin(META)
     tracker.close()
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/outputs/mlruns/mlflow.db")
+    client = mlflow.MlflowClient(f"sqlite:///{store}/outputs/mlruns/mlflow.db")
     assert client.get_run(run.tracked()["mlflow"]).info.status == "FAILED"
     assert "RuntimeError (no)" in capsys.readouterr().err
 

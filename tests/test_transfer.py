@@ -107,7 +107,8 @@ def test_the_choice_is_printed_before_the_test_images_are_opened(bench, tmp_path
     assert float(before[names[0], heads[0]]["val AUROC"]) == pytest.approx(roc_auc_score(y, p), abs=6e-4)
 
 
-def test_transfer_refuses_runs_of_other_validation_images(bench, tmp_path):
+def test_transfer_refuses_runs_of_other_validation_images(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "EPOCHS", 1)
     nih = folder_of_nih(tmp_path / "nih", [20, 90, 160, 230])
     how = ("--data-dir", "xray", "--img-size", 32, "--max-steps", 1, "--split-seed", 1)
     succeed("train_scratch", *how, "--out", tmp_path / "other", cwd=bench)
