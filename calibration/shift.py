@@ -50,7 +50,9 @@ def learn(train, val, logits, patients, labels):
     of validation images; logits [N, K], `patients` [N] and true labels int [N, G] (see shares.kinds) of the
     latter."""
     mean = train.mean(axis=0, dtype=np.float64)
-    variances, axes = np.linalg.eigh(LedoitWolf(assume_centered=True).fit(train - mean).covariance_)
+    # Nothing reads the inverse, which takes minutes of an ensemble with thousands of features.
+    shrunk = LedoitWolf(assume_centered=True, store_precision=False).fit(train - mean)
+    variances, axes = np.linalg.eigh(shrunk.covariance_)
     kept = max(1, min(len(mean), ROOM // (4 * len(mean))))  # those of most variance, where all take much room
     whiten = (axes / np.sqrt(variances.clip(min=1e-12)))[:, ::-1][:, :kept]
     arrays = {"mean": mean.astype(np.float32), "whiten": whiten.astype(np.float32)}

@@ -8,7 +8,6 @@ from pathlib import Path
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir(), "hypothesis")))
 
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +24,6 @@ from common import device as device_module
 detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: False
 
 import data
-from calibration import shift
 from images.drawn import make_synthetic
 from tests.shared import google_arrays, succeed
 
@@ -47,9 +45,6 @@ def draw_nothing(self, path, **settings):
 
 
 Figure.savefig = draw_nothing
-# The inverse of the covariance, which nothing reads, takes over half the time that a linear run's calibration
-# does, and half a minute of an ensemble of three.
-shift.LedoitWolf = partial(shift.LedoitWolf, store_precision=False)
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")
