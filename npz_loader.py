@@ -138,7 +138,8 @@ def architecture_name(config):
         if same and all(config[k] == known[k] for k in keys):
             return name + registers
     dim, depth, heads, patch = (config[k] for k in keys)
-    return f"vit-d{dim}-l{depth}-h{heads}-p{patch}" + (f"-m{ratio:g}" if ratio != 4 else "") + registers
+    mlp = f"-m{ratio:g}" if ratio != 4 else ""
+    return f"vit-d{dim}-l{depth}-h{heads}-p{patch}{mlp}{registers}"
 
 
 # ---------------------------------------------------------------- what a file holds
@@ -352,8 +353,14 @@ def _config(patch, chans, dim, depth, heads, hidden, path):
 
 def _read_state_dict(path):
     """A state dict (.pth, .pt, .bin, .safetensors) under any names that state_names.py knows -> _Weights."""
-    state = (load_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
-    check_state_dict(state["model"] if isinstance(state.get("model"), dict) else state, path)
+    if path.suffix == ".safetensors":
+        state = load_safetensors(path)
+    else:
+        state = load_tensors(path)
+    inside = state.get("model")
+    if not isinstance(inside, dict):
+        inside = state
+    check_state_dict(inside, path)
     state, family = our_names(state, path)
     dropped = [n for n in state if n.startswith("pre_logits.") or n == "mask_token"]
     state = {n: v.float() for n, v in state.items() if n not in dropped}

@@ -233,7 +233,11 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
 
 def in_short(p):
     """A p-value, or None, as text."""
-    return "-" if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+    if p is None:
+        return "-"
+    if p < 0.0005:
+        return "< 0.001"
+    return f"{p:.3f}"
 
 
 def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed=0):

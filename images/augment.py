@@ -59,6 +59,9 @@ class Augment:
             return torch.rand(B, device=device) < p
 
         if self.rotate or self.translate or self.scale or self.aspect or self.hflip or self.crop:
+            box = None
+            if self.crop:
+                box = self._box(uniform, x.shape[-1])
             x = affine(
                 x,
                 angle=both(math.radians(self.rotate)),
@@ -67,7 +70,7 @@ class Augment:
                 shift_x=both(self.translate),
                 shift_y=both(self.translate),
                 aspect=1 + both(self.aspect),
-                box=self._box(uniform, x.shape[-1]) if self.crop else None,
+                box=box,
             )
         x, where = x[:, :1], x[:, 1:]
         if self.frame or self.tone:

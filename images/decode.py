@@ -142,10 +142,12 @@ def _decode(source, size, resize):
 def _orientation(image):
     """The EXIF tag Orientation of a loaded image, 1 to 8; 1 where there is none that is valid."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF data say nothing, and the picture may be good
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    if not isinstance(orientation, int) or not 1 <= orientation <= 8:
+        return 1
+    return orientation
 
 
 def to_grey(image):

@@ -269,6 +269,8 @@ def _rank_correlation(maps, others):
     """Mean Spearman correlation of pairs of maps [N, h, w]; 0 for a pair where one is constant."""
     correlations = []
     for a, b in zip(maps.flatten(1).numpy(), others.flatten(1).numpy()):
-        varies = a.std() > 0 and b.std() > 0
-        correlations.append(spearmanr(a, b).statistic if varies else 0.0)
+        correlation = 0.0
+        if a.std() > 0 and b.std() > 0:
+            correlation = spearmanr(a, b).statistic
+        correlations.append(correlation)
     return float(np.mean(correlations))
