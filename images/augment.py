@@ -59,9 +59,6 @@ class Augment:
             return torch.rand(B, device=device) < p
 
         if self.rotate or self.translate or self.scale or self.aspect or self.hflip or self.crop:
-            box = None
-            if self.crop:
-                box = self._box(uniform, x.shape[-1])
             x = affine(
                 x,
                 angle=both(math.radians(self.rotate)),
@@ -70,7 +67,7 @@ class Augment:
                 shift_x=both(self.translate),
                 shift_y=both(self.translate),
                 aspect=1 + both(self.aspect),
-                box=box,
+                box=self._box(uniform, x.shape[-1]),
             )
         x, where = x[:, :1], x[:, 1:]
         if self.frame or self.tone:
@@ -102,7 +99,9 @@ class Augment:
     def _box(self, uniform, side):
         """A random box for every image: (B, 4), its width, height and middle (x, y), where the image spans
         [-1, 1]; its outermost pixels are pixels of the image. A side that would be longer than the image's is
-        as long; torchvision draws again."""
+        as long; torchvision draws again. None without `crop`."""
+        if not self.crop:
+            return None
         area, ratio = uniform(self.crop, 1), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
         size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)
         place = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1)
