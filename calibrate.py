@@ -149,6 +149,15 @@ def shown_fingerprint(subset, inputs):
     return sha256([pixel_fingerprint(subset), list(map(str, subset.patients)), masks])
 
 
+def cohort_arrays(sides):
+    """{SIDE_cohort_NAME: array} of what is known of the patients and exposures of validation and test."""
+    arrays = {}
+    for part, subset in zip(SIDES, sides):
+        for column, values in (subset.cohort or {}).items():
+            arrays[f"{part}_cohort_{column}"] = values
+    return arrays
+
+
 def has_reference(run, name, key):
     """Whether a run has the reference with this key."""
     try:
@@ -163,7 +172,7 @@ def kept_scores(run, name, key):
     try:
         kept = run.scores(name)
         if "key" in kept and str(kept["key"]) == key:
-            return {k: v for k, v in kept.items() if not k.endswith("_p1")}
+            return {k: v for k, v in kept.items() if not k.endswith("_p1") and "_cohort_" not in k}
     except InputError as error:
         if "does not exist" not in str(error):
             say(f"{error}: scoring again")
@@ -344,6 +353,7 @@ def run_all(args, rule):
         _ = run.config  # InputError, by its name, for a run that only an older version reads
         three = images(sets, args, run.results)
         scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
+        scores |= cohort_arrays(three[1:])
         try:
             result, p1 = evaluate(scores, rule, run.task)
         except InputError as error:

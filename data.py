@@ -293,6 +293,7 @@ def load(config, root, index, side):
         levels=decoded.levels,
         masks=masks,
     )
+    subset.cohort = index.cohort
     return subset, index, decoded.sizes
 
 
