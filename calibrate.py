@@ -28,6 +28,7 @@ import data
 from calibration import shares, shift, site
 from calibration.ensemble import make_ensemble
 from calibration.operating_point import SIDES, Rule, evaluate
+from calibration.pooling import BY, POOLS, remarks, say_scaling, spread_over_images
 from calibration.show import show
 from calibration.wording import shared_text
 from common.cli import COUNT, Number, Parser, check_name
@@ -38,6 +39,7 @@ from data import add_moved_arguments, load_test, load_train_val, refuse_other_im
 from images.subset import pixel_fingerprint
 from layouts.tables import find_table
 from models.inputs import Inputs
+from records.predictions import write_predictions
 from records.run import WITHOUT_CLASSES, find_runs
 from records.track import Tracker, add_track_argument
 from training import other_hospitals
@@ -183,7 +185,7 @@ def kept_scores(run, name, key):
 
 
 EVERYDAY = (  # what --help shows; --help-all shows the rest
-    *("--min-recall", "--guarantee", "--jointly", "--temperature", "--prevalence"),
+    *("--min-recall", "--guarantee", "--jointly", "--by", "--temperature", "--prevalence"),
     *("--run", "--runs-dir", "--ensemble", "--out", "--overwrite"),
     *("--site", "--name", "--report", "--labels", "--patients"),
     *("--tta", "--tta-flip", "--data-dir", "--skip-bad", "--device"),
@@ -213,6 +215,18 @@ def add_rule_arguments(parser):
         "--jointly",
         action="store_true",
         help="several findings: the guaranteed floors hold all at once with the confidence of --guarantee",
+    )
+    group.add_argument(
+        "--by",
+        choices=BY,
+        help="what thresholds, promises and figures are for: a study's or patient's score is that of its "
+        "images together, and it is sick if any of them is labelled so (default: image; with --site: as the "
+        "run)",
+    )
+    group.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="with --by study or patient: its highest score, or the mean (default: max)",
     )
     group.add_argument(
         "--temperature",
@@ -305,6 +319,8 @@ def parse():
     check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
         raise InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
+    if args.pool and args.by in (None, "image") and not args.site:
+        raise InputError("--pool says how the images of --by study or --by patient are put together")
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
@@ -314,6 +330,8 @@ def parse():
         platt=args.temperature == "platt",
         bootstrap=args.bootstrap,
         prevalence=args.prevalence,
+        by=args.by or "image",
+        pool=args.pool or "max",
     )
     return args, rule
 
@@ -339,6 +357,7 @@ def main():
 
 def run_all(args, rule):
     """What the command line asks for, for every run."""
+    say_scaling(rule)
     device, sets, promised = pick_device(args.device), Sets(), False
     tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
     name = "tta" if tta else ""
@@ -370,6 +389,10 @@ def run_all(args, rule):
             "command": command_line(),
         }
         run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in SIDES}}, name)
+        spread = spread_over_images(scores, p1, rule, run.task)
+        write_predictions(run.predictions_file(name), run.task, result, scores, p1, spread)
+        for line in remarks(scores, rule, run.task):
+            sets.tell(line)
         tracker = Tracker(args.track, run)
         tracker.calibrated(result)
         tracker.close()

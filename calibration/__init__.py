@@ -3,6 +3,7 @@
 In the order to read them:
 
     operating_point.py  thresholds on validation, figures on both sides
+    pooling.py          one score for all images of a study or patient
     intervals.py        how sure a figure is
     ensemble.py         several runs as one
     site.py             thresholds for another hospital

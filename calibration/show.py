@@ -2,6 +2,7 @@
 
 import itertools
 
+from calibration.pooling import plural_of, title_of
 from calibration.wording import positives_text, threshold_text, warnings
 from common import scaling
 from common.proportions import reported_interval
@@ -14,7 +15,7 @@ COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 def show(title, calibration):
     """Print a run's figures, finding by finding, validation beside test, then those over all findings."""
     findings = calibration["findings"]
-    print(f"\n{title}:\n" + " " * 18 + "".join(f"{c:>12}" for c in COLUMNS), end="")
+    print(f"\n{title}{title_of(calibration)}:\n" + " " * 18 + "".join(f"{c:>12}" for c in COLUMNS), end="")
     print("   95% recall      95% specificity")
     for name, found in findings.items():
         show_finding(name, found, calibration)
@@ -43,7 +44,7 @@ def show_finding(name, found, calibration):
         print("; ".join([f"{name}: no threshold: {found['why_not']}", *curves]))
         return
     sides = {side: word for side, word in SIDES.items() if side in found}
-    print(f"{name}: {positives_text(found)}; {threshold_text(found)}")
+    print(f"{name}: {positives_text(found, plural_of(calibration))}; {threshold_text(found)}")
     for (side, word), (point, mark) in itertools.product(sides.items(), POINTS.items()):
         if point in found[side] and (alone or point != "at_0.5"):
             row = found[side][point]

@@ -77,14 +77,14 @@ def new_patients(findings, floor):
     return ", and ".join(ends)
 
 
-def positives_text(found):
-    """How many images of each side have a finding, as text."""
+def positives_text(found, plural="images"):
+    """How many images, or other `plural`, of each side have a finding, as text."""
     counts = []
     for side, word in SIDES.items():
         if side in found:
             row = found[side]["at_rec"]
             counts.append(f"{row['tp'] + row['fn']} {word}")
-    return f"{' + '.join(counts)} images with it"
+    return f"{' + '.join(counts)} {plural} with it"
 
 
 def threshold_text(found):

@@ -4,6 +4,7 @@ results.json                               settings, data, history
 checkpoint.pth                             weights of the best epoch, tensors only
 last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
@@ -38,11 +39,11 @@ from common.files import (
 from common.scripts import there_is
 from common.task import Task
 from records import lock
-from records.older import in_present_form
 from records.schema import (
     BASIS,
     BATCH,
     SITE,
+    in_present_form,
     mismatches,
     without_gone,
     wrong_calibration,
@@ -220,7 +221,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["reference.npz", "reference-tta.npz"]
+        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
         names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
@@ -295,6 +296,10 @@ class Run:
     def reference_file(self, name=""):
         """Where the arrays of shift.learn are kept."""
         return self.folder / f"reference{_dash(name)}.npz"
+
+    def predictions_file(self, name=""):
+        """Where calibrate.py writes scores and decisions for spreadsheets."""
+        return self.folder / f"predictions{_dash(name)}.csv"
 
     def save_site(self, site, thresholds, name=""):
         """Write sites/SITE.json: thresholds for another hospital."""
