@@ -1,4 +1,4 @@
-"""Tests of older calibrations: what earlier versions wrote of a task of one finding, read in the present form."""
+"""Tests of older calibrations: what earlier versions wrote of one finding, read in the present form."""
 
 import copy
 import json

@@ -12,6 +12,7 @@ from calibration.pooling import grouped, units_of
 from common.console import InputError
 from common.task import Task
 from metrics import choose_threshold_with_guarantee, counts_at_threshold
+from report.rows import load_entries
 from tests.shared import cli, of_one, read_json, refused, succeed
 
 
@@ -227,3 +228,21 @@ def test_words_of_units():
         pooling.title_of(calibration) == ", by study (mean)" and pooling.plural_of(calibration) == "studies"
     )
     assert pooling.title_of({}) == "" and pooling.plural_of({}) == "images"
+
+
+def test_report_by_patient(own_runs):
+    """The report pools as calibrate.py did; runs of different units are in sections of their own."""
+    flags = ("--min-recall", 0.9, "--bootstrap", 100, "--by", "patient")
+    succeed("calibrate", *flags, "--run", "outputs/linear", "outputs/scratch", cwd=own_runs)
+    groups = load_entries(own_runs / "outputs")
+    by_unit = {entries[0].unit: [e.run.folder.name for e in entries] for entries in groups}
+    assert by_unit == {"patients": ["linear", "scratch"], "images": ["pretrained"]}
+    linear = groups[[e[0].unit for e in groups].index("patients")][0]
+    column = linear.column("PNEUMONIA", "test")
+    row = linear.row("PNEUMONIA", "test", "at_rec")
+    counts = counts_at_threshold(column.truth, column.scores, row["thr"])
+    assert counts == tuple(row[k] for k in ("tp", "fp", "tn", "fn"))
+    assert column.patients_known and len(set(column.patients.tolist())) == len(column.patients)
+    assert linear.name == "Logistic regression 32x32 px, by patient (max)"
+    report = succeed("compare", cwd=own_runs).out
+    assert "by patient (max)" in report and f"Test: {len(column.truth)} patients (" in report
