@@ -314,7 +314,7 @@ def _evaluate_findings(columns, scores, rule, task, units):
             findings[name]["test_why_not"] = _too_few(sides["test"], "test", least, plural)
     joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
     summary = {side: _means(findings, draws, side, task) for side in SIDES}
-    if task.kind == "softmax" and task.outputs > 2:
+    if task.one_of_many:
         for side, unit in units.items():
             logits, labels = scores[f"{side}_logits"], np.asarray(scores[f"{side}_labels"])
             summary[side] |= _most_probable(logits, labels, unit, task, rule)

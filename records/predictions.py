@@ -12,7 +12,6 @@ from common.scaling import SIDES
 
 FIRST = ("path", "patient", "study", "age", "sex", "view", "side")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes text that begins so for a formula
-DECIDED = "decision@Rec"
 
 
 def write_predictions(path, task, calibration, scores, p1, units=None):
@@ -28,10 +27,11 @@ def write_predictions(path, task, calibration, scores, p1, units=None):
     What is not known is empty. Numbers have six digits. Text that a spreadsheet would take for a formula
     begins with an apostrophe."""
     unit = "" if units is None else f"{calibration['by']}_"
-    thresholds = [found.get("threshold") for found in calibration["findings"].values()]
+    thresholds = {name: found.get("threshold") for name, found in calibration["findings"].items()}
+    decisions = [decision for decision in task.decisions(thresholds) if decision.point == "@Rec"]
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*FIRST, *_finding_columns(task, unit)])
+        writer.writerow([*FIRST, *_finding_columns(task, decisions, unit)])
         for side in SIDES:
             # Truth and scores come in pairs: the image's, then those of its study or patient.
             truth = task.truth(scores[f"{side}_labels"])
@@ -40,22 +40,22 @@ def write_predictions(path, task, calibration, scores, p1, units=None):
                 pairs.append(units[side])
             for i, cells in enumerate(zip(*_first_columns(scores, side))):
                 row = list(cells)
-                for k, threshold in enumerate(thresholds):
+                for k, decision in enumerate(decisions):
                     for values, probabilities in pairs:
                         row += [_truth(values[i, k]), _number(probabilities[i, k])]
-                    row.append(_decision(task, pairs[-1][1][i, k], threshold))
+                    row.append(decision.answer(probabilities[i]))  # those of the study, if there are any
                 writer.writerow(row)
 
 
-def _finding_columns(task, unit):
+def _finding_columns(task, decisions, unit):
     """The names of the columns of all findings, one finding after the other."""
     columns = []
-    for word in task.column_words:
-        end = f"_{word}" if len(task.findings) > 1 else ""
+    for decision, word in zip(decisions, task.column_words):
+        end = "" if task.alone else f"_{word}"
         columns += [f"truth{end}", f"score{end}"]
         if unit:
             columns += [f"{unit}truth{end}", f"{unit}score{end}"]
-        columns.append(f"{unit}{DECIDED}{end}")
+        columns.append(f"{unit}{decision.column}")
     return columns
 
 
@@ -89,14 +89,3 @@ def _number(value):
 def _truth(value):
     """1, 0, or empty where it is not known."""
     return "" if value < 0 else str(int(value))
-
-
-def _decision(task, score, threshold):
-    """What predict.py says of a score: the class of an only finding, yes or no of several; empty without a
-    threshold."""
-    if threshold is None:
-        return ""
-    words = ("no", "yes")
-    if len(task.findings) == 1:
-        words = task.classes if task.kind == "softmax" else (f"no {task.findings[0]}", task.findings[0])
-    return words[int(score >= threshold)]

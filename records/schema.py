@@ -123,7 +123,19 @@ SITE |= {"min_recall": SHARE}
 BASIS = {"temperature": POSITIVE, "precision": str}  # under "scores", which older versions leave out
 
 
-def wrong_site_finding(value):
+def wrong_site(value, findings):
+    """Names of what is missing or wrong in a sites/NAME.json of a run with these findings."""
+    wrong = mismatches(value, SITE)
+    if not wrong:
+        wrong = [name for name in findings if name not in value["findings"]]
+    if not wrong:
+        wrong = [name for name, found in value["findings"].items() if _wrong_site_finding(found)]
+    if "scores" in value:
+        wrong += mismatches(value["scores"], BASIS, "scores")
+    return wrong
+
+
+def _wrong_site_finding(value):
     """Names of what is wrong in what a site says of one finding."""
     if mismatches(value, {"why_not": str}) == []:
         return []
@@ -193,8 +205,9 @@ def wrong_finding(value, sides=("val", "test")):
 
 def wrong_findings(value, task):
     """Names of what is wrong in what a calibration says of each finding, and of all together."""
-    classes = task.kind == "softmax" and task.outputs > 2
-    figures = {"findings": [str]} | (CLASS_FIGURES if classes else {})
+    figures = {"findings": [str]}
+    if task.one_of_many:
+        figures |= CLASS_FIGURES
     if wrong := mismatches(value, {"findings": dict}):
         return wrong
     if tuple(value["findings"]) != task.findings:

@@ -243,6 +243,6 @@ def test_report_by_patient(own_runs):
     counts = counts_at_threshold(column.truth, column.scores, row["thr"])
     assert counts == tuple(row[k] for k in ("tp", "fp", "tn", "fn"))
     assert column.patients_known and len(set(column.patients.tolist())) == len(column.patients)
-    assert linear.name == "Logistic regression 32x32 px, by patient (max)"
+    assert linear.name == "Logistic regression 32x32 px [SYNTHETIC], by patient (max)"
     report = succeed("compare", cwd=own_runs).out
     assert "by patient (max)" in report and f"Test: {len(column.truth)} patients (" in report
