@@ -33,8 +33,8 @@ def probability_blocks(entries):
         "Each model has one temperature, which minimises NLL on validation, or a slope and a bias for each "
         "finding (Platt scaling) where calibrate.py was asked for them; figures are before → after, applied "
         "or not. The mean score is that of validation, as thresholds apply to it; of probabilities at "
-        f"validation's prevalence it is the share of {entries[0].unit} with the finding. ECE is over 15 bins of equal "
-        f"size. {scaling.in_report(entries)}"
+        f"validation's prevalence it is the share of {entries[0].unit} with the finding. ECE is over 15 bins "
+        f"of equal size. {scaling.in_report(entries)}"
     )
     head = [first_head(entries), "Temperature", "Mean score val", "Share val"]
     head += [f"{figure} {side}" for side, figure in figures]

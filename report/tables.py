@@ -136,8 +136,8 @@ def pooled_text(entries):
         return ""
     pools = unique((e.calibration["pool"] for e in entries), " or ")
     return (
-        f"All figures are of {first.unit}: the score is the {pools} over the images, the truth positive if any "
-        "of them is. "
+        f"All figures are of {first.unit}: the score is the {pools} over the images, the truth positive if "
+        "any of them is. "
     )
 
 
