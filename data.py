@@ -29,6 +29,7 @@ from images.split import POOLED, cut_test, cut_validation, undersampled
 from images.subset import Subset
 from layouts import folders, tables
 from layouts.download import KAGGLE
+from layouts.headers import with_headers
 from layouts.listing import Listing
 from lungs import masks as lung_masks
 from lungs.show import INPUT_MODES
@@ -258,6 +259,7 @@ def read_listing(config):
         root, index = folders.read_set(config.data_dir, config.classes, **sides)
     if config.patients:
         index = tables.read_patients(config.patients, index, root)
+    index = with_headers(root, index, config.cache_dir, not (config.labels or config.patients))
     if config.undersample:
         index = index.take(undersampled(index.targets, config.split_seed))
     index = index._replace(content=twins.contents(root, index.files))

@@ -24,6 +24,7 @@ from common.console import InputError, command_line, say
 from common.proportions import reported_interval
 from data import load_train_val
 from images import twins
+from images.dicom import KEYED
 from images.subset import same_images
 from metrics import (
     can_guarantee,
@@ -257,6 +258,7 @@ def refuse_seen(run, site, folder, moved):
         config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
+        say_seen_patients(site, folder, name, {*train.patients, *val.patients})
         if known := same_images(site, (train, val)):
             trained = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
@@ -269,6 +271,16 @@ def refuse_seen(run, site, folder, moved):
                 f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
                 f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
             )
+
+
+def say_seen_patients(site, folder, name, seen):
+    """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
+    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
+    if shared:
+        say(
+            f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "
+            "validated (DICOM headers): leave them out, or the promises are too good"
+        )
 
 
 def held_out_lines(found, floor):

@@ -273,6 +273,16 @@ def open_dicom(path):
 
 
 @_oserror_only()
+def read_header(path):
+    """What the header of a DICOM file says, as `dicom.header`; None of any other file. OSError, and nothing
+    else, if it cannot be read."""
+    with _file(path) as (_, kind):
+        if kind != "DICOM":
+            return None
+    return dicom.header(path)
+
+
+@_oserror_only()
 def read_image(path, size, resize="squash"):
     """An image file -> (uint8 [size, size], original (width, height), colourfulness in [0, 1]), upright.
 

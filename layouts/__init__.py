@@ -7,6 +7,8 @@ In the order to read them:
     tables.py    labels and patients from tables
     nih.py       cells of NIH's table
     plain.py     cells of a table with a column a finding
+    headers.py   patients and exposures from DICOM headers
+    cohort.py    ages, sexes and views as they are written
     sheets.py    how tables are spelt
     download.py  a set from Kaggle
 """

@@ -14,11 +14,13 @@ from common.files import sha256
 from common.task import is_healthy
 from data import load, read_listing
 from images import twins
+from images.dicom import KEYED
 from images.find import Search
 from images.split import cut
 from images.subset import Subset, same_images
 from layouts import tables
 from layouts.folders import list_images
+from layouts.headers import with_headers
 from layouts.listing import Index
 
 EITHER = "--also or --also-unlabelled"
@@ -74,6 +76,7 @@ def load_site(config, folder, labels="", patients=""):
     index = index._replace(side=np.full(len(index.files), "site"))
     if patients:
         index = tables.read_patients(patients, index, root)
+    index = with_headers(root, index, config.cache_dir, not (labels or patients))
     subset, kept, _ = load(config, root, index, "site")
     if kept.unknown:
         which = "every image counts"
@@ -200,6 +203,7 @@ def join(config, train, val, tell=print):
             root, index = read(text, config)
         else:
             root, index = read_unlabelled(text, config)
+        index = with_headers(root, index, config.cache_dir, parse(text)[1] is None)
         index = index._replace(content=twins.contents(root, index.files))
         subset, readable, _ = load(config, root, index, "also")
 
@@ -208,7 +212,8 @@ def join(config, train, val, tell=print):
         say_known(name, root, subset, earlier)
         earlier.append((name, root, subset.files))
         subset.files = [f"{name}/{file}" for file in readable.files]
-        subset.patients = [f"{name}/{patient}" for patient in readable.patients]
+        say_known_patients(name, readable.patients, val)
+        subset.patients = [of_source(name, patient) for patient in readable.patients]
         subset.sources = np.full(len(subset), number)
         fingerprint = sha256([subset.files, subset.targets.tolist()])
 
@@ -252,6 +257,21 @@ def refuse_known(config, name, root, subset, val):
             f"note: also {name}: {len(pairs)} of its images look like validation images of "
             f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is "
             "flattered"
+        )
+
+
+def of_source(name, patient):
+    """The patient of a source, told from those of others; one of a DICOM header is the same everywhere."""
+    return patient if patient.startswith(KEYED) else f"{name}/{patient}"
+
+
+def say_known_patients(name, patients, val):
+    """A note if patients of a source, known by their DICOM ids, are patients of validation."""
+    shared = {patient for patient in patients if patient.startswith(KEYED)} & set(val.patients)
+    if shared:
+        say(
+            f"note: also {name}: {len(shared)} of its patients are patients of validation (DICOM headers): "
+            "validation is flattered"
         )
 
 
