@@ -74,11 +74,27 @@ def unlike(pixels, size, colour, results):
     return "unlike the training images: " + ", ".join(notes)
 
 
+class File(NamedTuple):
+    """A file that was looked at. `image`: what read_image gives, or None, and then `note` says why not and
+    `kind` what kind of note that is; `told`: what its DICOM header says (headers.of_file)."""
+
+    name: str
+    told: dict
+    image: tuple = None
+    note: str = ""
+    kind: str = ""
+
+    @property
+    def patient(self):
+        """The patient, by the header or else by the name; the name itself where neither tells."""
+        return self.told["patient"] or patient_id(self.name)
+
+
 class Scorer:
     """A calibrated run, ready to score: model, preprocessing, precision, scaling, and the `decisions`
     (task.Decision) that it gives of each image."""
 
-    def __init__(self, run, device, tta, site=None):
+    def __init__(self, run, device, tta, site=None, views=None):
         self.model, name = run.model(), scaling.calibration_name(tta)
         self.calibration, self.site = run.calibration(name), site
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
@@ -96,10 +112,18 @@ class Scorer:
             unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
-        self.columns = ["path", *self.task.score_columns.values(), *(d.column for d in self.decisions)]
+        scores, decided = list(self.task.score_columns.values()), [d.column for d in self.decisions]
+        self.unit = unit_of(self.calibration)
+        if self.unit == "image":
+            self.columns = ["path", *scores, *decided]
+        else:  # thresholds decide on studies: none is printed that would decide on an image
+            pooled = [f"{self.unit}_{column}" for column in (*scores, *decided)]
+            self.columns = ["path", self.unit, *scores, *pooled]
         self.columns += ["typicality", "note"]
         if self.task.one_of_many:
             self.columns.insert(1, "top_class")
+        self.views = views or getattr(self.config, "views", "frontal")
+        self.key, self.key_stays = key_of_call(self.config.cache_dir if self.unit != "image" else "")
 
         self.reference, self.batch = shift.reference_of(run, name), shift.Batch()
         self.notes = Counter()  # files with a note, and by kind
@@ -128,12 +152,12 @@ class Scorer:
         threshold = 0.5 if first.threshold is None else first.threshold
         return scores[:, 0] >= threshold
 
-    def typicalities(self, names, scores, logits, features):
+    def typicalities(self, files, scores, logits, features):
         """The typicality of every image, float [B], or None each without a reference; they join the batch."""
         if self.reference is None:
-            return [None] * len(names)
+            return [None] * len(files)
         typicality, places = self.reference.place(features)
-        patients = map(patient_id, names)
+        names, patients = zip(*((file.name, file.patient) for file in files))
         for image in zip(names, patients, typicality, places, logits, self.called(scores)):
             self.batch.add(*image)
         return typicality.tolist()
@@ -147,52 +171,56 @@ class Scorer:
         return self.reference.judge(self.batch, usual, self.task)
 
     def answers(self, scores, top):
-        """The cells of one image from the top class to the decisions: scores [F]."""
-        scores = scores.tolist()
-        cells = [*scores, *(decision.answer(scores) for decision in self.decisions)]
+        """{column: cell} of one image, its top class, scores [F] and, by image, decisions."""
+        cells = dict(zip(self.task.score_columns.values(), scores.tolist()))
+        if self.unit == "image":
+            cells |= {decision.column: decision.answer(scores) for decision in self.decisions}
         if self.task.one_of_many:
-            cells.insert(0, self.task.classes[top])
+            cells["top_class"] = self.task.classes[top]
         return cells
 
+    def read(self, path):
+        """The File at a path."""
+        file = File(path, of_file(path, self.key))
+        view = file.told["view"]
+        if not view_is_used(view, self.views):
+            return file._replace(note=f"{view} view: not scored (--views all scores it)", kind="view")
+        try:
+            return file._replace(image=read_image(path, self.config.img_size, self.config.resize))
+        except OSError as error:
+            return file._replace(note=f"unreadable: {error}", kind="unreadable")
+
     def rows(self, paths, batch_size):
-        """Yield a dict of `columns` for every path, in order; unreadable files have None for scores and
-        decisions."""
-
-        def read(path):
-            try:
-                return read_image(path, self.config.img_size, self.config.resize)
-            except OSError as error:
-                return f"unreadable: {error}"
-
+        """Yield (File without its image, dict of `columns`) for every path, in order; files that are not
+        scored have None for scores and decisions. By study or patient, `pool` fills in its columns."""
         paths = iter(paths)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             names = list(itertools.islice(paths, batch_size))
-            reading = pool.map(read, names)
+            reading = pool.map(self.read, names)
             while names:
-                images = list(reading)
-                following = list(itertools.islice(paths, batch_size))
-                reading = pool.map(read, following)  # the next batch is decoded while this one is scored
-                yield from self.rows_of_batch(names, images)
-                names = following
+                files = list(reading)
+                names = list(itertools.islice(paths, batch_size))
+                reading = pool.map(self.read, names)  # the next batch is decoded while this one is scored
+                yield from self.rows_of_batch(files)
 
-    def rows_of_batch(self, names, images):
-        """The same of one batch, `images` as read_image gives them, or why they cannot be read, as text."""
-        readable = [(name, image) for name, image in zip(names, images) if not isinstance(image, str)]
-        scored = self.scored(*zip(*readable)) if readable else iter(())
-        for name, image in zip(names, images):
-            if isinstance(image, str):
-                self.notes.update(["unreadable", "noted"])
-                yield {**dict.fromkeys(self.columns), "path": name, "note": image}
-                continue
-            cells, typicality, without_lungs = next(scored)
-            note = self.note(image, typicality, without_lungs)
-            yield dict(zip(self.columns, (name, *cells, typicality, note)))
+    def rows_of_batch(self, files):
+        """The same of the Files of one batch."""
+        readable = [file for file in files if file.image is not None]
+        scored = self.scored(readable) if readable else iter(())
+        for file in files:
+            row = {**dict.fromkeys(self.columns), "path": file.name, "note": file.note}
+            if file.image is None:
+                self.notes.update([file.kind, "noted"])
+            else:
+                cells, row["typicality"], without_lungs = next(scored)
+                row |= cells
+                row["note"] = self.note(file.image, row["typicality"], without_lungs)
+            yield file._replace(image=None), row
 
-    def scored(self, names, images):
-        """Yield (cells of `answers`, typicality, whether no lungs were found) of images as read_image gives
-        them."""
-        scores, logits, whole, features = self.scores(np.stack([image[0] for image in images]))
-        typicality = self.typicalities(names, scores, logits, features)
+    def scored(self, files):
+        """Yield (`answers`, typicality, whether no lungs were found) of Files that could be read."""
+        scores, logits, whole, features = self.scores(np.stack([file.image[0] for file in files]))
+        typicality = self.typicalities(files, scores, logits, features)
         cells = map(self.answers, scores, logits.argmax(axis=1))
         yield from zip(cells, typicality, whole)
 

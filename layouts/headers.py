@@ -60,6 +60,15 @@ def secret_key(cache_dir):
     return key
 
 
+def key_of_call(cache_dir):
+    """(a key for names that are only printed, whether it is that of the cache folder): where there is no such
+    folder, or its key may not be read, one for this call alone."""
+    if Path(cache_dir).is_dir():
+        with contextlib.suppress(OSError, InputError):
+            return secret_key(cache_dir), True
+    return secrets.token_bytes(KEY_BYTES), False
+
+
 def _make_key(path):
     """Write a new key, unless another process is faster."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +104,20 @@ def told(header, key):
     for name, tag in (("age", "PatientAge"), ("sex", "PatientSex"), ("view", "ViewPosition")):
         found[name] = printable(header[tag])[:16]
     found["machine"] = printable(header["Manufacturer"])[:LONGEST].strip()
+    return found
+
+
+def of_file(path, key):
+    """`told` of one file, its view as in listing.COHORT; all is "" where it is no DICOM file, or a damaged one,
+    which decoding it will tell."""
+    header = None
+    if not str(path).lower().endswith(PICTURES):
+        with contextlib.suppress(OSError):
+            header = read_header(path)
+    if header is None:
+        return dict.fromkeys(KEPT, "")
+    found = told(header, key)
+    found["view"] = cohort.view(found["view"])
     return found
 
 
