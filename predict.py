@@ -32,11 +32,13 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from calibration import shift
+from calibration.pooling import columns_of, fill_in, unit_of
 from common import scaling
 from common.cli import COUNT, Parser, check_name
 from common.console import InputError, Pace, say, start
@@ -44,7 +46,10 @@ from common.device import add_device_argument, pick_device
 from common.files import check_output, write_json
 from images.decode import read_image
 from images.find import Search, find_files
-from layouts.listing import patient_id
+from layouts.choices import VIEWS, view_is_used
+from layouts.headers import key_of_call, of_file
+from layouts.listing import Index, patient_id
+from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import plausible
 from models.inputs import Inputs
@@ -52,26 +57,6 @@ from records.onnx import export
 from records.run import Run
 
 NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
-
-
-def unlike(pixels, size, colour, results):
-    """What about an image is unlike the training images, as text; empty if nothing."""
-    notes = []
-    values = {"mean": float(pixels.mean()) / 255, "std": float(pixels.std()) / 255}
-    for key, word in (("mean", "brightness"), ("std", "contrast")):
-        low, high = results["input_range"][key]
-        if not low - 1e-6 <= values[key] <= high + 1e-6:
-            notes.append(f"{word} {values[key]:.2f} outside the training range {low:.2f} to {high:.2f}")
-    for value, key in zip(size, ("width", "height")):
-        low, high = results["split"]["original_size"][key]
-        resized_before = low == high  # such a set has one size, which says nothing
-        if not resized_before and not low <= value <= high:
-            notes.append(f"{key} {value} px outside the training range {low} to {high}")
-    if colour > 0.08:
-        notes.append("colour photograph?")
-    if not notes:
-        return ""
-    return "unlike the training images: " + ", ".join(notes)
 
 
 class File(NamedTuple):
@@ -109,7 +94,7 @@ class Scorer:
         # What is missing is found now, not in the middle of a thousand files.
         try:
             self.inputs = Inputs.of_calibration(run, self.calibration, device)
-            unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
+            shift.unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
         scores, decided = list(self.task.score_columns.values()), [d.column for d in self.decisions]
@@ -117,8 +102,7 @@ class Scorer:
         if self.unit == "image":
             self.columns = ["path", *scores, *decided]
         else:  # thresholds decide on studies: none is printed that would decide on an image
-            pooled = [f"{self.unit}_{column}" for column in (*scores, *decided)]
-            self.columns = ["path", self.unit, *scores, *pooled]
+            self.columns = ["path", self.unit, *scores, *columns_of(self.unit, [*scores, *decided])]
         self.columns += ["typicality", "note"]
         if self.task.one_of_many:
             self.columns.insert(1, "top_class")
@@ -192,7 +176,7 @@ class Scorer:
 
     def rows(self, paths, batch_size):
         """Yield (File without its image, dict of `columns`) for every path, in order; files that are not
-        scored have None for scores and decisions. By study or patient, `pool` fills in its columns."""
+        scored have None for scores and decisions. What is of the study or patient is not filled in."""
         paths = iter(paths)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             names = list(itertools.islice(paths, batch_size))
@@ -227,7 +211,7 @@ class Scorer:
     def note(self, image, typicality, without_lungs):
         """What is to be said of an image that could be read, as text; counted in `notes` by kind."""
         texts = dict.fromkeys(NOTES, "")
-        texts["unlike"] = unlike(*image, self.results)
+        texts["unlike"] = shift.unlike(*image, self.results)
         if typicality is not None and typicality <= shift.ODD:
             texts["odd"] = f"odd: typicality {typicality:.4f}"
         if without_lungs:
@@ -259,6 +243,16 @@ def parse():
     parser.add_argument(
         "--keep", metavar="NAME", help="keep that verdict in the run under this name, for compare.py"
     )
+    parser.add_argument(
+        "--views",
+        choices=VIEWS,
+        help="score only these, where a DICOM header tells the view (default: those of the training)",
+    )
+    parser.add_argument(
+        "--patients",
+        metavar="CSV",
+        help="table path,patient: which images belong together, where thresholds are by patient",
+    )
     parser.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(parser)
     args = parser.parse_args()
@@ -277,6 +271,7 @@ def count_of_notes(count, notes, typicality):
     odd images can be told at all."""
     kinds = {
         "unreadable": "unreadable",
+        "view": "of a view that is not scored",
         "odd": f"odd (typicality {shift.ODD:g} or less)",
         "unlike": "of a brightness, contrast, colour or size unlike the training images",
         "lungs": "without lungs, though the model needs them",
@@ -339,22 +334,42 @@ def say_no_verdict(scorer, tta):
     )
 
 
+def pooled(scorer, rows, table):
+    """What Scorer.rows gives of all files, list of (File, row), with the columns of studies or patients;
+    `table`: of --patients, or None."""
+    names, patients = [file.name for file, _ in rows], [file.patient for file, _ in rows]
+    if table and rows:
+        nothing = np.zeros(len(names), dtype=int)
+        index = read_patients(table, Index(names, nothing, patients, nothing > 0, nothing.astype(str)))
+        patients = [new if known else old for new, known, old in zip(index.patients, index.known, patients)]
+    if scorer.unit == "study" and not scorer.key_stays:
+        say("note: no key in the run's cache folder: the names of studies are of this call only")
+    studies, columns = [file.told["study"] for file, _ in rows], list(scorer.task.score_columns.values())
+    fill_in([row for _, row in rows], patients, studies, scorer.calibration, columns, scorer.decisions)
+    return rows
+
+
 def main():
     args = parse()
-    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site)
+    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site, args.views)
+    if args.patients and scorer.unit != "patient":
+        raise InputError(f"--patients: the thresholds of {scorer.run} are by {scorer.unit}, not by patient")
     if scorer.results["synthetic"]:
         say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
     if line := scaling.remark(scorer.calibration, scorer.run):
         say(line)
     if args.export:
         return export(scorer, args.export)
-    # A row is printed as soon as it is known: there may be more files than fit into memory.
+    # A row is printed as soon as it is known: there may be more files than fit into memory. By study or
+    # patient that is after the last file.
     search, pace, count = Search(), Pace(), 0
-    files = find_files(args.paths, search)
+    rows = scorer.rows(find_files(args.paths, search), args.batch_size)
+    if scorer.unit != "image":
+        rows = pooled(scorer, list(rows), args.patients)
     writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
     if not args.jsonl:
         writer.writeheader()
-    for row in scorer.rows(files, args.batch_size):
+    for _, row in rows:
         count += 1
         if args.jsonl:
             print(json.dumps(row))

@@ -108,8 +108,8 @@ def told(header, key):
 
 
 def of_file(path, key):
-    """`told` of one file, its view as in listing.COHORT; all is "" where it is no DICOM file, or a damaged one,
-    which decoding it will tell."""
+    """`told` of one file, its view as in listing.COHORT; all is "" where it is no DICOM file, or a damaged
+    one, which decoding it will tell."""
     header = None
     if not str(path).lower().endswith(PICTURES):
         with contextlib.suppress(OSError):
@@ -276,7 +276,7 @@ def _mend_studies(found, where):
 # ---------------------------------------------------------------- an Index
 
 
-def with_headers(root, index, cache_dir, names_tell=True):
+def with_headers(root, index, cache_dir, names_tell=False):
     """The Index with what the headers of its DICOM files say, where no table has said it: cohort, patients.
 
     `names_tell`: known patients are those that file names tell, and a header knows better."""
