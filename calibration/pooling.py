@@ -2,7 +2,7 @@
 labels become one. Whoever decides or reports by study takes it from here. No torch, no files.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -154,6 +154,19 @@ def _numbered(names):
     """Names [N] -> int64 [N]: the number of each, in the order in which they first appear."""
     numbers = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+
+
+def of_calibration(rule, calibration, run, asked):
+    """The Rule with the unit of a calibration: a site takes over the scores and thresholds of the run.
+
+    `asked`: (--by, --pool) of the command line, None where not given. InputError if these are others."""
+    by, pool = unit_of(calibration), calibration.get("pool", "max")
+    if (asked[0] or by, asked[1] or pool) != (by, pool):
+        raise InputError(
+            f"--by, --pool: with --site they are those of the run, and {run} was calibrated by {by} "
+            f"({pool}): leave them out, or calibrate the run with them first"
+        )
+    return replace(rule, by=by, pool=pool)
 
 
 def spread_over_images(scores, p1, rule, task):

@@ -1,5 +1,6 @@
 """Tests of dicom: what the tags of real files, good and bad, make of the stored values."""
 
+import csv
 import hashlib
 import hmac
 import os
@@ -18,7 +19,7 @@ from images.decode import open_dicom, read_image
 from images.split import split_patients, without_keys
 from layouts import headers
 from report.rows import load_entries
-from tests.shared import SHARED, of_one, read_json, save_dicom, smooth_picture, succeed
+from tests.shared import SHARED, cli, of_one, read_json, refused, save_dicom, smooth_picture, succeed
 
 
 def full_range(height=24, width=30):
@@ -568,3 +569,58 @@ def test_a_run_on_dicom_by_study(tmp_path):
     for secret in ("MRN-", "Doe", "1.2.5."):
         assert secret.encode() not in text and secret.encode("utf-32-le") not in text
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_predict_and_site_by_study(tmp_path):
+    """predict.py and --site take the unit of the run; lateral views are left out, and counted."""
+    dicom_set(tmp_path / "set", 40)
+    flags = ("--data-dir", "set", "--cache-dir", "cache", "--img-size", 32)
+    succeed("train_linear", *flags, cwd=tmp_path)
+    succeed("calibrate", "--by", "study", "--min-recall", 0.8, "--bootstrap", 100, cwd=tmp_path)
+    folder = tmp_path / "outputs" / "linear"
+
+    # The test images have the scores and decisions that predictions.csv says.
+    done = succeed("predict", "set/test", "--run", folder, cwd=tmp_path)
+    assert "by study (max): 12 images are 8 studies" in done.err
+    ours = list(csv.DictReader(open(folder / "predictions.csv", newline="")))
+    ours = {f"set/{row['path']}": row for row in ours}
+    rows = list(csv.DictReader(done.out.splitlines()))
+    assert "decision@Rec" not in rows[0] and len(rows) == 12
+    for row in rows:
+        mine = ours[row["path"]]
+        assert row["study"] == mine["study"] and row["study_decision@Rec"] == mine["study_decision@Rec"]
+        assert float(row["study_p_pneumonia"]) == pytest.approx(float(mine["study_score"]), rel=1e-4)
+
+    # A new folder: a lateral view, a picture without header, an unreadable file.
+    base = {"PatientID": "new", "StudyInstanceUID": "1.2.99"}
+    draw_headers(tmp_path / "new", {"a.dcm": {**base, "ViewPosition": "LL"}, "b.dcm": base, "c.dcm": base})
+    Image.fromarray(full_range(32, 32)).save(tmp_path / "new" / "d.png")
+    (tmp_path / "new" / "e.dcm").write_bytes(b"")
+    done = cli("predict", "new", "--run", folder, cwd=tmp_path)
+    assert done.code == 2 and "1 of a view that is not scored" in done.err
+    assert "3 images are 2 studies; 1 images whose study is not known stand alone" in done.err
+    rows = {row["path"][4:]: row for row in csv.DictReader(done.out.splitlines())}
+    assert rows["a.dcm"]["note"].startswith("lateral view: not scored") and not rows["a.dcm"]["p_pneumonia"]
+    scores = [float(rows[name]["p_pneumonia"]) for name in ("b.dcm", "c.dcm")]
+    assert float(rows["b.dcm"]["study_p_pneumonia"]) == max(scores)
+    assert rows["b.dcm"]["study_decision@Rec"] == rows["c.dcm"]["study_decision@Rec"]
+    assert rows["d.png"]["study"] == "" and rows["d.png"]["study_p_pneumonia"] == rows["d.png"]["p_pneumonia"]
+    assert rows["e.dcm"]["study_decision@Rec"] == ""
+    done = cli("predict", "new", "--run", folder, "--views", "all", cwd=tmp_path)
+    assert "4 images are 2 studies" in done.err
+    refused(cli("predict", "new", "--run", folder, "--patients", "p.csv", cwd=tmp_path), "are by study")
+
+    # A site is judged by study, too; another unit is refused.
+    dicom_set(tmp_path / "elsewhere", 24)
+    for path in (tmp_path / "elsewhere").rglob("*.dcm"):  # the same patients with other pictures
+        draw_headers(
+            path.parent, {path.name: {"PatientID": path.stem[:2], "StudyInstanceUID": f"1.{path.stem[:2]}"}}
+        )
+    site = ("--site", "elsewhere/train", "--name", "there", "--min-recall", 0.8)
+    done = succeed("calibrate", *site, cwd=tmp_path)
+    assert "site: 48 images are " in done.out and "studies of" in done.out
+    assert read_json(folder, "sites", "there.json")["scores"]["unit"] == ["study", "max"]
+    refused(cli("calibrate", *site, "--by", "patient", cwd=tmp_path), "was calibrated by study (max)")
+    succeed("calibrate", "--by", "patient", "--min-recall", 0.8, "--bootstrap", 100, cwd=tmp_path)
+    done = cli("predict", "new", "--run", folder, "--site", "there", cwd=tmp_path)
+    refused(done, "another unit (--by, --pool)")
