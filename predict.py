@@ -167,7 +167,7 @@ class Scorer:
         """The File at a path."""
         file = File(path, of_file(path, self.key))
         view = file.told["view"]
-        if not view_is_used(view, self.views):
+        if not view_is_used([view], self.views)[0]:
             return file._replace(note=f"{view} view: not scored (--views all scores it)", kind="view")
         try:
             return file._replace(image=read_image(path, self.config.img_size, self.config.resize))

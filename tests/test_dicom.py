@@ -369,9 +369,9 @@ def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what headers say of patients
 
 
-def draw_headers(root, headers, size=16):
+def draw_headers(root, headers, size=16, seed=0):
     """A DICOM of random pixels for each {file: {tag: value}}."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, tags in headers.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         tags = {"PatientName": "Doe^Jane", **tags}
@@ -506,7 +506,7 @@ def test_damaged_headers(tmp_path, capsys):
     assert "DICOM headers in" in said and "absent.dcm" in said and "Traceback" not in said
 
 
-def dicom_set(root, patients=12):
+def dicom_set(root, patients=12, seed=0):
     """Class folders of DICOM: each patient has two images, in one or two studies; NORMAL and PNEUMONIA take
     turns. Names of files say nothing."""
     number, tags = 0, {}
@@ -522,7 +522,7 @@ def dicom_set(root, patients=12):
                     "PatientSex": "FM"[p % 2],
                     "ViewPosition": "PA",
                 }
-    return draw_headers(root, tags, size=32)
+    return draw_headers(root, tags, size=32, seed=seed)
 
 
 def test_split_keeps_a_patient_together_whatever_the_key(tmp_path):
@@ -611,14 +611,11 @@ def test_predict_and_site_by_study(tmp_path):
     refused(cli("predict", "new", "--run", folder, "--patients", "p.csv", cwd=tmp_path), "are by study")
 
     # A site is judged by study, too; another unit is refused.
-    dicom_set(tmp_path / "elsewhere", 24)
-    for path in (tmp_path / "elsewhere").rglob("*.dcm"):  # the same patients with other pictures
-        draw_headers(
-            path.parent, {path.name: {"PatientID": path.stem[:2], "StudyInstanceUID": f"1.{path.stem[:2]}"}}
-        )
+    dicom_set(tmp_path / "elsewhere", 24, seed=1)  # the same patients, other pictures
     site = ("--site", "elsewhere/train", "--name", "there", "--min-recall", 0.8)
     done = succeed("calibrate", *site, cwd=tmp_path)
-    assert "site: 48 images are " in done.out and "studies of" in done.out
+    assert "site: 48 images are 32 studies" in done.out and "16 studies of 12 patients with" in done.out
+    assert "24 of its patients were seen when outputs/linear was trained" in done.err
     assert read_json(folder, "sites", "there.json")["scores"]["unit"] == ["study", "max"]
     refused(cli("calibrate", *site, "--by", "patient", cwd=tmp_path), "was calibrated by study (max)")
     succeed("calibrate", "--by", "patient", "--min-recall", 0.8, "--bootstrap", 100, cwd=tmp_path)
