@@ -8,7 +8,8 @@ true recall is >= --min-recall with probability --guarantee, for patients like t
 lies in the middle between two validation scores, so that rounding changes no decision there. Where
 there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores
 the test images (the only script that opens them for that) and prints both sides with intervals. Writes
-scores.npz and calibration.json beside the checkpoint (with --tta: scores-tta.npz, calibration-tta.json).
+scores.npz, calibration.json and, for spreadsheets, predictions.csv beside the checkpoint (with --tta:
+scores-tta.npz and so on). --by study or patient: all this for the images of a study or patient together.
 Scores are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds.
 
     python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
