@@ -84,6 +84,13 @@ def pixels(path):
 @lru_cache(maxsize=3)  # the three sides of a set
 def _images(file, side, changed):
     """The array SIDE_images of an .npz, changed at this time."""
+    count_images(file, side)
+    with np.load(file, allow_pickle=False) as archive:
+        return archive[f"{side}_images"]
+
+
+def count_images(file, side):
+    """Number of images of a side of an .npz. InputError if it has none, or something else."""
     name = f"{side}_images"
     shape, dtype = shapes(file).get(name, (None, None))
     if shape is None:
@@ -91,5 +98,4 @@ def _images(file, side, changed):
     grey, colour = len(shape) == 3, len(shape) == 4 and shape[-1] == 3
     if dtype != np.uint8 or not (grey or colour) or min(shape) < 1:
         raise InputError(f"{file}: {name} is {dtype} {shape}, no images of 8 bits")
-    with np.load(file, allow_pickle=False) as archive:
-        return archive[name]
+    return shape[0]

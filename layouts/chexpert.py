@@ -55,11 +55,14 @@ def _valid_beside(path):
 def _rows_of(path, root):
     """The Rows of one table."""
     sheet = open_sheet(path)
-    names, patients, studies = [], [], []
+    names, patients, studies, stays = [], [], [], {}
     for name in sheet.text("Path"):
         prefix = PREFIX.match(name)
-        if prefix and not (root / prefix[0]).is_dir():
-            name = name[prefix.end() :]
+        if prefix:
+            if prefix[0] not in stays:  # only where that folder lies in the data folder
+                stays[prefix[0]] = (root / prefix[0]).is_dir()
+            if not stays[prefix[0]]:
+                name = name[prefix.end() :]
         place = PLACE.search(name)
         names.append(name)
         patients.append(place[1] if place else "")

@@ -82,8 +82,8 @@ def training_targets(targets, uncertain, config):
 
 
 def view_is_used(views, wanted):
-    """bool [N]: whether images of these `views` (text [N], "" for unknown) are used where --views is `wanted`.
-    Unknown views are."""
+    """bool [N]: whether images of these `views` (text [N], "" for unknown) are used where --views is
+    `wanted`. Unknown views are."""
     views = np.asarray(views)
     if wanted == "all":
         return np.ones(len(views), dtype=bool)
@@ -92,9 +92,9 @@ def view_is_used(views, wanted):
 
 
 def select(reading, choices):
-    """(Index, flow) of the images of a Reading that are used: of a view that --views wants (or of an unknown
-    one) and, but where the layout keeps them, with a label of a finding that is asked. Notes count the others.
-    InputError if none is left."""
+    """(Index, flow) of the images of a Reading that are used: of a view that --views wants, or of an unknown
+    one, and, but where the layout keeps them, with a label of a finding that is asked. Notes count the
+    others. InputError if none is left."""
     index, flow = reading.index, list(reading.flow)
     views = (index.cohort or {}).get("view")
     if views is not None and choices.layout != OLDER:

@@ -54,15 +54,15 @@ def rows(source):
     labels, names, sides = [], [], []
     with np.load(source.path, allow_pickle=False) as archive:
         for side in SIDES:
-            images, (shape, dtype) = shapes[f"{side}_images"][0], shapes[f"{side}_labels"]
-            if shape != (images[0], len(known)) or dtype.kind not in "ui":
+            count, (shape, dtype) = arrays.count_images(source.path, side), shapes[f"{side}_labels"]
+            if shape != (count, len(known)) or dtype.kind not in "ui":
                 raise InputError(
                     f"{source.path}: {side}_labels is {dtype} {shape}, not whole numbers "
-                    f"{(images[0], len(known))}"
+                    f"{(count, len(known))}"
                 )
             labels.append(archive[f"{side}_labels"])
-            names += _names(source, side, images[0])
-            sides += [side] * images[0]
+            names += _names(source, side, count)
+            sides += [side] * count
     labels = np.concatenate(labels)
     if not np.isin(labels, (0, 1)).all():
         raise InputError(f"{source.path}: labels other than 0 and 1")
@@ -92,8 +92,7 @@ def _names(source, side, count):
 
 def images(source):
     """{name: name} of all images: they need not be looked for."""
-    shapes = arrays.shapes(source.path)
-    counts = {side: shapes[f"{side}_images"][0][0] for side in SIDES}
+    counts = {side: arrays.count_images(source.path, side) for side in SIDES}
     return {name: name for side, count in counts.items() for name in _names(source, side, count)}
 
 

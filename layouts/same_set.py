@@ -44,6 +44,8 @@ def set_of(folder, table, layout=""):
         return medmnist.SETS[medmnist.which(path)][0], True
     if found.name == "nih":  # a hospital may have written a table like NIH's
         return _by_names(folder, NIH, "nih"), False
+    if found.name == "plain":
+        return _by_names(folder, KERMANY, "kermany") or _by_names(folder, NIH, "nih"), False
     return found.public, False
 
 

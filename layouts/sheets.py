@@ -24,6 +24,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NAME_COLUMNS = {"path", "image index"}  # one of these names the image in many tables
 ZIPPED = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how the workbooks of spreadsheet programs begin
 GZIP = b"\x1f\x8b"
+FIRST_ROW = 1 << 20  # characters that hold it
 LARGEST = 1 << 30  # bytes of a table, unpacked; the largest public one has 250 MB
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -91,7 +92,7 @@ def _open_sheet(path, size, changed):
     """`open_sheet` of a file of this size and time of change."""
     text = _text(path)
     text, separator = _separator(text)
-    first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+    first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
     head = [name.strip() for name in first]
     while head and not head[-1]:
         head.pop()  # a value there has come from another column
@@ -241,8 +242,10 @@ def _separator(text):
     if told := re.match(r'"?sep=(.)"?\s*?(\r\n|\r|\n)', text, re.IGNORECASE):
         return text[told.end() :], told[1]
 
+    beginning = text[:FIRST_ROW]
+
     def columns_by(separator):
-        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+        first = next(csv.reader(io.StringIO(beginning, newline=""), delimiter=separator), [])
         return [name.strip().lower() for name in first]
 
     try:

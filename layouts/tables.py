@@ -34,16 +34,25 @@ ENDINGS = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".npz")
 def find_table(path, data_dir, layout=""):
     """The path of a table: as it is, or else inside the data folder; of a folder, the one table in it that
     has a known layout. InputError if there is none, or several could be meant."""
+    empty = []
     for place in (Path(path), Path(data_dir, path)):
         if place.is_dir():
-            return _table_in(place, layout)
-        if place.exists():
+            found = _table_in(place, layout)
+            if found:
+                return found
+            empty.append(place)
+        elif place.exists():
             return place
+    if empty:
+        there = sorted(file.name for file in empty[-1].iterdir() if file.name.lower().endswith(ENDINGS))
+        holds = ", ".join(there[:8]) or "no table"
+        raise InputError(f"--labels {path}: it holds no table of a known layout; it holds {holds}")
     raise InputError(f"--labels {path}: there is no such file, neither here nor in {data_dir}")
 
 
 def _table_in(folder, layout):
-    """The main table in a folder; of the layout of that name, if there is one."""
+    """The main table in a folder, of the layout of that name, if there is one; None if it holds none.
+    InputError if several could be meant."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(ENDINGS))
     tables = {}  # {layout: its tables}
     for file in files:
@@ -59,8 +68,7 @@ def _table_in(folder, layout):
             "layout with --layout"
         )
     if not tables:
-        there = ", ".join(file.name for file in files[:8]) or "no table"
-        raise InputError(f"--labels {folder}: it holds no table of a known layout; it holds {there}")
+        return None
     ((name, there),) = tables.items()
     for part in LAYOUTS[name].main:
         there = [file for file in there if part in file.name.lower()] or there
