@@ -97,9 +97,7 @@ class Explainer:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
         if unit_of(self.calibration) != "image":
-            say(
-                f"note: the threshold of {run} is for {plural_of(self.calibration)}; here it decides on images"
-            )
+            say(f"note: the threshold of {run} is for {plural_of(self.calibration)}; here it is for images")
         self.model = model.to(device)
         self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.exact = self.inputs.on(device)  # float32, for maps and curves

@@ -7,17 +7,18 @@ bits or more, grey or colour. Prints CSV (or --jsonl) to stdout, progress to std
 decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
 findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
 empty without a threshold) for each. Of a run calibrated --by study (or patient), the columns study,
-study_p_... and study_decision... stand in place of the image's decisions. Preprocessing, precision, scaling and thresholds are those of the run's
-calibration, so the test folder gives calibrate.py's scores. Where they are no probabilities (a run trained
-with class weights), a line on stderr says so. A file that cannot be read gets a note in its row and makes the
-exit code 2; the rest is scored all the same. `typicality` is the share of validation images at least as odd,
-and `note` says when it is 0.01 or less, or brightness, contrast, colour or size is unlike the training
-images. Stderr ends with the count of notes by kind, and says whether all images together are like validation,
-like validation at another share of sick people, or others (shift.py says how), and what to do next; --summary
-writes that to a file, and --keep to the run, for compare.py. In folders files are recognised by their names
-or, of any other name, by their content; what is passed over is counted in a line on stderr. DICOM files of
-views that the run was not trained on, lateral ones say, get a note and no score (--views all scores them).
-Memory does not grow with the number of files, but for the rows, by study, which come last.
+study_p_... and study_decision... stand in place of the image's decisions. Preprocessing, precision, scaling
+and thresholds are those of the run's calibration, so the test folder gives calibrate.py's scores. Where they
+are no probabilities (a run trained with class weights), a line on stderr says so. A file that cannot be read
+gets a note in its row and makes the exit code 2; the rest is scored all the same. `typicality` is the share
+of validation images at least as odd, and `note` says when it is 0.01 or less, or brightness, contrast,
+colour or size is unlike the training images. Stderr ends with the count of notes by kind, and says whether
+all images together are like validation, like validation at another share of sick people, or others (shift.py
+says how), and what to do next; --summary writes that to a file, and --keep to the run, for compare.py. In
+folders files are recognised by their names or, of any other name, by their content; what is passed over is
+counted in a line on stderr. DICOM files of views that the run was not trained on, lateral ones say, get a
+note and no score (--views all scores them). Memory does not grow with the number of files, but for the rows,
+by study, which come last.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
