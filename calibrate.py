@@ -2,19 +2,21 @@
 
     python calibrate.py --min-recall 0.95
 
-For every finished run under outputs/ (or --run DIR ...): scores the validation images and chooses two
-thresholds there: @Rec, the highest precision among thresholds with recall >= --min-recall; and @Guar, whose
-true recall is >= --min-recall with probability --guarantee, for patients like the validation patients. Each
-lies in the middle between two validation scores, so that rounding changes no decision there. Where
-there are several findings, each gets its own; --jointly asks that all guarantees hold at once. Then scores
-the test images (the only script that opens them for that) and prints both sides with intervals. Writes
-scores.npz, calibration.json and, for spreadsheets, predictions.csv beside the checkpoint (with --tta:
-scores-tta.npz and so on). --by study or patient: all this for the images of a study or patient together.
-Scores are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds.
+For every finished run under outputs/ (or --run DIR ...), scores the validation images and chooses two
+thresholds there. @Rec has the highest precision among thresholds with recall >= --min-recall. @Guar has a
+true recall >= --min-recall with probability --guarantee, for patients like the validation patients. Each
+lies in the middle between two validation scores, so that rounding changes no decision there. Of several
+findings, each gets both; --jointly asks that all guarantees hold at once.
+
+Then scores the test images (no other script opens them for that) and prints both sides with intervals.
+Writes scores.npz, calibration.json and, for spreadsheets, predictions.csv into the run folder (with --tta:
+scores-tta.npz and so on). --by study or patient takes the images of a study or patient together. Scores are
+kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds. A run
+that cannot be read is passed over with a note; the exit code is then 2 if --run named it.
 
     python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
 
-first makes a run of its own of several: its probability is the mean of theirs.
+first makes one run of several: its probability is the mean of theirs.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -204,6 +206,7 @@ def parse():
         raise InputError("--ensemble RUN RUN ... and --out DIR belong together, without --run")
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
         raise InputError("--site DIR and --name WHERE belong together, without --ensemble")
+    # A site's thresholds are for the scores that the run gives now.
     if args.site and args.temperature:
         raise InputError(
             "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
@@ -308,6 +311,7 @@ def calibrate_run(run, scores, rule, origin):
         **origin,
         "command": command_line(),
     }
+    # The scores that thresholds apply to are kept beside the logits: reports need no torch.
     thresholds_apply_to = {f"{side}_p1": p1[side] for side in SIDES}
     name = scaling.calibration_name(origin["tta"])
     run.save_calibration(result, scores | thresholds_apply_to, name)

@@ -36,6 +36,7 @@ def parse():
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
     args = parser.parse_args()
+    # What cannot be written is said before the work, not after it.
     given = args.figures is not None
     args.figures = Path(args.figures or Path(args.runs_dir, "figures"))
     for flag, path in (("--out", args.out), ("--csv", args.csv), ("--html", args.html)):

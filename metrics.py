@@ -74,7 +74,8 @@ def summarize_at_threshold(y_true, p1, thr):
     positives = check_both_classes(y)
     if np.isnan(thr):
         raise InputError("the threshold is NaN")
-    tp, fp, tn, fn = counts_at_threshold(y, p, thr)
+    counts = counts_at_threshold(y, p, thr)
+    tp, fp, tn, fn = counts.values()
     return {
         "acc": (tp + tn) / len(y),
         "precision": tp / (tp + fp) if tp + fp else 0.0,
@@ -83,19 +84,16 @@ def summarize_at_threshold(y_true, p1, thr):
         "f1": 2 * tp / (2 * tp + fp + fn),
         "auroc": float(roc_auc_score(y, p)),
         "auprc": float(average_precision_score(y, p)),
-        "tp": tp,
-        "fp": fp,
-        "tn": tn,
-        "fn": fn,
+        **counts,
         "thr": float(thr),
     }
 
 
 def counts_at_threshold(y, p, thr):
-    """(tp, fp, tn, fn) of the decisions p >= thr: checked labels and scores [N]."""
+    """{"tp", "fp", "tn", "fn"} of the decisions p >= thr: checked labels and scores [N]."""
     called, sick = p >= thr, y == 1
     tp, fp = int((called & sick).sum()), int((called & ~sick).sum())
-    return tp, fp, int((~sick).sum()) - fp, int(sick.sum()) - tp
+    return {"tp": tp, "fp": fp, "tn": int((~sick).sum()) - fp, "fn": int(sick.sum()) - tp}
 
 
 def check_both_classes(y, where="labels"):
@@ -123,9 +121,6 @@ def ends_of_ties(ordered):
 
 # ---------------------------------------------------------------- room for rounding
 
-HALF = 0.5  # unit of logit below the lowest score
-CLOSEST_TO_1 = np.nextafter(1.0, 0.0)
-
 
 def lowered_to_midpoint(thr, scores):
     """A threshold with the same decisions that does not sit on a score -> (threshold, gap).
@@ -148,7 +143,7 @@ def lowered_to_midpoint(thr, scores):
         middle = (_finite_logit(lower) + _finite_logit(thr)) / 2
     else:
         lower = -math.inf
-        middle = _finite_logit(thr) - HALF
+        middle = _finite_logit(thr) - 0.5
     # Near 0 and 1 the doubles are coarse in logits, so a rounded middle may land on an end.
     for candidate in (float(expit(middle)), (lower + thr) / 2):
         if lower < candidate < thr:
@@ -158,7 +153,7 @@ def lowered_to_midpoint(thr, scores):
 
 def _finite_logit(p):
     """log(p / (1 - p)) in float64; 0 and 1 count as the doubles next to them."""
-    return logit(np.clip(p, np.nextafter(0.0, 1.0), CLOSEST_TO_1))
+    return logit(np.clip(p, np.nextafter(0.0, 1.0), np.nextafter(1.0, 0.0)))
 
 
 # ---------------------------------------------------------------- a recall that can be promised
@@ -189,7 +184,6 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     for name, value in (("min_recall", min_recall), ("confidence", confidence)):
         if not 0 < value < 1:
             raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
-    # The rule needs independent positives: without groups each image is one.
     if groups is None:
         draws = np.sort(p[y == 1])[None]
     else:
@@ -204,7 +198,6 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
             f"{n} independent positives{counted} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
-    # The median over the draws of patients' images, the lower one of two.
     candidates = np.sort(draws[:, allowed[-1]])
     thr = candidates[(len(candidates) - 1) // 2]
     called = p >= thr
@@ -234,9 +227,8 @@ def chance_below_floor(positives, min_recall):
     missed, the true share of the missed is Beta(m + 1, n - m), and it exceeds 1 - `min_recall` with the
     chance P(Binomial(n, 1 - min_recall) <= m). Fewer missed, ties, or a threshold between two scores only
     lower the chance."""
-    n = positives
-    missed = np.flatnonzero((n - np.arange(n)) / n >= min_recall)[-1]
-    return float(binom.cdf(missed, n, 1 - min_recall))
+    missed = np.flatnonzero((positives - np.arange(positives)) / positives >= min_recall)[-1]
+    return float(binom.cdf(missed, positives, 1 - min_recall))
 
 
 def one_image_per_patient(scores, patients, draws=201):
@@ -358,10 +350,8 @@ def calibration_error(y_true, p1, bins=15):
     y, p = check_scores(y_true, p1)
     if bins < 1:
         raise InputError(f"calibration needs at least one bin, got {bins}")
-    # Images of equal score share the mean of their labels.
     _, codes = np.unique(p, return_inverse=True)
     y = (np.bincount(codes, weights=y) / np.bincount(codes))[codes]
-    # The k-th bin holds the k-th smallest scores.
     members = np.array_split(np.argsort(p, kind="stable"), min(bins, len(y)))
     rows = [{"n": len(i), "score": float(p[i].mean()), "positives": float(y[i].mean())} for i in members]
     return sum(row["n"] * abs(row["score"] - row["positives"]) for row in rows) / len(y), rows

@@ -2,16 +2,19 @@
 
     python monitor.py --run outputs/pretrained LOG.csv
 
-LOG.csv has a row for each image, in the order in which the truth became known: path, score (or p_FINDING, as
-predict.py writes it: its CSV with a column diagnosis will do), diagnosis (the name of the class or finding,
-of its absence, or 1 and 0; rows where it is empty wait), and perhaps patient and time (as 2026-11-23, which
-sorts as text). The first image of each patient counts; without that column, file names tell the patient, as
-in training, and an image whose name tells none counts as a patient. Prints recall and specificity so far with
-95% confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
-If recall >= the floor is refuted, it says when, and the exit code is 3. Where recall is at the floor, that
-ever happens with a chance of at most 5%, however long one watches (calibration/sequential.py). With few
-patients it says that they cannot tell yet. --site WHERE takes the thresholds of calibrate.py --site, --tta
-those of calibrate.py --tta, for scores of predict.py --tta.
+LOG.csv has a row for each image, in the order in which the truth became known. The CSV of predict.py with a
+column diagnosis will do. Columns: path; score, or p_FINDING as predict.py writes it; diagnosis (the name of
+the class or finding, or of its absence, or 1 and 0; rows where it is empty wait); perhaps patient, and time
+(as 2026-11-23, which sorts as text).
+
+The first image of each patient counts. Without a column patient, file names tell the patient, as in training;
+an image with no patient in its name counts as a patient. Prints recall and specificity so far with 95%
+confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
+
+If the data refute a recall at the floor or above, it says when, and the exit code is 3. Where recall is at
+the floor, that ever happens with a chance of at most 5%, however long one watches
+(calibration/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
+thresholds of calibrate.py --site; --tta takes those of calibrate.py --tta, for scores of predict.py --tta.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -28,7 +31,7 @@ import numpy as np
 from calibration import sequential
 from calibration.pooling import columns_of, unit_of
 from common import scaling
-from common.cli import Number, Parser, check_name
+from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
 from layouts.listing import patient_id
@@ -86,7 +89,7 @@ def check_row(cell, score, words, where):
         value = float(cell[score])
     except ValueError:
         value = float("nan")
-    if not cell[score] and score != "score":
+    if not cell[score] and score != "score":  # predict.py leaves the score of an unreadable file empty
         value = None
     elif not 0 <= value <= 1:
         raise InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
@@ -97,6 +100,7 @@ def check_row(cell, score, words, where):
         known = ", ".join((*absent, *present))
         raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
     sick = diagnosis in present if diagnosis else None
+    # Without a column patient the file name may tell, as in training.
     patient = clean_patient(cell.get("patient", ""))
     if not patient and patient_id(cell["path"]) != cell["path"]:
         patient = patient_id(cell["path"])
@@ -104,7 +108,7 @@ def check_row(cell, score, words, where):
 
 
 def check_columns(path, head, score):
-    """InputError if a log with these columns lacks one; `score`: that of the scores."""
+    """InputError if a log with these columns lacks one; `score`: the column of scores."""
     missing = [name for name in ("path", score, "diagnosis") if name not in head]
     if not missing:
         return
@@ -226,12 +230,7 @@ def parse():
     parser.add_argument(
         "log", metavar="LOG.csv", help="table path,score,diagnosis, perhaps with patient,time"
     )
-    parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument(
-        "--site",
-        metavar="WHERE",
-        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
-    )
+    add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
     parser.add_argument(
         "--point",
@@ -283,6 +282,7 @@ def say_verdict(alarm, patients, finding, floor):
         )
         sys.exit(REFUTED)
     say(f"recall >= {floor:g} is not refuted so far")
+    # "Not refuted" may only mean "too few": so what could be noticed by now is said.
     lower = floor - 0.05 if floor > 0.1 else floor / 2
     usual = sequential.noticed_after(lower, floor)
     if usual is None or patients < usual:

@@ -3,22 +3,26 @@
     python predict.py PATHS... --run outputs/pretrained > predictions.csv
 
 PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF, BMP, WebP and DICOM, of 8
-bits or more, grey or colour. Prints CSV (or --jsonl) to stdout, progress to stderr: path, p_pneumonia,
-decision@0.5, decision@Rec (with --site also decision@Guar), typicality, note; where there are several
-findings, top_class (the most probable of K classes), then p_FINDING and decision@Rec_FINDING (yes or no,
-empty without a threshold) for each. Of a run calibrated --by study (or patient), the columns study,
-study_p_... and study_decision... stand in place of the image's decisions. Preprocessing, precision, scaling
-and thresholds are those of the run's calibration, so the test folder gives calibrate.py's scores. Where they
-are no probabilities (a run trained with class weights), a line on stderr says so. A file that cannot be read
-gets a note in its row and makes the exit code 2; the rest is scored all the same. `typicality` is the share
-of validation images at least as odd, and `note` says when it is 0.01 or less, or brightness, contrast,
-colour or size is unlike the training images. Stderr ends with the count of notes by kind, and says whether
-all images together are like validation, like validation at another share of sick people, or others (shift.py
-says how), and what to do next; --summary writes that to a file, and --keep to the run, for compare.py. In
-folders files are recognised by their names or, of any other name, by their content; what is passed over is
-counted in a line on stderr. DICOM files of views that the run was not trained on, lateral ones say, get a
-note and no score (--views all scores them). Memory does not grow with the number of files, but for the rows,
-by study, which come last.
+bits or more, grey or colour. In folders, files are recognised by name, or else by content; a line on stderr
+counts what is passed over.
+
+Stdout is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with --site also
+decision@Guar), typicality, note. Several findings have p_FINDING and decision@Rec_FINDING each (yes or no,
+empty without a threshold); several classes also top_class, the most probable one. Of a run calibrated --by
+study, study, study_p_... and study_decision... replace the decisions on images, and rows come last.
+Preprocessing, precision, scaling and thresholds come from the run's calibration, so the test folder gives
+calibrate.py's scores. A line on stderr says where scores are no probabilities (a run trained with class
+weights).
+
+`typicality` is the share of validation images at least as odd. `note` says when it is 0.01 or less, or when
+brightness, contrast, colour or size is unlike the training images. A file that cannot be read gets a note in
+its row, and the exit code is 2; the others are scored. DICOM files of a view that the run was not trained on
+(lateral, say) get a note and no score; --views all scores them. Memory does not grow with the number of
+files.
+
+Stderr ends with the count of notes by kind, a verdict on all images together, and what to do next. The
+verdict: like validation, like validation at another share of sick people, or others (calibration/shift.py).
+--summary writes it to a file, --keep to the run, for compare.py.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -43,7 +47,7 @@ import torch
 from calibration import shift
 from calibration.pooling import columns_of, fill_in, unit_of
 from common import scaling
-from common.cli import COUNT, Parser, check_name
+from common.cli import COUNT, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, Pace, say, start
 from common.device import add_device_argument, pick_device
 from common.files import check_output, write_json
@@ -151,7 +155,7 @@ class Scorer:
 
     def verdict(self):
         """Whether all images so far are like validation, as JSON; None without a reference that holds labels
-        (those of older versions)."""
+        (older versions kept none)."""
         if self.reference is None or not self.reference.labelled:
             return None
         usual = self.called(self.task.scores_from(self.reference.logits, self.calibration))
@@ -229,12 +233,7 @@ def parse():
     """Checked command line."""
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="images to score: files, folders or globs")
-    parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
-    parser.add_argument(
-        "--site",
-        metavar="WHERE",
-        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
-    )
+    add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="average over views, as calibrate.py --tta did")
     parser.add_argument("--jsonl", action="store_true", help="print JSON lines instead of CSV")
     parser.add_argument(
@@ -264,7 +263,7 @@ def parse():
     for flag, path in (("--summary", args.summary), ("--export", args.export)):
         if path:
             check_output(flag, path)
-    if bool(args.paths) == bool(args.export):
+    if bool(args.paths) == bool(args.export):  # both, or neither
         raise InputError("give either PATHS to score or --export FILE.onnx")
     return args
 
@@ -279,6 +278,7 @@ def count_of_notes(count, notes, typicality):
         "unlike": "of a brightness, contrast, colour or size unlike the training images",
         "lungs": "without lungs, though the model needs them",
     }
+    # Kinds that do not occur are not listed; that one could not be looked for is.
     counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
     if not typicality:
         counts.append("which are odd cannot be told")
@@ -291,7 +291,7 @@ def count_of_notes(count, notes, typicality):
 def advice(verdict, run, site):
     """What to do next, as text; empty if nothing."""
     if verdict["verdict"] == "shifted":
-        if site:
+        if site:  # its thresholds were chosen for such images, so nothing need be labelled again
             return (
                 f"next: the thresholds of {site} hold while patients stay like those labelled there; "
                 "python monitor.py watches that as diagnoses come in"
@@ -317,6 +317,7 @@ def report(scorer, args, counts):
     say(shift.sentence(verdict))
     if next_step := advice(verdict, run, args.site):
         say(next_step)
+    # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
     summary = {**origin, **counts, **verdict}
     if args.summary:

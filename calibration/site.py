@@ -1,10 +1,10 @@
-"""Thresholds of a trained run for another hospital, chosen on a few of its own labelled images.
+"""Thresholds of a trained run for another hospital, chosen on a few images labelled there.
 
-A threshold promises nothing where patients differ from those of validation. Local labels can promise again:
-@Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a recall of
-0.95 with confidence 0.95. No rule that assumes nothing can do with fewer: if the true recall of a threshold
-is just below the floor r, all of n patients are found with a chance of nearly r^n, so they refute it with
-confidence c only if r^n <= 1 - c.
+A threshold promises nothing where patients differ from the validation patients. Local labels can promise
+again: @Rec and @Guar are chosen on them as on validation. @Guar needs 59 patients with the finding for a
+recall of 0.95 with confidence 0.95. No rule that assumes nothing can do with fewer. If the true recall of a
+threshold is just below the floor r, all of n patients are found with a chance of nearly r^n; so they refute
+it with confidence c only if r^n <= 1 - c.
 
 Fewer can promise less: @Mean, the threshold of split conformal prediction (Vovk et al. 2005; Angelopoulos and
 Bates 2023, arXiv:2107.07511, section 1), has a recall of at least the floor on average over samples like this
@@ -43,8 +43,6 @@ from training.evaluate import predict
 SHOWN = ("recall", "specificity")
 POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
 ROWS = {"at_rec": "threshold", "at_mean": "mean", "at_guaranteed": "guaranteed"}  # of `held_out`: POINTS
-
-needed = positives_needed  # patients with the finding that @Guar needs, all of them found
 
 
 def needed_on_average(floor):
@@ -109,7 +107,7 @@ def choose(y, p, patients, rule):
         "negatives": int((y == 0).sum()),
         "positive_patients": len(np.unique(patients[y == 1])),
         "negative_patients": len(np.unique(patients[y == 0])),
-        "needed": needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
+        "needed": positives_needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
     }
     if not has_enough(y):
         counts = f"{chosen['positives']} images with it and {chosen['negatives']} without"
@@ -132,7 +130,7 @@ def choose(y, p, patients, rule):
         if chosen[name] is None:
             continue
         chosen[name], chosen["gaps"][name] = lowered_to_midpoint(chosen[name], p)
-        row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, chosen[name])))
+        row = counts_at_threshold(y, p, chosen[name])
         chosen["specificities"][name] = row["tn"] / chosen["negatives"]
         # @Mean may miss more of these images than the floor allows: it promises an average.
         floor = rule.min_recall if name == "threshold" else 0
@@ -173,9 +171,9 @@ def scored(run, subset, device, tta, batch_size):
 
 
 def held_out(y, p, patients, shipped, rule):
-    """How local thresholds would fare on new patients: chosen on one half of the patients, figures of the
-    other half, those of the `shipped` threshold beside them, with intervals (as operating.summarize gives
-    them) -> JSON; None where a half has too few images."""
+    """How local thresholds would fare on new patients: they are chosen on one half of the patients and tried
+    on the other, as is the `shipped` threshold -> JSON, figures with intervals as summarize gives them; None
+    where a half has too few images."""
     here, there = halves(patients, y)
     chosen = choose(y[here], p[here], patients[here], replace(rule, strict=False))
     if "why_not" in chosen or not has_enough(y[there]):
@@ -233,7 +231,7 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
 def calibrate(args, rule, device, tta):
     """What calibrate.py does with --site: thresholds for another hospital, for every run."""
     if rule.min_recall < 1:
-        guaranteed, more_if_joint = needed(rule.min_recall, rule.confidence), ""
+        guaranteed, more_if_joint = positives_needed(rule.min_recall, rule.confidence), ""
         if rule.jointly:
             more_if_joint = " (with --jointly more, where there are several findings)"
         print(
@@ -241,6 +239,7 @@ def calibrate(args, rule, device, tta):
             f"{needed_on_average(rule.min_recall)} for @Mean; {LEAST} images with it and without it "
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
+    # All that can fail for one run alone comes before its thresholds are chosen.
     moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
 
     def score_site(run):
@@ -312,7 +311,9 @@ def joint_line(name, joint, each):
     text = f"{name}: the floors of {joint['findings']} findings hold at once with confidence "
     text += f"{joint['confidence']:g}: by the union bound each alone with {each.confidence:.6g}"
     if each.min_recall < 1:
-        text += f", which needs {needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        text += (
+            f", which needs {positives_needed(each.min_recall, each.confidence)} patients with it for @Guar"
+        )
     return text
 
 
@@ -356,6 +357,7 @@ def lines(name, finding, chosen, rule, alone=True):
         "guaranteed": f"true recall >= {floor:g} with confidence {confidence:.6g}, while patients stay like "
         "these",
     }
+    # Each point with what it promises, or why it is not there.
     out = [f"{name}: {counts}"]
     for point, mark in POINTS.items():
         if chosen[point] is not None:
@@ -375,6 +377,7 @@ def instead_line(finding, chosen, rule, alone):
     floor, confidence, less = rule.min_recall, rule.confidence, chosen["instead"]
     lacking = chosen["needed"] - chosen["positive_patients"]
     text = f"  no @Guar: needs {chosen['needed']} patients with {finding}, {lacking} more."
+    # Either the same confidence of a lower recall, or the same recall with less confidence.
     options = []
     if less["floor"] is not None:
         options.append(

@@ -57,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self, everything=False):
         """The text of --help, or, with `everything`, of --help-all."""
         hidden = [] if everything else self.hidden()
+        # argparse's own usage lists every flag before it says what the script does.
         formatter = self._get_formatter()
         formatter.add_usage(self._usage(), self._actions, [])
         formatter.add_text(self.description)
@@ -204,6 +205,16 @@ def flag(default, help, kind=None, metavar=None):
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "metavar": metavar})
 
 
+def add_calibrated_run_arguments(parser):
+    """--run and --site, of scripts that decide by what calibrate.py has chosen."""
+    parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
+    parser.add_argument(
+        "--site",
+        metavar="WHERE",
+        help="use the thresholds that calibrate.py --site made for WHERE (default: the run's)",
+    )
+
+
 def check_name(flag, name):
     """InputError unless a name given by a flag, if any, can be part of a file name."""
     if name is not None and not re.fullmatch(r"[\w-][\w. -]{0,59}", name):
@@ -218,6 +229,7 @@ def add_flags(group, cls, leave_out=(), **defaults):
             continue
         name, kind = f"--{field.name.replace('_', '-')}", field.metadata["kind"]
         settings = {"default": defaults.get(field.name, field.default), "help": field.metadata["help"]}
+        # A switch is --flag and --no-flag, never a value: "--flag False" would mean True.
         if isinstance(field.default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, **settings)
         elif isinstance(kind, tuple):

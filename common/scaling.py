@@ -3,7 +3,7 @@ precision in which the logits were computed. What a calibration.json says of it,
 
 A temperature divides all logits: it cannot undo what a weighted loss adds to them, the logarithm of the
 weight. Platt scaling gives the log odds of each finding against the rest a slope and a bias, so it can. Its
-probabilities are those of people of whom as many have the finding as in validation. No torch, no files.
+probabilities hold for people among whom the finding is as common as in validation. No torch, no files.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ NOTICED = 0.05  # a mean score this far from the share of positives is said
 
 def applied(calibration):
     """The scaling of the scores that the thresholds of a calibration apply to: PLATT or TEMPERATURE; None
-    where they are not scaled. A calibration.json is asked for this here and nowhere else."""
+    where they are not scaled. No other function decides this."""
     if "platt" in calibration:
         return PLATT
     return TEMPERATURE if calibration["temperature_applied"] else None
@@ -89,6 +89,7 @@ def differences(old, new):
 def check_site(site, path, calibration, run):
     """InputError if the thresholds of a site were chosen on other scores than the calibration of the run
     gives now. Older versions did not keep on which; where that may matter, a note says so."""
+    # Older versions kept the thresholds of the run instead: these tell most changes.
     if "scores" in site:
         differ = differences(site["scores"], basis(calibration, run))
     else:

@@ -120,7 +120,7 @@ class Task:
 
     @property
     def one_of_many(self):
-        """Whether an image is of one of three classes or more, so that the most probable one is asked for."""
+        """Whether an image is of one of three classes or more, so that it has a most probable class."""
         return self.kind == "softmax" and self.outputs > 2
 
     @property
@@ -154,6 +154,7 @@ class Task:
                 Decision(f"decision@Rec_{word}", "@Rec", name, k, thresholds[name], ("no", "yes"))
                 for k, (name, word) in asked
             ]
+        # An only finding is answered by the names of the classes.
         (name,) = self.findings
         words = self.classes if self.kind == "softmax" else (f"no {name}", name)
         points = {"@0.5": 0.5, "@Rec": thresholds[name]}
@@ -166,7 +167,7 @@ class Task:
         return values[self.findings[0]] if self.alone else values
 
     def told_apart(self, finding):
-        """[finding] where a name needs it to be told from those of other findings, else []."""
+        """[finding], as a part of a name; [] of an only finding, which needs none."""
         return [] if self.alone else [finding]
 
     def chosen_finding(self, name, flag="--finding"):

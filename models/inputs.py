@@ -66,6 +66,7 @@ class Inputs:
         precision, certain = scaling.precision_of(calibration, run.results)
         flags = " --tta" if calibration.get("tta") else ""
         again = f"calibrate.py{flags} --run {run}"
+        # Thresholds fit the precision they were chosen in, even where another one is faster.
         amp = precision == "bf16" and can_bf16(device)
         if not certain:
             say(
@@ -143,7 +144,7 @@ class Inputs:
         return torch.stack(logits).mean(0)
 
     def logits_and_features(self, model, grey):
-        """Grey on the device -> `logits` and, beside them, what the heads read of the first view: float32
+        """Grey on the device -> `logits`, then what the heads read of the first view: float32
         [B, K + D]; of an ensemble, one member after the other."""
         heads = [member.head for member in getattr(model, "members", [model])]
         kept = {head: [] for head in heads}

@@ -64,6 +64,7 @@ class Exported(torch.nn.Module):
         task, logits = self.task, logits / self.temperature
         if task.kind == "softmax" and task.outputs == 2:
             return torch.sigmoid(logits[:, 1:] - logits[:, :1])
+        # "Any disease" is the absence of the healthy class.
         p = logits.sigmoid() if task.kind == "sigmoid" else logits.softmax(dim=1)
         columns = []
         for answer in map(task.answer, task.findings):
@@ -92,6 +93,7 @@ def described(scorer):
     scale = scaling.basis(calibration, scorer.run)
     inside = ": lung masks inside the graph" if scorer.finder else ""
     lines = scale["platt"] and dict(zip(findings, scale["platt"]))
+    # All that another program needs to score as predict.py does, and to decide by the same thresholds.
     metadata = {
         "run": str(scorer.run),
         "model": results["model"],

@@ -198,6 +198,7 @@ def wrong_scaling(value, task):
         return wrong
     if not isinstance(platt, dict) or tuple(platt) != task.findings or value.get("temperature_applied"):
         return [*wrong, "platt"]
+    # A finding that could not be scaled has a reason instead of a line.
     for name, line in platt.items():
         refused = mismatches(line, {"why_not": str}) == []
         if not refused and mismatches(line, {"slope": POSITIVE, "bias": REAL}):
@@ -252,6 +253,7 @@ def _wrong_in_finding(of_finding, alone):
     threshold, or of figures on test; an `alone` one has both."""
     if not isinstance(of_finding, dict):
         return ["everything"]
+    # A reason why there are no figures replaces them.
     sides, wrong = ("val", "test"), []
     if not alone and isinstance(of_finding.get("test_why_not"), str):
         sides = ("val",)
@@ -277,7 +279,7 @@ def _range(value):
 
 # Format 3 of calibration.json has {finding: what is said of it} under "findings", however many there are, and
 # figures over all of them under "summary". Formats 1 and 2 (2: with Platt scaling) had that for several
-# findings alone; what they say of an only finding stands beside the settings.
+# findings alone; what they say of an only finding stands among the settings.
 OF_ONE = (*FINDING, "gap", "changed")  # what an older calibration of one finding says of it
 
 

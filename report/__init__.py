@@ -6,7 +6,7 @@ In the order to read them:
     tables.py         the main tables
     pairs.py          which of two models is better
     probabilities.py  are the scores probabilities?
-    evidence.py       what lies beside the figures
+    evidence.py       other images, and tests of maps
     method.py         how it was done
     cells.py          what tables are made of
     plots.py          pictures

@@ -1,5 +1,5 @@
-"""Blocks of the report on what lies beside the figures of test: other images that a run was tried on, and
-tests of its maps. No torch, no drawing."""
+"""Blocks of the report on other images that a run was tried on, and on tests of its maps. No torch, no
+drawing."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from report.rows import METHODS
 
 
 def batch_blocks(entries):
-    """Whether the images that predict.py --keep was given are like those of validation."""
+    """Whether images that predict.py --keep has scored are like validation."""
     rows, by_folder = [], {entry.run.folder: entry for entry in entries}
     for entry in by_folder.values():  # a run with and without TTA has one set of batches
         for name, verdict in entry.run.batches().items():
@@ -63,6 +63,7 @@ def map_blocks(entries):
         for report, (method, name) in itertools.product(reports, METHODS.items()):
             if method not in report:
                 continue
+            # The side is named where both have been explained; older reports do not say it.
             side = "test" if report.get("split") == "test" else "validation"
             where = f" on {side}" if len(reports) > 1 else ""
             rows.append([f"{entry.name}, {name}{where}", *map_cells(report[method])])

@@ -140,6 +140,7 @@ def method_rows(entries, standard, prevalence, rule):
         "loss": "least validation loss",
         "accuracy": "best validation accuracy",
     }
+    # Answers that differ between models are joined; the first model's data are those of all.
     inputs = sorted(map(input_text, entries))
     watched = [figures.get(e.results["recipe"].get("watch", "auroc"), "?") for e in entries]
     rows = [
@@ -162,6 +163,7 @@ def method_rows(entries, standard, prevalence, rule):
             "other hospitals, other ages, other diseases, agreement between readers, clinical benefit",
         ],
     ]
+    # Figures differ in the last digits between versions and devices, so both are named.
     for e in entries:
         torch = e.results.get("versions", {}).get("torch", "?")
         where = f" on {e.results['device']}" if "device" in e.results else ""

@@ -17,7 +17,7 @@ def pair_blocks(entries):
 
 def leader(figure, names, values, spans, tied):
     """A sentence on which model is best: its names, values and their spans as text; tied: the pairs of
-    positions whose difference has an interval with 0 inside."""
+    positions with a difference that may be 0."""
     best = max(range(len(names)), key=lambda i: values[i])
     level = [names[i] for i in range(len(names)) if (min(i, best), max(i, best)) in tied]
     apart = f"not told apart from it: {'; '.join(level)}" if level else "it is told apart from every other"

@@ -86,7 +86,7 @@ def roc_panel(ax, finding, entries, names):
     aurocs = []
     for i, (e, name) in enumerate(zip(entries, names)):
         test, curves = e.column(finding, "test"), e.calibrated[finding]["curves"]
-        if "test" not in curves:
+        if "test" not in curves:  # an empty line, so that the legend is complete
             ax.plot([], [], label=name, **line_style(i))
             continue
         fpr, tpr, _ = roc_curve(test.truth, test.scores)
@@ -116,6 +116,7 @@ def draw_pr(entries):
         precision, recall, _ = precision_recall_curve(test.truth, test.scores)
         ax.plot(recall, precision, label=name, **line_style(i))
         mark_points(ax, e, finding, lambda r: r["recall"], lambda r: r["precision"], i)
+    # A model that knows nothing has the prevalence as its precision, at every recall.
     prevalence = test.truth.mean()
     ax.axhline(prevalence, color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
@@ -157,7 +158,7 @@ def draw_matrix(ax, counts, classes, **style):
 
 
 def draw_scores(entries):
-    """Histograms of the scores by class, validation beside test, with the threshold."""
+    """Histograms of the scores by class on validation and test, with the threshold."""
     (finding,) = entries[0].findings
     figure, axes = panels(2 * len(entries), 5.2, 2.7)
     bins = np.linspace(0, 1, 41)
@@ -190,7 +191,7 @@ def draw_reliability(entries):
         "after": dict(color="#D55E00", marker="^", ls="--"),
     }
     for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
-        ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+        ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)  # where scores are probabilities
         name = scaling.fitted(e.calibration)
         for when, style in styles.items():
             quality = e.calibrated[finding]["probability"][side][when]
@@ -232,6 +233,7 @@ def draw_decision(entries):
 
 def draw_class_confusion(entries):
     """K x K confusion matrices of the most probable class."""
+    # Panels grow with the number of classes, or the counts in them could not be read.
     classes = [label(name, 14) for name in entries[0].task.classes]
     side = max(4.2, 0.9 * len(classes) + 1.4)
     figure, axes = panels(len(entries), side, side * 0.85)

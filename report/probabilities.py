@@ -7,11 +7,12 @@ import numpy as np
 
 from calibration.intervals import proportion_interval
 from common import scaling
+from common.scaling import SIDES
 from metrics import predictive_values
 from report.cells import first_head, interval, questions, title
 from report.render import Heading, Paragraph, Table
 
-SIDES, WHEN = ("val", "test"), ("before", "after")
+WHEN = ("before", "after")
 
 
 def probability_blocks(entries):
@@ -21,6 +22,7 @@ def probability_blocks(entries):
     for name, e in questions(entries):
         if "probability" not in e.calibrated[name]:
             continue
+        # Scores are probabilities where their mean is the share of positives, at the least.
         mean, share = scaling.averages(e.calibrated[name], scaling.applied(e.calibration))
         cells = [scaling.cell(e.calibration, name), f"{mean:.3f}", f"{share:.3f}"]
         quality = e.calibrated[name]["probability"]
@@ -53,7 +55,7 @@ def predictive_blocks(entries):
     known = [(name, e) for name, e in questions(entries) if e.row(name, "test", "at_rec")]
     if not known:
         return []
-    # One assumed prevalence for all rows, so that they can be compared: that of the first calibration.
+    # One assumed prevalence for all rows, so that they can be compared: the first calibration's.
     name, first = known[0]
     assumed = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
     if not 0 < assumed < 1:
@@ -83,7 +85,7 @@ def subgroup_blocks(entries):
         return []
     causes, rows = {"bacteria": "bacterial", "virus": "viral"}, []
     for name, e in questions(entries):
-        if e.row(name, "test", "at_rec"):
+        if e.row(name, "test", "at_rec"):  # names tell causes in the Kaggle set only
             cells = [recall_of(e, name, word) for word in causes]
             if cells != ["-"] * len(causes):
                 rows.append([f"{title(e, name)} @Rec", *cells])

@@ -84,6 +84,7 @@ def to_markdown(blocks, folder="."):
     out = []
     for block in blocks:
         if isinstance(block, Table):
+            # Figures are aligned to the right, names and prose to the left.
             rule = ["---"] + ["---" if block.prose else "---:"] * (len(block.head) - 1)
             lines = [[markdown_text(cell) for cell in line] for line in (block.head, *block.rows)]
             out.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])))

@@ -74,7 +74,7 @@ class Column(NamedTuple):
     probabilities: np.ndarray
 
     def of(self, k):
-        """The Column of finding number k, those images whose truth is known."""
+        """The Column of finding number k: images of known truth."""
         known = self.truth[:, k] >= 0
         return Column(self.files[known], self.patients[known], *(v[known, k] for v in self[2:]))
 
@@ -104,6 +104,7 @@ class Entry:
             raise InputError(f"the calibration of {run} is damaged (alike): run calibrate.py again")
         self.findings = self.task.findings
         self.calibrated, self.summary = self.calibration["findings"], self.calibration["summary"]
+        # What a threshold decides is recomputed from the scores, so these must be right.
         arrays = run.scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
@@ -120,7 +121,7 @@ class Entry:
         self.family = self._family()
 
     def column(self, finding, side):
-        """The Column of a finding: arrays [N] of the images whose truth is known."""
+        """The Column of a finding: arrays [N] of the images of known truth."""
         return self.columns[side].of(self.findings.index(finding))
 
     def row(self, finding, side, point):
@@ -361,6 +362,7 @@ def missing_ensembles(entries):
     """[(base name, number of seeds, command)] of the families that no ensemble here holds whole."""
     missing = []
     for family in families(entries):
+        # Members must share one split, or an ensemble would have seen images that it is tested on.
         checkpoints = {e.calibration["checkpoint"] for e in family}
         one_split = len({e.results["split"]["fingerprint"] for e in family}) == 1
         made = any(e.suffix == family[0].suffix and checkpoints <= set(e.members) for e in entries)

@@ -103,6 +103,7 @@ def main_blocks(entries, detailed):
 
 def main_text(entries):
     """What was tested, and what the first table shows, as text."""
+    # All models of a section share the test images, but not the validation images.
     first = entries[0]
     points_text = (
         f"@Rec is the threshold of highest precision among those with a validation recall >= "
@@ -149,6 +150,7 @@ def means_text(entries):
         )
     else:
         text = f"{len(asked)} findings, any number of them in an image. "
+    # A mean over fewer findings than were asked would be compared with one over all.
     left_out = [name for name in asked if name not in used]
     if left_out:
         text += (
@@ -160,6 +162,7 @@ def means_text(entries):
 
 def means_table(entries):
     """One row a model: figures over all findings."""
+    # A figure that one model lacks has no column: accuracy is of classes, not of findings.
     keys, rows = [k for k in MEANS if all(k in e.summary["test"] for e in entries)], []
     for e in entries:
         figures = [span(e.summary["test"][k]) for k in keys]
@@ -181,6 +184,7 @@ def findings_text(entries):
         "that rests on few images: its test recall may be far from the floor. AUPRC of a model that knows "
         "nothing is the share of positives."
     )
+    # What is missing from the table is said with its reason.
     for key, words in (("why_not", "No threshold"), ("test_why_not", "No figures on test")):
         reasons = [
             f"{name} ({e.calibrated[name][key]})"
@@ -208,6 +212,7 @@ def class_blocks(entries):
     for e in entries:
         rows, summary = [], e.summary["test"]
         for name, counts in zip(classes, summary["confusion"]):
+            # A class that test lacks has no recall.
             of_class, recall = summary["classes"][name], "-"
             if of_class["recall_interval"]:
                 recall = f"{of_class['recall']:.3f} {interval(*of_class['recall_interval'])}"

@@ -15,7 +15,7 @@ from calibration import wording
 from calibration.operating_point import Rule
 from common.console import InputError
 from images.drawn import make_synthetic
-from metrics import choose_threshold_by_min_recall, choose_threshold_with_guarantee
+from metrics import choose_threshold_by_min_recall, choose_threshold_with_guarantee, positives_needed
 from tests.shared import cli, middle_below, of_one, predict_rows, read_json, refused, succeed
 
 RULE = Rule(bootstrap=200)
@@ -32,7 +32,7 @@ def made_up(n, seed, images=1):
 
 @pytest.mark.parametrize("floor, confidence", [(0.95, 0.95), (0.9, 0.95), (0.95, 0.9), (0.99, 0.5)])
 def test_needed_is_the_least_number(floor, confidence):
-    n = site_module.needed(floor, confidence)
+    n = positives_needed(floor, confidence)
     assert floor**n <= 1 - confidence < floor ** (n - 1)
     y, p, patients = made_up(n, 0)
     choose_threshold_with_guarantee(y, p, floor, confidence, patients)

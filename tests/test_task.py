@@ -126,3 +126,44 @@ def test_focal_loss_has_finite_gradients():
         logits = sure.clone().requires_grad_()
         task.losses(logits, torch.tensor(y), focal_gamma=2.0).sum().backward()
         assert torch.isfinite(logits.grad).all()
+
+
+def test_decisions_of_an_only_finding_and_of_several():
+    """The columns of predict.py, their thresholds and answers, written out by hand."""
+    two = Task()
+    decisions = two.decisions({"PNEUMONIA": 0.7}, guaranteed=0.6)
+    assert [(d.column, d.point, d.threshold) for d in decisions] == [
+        ("decision@0.5", "@0.5", 0.5),
+        ("decision@Rec", "@Rec", 0.7),
+        ("decision@Guar", "@Guar", 0.6),
+    ]
+    assert [d.answer([0.65]) for d in decisions] == ["PNEUMONIA", "NORMAL", "PNEUMONIA"]
+    assert [d.answer([0.7]) for d in decisions] == ["PNEUMONIA"] * 3  # from the threshold on
+    assert [d.point for d in two.decisions({"PNEUMONIA": 0.7})] == ["@0.5", "@Rec"]
+    assert two.score_columns == {"PNEUMONIA": "p_pneumonia"} and two.scores_name == "p_pneumonia"
+    assert two.by_finding({"PNEUMONIA": 0.7}) == 0.7 and two.told_apart("PNEUMONIA") == []
+    only = Task(("Edema",), "sigmoid").decisions({"Edema": 0.2})
+    assert [d.answer([0.3]) for d in only] == ["no Edema", "Edema"]
+
+    table = Task(("Edema", "Mass"), "sigmoid")
+    thresholds = {"Edema": 0.2, "Mass": None}  # of Mass there were too few images
+    decisions = table.decisions(thresholds, guaranteed=0.6)
+    assert [(d.column, d.point, d.finding, d.k) for d in decisions] == [
+        ("decision@Rec_edema", "@Rec", "Edema", 0),
+        ("decision@Rec_mass", "@Rec", "Mass", 1),
+    ]
+    assert [d.answer([0.2, 0.9]) for d in decisions] == ["yes", None]
+    assert decisions[0].answer([0.1, 0.9]) == "no" and table.scores_name == "p"
+    assert table.by_finding(thresholds) == thresholds and table.told_apart("Mass") == ["Mass"]
+    many = [Task(("NORMAL", "A", "B")).one_of_many, two.one_of_many, table.one_of_many]
+    assert many == [True, False, False]
+
+
+def test_the_finding_that_a_flag_names():
+    two, table = Task(), Task(("Edema", "Mass"), "sigmoid")
+    assert two.chosen_finding(None) == two.chosen_finding("PNEUMONIA") == "PNEUMONIA"
+    assert table.chosen_finding("Mass") == "Mass"
+    with pytest.raises(InputError, match="--finding: which of Edema, Mass"):
+        table.chosen_finding(None)
+    with pytest.raises(InputError, match="--finding mass is not one of Edema, Mass"):
+        table.chosen_finding("mass")
