@@ -89,6 +89,7 @@ LAYOUT = Layout(
     rows=rows,
     beats=("plain",),
     blank="negative",
+    placed=True,
     public="chexpert",
     main=("train",),
     infers=True,

@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from common.console import say_once
+from layouts.listing import COHORT
 
 DAYS = {"Y": 365.25, "M": 365.25 / 12, "W": 7, "D": 1}  # of the units of DICOM ages
 OLDEST = 120  # years; what is above is a mistake of typing
@@ -79,7 +80,7 @@ def _say_unread(where, what, texts, unread):
 def further_columns(sheet, used):
     """{column: text [N]} of the columns of a Sheet, but those `used`, with 2 to MOST_VALUES different values:
     groups that figures can be given for. Columns of long texts are left out."""
-    left_out = {name.lower() for name in used if name}
+    left_out = {name.lower() for name in (*used, *COHORT) if name}
     found = {}
     for name in sheet.head:
         if not name or name.lower() in left_out:

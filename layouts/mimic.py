@@ -120,6 +120,7 @@ LAYOUT = Layout(
     rows=rows,
     beats=("plain",),
     blank="negative",
+    placed=True,
     public="mimic",
     main=("chexpert",),
     infers=True,

@@ -141,6 +141,7 @@ LAYOUT = Layout(
     findings=findings,
     usual=usual_findings,
     rows=rows,
+    placed=True,
     public="padchest",
     by_id=True,
     main=("labels",),

@@ -79,6 +79,7 @@ class Layout:
     `trains`: whether it may be trained on; `main`: of several tables of the layout in a folder, parts of the
     name of the one that is meant, the best first; `infers`: a healthy row has no disease, and a sick one is
     not healthy, where the cell is blank; `bare`: images are called by their bare names and lie in images*/;
+    `placed`: the table's names are paths in the set as it was published;
     `images`: function (Source) -> {name in the table: path relative to the root}, where they are no files;
     `usual`: function (path) -> the findings that are asked where none is named, if not all."""
 
@@ -96,6 +97,7 @@ class Layout:
     main: tuple = ()
     infers: bool = False
     bare: bool = False
+    placed: bool = False
     images: Callable = None
     usual: Callable = None
 

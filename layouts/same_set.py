@@ -34,9 +34,9 @@ def set_of(folder, table, layout=""):
     if not table:
         return _by_names(folder, KERMANY, "kermany"), False
     path = Path(table)
-    if not path.exists():
-        return "", False
     if layout == OLDER or not layout:
+        if not path.exists():
+            return "", False
         found = tables.find_layout(path, layout)
     else:
         found = tables.LAYOUTS[layout]

@@ -92,7 +92,10 @@ def _open_sheet(path, size, changed):
     """`open_sheet` of a file of this size and time of change."""
     text = _text(path)
     text, separator = _separator(text)
-    first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
+    try:
+        first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
+    except (csv.Error, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a readable CSV file ({error})") from None
     head = [name.strip() for name in first]
     while head and not head[-1]:
         head.pop()  # a value there has come from another column
@@ -127,7 +130,7 @@ def _values(path, text, separator, width):
                 raise
             wider = range(width + 50)  # a row is wider than the first; what stands there is shown
             frame = pandas.read_csv(io.StringIO(text), names=wider, **about)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, csv.Error) as error:
+    except (ValueError, TypeError, OverflowError) as error:  # pandas' own errors among them
         reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
         if quoted := re.search(r"EOF inside string starting at row (\d+)", reason):
             row = int(quoted[1]) + 1
@@ -162,9 +165,12 @@ def _check_widths(path, text, separator, head, values, kept):
         alone &= cells[kept] == ""
     if alone.any():  # pandas fills short rows up: only the text tells a short row from empty cells
         lonely = set(kept[alone].tolist())
-        for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator), -1):
-            if number in lonely and len(row) < 2:
-                _refuse_width(path, number + 2, len(row), head, word)
+        try:
+            for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator), -1):
+                if number in lonely and len(row) < 2:
+                    _refuse_width(path, number + 2, len(row), head, word)
+        except csv.Error as error:
+            raise InputError(f"{path} is not a readable CSV file ({error})") from None
 
 
 def _refuse_width(path, number, count, head, word):
@@ -192,7 +198,7 @@ def head_of(path):
         encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "latin-1")
         text, separator = _separator(raw.decode(encoding, errors="ignore"))
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
-    except (OSError, csv.Error, zlib.error):
+    except (OSError, csv.Error, zlib.error, TypeError, ValueError):
         return []
     return [name.strip() for name in first]
 

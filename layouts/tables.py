@@ -177,7 +177,7 @@ def read(path, root, findings, choices=None, *, published=False):
     layout = find_layout(path, choices.layout)
     source = Source(Path(path), Path(root), tuple(findings), choices.readers, published)
     parts = layout.rows(source)
-    files = _images(layout, source, [part.path for part in parts])
+    files = _images(layout, source, parts)
     listed = Listed(path, root, files, layout.by_id)
     indices, counts = [], np.zeros(2, dtype=int)
     for rows in parts:
@@ -202,16 +202,28 @@ def read(path, root, findings, choices=None, *, published=False):
     return Reading(index, [["listed", total], ["found", found]], layout.keeps_unlabelled)
 
 
+def _lies_in(root, name):
+    """Whether there is a file of this name below a folder; a name that leads out of it is none."""
+    if name.startswith(("/", "\\")) or ".." in name:
+        return False
+    return os.path.isfile(os.path.join(root, name))
+
+
 def _columns_there(path):
     """What columns a table has, as text."""
     return columns(_head(path)) if str(path).lower().endswith(".npz") else columns(open_sheet(path).head)
 
 
-def _images(layout, source, tables):
-    """{name in a table: path relative to the root} of the images that are there."""
+def _images(layout, source, parts):
+    """{name in a table: path relative to the root} of the images that are there; `parts`: its Rows."""
     if layout.images:
         return layout.images(source)
-    used = (source.path, *tables, *(source.root / name for name in LISTS.values()))
+    if layout.placed:
+        names = itertools.chain.from_iterable(part.names for part in parts)
+        there = {name: name for name in names if _lies_in(source.root, name)}
+        if there:  # the set lies as it was published: to search all its folders would take minutes
+            return there
+    used = (source.path, *(part.path for part in parts), *(source.root / name for name in LISTS.values()))
     return find_table_images(source.root, layout.bare, used=used)
 
 

@@ -23,6 +23,9 @@ DECIDES = {
     "split": "--split",
     "split_seed": "--split-seed",
     "fractions": "--fractions",
+    "views": "--views",
+    "blank": "--blank",
+    "readers": "--readers",
     "skip_bad": "--skip-bad",
     "undersample": "--balance undersample-once",
 }
