@@ -290,8 +290,10 @@ def with_headers(root, index, cache_dir, names_tell=False):
     names = [new if told else old for new, old, told in zip(patients.tolist(), index.patients, told_here)]
     columns = dict(index.cohort or {})
     for name, values in found.items():
-        columns[name] = _filled(columns.get(name), values)
-    return index._replace(patients=names, known=index.known | told_here, cohort=columns)
+        told_nowhere = np.isnan(values) if values.dtype.kind == "f" else values == ""
+        if not told_nowhere.all():
+            columns[name] = _filled(columns.get(name), values)
+    return index._replace(patients=names, known=index.known | told_here, cohort=columns or None)
 
 
 def _filled(column, values):
