@@ -77,8 +77,13 @@ def _make_key(path):
     try:
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(KEY_BYTES) + "\n")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(own, path)  # whole or not at all, and never over another one
+        except FileExistsError:
+            pass
+        except OSError:  # a disk without links
+            if not path.exists():
+                os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)
 

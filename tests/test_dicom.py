@@ -18,6 +18,7 @@ from images import decode, find
 from images.decode import open_dicom, read_image
 from images.split import split_patients, without_keys
 from layouts import headers
+from layouts.listing import Index
 from report.rows import load_entries
 from tests.shared import SHARED, cli, of_one, read_json, refused, save_dicom, smooth_picture, succeed
 
@@ -621,3 +622,37 @@ def test_predict_and_site_by_study(tmp_path):
     succeed("calibrate", "--by", "patient", "--min-recall", 0.8, "--bootstrap", 100, cwd=tmp_path)
     done = cli("predict", "new", "--run", folder, "--site", "there", cwd=tmp_path)
     refused(done, "another unit (--by, --pool)")
+
+
+def test_tables_outrank_headers(tmp_path):
+    """A header fills in what a table leaves open; of class folders it knows patients better than file names."""
+    tags = {"PatientID": "p", "StudyInstanceUID": "1.2.3", "PatientAge": "045Y", "PatientSex": "F"}
+    files = draw_headers(tmp_path / "in", {"person1_virus_1.dcm": tags, "b.dcm": tags})
+    index = Index(
+        files,
+        np.zeros(2, int),
+        ["table's", "b.dcm"],
+        np.array([True, False]),
+        np.array(["", ""]),
+        cohort={"age": np.array([50.0, np.nan]), "sex": np.array(["", "M"])},
+    )
+    found = headers.with_headers(tmp_path / "in", index, tmp_path / "cache")
+    assert found.cohort["age"].tolist() == [50, 45] and found.cohort["sex"].tolist() == ["F", "M"]
+    assert found.patients[0] == "table's" and found.patients[1].startswith("dicom-") and found.known.all()
+    assert set(found.cohort) == {"age", "sex", "study"}  # no header tells view or machine
+    named = headers.with_headers(tmp_path / "in", index, tmp_path / "cache", names_tell=True)
+    assert named.patients == [found.patients[1]] * 2
+    plain = index._replace(files=["a.png", "b.jpg"])
+    assert headers.with_headers(tmp_path / "in", plain, tmp_path / "cache") is plain
+
+
+def test_a_patient_in_train_and_test_is_counted(tmp_path):
+    """The parts of a set of folders number their patients anew, but an id of DICOM is one person's."""
+    tags = {}
+    for k in range(12):
+        tags[f"train/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k}a.dcm"] = {"PatientID": f"MRN{k}"}
+        tags[f"test/{('NORMAL', 'PNEUMONIA')[k % 2]}/{k}b.dcm"] = {"PatientID": f"MRN{k + 8}"}
+    draw_headers(tmp_path / "set", tags)
+    config = data.DataConfig(data_dir=str(tmp_path / "set"), img_size=16, cache_dir=str(tmp_path / "cache"))
+    info = data.load_train_val(config, tell=lambda line: None)[2]
+    assert info["shared_patients_test"] == 4
