@@ -625,7 +625,7 @@ def test_predict_and_site_by_study(tmp_path):
 
 
 def test_tables_outrank_headers(tmp_path):
-    """A header fills in what a table leaves open; of class folders it knows patients better than file names."""
+    """A header fills in what a table leaves open; it knows patients better than file names do."""
     tags = {"PatientID": "p", "StudyInstanceUID": "1.2.3", "PatientAge": "045Y", "PatientSex": "F"}
     files = draw_headers(tmp_path / "in", {"person1_virus_1.dcm": tags, "b.dcm": tags})
     index = Index(
