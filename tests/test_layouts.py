@@ -49,7 +49,8 @@ def drawn_chexpert(count):
 
 
 def drawn_rsna(count):
-    rows = [f"{i - i % 5 % 2:036d},{'1.0,2.0,3.0,4.0,1' if i % 5 else ',,,,0'}" for i in range(count)]
+    """Two rows an image; every other one has boxes."""
+    rows = [f"{i // 2:036d},{(',,,,0', f'{i}.0,2.0,3.0,4.0,1')[i // 2 % 2]}" for i in range(count)]
     return ["patientId,x,y,width,height,Target", *rows]
 
 
