@@ -69,7 +69,11 @@ def label_lines(config, labels):
         totals[name] = {kind: sum(side[kind] for side in sides) for kind in (sides[0] if sides else ())}
     if not any(found.get("uncertain") or found.get("blank") for found in totals.values()):
         return []
-    lines = [f"labels: in training, uncertain ones are as --uncertain {config.uncertain} says, else left out"]
+    blank = {"ignore": "left out", "negative": "negative"}.get(config.blank, "as the layout has them")
+    lines = [
+        f"labels: blank ones are {blank}; uncertain ones are, in training, as --uncertain {config.uncertain} "
+        "says, and else left out"
+    ]
     for name, found in totals.items():
         listed = ", ".join(f"{number} {kind}" for kind, number in found.items())
         lines.append(f"  {name}: {listed}")

@@ -4,12 +4,12 @@ from common.console import InputError
 from layouts import folders, tables
 from layouts.choices import uncertain_values
 
-OF_TABLES = {"findings": None, "layout": "", "uncertain": "ignore", "blank": ""}  # flags: usual values
+OF_TABLES = {"findings": None, "layout": "", "uncertain": "ignore", "blank": "auto"}  # flags: usual values
 
 
 def asked(args, values):
     """{field of data.DataConfig: value} that the parsed flags `args` and what was made of them, `values`,
-    mean: of class folders "classes", of a table "labels", "layout" and "classes" too.
+    mean: of class folders "classes", of a table "labels", "layout" and "blank" too.
 
     InputError where there are none, where a flag is of tables and there is none, or where the table is for
     evaluation only."""
@@ -31,4 +31,7 @@ def asked(args, values):
     wanted = [name.strip() for name in (getattr(args, "findings", None) or "").split(",") if name.strip()]
     classes = tables.table_findings(path, wanted, named)
     uncertain_values(values.get("uncertain", ""), classes)
-    return {"labels": str(path), "layout": layout.name, "classes": classes}
+    blank = values.get("blank", "auto")
+    if blank == "auto":
+        blank = layout.blank
+    return {"labels": str(path), "layout": layout.name, "blank": blank, "classes": classes}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.cli import flag
-from common.console import InputError, say
+from common.console import InputError, say_once
 from layouts.synonyms import same_finding
 
 UNCERTAIN = {"ignore": -1, "negative": 0, "positive": 1}  # U-Ignore, U-Zeros, U-Ones of Irvin et al. 2019
@@ -19,8 +19,8 @@ OLDER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How a table of findings is read. An empty `layout`: the one that has its columns; an empty `blank`: as
-    the layout has it; an empty `uncertain`: ignore. `uncertain` may name findings: Edema=positive,..."""
+    """How a table of findings is read. An empty `layout`: the one that has its columns; `blank` "auto": as
+    the layout has it. `uncertain` may name findings: Edema=positive,..."""
 
     layout: str = flag(
         "",
@@ -34,10 +34,10 @@ class Choices:
         metavar="MEANING",
     )
     blank: str = flag(
-        "",
+        "auto",
         "blank labels: ignore or negative (default: negative for CheXpert and MIMIC, whose blanks are "
         "findings that the report does not mention; else ignore)",
-        ("", *BLANK),
+        ("auto", *BLANK),
     )
     views: str = flag("frontal", "views that are used, where the view is known", VIEWS)
     readers: str = flag(
@@ -47,7 +47,7 @@ class Choices:
     def of_other(self, layout):
         """The Choices for the table of another hospital, which has this layout: --layout and --blank are of
         the first one's."""
-        blank = self.blank if layout == self.layout else ""
+        blank = self.blank if layout == self.layout else "auto"
         return Choices(uncertain=self.uncertain, blank=blank, views=self.views, readers=self.readers)
 
 
@@ -106,7 +106,7 @@ def select(reading, choices):
         labelled = (index.targets >= 0).any(axis=1) | index.uncertain.any(axis=1)
         if not labelled.all():
             count = f"{(~labelled).sum()} of {len(labelled)}"
-            say(f"note: {count} images have no label of any finding that is asked; left out")
+            say_once(f"note: {count} images have no usable label of any finding that is asked; left out")
         index = index.take(np.flatnonzero(labelled))
     flow.append(["labelled", len(index.files)])
     if not index.files:
@@ -123,7 +123,7 @@ def _say_views(views, used, wanted):
     for name in np.unique(views[~used]):
         parts.append(f"{(views == name).sum()} {name}")
     if parts:
-        say(f"note: --views {wanted}: left out {', '.join(parts)} of {len(views)} images")
+        say_once(f"note: --views {wanted}: left out {', '.join(parts)} of {len(views)} images")
     unknown = int((views == "").sum())
     if unknown and wanted != "all":
-        say(f"note: the view of {unknown} of {len(views)} images is unknown: they are kept")
+        say_once(f"note: the view of {unknown} of {len(views)} images is unknown: they are kept")

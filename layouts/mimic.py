@@ -10,7 +10,7 @@ import numpy as np
 from common.console import InputError, say_once
 from layouts import chexpert
 from layouts.cohort import OLDEST, sexes, views
-from layouts.rows import Layout, Rows, columns_of
+from layouts.rows import UNUSABLE, Layout, Rows, columns_of
 from layouts.sheets import open_sheet, sheet_beside
 
 SIDE = {"train": "train", "validate": "val", "test": "test"}
@@ -41,39 +41,32 @@ def rows(source):
             "beside it, which say which images these have"
         )
     study_row = _row_of(labels, "subject_id", "study_id")
-    positions, names, kept = [], [], []
+    positions, names = np.full(len(images), len(labels)), []  # images without labels: a row after the last
     for at, (image, patient, study) in enumerate(zip(*map(images.text, IMAGES))):
-        row = study_row.get((patient, study))
-        if row is not None:
-            names.append(f"files/p{patient[:2]}/p{patient}/s{study}/{image}.jpg")
-            positions.append(row)
-            kept.append(at)
-    positions, kept = np.array(positions, dtype=np.int64), np.array(kept, dtype=np.int64)
-    without = len(images) - len(kept)
+        names.append(f"files/p{patient[:2]}/p{patient}/s{study}/{image}.jpg")
+        positions[at] = study_row.get((patient, study), len(labels))
+    without = int((positions == len(labels)).sum())
     left_out = {f"images of {images.path} have no labels": without} if without else {}
     known = findings(source.path)
-    patients = _picked(images.text("subject_id"), kept)
-    cohort = {"study": np.array(_picked(images.text("study_id"), kept), dtype=str)}
+    values = np.vstack([columns_of(labels, known), np.full((1, len(known)), UNUSABLE, dtype=np.int8)])
+    patients = images.text("subject_id")
+    cohort = {"study": np.array(images.text("study_id"), dtype=str)}
     if metadata:
-        cohort["view"] = views(_picked(metadata.text(VIEW), kept))
-    cohort |= _people(source.path, patients, _picked(images.text(DATE), kept))
+        cohort["view"] = views(metadata.text(VIEW))
+    cohort |= _people(source.path, patients, images.text(DATE))
     return [
         Rows(
             source.path,
             names,
-            labels.numbers[positions],
+            np.append(labels.numbers, 0)[positions],
             known,
-            columns_of(labels, known)[positions],
+            values[positions],
             patients,
-            side=_sides(split, _picked(images.text("dicom_id"), kept)),
+            side=_sides(split, images.text("dicom_id")),
             cohort=cohort,
             left_out=left_out,
         )
     ]
-
-
-def _picked(values, positions):
-    return [values[at] for at in positions]
 
 
 def _sides(split, images):

@@ -15,13 +15,13 @@ from common.console import InputError, say_once
 from common.task import is_healthy
 from layouts.cohort import OLDEST, sexes, views
 from layouts.patients import patients_of
-from layouts.rows import ABSENT, BLANK, PRESENT, Layout, Rows
+from layouts.rows import ABSENT, BLANK, PRESENT, UNUSABLE, Layout, Rows
 from layouts.sheets import open_sheet
 
 IMAGE, FOLDER, PATIENT, STUDY, LABELS = "ImageID", "ImageDir", "PatientID", "StudyID", "Labels"
 BIRTH, DATE, SEX = "PatientBirth", "StudyDate_DICOM", "PatientSex_DICOM"
 VIEW, MACHINE = "Projection", "Manufacturer_DICOM"
-UNUSABLE = ("exclude", "suboptimal study")
+BAD = ("exclude", "suboptimal study")
 UNCHANGED = "unchanged"
 EMPTY = ("", "nan")
 LONGEST = 10_000  # characters of a cell; the longest real one has 400
@@ -52,16 +52,15 @@ def _labels(sheet, text, number):
 
 
 def findings(path):
-    """All labels: the healthy one first, then alphabetically."""
-    labels = parse(open_sheet(path))
-    known = set().union(*filter(None, labels)) - {*UNUSABLE, UNCHANGED}
+    """All labels of the rows that are used: the healthy one first, then alphabetically."""
+    known = set().union(*_usable_labels(path)) - {UNCHANGED}
     return tuple(sorted(known, key=lambda name: (not is_healthy(name), name)))
 
 
 def usual_findings(path):
     """The `findings` that RARE of the rows or more have. A note counts the others."""
-    labels = parse(open_sheet(path))
-    counts = Counter(name for row in labels if row for name in row)
+    labels = _usable_labels(path)
+    counts = Counter(name for row in labels for name in row)
     known = findings(path)
     usual = tuple(name for name in known if counts[name] >= RARE * len(labels))
     if len(usual) < len(known):
@@ -72,19 +71,18 @@ def usual_findings(path):
     return usual or known
 
 
+def _usable_labels(path):
+    """The labels of the rows that are not left out: list of frozensets."""
+    sheet = open_sheet(path)
+    both = zip(parse(sheet), sheet.text(VIEW))
+    return [labels for labels, projection in both if not _unusable(labels, projection)]
+
+
 def rows(source):
     """The Rows of the table."""
     sheet = open_sheet(source.path)
     labels = parse(sheet)
     known = source.findings or findings(source.path)
-    kept, left_out = [], Counter()
-    for at, (row, projection) in enumerate(zip(labels, sheet.text(VIEW))):
-        reason = _unusable(row, projection)
-        if reason:
-            left_out[reason] += 1
-        else:
-            kept.append(at)
-    kept = np.array(kept, dtype=np.int64)
     values = np.empty((len(sheet), len(known)), dtype=np.int8)
     made = {}  # many rows say the same
     for at, row in enumerate(labels):
@@ -92,6 +90,11 @@ def rows(source):
             absent = BLANK if not row or UNCHANGED in row else ABSENT
             made[row] = [PRESENT if name in (row or ()) else absent for name in known]
         values[at] = made[row]
+    left_out = Counter()
+    for at, (row, projection) in enumerate(zip(labels, sheet.text(VIEW))):
+        if reason := _unusable(row, projection):
+            left_out[reason] += 1
+            values[at] = UNUSABLE
     cohort = {
         "study": np.array(sheet.text(STUDY), dtype=str),
         "age": _ages(sheet),
@@ -103,16 +106,16 @@ def rows(source):
     for folder, image in zip(sheet.text(FOLDER), sheet.text(IMAGE)):
         names.append(f"{folder}/{image}" if folder else image)
     patients = patients_of(sheet, PATIENT)
-    everything = Rows(sheet.path, names, sheet.numbers, known, values, patients, cohort=cohort)
-    everything.left_out = dict(left_out)
-    return [everything.take(kept)]
+    found = Rows(sheet.path, names, sheet.numbers, known, values, patients, cohort=cohort)
+    found.left_out = dict(left_out)
+    return [found]
 
 
 def _unusable(labels, projection):
     """Why a row is left out, as text; "" where it is not."""
     if labels is None:
         return "rows have no labels"
-    for name in UNUSABLE:
+    for name in BAD:
         if name in labels:
             return f"rows are labelled {name}"
     if projection.upper() == "EXCLUDE":

@@ -10,6 +10,7 @@ from common.console import InputError
 from common.task import is_device, is_healthy
 
 PRESENT, ABSENT, UNCERTAIN, BLANK = 1, 0, -1, -2  # labels, before a choice is made of the last two
+UNUSABLE = -3  # no label, whatever blank ones count as: the image is left out
 WORDS = {
     "1": PRESENT,
     "1.0": PRESENT,
@@ -24,10 +25,10 @@ WORDS = {
 @dataclass
 class Rows:
     """What a table says of N images. `path`: the table; `names` [N]: how it calls them; `numbers` int64 [N]:
-    its rows, as a spreadsheet counts; `findings` [K]; `labels` int8 [N, K] of PRESENT, ABSENT, UNCERTAIN and
-    BLANK; `patients` [N], "" where unknown; `side` [N] of SIDES or "", None where none is published;
-    `cohort`: {name of listing.COHORT or of a column: array [N]}; `left_out`: {reason: rows} that are no part
-    of these."""
+    its rows, as a spreadsheet counts; `findings` [K]; `labels` int8 [N, K] of PRESENT, ABSENT, UNCERTAIN,
+    BLANK and UNUSABLE; `patients` [N], "" where unknown; `side` [N] of SIDES or "", None where nothing is
+    published; `cohort`: {name of listing.COHORT or of a column: array [N]}; `left_out`: {reason: rows}, why
+    some are UNUSABLE."""
 
     path: Path
     names: list

@@ -19,7 +19,7 @@ from layouts import chexpert, google_nih, medmnist, mimic, nih, padchest, plain,
 from layouts.choices import BLANK, OLDER, Choices, select
 from layouts.listing import Index, Reading, joined_cohorts
 from layouts.rows import BLANK as EMPTY
-from layouts.rows import UNCERTAIN, Source, infer_healthy, refuse_contradiction
+from layouts.rows import UNCERTAIN, UNUSABLE, Source, infer_healthy, refuse_contradiction
 from layouts.sheets import Listed, columns, head_of, open_sheet
 
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
@@ -245,10 +245,13 @@ def _index_of(rows, listed, layout, choices, findings):
     asked = [rows.findings.index(name) for name in findings]
     labels = rows.labels[:, asked]
     uncertain, blank = labels == UNCERTAIN, labels == EMPTY
-    targets = np.where(blank, BLANK[choices.blank or layout.blank], labels).astype(np.int8)
+    targets = np.where(
+        blank, BLANK[layout.blank if choices.blank == "auto" else choices.blank], labels
+    ).astype(np.int8)
     known = np.array([bool(patient) for patient in rows.patients], dtype=bool)
     patients = [patient or file for patient, file in zip(rows.patients, files)]
     side = np.full(len(files), "", dtype="U5") if rows.side is None else rows.side.astype("U5")
+    targets[labels == UNUSABLE] = -1
     targets = targets.reshape(len(files), len(findings))
     index = Index(files, targets, patients, known, side, None, uncertain, rows.cohort or None, blank)
     return index, [len(kept), len(files)]
