@@ -194,9 +194,8 @@ def test_calibrate_by_patient(own_runs):
         expected = by_hand(arrays[f"{side}_patients"].tolist(), scores, truth, "max")
         p, y = np.array(list(expected.values())).T
         row = found[side]["at_rec"]
-        assert counts_at_threshold(y.astype(int), p, found["threshold"]) == tuple(
-            row[k] for k in ("tp", "fp", "tn", "fn")
-        )
+        counts = counts_at_threshold(y.astype(int), p, found["threshold"])
+        assert counts == {key: row[key] for key in ("tp", "fp", "tn", "fn")}
     assert "patients with it" in done.out and "by patient (max)" in done.out
     images = len(arrays["val_files"])
     assert f"validation: {images} images are {len(set(arrays['val_patients'].tolist()))} patients" in done.out
@@ -241,7 +240,7 @@ def test_report_by_patient(own_runs):
     column = linear.column("PNEUMONIA", "test")
     row = linear.row("PNEUMONIA", "test", "at_rec")
     counts = counts_at_threshold(column.truth, column.scores, row["thr"])
-    assert counts == tuple(row[k] for k in ("tp", "fp", "tn", "fn"))
+    assert counts == {key: row[key] for key in ("tp", "fp", "tn", "fn")}
     assert column.patients_known and len(set(column.patients.tolist())) == len(column.patients)
     assert linear.name == "Logistic regression 32x32 px [SYNTHETIC], by patient (max)"
     report = succeed("compare", cwd=own_runs).out
