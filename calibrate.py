@@ -4,13 +4,14 @@
 
 For every finished run under outputs/ (or --run DIR ...), scores the validation images and chooses two
 thresholds there. @Rec has the highest precision among thresholds with recall >= --min-recall. @Guar has a
-true recall >= --min-recall with probability --guarantee, for patients like the validation patients. Each lies
-in the middle between two validation scores, so that rounding changes no decision there. Of several findings,
-each gets both; --jointly asks that all guarantees hold at once.
+true recall >= --min-recall with probability --guarantee, for patients like the validation patients. Each
+lies in the middle between two validation scores, so that rounding changes no decision there. Of several
+findings, each gets both; --jointly asks that all guarantees hold at once.
 
-Then scores the test images (no other script opens them for that) and prints both sides with intervals. Writes
-scores.npz and calibration.json into the run folder (with --tta: scores-tta.npz, calibration-tta.json). Scores
-are kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds. A run
+Then scores the test images (no other script opens them for that) and prints both sides with intervals.
+Writes scores.npz, calibration.json and, for spreadsheets, predictions.csv into the run folder (with --tta:
+scores-tta.npz and so on). --by study or patient takes the images of a study or patient together. Scores are
+kept while model, images, labels and patients are unchanged, so another --min-recall takes seconds. A run
 that cannot be read is passed over with a note; the exit code is then 2 if --run named it.
 
     python calibrate.py --ensemble outputs/scratch-seed0 outputs/scratch-seed1 --out outputs/scratch-ensemble
@@ -27,9 +28,9 @@ import data
 from calibration import site
 from calibration.ensemble import make_ensemble
 from calibration.operating_point import SIDES, Rule, evaluate
+from calibration.pooling import BY, POOLS, remarks, say_scaling, spread_over_images
 from calibration.scores import each_run, score
-from calibration.show import show
-from calibration.wording import shared_text
+from calibration.wording import shared_text, show
 from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, start
@@ -38,6 +39,7 @@ from common.files import CALIBRATION
 from data import add_moved_arguments, load_test, load_train_val, refuse_other_images
 from layouts.tables import find_table
 from models.inputs import Inputs
+from records.predictions import write_predictions
 from records.run import WITHOUT_CLASSES
 from records.track import Tracker, add_track_argument
 from training import other_hospitals
@@ -78,7 +80,7 @@ class Sets:
 
 
 EVERYDAY = (  # what --help shows; --help-all shows the rest
-    *("--min-recall", "--guarantee", "--jointly", "--temperature", "--prevalence"),
+    *("--min-recall", "--guarantee", "--jointly", "--by", "--temperature", "--prevalence"),
     *("--run", "--runs-dir", "--ensemble", "--out", "--overwrite"),
     *("--site", "--name", "--report", "--labels", "--patients"),
     *("--tta", "--tta-flip", "--data-dir", "--skip-bad", "--device"),
@@ -108,6 +110,18 @@ def add_rule_arguments(parser):
         "--jointly",
         action="store_true",
         help="several findings: the guaranteed floors hold all at once with the confidence of --guarantee",
+    )
+    group.add_argument(
+        "--by",
+        choices=BY,
+        help="what thresholds, promises and figures are for: a study's or patient's score is that of its "
+        "images together, and it is sick if any of them is labelled so (default: image; with --site: as the "
+        "run)",
+    )
+    group.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="with --by study or patient: its highest score, or the mean (default: max)",
     )
     group.add_argument(
         "--temperature",
@@ -201,6 +215,8 @@ def parse():
     check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
         raise InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
+    if args.pool and args.by in (None, "image") and not args.site:
+        raise InputError("--pool says how the images of --by study or --by patient are put together")
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
@@ -210,6 +226,8 @@ def parse():
         platt=args.temperature == "platt",
         bootstrap=args.bootstrap,
         prevalence=args.prevalence,
+        by=args.by or "image",
+        pool=args.pool or "max",
     )
     return args, rule
 
@@ -235,6 +253,7 @@ def main():
 
 def run_all(args, rule):
     """What the command line asks for, for every run."""
+    say_scaling(rule)
     device, sets, tta = pick_device(args.device), Sets(), None
     if args.tta or args.tta_flip:
         tta = {"flip": args.tta_flip}
@@ -263,6 +282,8 @@ def run_all(args, rule):
             tracker = Tracker(args.track, run)
             tracker.calibrated(result)
             tracker.close()
+            for line in remarks(scores, rule, run.task):
+                sets.tell(line)
             sets.tell("\n" + shared_text(result))
             show(title_of(run, tta), result)
             promised = promised or has_guarantee(result)
@@ -292,7 +313,10 @@ def calibrate_run(run, scores, rule, origin):
     }
     # The scores that thresholds apply to are kept beside the logits: reports need no torch.
     thresholds_apply_to = {f"{side}_p1": p1[side] for side in SIDES}
-    run.save_calibration(result, scores | thresholds_apply_to, scaling.calibration_name(origin["tta"]))
+    name = scaling.calibration_name(origin["tta"])
+    run.save_calibration(result, scores | thresholds_apply_to, name)
+    spread = spread_over_images(scores, p1, rule, run.task)
+    write_predictions(run.predictions_file(name), run.task, result, scores, p1, spread)
     return result
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from calibration.pooling import plural_of, unit_of
 from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
@@ -95,6 +96,8 @@ class Explainer:
         if "why_not" in found:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
+        if unit_of(self.calibration) != "image":
+            say(f"note: the threshold of {run} is for {plural_of(self.calibration)}; here it is for images")
         self.model = model.to(device)
         self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.exact = self.inputs.on(device)  # float32, for maps and curves

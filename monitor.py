@@ -29,12 +29,14 @@ import matplotlib
 import numpy as np
 
 from calibration import sequential
+from calibration.pooling import columns_of, unit_of
 from common import scaling
 from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
 from layouts.listing import patient_id
-from layouts.tables import clean_patient, numbered, open_table
+from layouts.patients import clean_patient
+from layouts.sheets import numbered, open_table
 from records.run import Run
 
 matplotlib.use("Agg")
@@ -302,7 +304,11 @@ def main():
             f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "
             "gave before calibrate.py applied it must not be in the log"
         )
-    log = read_log(args.log, threshold, truths(run.task, finding), run.task.score_columns[finding])
+    column, unit = run.task.score_columns[finding], unit_of(calibration)
+    if unit != "image":
+        (column,) = columns_of(unit, [column])
+        say(f"note: this threshold is for scores of a {unit}, as predict.py gives them under {column}")
+    log = read_log(args.log, threshold, truths(run.task, finding), column)
     say_counts(args.log, log)
 
     # Only the floor of the recall is tested: specificity is shown, and nothing is promised of it.

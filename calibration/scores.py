@@ -49,7 +49,8 @@ def each_run(runs_dir, chosen, read):
 
 
 def score(run, sets, *, device, batch_size, tta=None):
-    """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged.
+    """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged, and
+    `cohort_arrays`.
 
     Sets: training, validation, test. Where it is missing, what new images are held against (shift.py) is
     written too. `tta`: None, or {"flip": bool} for test-time augmentation."""
@@ -64,7 +65,7 @@ def score(run, sets, *, device, batch_size, tta=None):
     name, model = scaling.calibration_name(tta), run.model()
     scores, learnt = kept_scores(run, name, scores_key), has_reference(run, name, reference_key)
     if scores and learnt:
-        return scores
+        return scores | cohort_arrays(sides)
 
     # One pass gives logits and features. The reference needs those of validation, even where scores are kept.
     K, subsets = run.task.outputs, dict(zip(SIDES, sides))
@@ -90,7 +91,16 @@ def score(run, sets, *, device, batch_size, tta=None):
                 f"{side}_logits": outputs_of[side][:, :K],
                 f"{side}_patients": np.array(subset.patients),
             }
-    return scores
+    return scores | cohort_arrays(sides)
+
+
+def cohort_arrays(sides):
+    """{SIDE_cohort_NAME: array} of what is known of the patients and exposures of validation and test."""
+    arrays = {}
+    for side, subset in zip(SIDES, sides):
+        for column, values in (subset.cohort or {}).items():
+            arrays[f"{side}_cohort_{column}"] = values
+    return arrays
 
 
 def keys(run, inputs, sides, sample, tta):
@@ -136,11 +146,13 @@ def has_reference(run, name, key):
 
 
 def kept_scores(run, name, key):
-    """The scores that a run has, if they have this key; else None."""
+    """The scores that a run has, if they have this key; else None. What was saved of patients and exposures
+    is left out: it is taken from the images as they are now."""
     try:
         kept = run.scores(name)
         if "key" in kept and str(kept["key"]) == key:
-            return {name: array for name, array in kept.items() if not name.endswith("_p1")}
+            derived = [name for name in kept if name.endswith("_p1") or "_cohort_" in name]
+            return {name: array for name, array in kept.items() if name not in derived}
     except InputError as error:
         if "does not exist" not in str(error):
             say(f"{error}: scoring again")

@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from calibration.operating_point import LEAST, Side, shared_out, summarize
+from calibration.pooling import PLURAL, grouped, of_calibration, remark, unit_of
 from calibration.scores import each_run
 from calibration.wording import chance_text, concerns
 from common import scaling
@@ -24,6 +25,7 @@ from common.console import InputError, command_line, say
 from common.proportions import reported_interval
 from data import load_train_val
 from images import twins
+from images.dicom import KEYED
 from images.subset import same_images
 from metrics import (
     can_guarantee,
@@ -150,8 +152,8 @@ def halves(patients, y, seed=0):
 
 
 def scored(run, subset, device, tta, batch_size):
-    """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
-    also returned {finding: threshold or None}, apply to."""
+    """(patients [N], (truth int8 [N, F], scores float64 [N, F], {finding: threshold or None})) of a Subset:
+    what the own thresholds of a calibrated run apply to. By study or patient, N counts these."""
     calibration = run.calibration(scaling.calibration_name(tta))
     inputs = Inputs.of_calibration(run, calibration, device)
     if tta and tta != calibration["tta"]:
@@ -159,7 +161,13 @@ def scored(run, subset, device, tta, batch_size):
     model = run.model().to(device)
     logits = predict(model, subset, inputs, batch_size=batch_size, progress=f"{run} site").numpy()
     shipped = {name: f.get("threshold") for name, f in calibration["findings"].items()}
-    return run.task.truth(subset.targets), run.task.scores_from(logits, calibration), shipped
+    truth, scores = run.task.truth(subset.targets), run.task.scores_from(logits, calibration)
+    studies = (subset.cohort or {}).get("study")
+    by, pool = unit_of(calibration), calibration.get("pool", "max")
+    units = grouped(subset.files, subset.patients, studies, by, pool)
+    if by != "image":
+        print(remark("site", units, truth, run.task.findings), flush=True)
+    return units.whose, (units.truth(truth), units.scores(scores), shipped)
 
 
 def held_out(y, p, patients, shipped, rule):
@@ -183,8 +191,7 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
     """Choose the thresholds of `run` for a site called `name`, print them, and keep them in the run; with
     `report` what they are worth, too.
 
-    `patients` [N]; `scored_images`: what `scored` gives of these images. InputError where no finding gets a
-    threshold."""
+    `patients` [N], `scored_images`: what `scored` gives. InputError where no finding gets a threshold."""
     truth, scores, shipped = scored_images
     alone = len(shipped) == 1
     # Joint floors share the confidence among the findings that can have a threshold at all.
@@ -236,13 +243,15 @@ def calibrate(args, rule, device, tta):
     moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
 
     def score_site(run):
+        calibration = run.calibration(scaling.calibration_name(tta))
+        unit_rule = of_calibration(rule, calibration, run, (args.by, args.pool))
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
-        return np.asarray(site.patients), scored(run, site, device, tta, args.batch_size)
+        return *scored(run, site, device, tta, args.batch_size), unit_rule
 
-    for run, (patients, scored_images) in each_run(args.runs_dir, args.run, score_site):
-        promise(run, args.name, patients, scored_images, rule, tta=tta, report=args.report)
+    for run, (patients, scored_images, unit_rule) in each_run(args.runs_dir, args.run, score_site):
+        promise(run, args.name, patients, scored_images, unit_rule, tta=tta, report=args.report)
 
 
 def refuse_seen(run, site, folder, moved):
@@ -256,6 +265,7 @@ def refuse_seen(run, site, folder, moved):
         config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
+        say_seen_patients(site, folder, name, {*train.patients, *val.patients})
         if known := same_images(site, (train, val)):
             trained = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
@@ -268,6 +278,16 @@ def refuse_seen(run, site, folder, moved):
                 f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
                 f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
             )
+
+
+def say_seen_patients(site, folder, name, seen):
+    """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
+    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
+    if shared:
+        say(
+            f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "
+            "validated (DICOM headers): leave them out, or the promises are too good"
+        )
 
 
 def held_out_lines(figures, floor):
@@ -324,7 +344,9 @@ def advice(findings, rule):
 def lines(name, finding, chosen, rule, alone=True):
     """What `choose` gives, as lines of text; `alone`: whether it is the only finding."""
     floor, confidence = rule.min_recall, rule.confidence
-    counts = f"{chosen['positives']} images of {chosen['positive_patients']} patients with {finding}, "
+    counts = (
+        f"{chosen['positives']} {PLURAL[rule.by]} of {chosen['positive_patients']} patients with {finding}, "
+    )
     counts += f"{chosen['negatives']} of {chosen['negative_patients']} without"
     if "why_not" in chosen:
         return [f"{name}: {counts}: no threshold: {chosen['why_not']}"]

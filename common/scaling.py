@@ -66,6 +66,7 @@ def basis(calibration, run):
         "platt": lines(calibration, run.task.findings),
         "precision": precision_of(calibration, run.results)[0],
         "tta": calibration.get("tta"),
+        "unit": [calibration.get("by", "image"), calibration.get("pool", "max")],
     }
 
 
@@ -74,6 +75,8 @@ def differences(old, new):
     tells apart are equal."""
     names = {"precision": "precision", "tta": "views"}
     differing = [word for key, word in names.items() if old.get(key) != new[key]]
+    if old.get("unit", ["image", "max"]) != new["unit"]:
+        differing.append("unit (--by, --pool)")
     try:
         alike = bool(old.get("platt")) == bool(new["platt"])
         alike = alike and np.allclose(old["temperature"], new["temperature"], rtol=1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 from common import prelude  # noqa: F401  (first: see there)
 from common.console import InputError
 from common.files import sha256
-from layouts.listing import patient_id
+from layouts.listing import cohort_of, patient_id
 from lungs import masks as lung_masks
 
 
@@ -22,11 +22,13 @@ class Subset:
     `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
     each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
     packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
+    The attribute `cohort`: what is known of patients and exposures, {name: array [N]} (listing.Index), or
+    None.
     """
 
     def __init__(self, files, targets, images, rows, *, patients=None, levels=None, masks=None, sources=None):
         self.files, self.targets, self.images, self.rows = files, targets, images, rows
-        self.masks = masks
+        self.masks, self.cohort = masks, None
         self.sources = np.zeros(len(files), np.int64) if sources is None else sources
         self.patients = [patient_id(f) for f in files] if patients is None else patients
         self._levels = levels
@@ -43,7 +45,7 @@ class Subset:
 
     def take(self, index):
         """The Subset of these positions."""
-        return Subset(
+        taken = Subset(
             [self.files[i] for i in index],
             self.targets[index],
             self.images,
@@ -53,6 +55,8 @@ class Subset:
             masks=self.masks,
             sources=self.sources[index],
         )
+        taken.cohort = cohort_of(self.cohort, index)
+        return taken
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""

@@ -10,7 +10,7 @@ import numpy as np
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
 from images.find import EXTENSIONS, Search, is_passed_over, subfolders
-from layouts.listing import SIDES, Index, patient_id, same_name
+from layouts.listing import SIDES, Index, Reading, joined_cohorts, patient_id, same_name
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
 SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
@@ -20,7 +20,7 @@ SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
 
 
 def read_set(data_dir, classes, *, published=False, pooled=False):
-    """(root, Index) of a set of class folders: of train/, of test/ if there is one and, if the `published`
+    """(root, Reading) of a set of class folders: of train/, of test/ if there is one and, if the `published`
     split is asked for, of val/. `pooled`: the sides are put together, so that patients of two sides must not
     bear one name. InputError if there is no such set, or no published validation."""
     root = find_root(data_dir, classes)
@@ -34,7 +34,8 @@ def read_set(data_dir, classes, *, published=False, pooled=False):
     index = read_folders(root, classes, sides)
     if pooled:
         index = index._replace(patients=named_by_side(index))
-    return root, index
+    count = len(index.files)
+    return root, Reading(index, [["listed", count], ["found", count]], True)
 
 
 def named_by_side(index):
@@ -206,11 +207,12 @@ def read_folders(root, classes, sides):
 
 
 def joined(indices):
-    """Several Indices, one after the other, as one."""
+    """Several Indices of class folders, one after the other, as one."""
     return Index(
         list(itertools.chain.from_iterable(index.files for index in indices)),
         np.concatenate([index.targets for index in indices]),
         list(itertools.chain.from_iterable(index.patients for index in indices)),
         np.concatenate([index.known for index in indices]),
         np.concatenate([index.side for index in indices]),
+        cohort=joined_cohorts([index.cohort for index in indices], [len(index.files) for index in indices]),
     )

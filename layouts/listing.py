@@ -11,12 +11,24 @@ import numpy as np
 
 SIDES = ("train", "val", "test")
 
+# What describes a patient or an exposure: {name: (NumPy kind, what it holds)}. A table may add columns.
+COHORT = {
+    "study": ("U", "the examination, unique in the data set; empty where it is not known"),
+    "age": ("f", "years at the examination; NaN where it is not known"),
+    "sex": ("U", "F, M, or empty where it is not known or neither"),
+    "view": ("U", "PA, AP, lateral, other (oblique, say), or empty where it is not known"),
+    "machine": ("U", "the manufacturer, or the manufacturer and model; empty where it is not known"),
+}
+
 
 class Index(NamedTuple):
     """files: [N] names relative to the data folder; targets: int64 [N] class numbers, or int8 [N, K] of
     findings (1 present, 0 absent, -1 unknown); patients: [N] names; known: bool [N], whether that name is a
     patient's or stands for one image; side: [N] the published one of SIDES, or "" if there is none; content:
-    int64 [N], which files are copies of each other (twins.contents), or None if not asked."""
+    int64 [N], which files are copies of each other (twins.contents), or None if not asked; uncertain: bool
+    [N, K], which of the unknown labels the table calls uncertain, or None if it calls none so; cohort: what
+    is known of patients and exposures, {a name of COHORT or a column of the table: array [N]}, or None;
+    blank: bool [N, K], which labels the table leaves empty, whatever these count as, or None."""
 
     files: list
     targets: np.ndarray
@@ -24,6 +36,9 @@ class Index(NamedTuple):
     known: np.ndarray
     side: np.ndarray
     content: np.ndarray = None
+    uncertain: np.ndarray = None
+    cohort: dict = None
+    blank: np.ndarray = None
 
     def take(self, positions):
         """The Index of these positions."""
@@ -33,7 +48,10 @@ class Index(NamedTuple):
             [self.patients[i] for i in positions],
             self.known[positions],
             self.side[positions],
-            None if self.content is None else self.content[positions],
+            taken(self.content, positions),
+            taken(self.uncertain, positions),
+            cohort_of(self.cohort, positions),
+            taken(self.blank, positions),
         )
 
     @property
@@ -43,21 +61,65 @@ class Index(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was found of a data set, before images are left out for their view or labels: the `index`;
+    `flow`: [[step, images], ...] of the steps "listed" and "found"; `keeps_unlabelled`: whether images stay
+    that have no label (they weigh nothing)."""
+
+    index: Index
+    flow: list
+    keeps_unlabelled: bool
+
+
+@dataclass(frozen=True)
 class Listing:
     """A data set before any image is decoded. `root`: its folder; `index`: the Index of all images; `others`:
     positions of the images that train and validate; `test`: of those that test; `test_from`: where these come
-    from, as text (split.cut_test)."""
+    from, as text (split.cut_test); `flow`: [[step, images], ...] from "listed" to "labelled"."""
 
     root: Path
     index: Index
     others: np.ndarray
     test: np.ndarray
     test_from: str
+    flow: list
 
     @property
     def test_index(self):
         """The Index of the test images."""
         return self.index.take(self.test)
+
+
+def taken(values, positions):
+    """The elements of an array at these positions; None of None."""
+    if values is None:
+        return None
+    return values[positions]
+
+
+def cohort_of(cohort, positions):
+    """The rows of a cohort, {name: array [N]}, at these positions; None of None."""
+    if cohort is None:
+        return None
+    return {name: values[positions] for name, values in cohort.items()}
+
+
+def joined_cohorts(cohorts, lengths):
+    """The cohorts of several Indices of these `lengths`, one after the other, as one; what one of them lacks
+    is unknown there. None if all are None."""
+    names = list(dict.fromkeys(name for cohort in cohorts for name in cohort or ()))
+    if not names:
+        return None
+    return {name: np.concatenate(_filled(cohorts, lengths, name)) for name in names}
+
+
+def _filled(cohorts, lengths, name):
+    """A column of several cohorts: list of arrays, of unknown values where a cohort lacks it."""
+    values = []
+    for cohort, length in zip(cohorts, lengths):
+        unknown = np.nan if name == "age" else ""
+        values.append((cohort or {}).get(name, np.full(length, unknown)))
+    return values
 
 
 def same_name(files):

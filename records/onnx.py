@@ -113,6 +113,7 @@ def described(scorer):
         "probabilities": scaling.remark(calibration, scorer.run),
         "site": scorer.site or "",
         "threshold@0.5": "0.5",
+        "thresholds by": json.dumps(scale["unit"]),  # ["study", "max"]: the highest score of a study's images
         "synthetic": json.dumps(results["synthetic"]),
     }
     for point, decisions in by_point(scorer.decisions).items():

@@ -4,6 +4,7 @@ results.json                               settings, data, history
 checkpoint.pth                             weights of the best epoch, tensors only
 last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
@@ -38,9 +39,9 @@ from common.files import (
 from common.scripts import there_is
 from common.task import Task
 from records import lock
-from records.older import in_present_form
 from records.schema import (
     BATCH,
+    in_present_form,
     mismatches,
     without_gone,
     wrong_calibration,
@@ -219,7 +220,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["reference.npz", "reference-tta.npz"]
+        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
         names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
@@ -248,9 +249,7 @@ class Run:
         if wrong := wrong_calibration(calibration, self.task):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
-            raise InputError(
-                f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
-            )
+            raise InputError(f"{path} was made for another checkpoint: run calibrate.py again")
         return calibration
 
     def save_calibration(self, calibration, scores, name=""):
@@ -276,9 +275,7 @@ class Run:
             kinds, shapes = [a.dtype.kind for a in of_side], [a.ndim for a in of_side]
             typed = kinds == ["U", "U", "i", "f"] and shapes in ([1, 1, 1, 2], [1, 1, 2, 2])
             if not (typed and np.isfinite(of_side[-1]).all()):  # the last are the logits
-                raise InputError(
-                    f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
-                )
+                raise InputError(f"{path} is damaged: {s} arrays have a wrong type: run calibrate.py again")
         return arrays
 
     def save_reference(self, arrays, name=""):
@@ -289,6 +286,10 @@ class Run:
     def reference_file(self, name=""):
         """Where the arrays of shift.learn are kept."""
         return self.folder / f"reference{_dash(name)}.npz"
+
+    def predictions_file(self, name=""):
+        """Where calibrate.py writes scores and decisions for spreadsheets."""
+        return self.folder / f"predictions{_dash(name)}.csv"
 
     def save_site(self, site, thresholds, name=""):
         """Write sites/SITE.json: thresholds for another hospital."""

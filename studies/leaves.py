@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.task import Task
-from records import older
+from records import schema
 
 # What differs between two calls of one version, or names a place. The key of kept scores is a hash of those.
 # The hash of a checkpoint depends on the name of a temporary file, which torch.save writes into it.
@@ -53,7 +53,7 @@ def in_present_form(calibration, results):
     figures may not."""
     settings = json.loads(results.read_text())["data"]
     task = Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
-    return older.in_present_form(calibration, task)
+    return schema.in_present_form(calibration, task)
 
 
 def of_file(path, name):

@@ -1,4 +1,4 @@
-"""Tests of older: what earlier versions wrote of a task of one finding, read in the present form."""
+"""Tests of older calibrations: what earlier versions wrote of one finding, read in the present form."""
 
 import copy
 import json
@@ -8,9 +8,8 @@ import pytest
 from calibration import scores as scores_module
 from common.files import CALIBRATION, write_json
 from common.task import Task
-from records.older import in_present_form
 from records.run import Run
-from records.schema import wrong_calibration
+from records.schema import in_present_form, wrong_calibration
 from tests.shared import cli, of_one, read_json, refused, succeed, tables
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")

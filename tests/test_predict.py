@@ -73,7 +73,7 @@ def test_predict_reports_bad_and_odd_files_and_goes_on(bench):
 
 
 def test_predict_notes_what_is_unlike_the_training_images():
-    from predict import unlike
+    from calibration.shift import unlike
 
     results = {
         "input_range": {"mean": [0.3, 0.6], "std": [0.1, 0.3]},
