@@ -28,6 +28,8 @@ def asked(args, values):
             f"{path} ({layout.title}) is for evaluation only: train on another table, and give this one to "
             "calibrate.py --site DIR --labels CSV"
         )
+    if values.get("readers", "majority") != "majority" and layout.name != "vindr":
+        raise InputError(f"--readers is for VinDr's several readers; {path} is of the layout {layout.name}")
     wanted = [name.strip() for name in (getattr(args, "findings", None) or "").split(",") if name.strip()]
     classes = tables.table_findings(path, wanted, named)
     uncertain_values(values.get("uncertain", ""), classes)

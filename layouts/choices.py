@@ -101,6 +101,8 @@ def select(reading, choices):
         used = view_is_used(views, choices.views)
         _say_views(views, used, choices.views)
         index = index.take(np.flatnonzero(used))
+    elif choices.views in ("PA", "AP"):
+        say_once(f"note: --views {choices.views}: nothing tells the view of these images: all are kept")
     flow.append(["view", len(index.files)])
     if not reading.keeps_unlabelled:
         labelled = (index.targets >= 0).any(axis=1) | index.uncertain.any(axis=1)

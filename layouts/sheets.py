@@ -67,12 +67,17 @@ class Sheet:
     def codes(self, name):
         """(the different texts of a column, int64 [N]: which of them each row has, int64: the first row of
         each, counted from 0)."""
-        values = np.array(self.text(name), dtype=object)
         import pandas
 
-        codes, kinds = pandas.factorize(values)
-        first = np.full(len(kinds), len(values))
-        np.minimum.at(first, codes, np.arange(len(values)))
+        name = self.find(name)
+        if name is None:
+            return [""], np.zeros(len(self), dtype=np.int64), np.zeros(1, dtype=np.int64)
+        raw_codes, raw = pandas.factorize(self._columns[self.head.index(name)])
+        # Spaces are taken off the few different texts; some may be equal without them.
+        merged, kinds = pandas.factorize(np.array([text.strip() for text in raw], dtype=object))
+        codes = merged[raw_codes]
+        first = np.full(len(kinds), len(codes))
+        np.minimum.at(first, codes, np.arange(len(codes)))
         return list(kinds), codes, first
 
 

@@ -206,7 +206,7 @@ def _lies_in(root, name):
     """Whether there is a file of this name below a folder; a name that leads out of it is none."""
     if name.startswith(("/", "\\")) or ".." in name:
         return False
-    return os.path.isfile(os.path.join(root, name))
+    return os.path.isfile(f"{root}/{name}")
 
 
 def _columns_there(path):
@@ -219,8 +219,8 @@ def _images(layout, source, parts):
     if layout.images:
         return layout.images(source)
     if layout.placed:
-        names = itertools.chain.from_iterable(part.names for part in parts)
-        there = {name: name for name in names if _lies_in(source.root, name)}
+        names, folder = itertools.chain.from_iterable(part.names for part in parts), os.fspath(source.root)
+        there = {name: name for name in names if _lies_in(folder, name)}
         if there:  # the set lies as it was published: to search all its folders would take minutes
             return there
     used = (source.path, *(part.path for part in parts), *(source.root / name for name in LISTS.values()))

@@ -765,6 +765,32 @@ def test_runs_from_before_there_were_layouts(tmp_path):
     assert data.read_listing(new).index.targets[:, 0].tolist() == [0, 1, 0, 1]
 
 
+def test_flags_that_change_nothing_are_said(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("path,Edema\na.png,1\nb.png,0\n")
+    touch(tmp_path, "a.png", "b.png")
+    listing_of(tmp_path, "t.csv", views="PA", split="image")
+    assert "--views PA: nothing tells the view of these images" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--readers is for VinDr's several readers"):
+        listing_of(tmp_path, "t.csv", readers="any")
+
+
+def test_a_site_says_what_its_unsure_labels_are(sets, tmp_path, capsys):
+    root, table = sets("chexpert")
+    config = data.DataConfig(
+        "x", 32, labels="x.csv", layout="plain", blank="ignore", classes=("Edema",), cache_dir=str(tmp_path)
+    )
+    site = other_hospitals.load_site(config, root, table)
+    found = site.targets[:, 0].tolist()
+    with open(root / table, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["Frontal/Lateral"] == "Frontal"]
+    cells = Counter(row["Edema"] for row in rows)
+    inferred = sum(row["Edema"] == "" and row["No Finding"] == "1.0" for row in rows)
+    assert Counter(found)[0] == cells["0.0"] + cells[""]  # the layout's default, not that of the run's table
+    err = capsys.readouterr().err
+    assert f"{cells[''] - inferred} are blank, taken for negative" in err
+    assert f"{cells['-1.0']} labels are uncertain" in err
+
+
 def test_flags_of_tables_without_a_table(tmp_path):
     touch(tmp_path, "set/train/NORMAL/a.png", "set/train/PNEUMONIA/b.png")
     for flag, value in (("--layout", "nih"), ("--uncertain", "positive"), ("--blank", "negative")):

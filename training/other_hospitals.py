@@ -148,6 +148,7 @@ def _findings(table, folder, findings, choices):
             f"{table}: it has none of the findings {', '.join(findings)}; it has {', '.join(there[:40])}"
         )
     index = tables.read_table(table, folder, tuple(found.values()), choices)
+    _say_unsure(table, index)
     columns = [findings.index(name) for name in found]
     shape = (len(index.files), len(findings))
     wide = {"targets": np.full(shape, -1, dtype=np.int8)}
@@ -162,6 +163,19 @@ def _findings(table, folder, findings, choices):
         some = ", ".join(further[:10]) + (f" and {len(further) - 10} more" if len(further) > 10 else "")
         say(f"note: {table} also asks {some}, which the model does not know")
     return index._replace(**wide)
+
+
+def _say_unsure(table, index):
+    """A note on uncertain and blank labels, and what they count as."""
+    uncertain, blank = int(index.uncertain.sum()), int(index.blank.sum())
+    parts = []
+    if uncertain:
+        parts.append(f"{uncertain} labels are uncertain, left out of every figure")
+    if blank:
+        meaning = "negative" if (index.targets[index.blank] == 0).any() else "unknown"
+        parts.append(f"{blank} are blank, taken for {meaning}")
+    if parts:
+        say(f"note: {table}: {'; '.join(parts)}")
 
 
 def _classes(table, folder, classes, choices):
