@@ -4,6 +4,7 @@ In the order to read them:
 
     operating_point.py  thresholds on validation, figures on both sides
     intervals.py        how sure a figure is
+    subgroups.py        figures of groups of patients
     ensemble.py         several runs as one
     site.py             thresholds for another hospital
     shift.py            is a batch like validation?

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import beta, t
 
+from calibration.intervals import in_short
 from common.proportions import alike_interval
 from layouts.cohort import LEAST
 
@@ -265,9 +266,12 @@ def family(figure, groups):
     """One figure of all groups -> a list of dicts, one a group. figure: Proportion or Curve of n images;
     groups: list of Groups of the same images.
 
-    {"patients": int, of the kind that the figure needs; and, from LEAST of them on, "value", "lo", "hi"; and,
-    where the rest has as many, "gap", "p", "adjusted"}."""
-    rows = [{"patients": figure.patients(group.inside)} for group in groups]
+    {"patients", "rest": int, those of the kind that the figure needs, in the group and in its rest; from LEAST
+    patients on "value", "lo", "hi"; and where the rest has as many "gap", "p", "adjusted"}."""
+    rows = []
+    for group in groups:
+        rest = figure.patients(group.known & ~group.inside)
+        rows.append({"patients": figure.patients(group.inside), "rest": rest})
     shown = [k for k, row in enumerate(rows) if row["patients"] >= LEAST]
     level = 1 - ERROR / max(1, len({groups[k].inside.tobytes() for k in shown}))
     for k in shown:
@@ -276,7 +280,7 @@ def family(figure, groups):
     questions = {}
     for k in shown:
         inside, rest = groups[k].inside, groups[k].known & ~groups[k].inside
-        if figure.patients(rest) >= LEAST:
+        if rows[k]["rest"] >= LEAST:
             questions.setdefault(frozenset((inside.tobytes(), rest.tobytes())), []).append(k)
     most = max(FEWEST_DRAWS, DRAWS_A_TEST * len(questions))
     tested = [figure.gap(groups[same[0]].inside, groups[same[0]].known, most) for same in questions.values()]
@@ -287,20 +291,77 @@ def family(figure, groups):
     return rows
 
 
-def figures_of_groups(y, p, whose, groups, thresholds, floors):
-    """Every figure of every group -> {figure: `family`}, the figures "auroc", "recall POINT" and "specificity
-    POINT" for each of `thresholds`, {point: threshold}.
+def figures_of_groups(y, p, whose, groups, thresholds, floor):
+    """Every figure of every group -> JSON: {"groups": [[attribute, value]], "patients": [[with the finding,
+    without]], "figures": {name: `family`}}, the lists in the order of `groups`.
 
-    y: int [N], 0 or 1; p: scores [N]; whose: patients [N]; groups: list of Groups of these images. Where
-    `floors` {point: recall floor} has the point, each row of its recall says whether the floor is "broken":
-    whether the simultaneous interval lies wholly below it."""
-    found = {"auroc": family(Curve(y, p, whose), groups)}
+    The figures are "AUROC", and "recall POINT" and "specificity POINT" for each of `thresholds`, {point:
+    threshold}. y: int [N], 0 or 1; p: scores [N]; whose: patients [N]; groups: list of Groups of these images.
+    Each row of a recall says whether the `floor` is "broken": whether the simultaneous interval lies wholly below
+    it."""
+    p, whose = np.asarray(p), np.asarray(whose)
+    found = {"groups": [[group.attribute, group.value] for group in groups], "patients": []}
+    for group in groups:
+        sides = (group.inside & (y == 1), group.inside & (y == 0))
+        found["patients"].append([len(np.unique(whose[images])) for images in sides])
+    figures = {"AUROC": family(Curve(y, p, whose), groups)}
     for point, threshold in thresholds.items():
         for name, label, right in (("recall", 1, p >= threshold), ("specificity", 0, p < threshold)):
             images = np.flatnonzero(y == label)
             inside = [group.at(images) for group in groups]
-            found[f"{name} {point}"] = family(Proportion(right[images], whose[images]), inside)
-        for row in found[f"recall {point}"]:
-            if point in floors and "hi" in row:
-                row["broken"] = row["hi"] < floors[point]
-    return found
+            figures[f"{name} {point}"] = family(Proportion(right[images], whose[images]), inside)
+        for row in figures[f"recall {point}"]:
+            if "hi" in row:
+                row["broken"] = row["hi"] < floor
+    return found | {"figures": figures}
+
+
+# ---------------------------------------------------------------- as text
+
+
+def table_of(found):
+    """What `figures_of_groups` found -> (head, rows of cells), texts: a row a group."""
+    head = ["Group", "Patients with / without"]
+    for name in found["figures"]:
+        head += [name, "gap (p)"]
+    rows = []
+    for k, (attribute, value) in enumerate(found["groups"]):
+        cells = [f"{attribute} {value}", "{} / {}".format(*found["patients"][k])]
+        for figures in found["figures"].values():
+            cells += _cells(figures[k])
+        rows.append(cells)
+    return head, rows
+
+
+def _cells(row):
+    """[a figure with its interval, its gap to the rest with the p-value], as texts."""
+    if "value" not in row:
+        return [f"- ({row['patients']} patients)", "-"]
+    figure = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+    if row.get("broken"):
+        figure += " BROKEN"
+    if "gap" not in row:
+        return [figure, f"- (rest: {row['rest']} patients)"]
+    return [figure, f"{row['gap']:+.3f} ({in_short(row['adjusted'])})"]
+
+
+METHOD = (
+    f"Intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni); the gap is to "
+    "the rest of those whose value is known, its p-value Holm's over all groups of the figure. By patient; a dash "
+    f"where fewer than {LEAST} patients count (recall: with the finding; specificity: without; AUROC: the fewer of "
+    "both). BROKEN: the interval of recall lies below the floor."
+)
+
+
+def verdicts(found, floor):
+    """What stands out in what `figures_of_groups` found, as a list of texts: broken floors, gaps that are no
+    chance."""
+    texts = []
+    for name, rows in found["figures"].items():
+        for (attribute, value), row in zip(found["groups"], rows):
+            if row.get("broken"):
+                texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, below the floor of {floor:g}")
+            if row.get("adjusted", 1) <= ERROR:
+                p = in_short(row["adjusted"])
+                texts.append(f"{name} of {attribute} {value} differs by {row['gap']:+.3f} from the rest (p {p})")
+    return texts

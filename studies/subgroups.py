@@ -26,7 +26,7 @@ from layouts.cohort import BANDS, age_bands, groups_of
 POINT, RECALL, APART = "@Rec", 0.95, 2.4  # APART: of the means of sick and healthy scores, in standard deviations
 SPECIFICITY = norm.cdf(APART - norm.ppf(RECALL))
 AUROC = norm.cdf(APART / np.sqrt(2))
-TRUTH = {"auroc": AUROC, f"recall {POINT}": RECALL, f"specificity {POINT}": SPECIFICITY}
+TRUTH = {"AUROC": AUROC, f"recall {POINT}": RECALL, f"specificity {POINT}": SPECIFICITY}
 MACHINES, SHARES = np.array(["A", "B", "C", "D", "E"]), [0.55, 0.2, 0.15, 0.07, 0.03]
 
 
@@ -34,25 +34,24 @@ def draw(rng, people, *, images=1, alike=0.5, broken=0.0, unequal=False, mixed=F
     """One set -> (truth, scores in (0, 1), patients, cohort).
 
     images: the most of one patient; alike: the correlation of their scores; broken: by how much lower the sick of
-    machine B score; unequal: machine B's scores spread twice as far about the same recall, specificity and AUROC,
-    and its patients have twice the images; mixed: an image may be sick, not a patient."""
+    machine B score; unequal: machine B's patients have three times the images, all of one score, so that it has
+    the same figures but is not exchangeable with the rest; mixed: an image may be sick, not a patient."""
     sick = rng.random(people) < 0.4
     machine = rng.choice(MACHINES, people, p=SHARES)
     count = rng.integers(1, images + 1, people)
     if unequal:
-        count = np.where(machine == "B", 2 * count, count)
+        count = np.where(machine == "B", 3 * count, count)
     whose = np.repeat(np.arange(people), count)
     n = len(whose)
     y = sick[whose].astype(int)
     if mixed:
         y = (rng.random(n) < np.where(sick, 0.8, 0.1)[whose]).astype(int)
-    noise = np.sqrt(alike) * rng.normal(size=people)[whose] + np.sqrt(1 - alike) * rng.normal(size=n)
-    threshold = APART - norm.ppf(RECALL)
-    z = APART * y + noise
+    shared = np.full(n, alike)
     if unequal:
-        # Twice as far from the threshold: the same decisions, and by symmetry of both classes the same ranking.
-        z = np.where(machine[whose] == "B", threshold + 2 * (z - threshold), z)
-    z = z - broken * y * (machine[whose] == "B")
+        shared[machine[whose] == "B"] = 1.0
+    noise = np.sqrt(shared) * rng.normal(size=people)[whose] + np.sqrt(1 - shared) * rng.normal(size=n)
+    z = APART * y + noise - broken * y * (machine[whose] == "B")
+    threshold = APART - norm.ppf(RECALL)
     cohort = {
         "sex": rng.choice(["F", "M", ""], people, p=[0.45, 0.45, 0.1])[whose],
         "age": (90 * rng.random(people) ** 2)[whose],
@@ -68,7 +67,7 @@ def simulate(seed, people, **case):
     y, p, whose, cohort = draw(np.random.default_rng([seed, people]), people, **case)
     groups, _ = groups_of(cohort, whose, age_bands(BANDS))
     found = {}
-    for name, rows in figures_of_groups(y, p, whose, groups, {POINT: 0.5}, {POINT: RECALL}).items():
+    for name, rows in figures_of_groups(y, p, whose, groups, {POINT: 0.5}, RECALL)["figures"].items():
         gaps = [row.get("adjusted", 1) <= ERROR for row in rows]
         misses = ["lo" in row and not row["lo"] <= TRUTH[name] <= row["hi"] for row in rows]
         broken = [row.get("broken", False) for row in rows]
@@ -84,7 +83,7 @@ CASES = {
     "1,000 patients, an image each": dict(people=1000),
     "300 patients, up to 6 alike images": dict(people=300, images=6, alike=0.8),
     "300 patients, up to 6 images, sick ones mixed with healthy": dict(people=300, images=6, mixed=True),
-    "300 patients, machine B spreads twice as far, with twice the images": dict(
+    "300 patients, machine B with three times the images, all alike": dict(
         people=300, images=4, unequal=True
     ),
     "1,000 patients, the same": dict(people=1000, images=4, unequal=True),
