@@ -25,7 +25,7 @@ from layouts.cohort import LEAST
 
 ERROR = 0.05  # of a family: the chance that any gap is found, or any interval misses, where there is nothing
 ENOUGH = 20  # draws as extreme as the data end a permutation test: it will not be significant
-FEWEST_DRAWS, DRAWS_A_TEST = 1999, 200  # of a permutation test, the second times the tests of the family
+FEWEST_DRAWS, DRAWS_A_TEST = 1999, 400  # of a permutation test, the second times the tests of the family
 BLOCK = 2**19  # numbers held at once
 
 
@@ -122,21 +122,23 @@ class _Scored:
 
 
 def permutation_p(observed, statistics, most):
-    """p-value of a permutation test whose draws come one block after the other.
+    """Two-sided p-value of a permutation test whose draws come one block after the other: twice the share of the
+    draws that lie as far on the side of `observed`, float. (Both tails together would be wrong for a studentised
+    share: a group that happens to have no miss has hardly any variance, so it lies far out.)
 
-    `statistics`: an iterator of arrays; as many of their numbers are looked at as there are draws, `most` at
-    the most. Stops at the draw that is the ENOUGH-th as extreme as `observed`: p = ENOUGH / draws; else p = (1 +
-    extreme) / (1 + draws). Both are valid p-values (Besag and Clifford 1991, Biometrika 78:301)."""
-    extreme, drawn = 0, 0
+    `statistics`: an iterator of arrays; at most `most` of their numbers are looked at. Stops at the draw that is
+    the ENOUGH-th as extreme: the share is ENOUGH / draws; else (1 + extreme) / (1 + draws). Both are valid (Besag
+    and Clifford 1991, Biometrika 78:301)."""
+    extreme, drawn, sign = 0, 0, np.sign(observed)
     for block in statistics:
         block = block[: most - drawn]
-        hits = np.flatnonzero(block >= observed * (1 - 1e-9) - 1e-12)
+        hits = np.flatnonzero(sign * block >= sign * observed * (1 - 1e-9) - 1e-12)
         if extreme + len(hits) >= ENOUGH:
-            return ENOUGH / (drawn + int(hits[ENOUGH - extreme - 1]) + 1)
+            return min(1.0, 2 * ENOUGH / (drawn + int(hits[ENOUGH - extreme - 1]) + 1))
         extreme, drawn = extreme + len(hits), drawn + len(block)
         if drawn >= most:
             break
-    return (1 + extreme) / (1 + drawn)
+    return min(1.0, 2 * (1 + extreme) / (1 + drawn))
 
 
 def shuffled(inside, strata, columns, seed=0):
@@ -205,8 +207,8 @@ def auroc_gap(y, p, inside, whose, most):
 
 
 def _studentised(difference, variance):
-    """Squared difference over its variance; 0 where there is no difference."""
-    return np.where(np.abs(difference) < 1e-12, 0.0, difference**2 / np.maximum(variance, 1e-18))
+    """A difference over its standard error; 0 where there is none."""
+    return np.where(np.abs(difference) < 1e-12, 0.0, difference / np.sqrt(np.maximum(variance, 1e-18)))
 
 
 def holm(p_values):
