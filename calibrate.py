@@ -18,35 +18,30 @@ first makes a run of its own of several: its probability is the mean of theirs.
 
 import common.prelude  # noqa: F401  (first: see there)
 
-import zlib
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 import data
-from calibration import shares, shift, site
+from calibration import site
 from calibration.ensemble import make_ensemble
 from calibration.operating_point import SIDES, Rule, evaluate
-from calibration.show import show
-from calibration.wording import shared_text
+from calibration.pooling import BY, POOLS, remarks, say_scaling, spread_over_images
+from calibration.scores import each_run, score
+from calibration.wording import shared_text, show
+from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
-from common.console import InputError, command_line, notes_once, say, start
+from common.console import InputError, command_line, notes_once, start
 from common.device import add_device_argument, pick_device
-from common.files import CALIBRATION, sha256
+from common.files import CALIBRATION
 from data import add_moved_arguments, load_test, load_train_val, refuse_other_images
-from images.subset import pixel_fingerprint
 from layouts.tables import find_table
 from models.inputs import Inputs
-from records.run import WITHOUT_CLASSES, find_runs
+from records.predictions import write_predictions
+from records.run import WITHOUT_CLASSES
 from records.track import Tracker, add_track_argument
 from training import other_hospitals
-from training.evaluate import predict
 
 MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
-
-
-# ---------------------------------------------------------------- scores
 
 
 class Sets:
@@ -78,112 +73,11 @@ class Sets:
         return self.copies[config]
 
 
-def score(run, sets, *, device, batch_size, tta=None):
-    """{val,test}_{files,patients,labels,logits} of a run, from disk if checkpoint and data are unchanged.
-
-    Sets: training, validation, test. Where it is missing, what new images are held against (shift.py) is
-    written too. `tta`: None, or {"flip": bool} for test-time augmentation."""
-    train, *sides = sets
-    inputs = Inputs.of_run(run.results, device, tta)
-    some = train.take(np.sort(np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]))
-    key, reference_key = keys(run, inputs, sides, some, tta)
-    name, model = "tta" if tta else "", run.model()  # first: a run that is damaged is not calibrated
-    scores, learnt = kept_scores(run, name, key), has_reference(run, name, reference_key)
-    if scores and learnt:
-        return scores
-    how = dict(output=inputs.logits_and_features, batch_size=batch_size)
-    K, parts = run.task.outputs, dict(zip(SIDES, sides))
-    model.to(device)
-
-    def outputs(subset, what):
-        return predict(model, subset, inputs, progress=f"{run} {what}", **how).numpy()
-
-    found = {p: outputs(s, SIDES[p]) for p, s in parts.items() if scores is None or p == "val"}
-    if not learnt:
-        usual, val = outputs(some, "training features"), found["val"]
-        labels = shares.kinds(run.task, sides[0].targets)
-        arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], sides[0].patients, labels)
-        run.save_reference({"key": np.array(reference_key), **arrays}, name)
-    if scores is None:
-        scores = {"key": np.array(key)}
-        for part, subset in parts.items():
-            scores |= {
-                f"{part}_files": np.array(subset.files),
-                f"{part}_labels": subset.targets,
-                f"{part}_logits": found[part][:, :K],
-                f"{part}_patients": np.array(subset.patients),
-            }
-    return scores
-
-
-def keys(run, inputs, sides, some, tta):
-    """What the scores of validation and test depend on, and what the reference does, as checksums; `some`:
-    the training images that the reference is learnt from.
-
-    Whatever decides a figure is in them: the model and how it is built, what it is shown, the images, their
-    labels, and whose they are. The size of a batch and the device are not: they change the last digits."""
-    about = [
-        run.checkpoint_sha256,
-        run.results["model_config"],  # the same weights make another model with other heads, scaling or looks
-        run.results["mean"],
-        run.results["std"],
-        inputs.amp,
-        tta,
-        "none",  # the exposure, which older versions could change
-        [run.task.kind, run.task.classes],
-    ]
-    if inputs.needs_lungs:
-        about += [inputs.input_mode, inputs.reads_lungs, run.config.lungs_sha256]
-    prints = [shown_fingerprint(s, inputs) for s in sides]
-    of_reference = [prints[0], shown_fingerprint(some, inputs), shift.VERSION]
-    return sha256([*about, prints]), sha256([*about, *of_reference])
-
-
-def shown_fingerprint(subset, inputs):
-    """A checksum of a Subset's files, labels, pixels and patients, and of its lung masks where the model
-    needs them."""
-    masks = 0
-    if inputs.needs_lungs:
-        for row in subset.rows:
-            masks = zlib.crc32(np.ascontiguousarray(subset.masks[row]), masks)
-    return sha256([pixel_fingerprint(subset), list(map(str, subset.patients)), masks])
-
-
-def cohort_arrays(sides):
-    """{SIDE_cohort_NAME: array} of what is known of the patients and exposures of validation and test."""
-    arrays = {}
-    for part, subset in zip(SIDES, sides):
-        for column, values in (subset.cohort or {}).items():
-            arrays[f"{part}_cohort_{column}"] = values
-    return arrays
-
-
-def has_reference(run, name, key):
-    """Whether a run has the reference with this key."""
-    try:
-        return shift.reference_of(run, name, key) is not None
-    except InputError as error:
-        say(f"{error}; it is made again now")
-        return False
-
-
-def kept_scores(run, name, key):
-    """The scores that a run has, if they have this key; else None."""
-    try:
-        kept = run.scores(name)
-        if "key" in kept and str(kept["key"]) == key:
-            return {k: v for k, v in kept.items() if not k.endswith("_p1") and "_cohort_" not in k}
-    except InputError as error:
-        if "does not exist" not in str(error):
-            say(f"{error}: scoring again")
-    return None
-
-
 # ---------------------------------------------------------------- main
 
 
 EVERYDAY = (  # what --help shows; --help-all shows the rest
-    *("--min-recall", "--guarantee", "--jointly", "--temperature", "--prevalence"),
+    *("--min-recall", "--guarantee", "--jointly", "--by", "--temperature", "--prevalence"),
     *("--run", "--runs-dir", "--ensemble", "--out", "--overwrite"),
     *("--site", "--name", "--report", "--labels", "--patients"),
     *("--tta", "--tta-flip", "--data-dir", "--skip-bad", "--device"),
@@ -213,6 +107,18 @@ def add_rule_arguments(parser):
         "--jointly",
         action="store_true",
         help="several findings: the guaranteed floors hold all at once with the confidence of --guarantee",
+    )
+    group.add_argument(
+        "--by",
+        choices=BY,
+        help="what thresholds, promises and figures are for: a study's or patient's score is that of its "
+        "images together, and it is sick if any of them is labelled so (default: image; with --site: as the "
+        "run)",
+    )
+    group.add_argument(
+        "--pool",
+        choices=POOLS,
+        help="with --by study or patient: its highest score, or the mean (default: max)",
     )
     group.add_argument(
         "--temperature",
@@ -305,6 +211,8 @@ def parse():
     check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
         raise InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")
+    if args.pool and args.by in (None, "image") and not args.site:
+        raise InputError("--pool says how the images of --by study or --by patient are put together")
     rule = Rule(
         min_recall=args.min_recall,
         confidence=args.guarantee or 0.95,
@@ -314,6 +222,8 @@ def parse():
         platt=args.temperature == "platt",
         bootstrap=args.bootstrap,
         prevalence=args.prevalence,
+        by=args.by or "image",
+        pool=args.pool or "max",
     )
     return args, rule
 
@@ -339,49 +249,86 @@ def main():
 
 def run_all(args, rule):
     """What the command line asks for, for every run."""
-    device, sets, promised = pick_device(args.device), Sets(), False
-    tta = {"flip": args.tta_flip} if args.tta or args.tta_flip else None
-    name = "tta" if tta else ""
+    say_scaling(rule)
+    device, sets, tta = pick_device(args.device), Sets(), None
+    if args.tta or args.tta_flip:
+        tta = {"flip": args.tta_flip}
     if args.site:
         return site.calibrate(args, rule, device, tta)
     if args.ensemble:
         ready = partial(images, sets, args)
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
-    for run in find_runs(args.runs_dir, args.run):
+
+    def scores_of(run):
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         _ = run.config  # InputError, by its name, for a run that only an older version reads
         three = images(sets, args, run.results)
-        scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
-        scores |= cohort_arrays(three[1:])
-        try:
-            result, p1 = evaluate(scores, rule, run.task)
-        except InputError as error:
-            raise InputError(f"{run}: {error}") from None
-        found = result["findings"].values()
-        promised = promised or any(f["guarantee"]["threshold"] is not None for f in found if "guarantee" in f)
-        result |= {
-            "format": CALIBRATION,
-            "checkpoint": run.checkpoint_sha256,
-            "synthetic": run.results["synthetic"],
-            "tta": tta,
-            "alike": sets.alike(settings(args, run.results)),
-            "precision": Inputs.of_run(run.results, device, tta).precision,
-            "command": command_line(),
-        }
-        run.save_calibration(result, {**scores, **{f"{part}_p1": p1[part] for part in SIDES}}, name)
-        tracker = Tracker(args.track, run)
-        tracker.calibrated(result)
-        tracker.close()
-        mark = " (SYNTHETIC data)" if run.results["synthetic"] else ""
-        title = f"{run}{' with TTA' if tta else ''}{mark}"
-        sets.tell("\n" + shared_text(result))
-        show(title, result)
-    if promised:
-        print(
-            "\n@Guar holds for patients like the validation patients. It does not survive a shift: compare "
-            "the validation and test lines."
-        )
+        return score(run, three, device=device, batch_size=args.batch_size, tta=tta)
+
+    promised = False
+    try:
+        for run, scores in each_run(args.runs_dir, args.run, scores_of):
+            origin = {
+                "tta": tta,
+                "alike": sets.alike(settings(args, run.results)),
+                "precision": Inputs.of_run(run.results, device, tta).precision,
+            }
+            result = calibrate_run(run, scores, rule, origin)
+            tracker = Tracker(args.track, run)
+            tracker.calibrated(result)
+            tracker.close()
+            for line in remarks(scores, rule, run.task):
+                sets.tell(line)
+            sets.tell("\n" + shared_text(result))
+            show(title_of(run, tta), result)
+            promised = promised or has_guarantee(result)
+    finally:  # also where a run that was asked for by name is passed over
+        if promised:
+            print(
+                "\n@Guar holds for patients like the validation patients. It does not survive a shift: "
+                "compare the validation and test lines."
+            )
+
+
+def calibrate_run(run, scores, rule, origin):
+    """Choose the thresholds of a Run from its scores, and keep them -> the content of calibration.json.
+
+    `origin`: what else decided the scores, as JSON. InputError, naming the run, where the rule cannot be met.
+    """
+    try:
+        result, p1 = evaluate(scores, rule, run.task)
+    except InputError as error:
+        raise InputError(f"{run}: {error}") from None
+    result |= {
+        "format": CALIBRATION,
+        "checkpoint": run.checkpoint_sha256,
+        "synthetic": run.results["synthetic"],
+        **origin,
+        "command": command_line(),
+    }
+    thresholds_apply_to = {f"{side}_p1": p1[side] for side in SIDES}
+    name = scaling.calibration_name(origin["tta"])
+    run.save_calibration(result, scores | thresholds_apply_to, name)
+    spread = spread_over_images(scores, p1, rule, run.task)
+    write_predictions(run.predictions_file(name), run.task, result, scores, p1, spread)
+    return result
+
+
+def has_guarantee(calibration):
+    """Whether any finding of a calibration has the threshold @Guar."""
+    guarantees = [found.get("guarantee", {}) for found in calibration["findings"].values()]
+    return any(guarantee.get("threshold") is not None for guarantee in guarantees)
+
+
+def title_of(run, tta):
+    """What the printed figures of a run are called."""
+    title = str(run)
+    if tta:
+        title += " with TTA"
+    if run.results["synthetic"]:
+        title += " (SYNTHETIC data)"
+    return title
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Turn calibrated runs into one report: markdown tables and plots.
 
-    python compare.py > results.md
+    python compare.py --out results.md
 
-Reads every calibrated run under outputs/ (or --run DIR ...) as calibrate.py and explain.py left it. Standard
-output is the markdown alone; plots go to outputs/figures/; --html writes the report as one page that needs no
-other file, --csv the main table. Runs on different test sets get sections of their own; runs that differ only
-in the seed also get a row with their mean and standard deviation. Needs no torch and takes seconds.
+Reads every calibrated run under outputs/ (or --run DIR ...) as calibrate.py and explain.py left it. --out
+writes the markdown to a file; without it, standard output is the markdown alone. Plots go to
+outputs/figures/; --html writes the report as one page that needs no other file, --csv the main table. Runs
+on different test sets get sections of their own. Runs that differ only in the seed also get a row with their
+mean and standard deviation. Needs no torch and takes seconds.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -28,12 +29,15 @@ def parse():
     parser.add_argument("--run", nargs="+", metavar="DIR", help="run folders (default: all under --runs-dir)")
     parser.add_argument("--runs-dir", default="outputs", metavar="DIR", help="where the run folders lie")
     parser.add_argument("--figures", metavar="DIR", help="folder for the plots (default: RUNS_DIR/figures)")
+    parser.add_argument(
+        "--out", metavar="PATH", help="write the markdown there, in UTF-8 (default: standard output)"
+    )
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
     args = parser.parse_args()
     given = args.figures is not None
     args.figures = Path(args.figures or Path(args.runs_dir, "figures"))
-    for flag, path in (("--csv", args.csv), ("--html", args.html)):
+    for flag, path in (("--out", args.out), ("--csv", args.csv), ("--html", args.html)):
         if path:
             check_output(flag, path)
     check_figures(args.figures, given)
@@ -58,6 +62,7 @@ def file_stem(name, used):
 def main():
     args = parse()
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
+    # One section a test set: figures on different images are not to be compared.
     blocks = [Heading(1, TITLE)]
     for entries in groups:
         shown = without_members(entries)
@@ -70,8 +75,12 @@ def main():
     if args.html:
         page = to_html(blocks, any(e.synthetic for entries in groups for e in entries))
         write_text(args.html, page)
-    print(to_markdown(blocks), flush=True)  # the reader may close the pipe: all files are written
-    say(f"report: {args.html or 'on standard output (--html PATH writes a page)'}")
+    if args.out:
+        write_text(args.out, to_markdown(blocks, Path(args.out).parent) + "\n")
+    else:
+        print(to_markdown(blocks), flush=True)  # the reader may close the pipe: the other files are written
+    places = [path for path in (args.html, args.out) if path]
+    say(f"report: {' and '.join(places) or 'on standard output (--html PATH writes a page)'}")
     say(f"pictures: {count} in {args.figures}")
     if args.csv:
         say(f"table: {args.csv}")

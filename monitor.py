@@ -16,6 +16,7 @@ those of calibrate.py --tta, for scores of predict.py --tta.
 
 import common.prelude  # noqa: F401  (first: see there)
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -100,6 +101,16 @@ def check_row(cell, score, words, where):
     return Row(cell["path"], value, sick, patient, cell.get("time", ""))
 
 
+def check_columns(path, head, score):
+    """InputError if a log with these columns lacks one; `score`: that of the scores."""
+    missing = [name for name in ("path", score, "diagnosis") if name not in head]
+    if not missing:
+        return
+    if score in missing and score != "score":
+        missing[missing.index(score)] = f"{score} (nor score)"
+    raise InputError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(head)}")
+
+
 def read_log(path, threshold, words, column="score"):
     """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
     is called score.
@@ -108,31 +119,31 @@ def read_log(path, threshold, words, column="score"):
     diagnosis, an image or a time out of order that comes twice."""
     head, rows = open_table(path)
     score = "score" if "score" in head else column
-    missing = [name for name in ("path", score, "diagnosis") if name not in head]
-    if missing:
-        words = {score: f"{score} (nor score)"} if score != "score" else {}
-        absent = " and ".join(words.get(name, name) for name in missing)
-        raise InputError(f"{path} has no column {absent}; it has {', '.join(head)}")
-    at, seen, patients, last = {name: head.index(name) for name in head}, set(), set(), ""
+    check_columns(path, head, score)
+    images, patients, last = set(), set(), ""
     sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
     for number, values in numbered(rows):
-        cell = {name: values[i].strip() if i < len(values) else "" for name, i in at.items()}
+        padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
         where = f"{path}, row {number}"
-        row = check_row(cell, score, words, where)
-        if row.path in seen:
+        row = check_row(dict(zip(head, padded)), score, words, where)
+        # The sequential test counts patients in the order of their diagnoses, each image once.
+        if row.path in images:
             raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")
         if row.time < last:
             raise InputError(
                 f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
             )
-        seen.add(row.path)
+        images.add(row.path)
         last = row.time
-        if row.score is None or row.sick is None:
-            missing = "unscored" if row.score is None else "waiting"
-            counts[missing] += 1
+        if row.score is None:
+            counts["unscored"] += 1
+            continue
+        if row.sick is None:
+            counts["waiting"] += 1
             continue
         counts["images"] += 1
         counts["unnamed"] += not row.patient
+        # Images of one patient are no independent draws, so the first one counts.
         patient = row.patient or row.path
         if patient in patients:
             counts["left_out"] += 1
@@ -140,8 +151,8 @@ def read_log(path, threshold, words, column="score"):
         patients.add(patient)
         sick.append(row.sick)
         called.append(row.score >= threshold)
-    found = np.array(sick, bool), np.array(called, bool)
-    return Log(*found, **counts, score=score, named="patient" in head)
+    outcomes = np.array(sick, bool), np.array(called, bool)
+    return Log(*outcomes, **counts, score=score, named="patient" in head)
 
 
 def say_counts(path, log):
@@ -161,24 +172,20 @@ def say_counts(path, log):
 def draw(path, log, floor, alarm, title):
     """Write a picture of recall and specificity over time, with confidence sequences."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    sides = (("recall", "with", log.sick, log.called), ("specificity", "without", ~log.sick, ~log.called))
-    for ax, (name, word, chosen, right) in zip(axes, sides):
-        outcomes = right[chosen]
-        ax.set(
-            xlabel=f"patients {word} the finding",
-            ylabel=name,
-            ylim=(0, 1.02),
-        )
+    hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
+    panels = (("recall", "with", hits), ("specificity", "without", rightly_cleared))
+    for ax, (name, which, outcomes) in zip(axes, panels):
+        ax.set(xlabel=f"patients {which} the finding", ylabel=name, ylim=(0, 1.02))
         ax.grid(alpha=0.3)
         if not len(outcomes):
             continue
-        count = np.unique(np.linspace(1, len(outcomes), min(len(outcomes), POINTS_DRAWN)).round().astype(int))
-        hits = np.cumsum(outcomes)[count - 1]
-        band = sequential.confidence_interval(hits, count - hits)
-        ax.fill_between(
-            count, band[:, 0], band[:, 1], alpha=0.25, step="mid", label="95% confidence sequence"
-        )
-        ax.plot(count, hits / count, label=f"{name} so far")
+        # Of a long log evenly spread patients are drawn: a picture has no room for more.
+        drawn = np.linspace(1, len(outcomes), min(len(outcomes), POINTS_DRAWN))
+        count = np.unique(drawn.round().astype(int))
+        right = np.cumsum(outcomes)[count - 1]
+        low, high = sequential.confidence_interval(right, count - right).T
+        ax.fill_between(count, low, high, alpha=0.25, step="mid", label="95% confidence sequence")
+        ax.plot(count, right / count, label=f"{name} so far")
         if name == "recall":
             ax.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:g}")
             if alarm:
@@ -191,18 +198,18 @@ def draw(path, log, floor, alarm, title):
 
 
 def threshold_of(run, args):
-    """(threshold, recall floor) of the operating point that is watched. InputError where there is none."""
-    if len(run.task.findings) > 1 and args.finding is None:
-        raise InputError(f"--finding: which of {', '.join(run.task.findings)}?")
-    finding = args.finding or run.task.findings[0]
-    if finding not in run.task.findings:
-        raise InputError(f"--finding {finding} is not one of {', '.join(run.task.findings)}")
-    name = "tta" if args.tta else ""
-    source = run.site(args.site, name) if args.site else run.calibration(name)
-    found = source["findings"][finding]
-    if not args.site:
-        found = {**found, "guaranteed": found.get("guarantee", {}).get("threshold")}
-    threshold, floor = found.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
+    """(finding, threshold, recall floor) of the operating point that is watched. InputError where there is
+    none."""
+    finding, name = run.task.chosen_finding(args.finding), scaling.calibration_name(args.tta)
+    if args.site:
+        source = run.site(args.site, name)
+        thresholds = source["findings"][finding]
+    else:
+        source = run.calibration(name)
+        thresholds = source["findings"][finding]
+        # A calibration.json keeps @Guar elsewhere than a site does.
+        thresholds = {**thresholds, "guaranteed": thresholds.get("guarantee", {}).get("threshold")}
+    threshold, floor = thresholds.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:
         where = f" at {args.site}" if args.site else ""
         raise InputError(f"{run} has no threshold @{args.point.title()} for {finding}{where}")
@@ -245,13 +252,24 @@ def parse():
     return args
 
 
-def picture_name(args, finding, several):
+def title_of(run, args, threshold):
+    """What is watched, as the title of the picture and the first printed line."""
+    title = run.folder.resolve().name
+    if args.site:
+        title += f" at {args.site}"
+    if args.tta:
+        title += " with TTA"
+    return f"{title}: threshold {threshold:.4f}"
+
+
+def picture_name(args, task, finding):
     """File name of the picture: the log's, then what tells this look at it from others."""
-    parts = [Path(args.log).stem[:50], args.site or "validation"]
-    parts += [finding] if several else []
-    parts += [args.point] if args.point != "rec" else []
-    parts += ["tta"] if args.tta else []
-    return re.sub(r"[^\w. -]+", "-", "-".join(parts)) + ".png"
+    words = [Path(args.log).stem[:50], args.site or "validation", *task.told_apart(finding)]
+    if args.point != "rec":
+        words.append(args.point)
+    if args.tta:
+        words.append("tta")
+    return re.sub(r"[^\w. -]+", "-", "-".join(words)) + ".png"
 
 
 def say_verdict(alarm, patients, finding, floor):
@@ -278,29 +296,29 @@ def main():
     args = parse()
     run = Run(args.run)
     finding, threshold, floor = threshold_of(run, args)
-    calibration = run.calibration("tta" if args.tta else "")
+    calibration = run.calibration(scaling.calibration_name(args.tta))
     if scaling.applied(calibration):
         say(
             f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "
             "gave before calibrate.py applied it must not be in the log"
         )
-    column = f"p_{run.task.column_words[run.task.findings.index(finding)]}"
-    log = read_log(args.log, threshold, truths(run.task, finding), column)
+    log = read_log(args.log, threshold, truths(run.task, finding), run.task.score_columns[finding])
     say_counts(args.log, log)
-    hits, right = log.called[log.sick], ~log.called[~log.sick]
+
+    # Only the floor of the recall is tested: specificity is shown, and nothing is promised of it.
+    hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
     alarm = sequential.refuted_at(hits, floor)
-    where, views = f" at {args.site}" if args.site else "", " with TTA" if args.tta else ""
-    title = f"{run.folder.resolve().name}{where}{views}: threshold {threshold:.4f}"
-    path = run.folder / "monitor" / picture_name(args, finding, len(run.task.findings) > 1)
+    title = title_of(run, args, threshold)
+    path = run.folder / "monitor" / picture_name(args, run.task, finding)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(path, log, floor, alarm, title)
+
     print(f"{title}, of the column {log.score}")
     print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
-    for name, outcomes in (("recall", hits), ("specificity", right)):
+    for name, which, outcomes in (("recall", "with", hits), ("specificity", "without", rightly_cleared)):
         if len(outcomes):
             low, high = sequential.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
-            of = "with" if name == "recall" else "without"
-            counted = f"of {len(outcomes)} patients {of} {finding}"
+            counted = f"of {len(outcomes)} patients {which} {finding}"
             print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
     print(f"wrote {path}", flush=True)
     say_verdict(alarm, len(hits), finding, floor)

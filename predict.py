@@ -64,46 +64,44 @@ def unlike(pixels, size, colour, results):
             notes.append(f"{word} {values[key]:.2f} outside the training range {low:.2f} to {high:.2f}")
     for value, key in zip(size, ("width", "height")):
         low, high = results["split"]["original_size"][key]
-        if (
-            low < high and not low <= value <= high
-        ):  # a set resized beforehand has one size, which says nothing
+        resized_before = low == high  # such a set has one size, which says nothing
+        if not resized_before and not low <= value <= high:
             notes.append(f"{key} {value} px outside the training range {low} to {high}")
     if colour > 0.08:
         notes.append("colour photograph?")
-    return "unlike the training images: " + ", ".join(notes) if notes else ""
+    if not notes:
+        return ""
+    return "unlike the training images: " + ", ".join(notes)
 
 
 class Scorer:
-    """A calibrated run, ready to score: model, preprocessing, precision, scaling, thresholds.
-
-    `thresholds`: {finding: threshold @Rec, or None where there were too few images for one}."""
+    """A calibrated run, ready to score: model, preprocessing, precision, scaling, and the `decisions`
+    (task.Decision) that it gives of each image."""
 
     def __init__(self, run, device, tta, site=None):
-        self.model = run.model()
-        calibration = run.calibration("tta" if tta else "")
+        self.model, name = run.model(), scaling.calibration_name(tta)
+        self.calibration, self.site = run.calibration(name), site
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
-        self.thresholds = {n: f.get("threshold") for n, f in calibration["findings"].items()}
-        self.guaranteed = None  # the threshold of a site, of a single finding
+        # A site has its own thresholds, and @Guar decides only there.
+        source, guaranteed = self.calibration, None
         if site:
-            found = run.site(site, "tta" if tta else "")["findings"]
-            self.thresholds = {name: found[name].get("threshold") for name in self.thresholds}
-            if len(found) == 1:
-                (only,) = found.values()
-                self.guaranteed = only.get("guaranteed")
-        self.calibration, self.site = calibration, site
+            source = run.site(site, name)
+            guaranteed = source["findings"][self.task.findings[0]].get("guaranteed")
+        thresholds = {finding: source["findings"][finding].get("threshold") for finding in self.task.findings}
+        self.decisions = self.task.decisions(thresholds, guaranteed)
+
+        # What is missing is found now, not in the middle of a thousand files.
         try:
-            self.inputs = Inputs.of_calibration(run, calibration, device)
+            self.inputs = Inputs.of_calibration(run, self.calibration, device)
             unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
-        self.several, self.softmax = len(self.thresholds) > 1, self.task.kind == "softmax"
-        words = self.task.column_words
-        self.probabilities = [f"p_{word}" for word in words]
-        decisions = [f"decision@Rec_{w}" for w in words] if self.several else ["decision@0.5", "decision@Rec"]
-        decisions += ["decision@Guar"] if self.guaranteed is not None else []
-        top = ["top_class"] if self.several and self.softmax else []
-        self.columns = ("path", *top, *self.probabilities, *decisions, "typicality", "note")
-        self.reference, self.batch = shift.reference_of(run, "tta" if tta else ""), shift.Batch()
+        self.columns = ["path", *self.task.score_columns.values(), *(d.column for d in self.decisions)]
+        self.columns += ["typicality", "note"]
+        if self.task.one_of_many:
+            self.columns.insert(1, "top_class")
+
+        self.reference, self.batch = shift.reference_of(run, name), shift.Batch()
         self.notes = Counter()  # files with a note, and by kind
         self.finder = lung_masks.finder_of(self.config, device)
         self.without_lungs = lung_masks.not_found(self.config)
@@ -126,18 +124,19 @@ class Scorer:
 
     def called(self, scores):
         """Whom the model calls sick by its first finding, bool [N]: scores [N, F]."""
-        threshold = next(iter(self.thresholds.values()))
-        return scores[:, 0] >= (0.5 if threshold is None else threshold)
+        first = next(decision for decision in self.decisions if decision.point == "@Rec")
+        threshold = 0.5 if first.threshold is None else first.threshold
+        return scores[:, 0] >= threshold
 
     def typicalities(self, names, scores, logits, features):
         """The typicality of every image, float [B], or None each without a reference; they join the batch."""
         if self.reference is None:
             return [None] * len(names)
-        found, places = self.reference.place(features)
-        values = zip(names, map(patient_id, names), found, places, logits, self.called(scores))
-        for row in values:
-            self.batch.add(*row)
-        return found.tolist()
+        typicality, places = self.reference.place(features)
+        patients = map(patient_id, names)
+        for image in zip(names, patients, typicality, places, logits, self.called(scores)):
+            self.batch.add(*image)
+        return typicality.tolist()
 
     def verdict(self):
         """Whether all images so far are like validation, as JSON; None without a reference that holds labels
@@ -149,14 +148,11 @@ class Scorer:
 
     def answers(self, scores, top):
         """The cells of one image from the top class to the decisions: scores [F]."""
-        scores, thresholds = scores.tolist(), list(self.thresholds.values())
-        if self.several:
-            called = [None if t is None else "yes" if p >= t else "no" for p, t in zip(scores, thresholds)]
-            return [*([self.task.classes[top]] if self.softmax else []), *scores, *called]
-        finding = self.task.findings[0]
-        words = self.task.classes if self.softmax else (f"no {finding}", finding)
-        points = [0.5, thresholds[0], *([] if self.guaranteed is None else [self.guaranteed])]
-        return [scores[0], *(words[int(scores[0] >= t)] for t in points)]
+        scores = scores.tolist()
+        cells = [*scores, *(decision.answer(scores) for decision in self.decisions)]
+        if self.task.one_of_many:
+            cells.insert(0, self.task.classes[top])
+        return cells
 
     def rows(self, paths, batch_size):
         """Yield a dict of `columns` for every path, in order; unreadable files have None for scores and
@@ -170,39 +166,48 @@ class Scorer:
 
         paths = iter(paths)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            chunk = list(itertools.islice(paths, batch_size))
-            reading = pool.map(read, chunk)
-            while chunk:
+            names = list(itertools.islice(paths, batch_size))
+            reading = pool.map(read, names)
+            while names:
+                images = list(reading)
                 following = list(itertools.islice(paths, batch_size))
-                images, names, chunk = list(reading), chunk, following
                 reading = pool.map(read, following)  # the next batch is decoded while this one is scored
-                good = [i for i in images if not isinstance(i, str)]
-                found = self.found([n for n, i in zip(names, images) if not isinstance(i, str)], good)
-                for name, image in zip(names, images):
-                    if isinstance(image, str):
-                        self.notes.update(["unreadable", "noted"])
-                        yield {**dict.fromkeys(self.columns), "path": name, "note": image}
-                        continue
-                    cells, typicality, whole = next(found)
-                    odd = typicality is not None and typicality <= shift.ODD
-                    notes = [
-                        unlike(*image, self.results),
-                        f"odd: typicality {typicality:.4f}" if odd else "",
-                        self.without_lungs if whole else "",
-                    ]
-                    self.notes.update(kind for kind, text in zip(NOTES, notes) if text)
-                    self.notes["noted"] += any(notes)
-                    note = "; ".join(filter(None, notes))
-                    yield dict(zip(self.columns, (name, *cells, typicality, note)))
+                yield from self.rows_of_batch(names, images)
+                names = following
 
-    def found(self, names, images):
+    def rows_of_batch(self, names, images):
+        """The same of one batch, `images` as read_image gives them, or why they cannot be read, as text."""
+        readable = [(name, image) for name, image in zip(names, images) if not isinstance(image, str)]
+        scored = self.scored(*zip(*readable)) if readable else iter(())
+        for name, image in zip(names, images):
+            if isinstance(image, str):
+                self.notes.update(["unreadable", "noted"])
+                yield {**dict.fromkeys(self.columns), "path": name, "note": image}
+                continue
+            cells, typicality, without_lungs = next(scored)
+            note = self.note(image, typicality, without_lungs)
+            yield dict(zip(self.columns, (name, *cells, typicality, note)))
+
+    def scored(self, names, images):
         """Yield (cells of `answers`, typicality, whether no lungs were found) of images as read_image gives
         them."""
-        if images:
-            scores, logits, whole, features = self.scores(np.stack([image[0] for image in images]))
-            typicality = self.typicalities(names, scores, logits, features)
-            cells = map(self.answers, scores, logits.argmax(axis=1))
-            yield from zip(cells, typicality, whole)
+        scores, logits, whole, features = self.scores(np.stack([image[0] for image in images]))
+        typicality = self.typicalities(names, scores, logits, features)
+        cells = map(self.answers, scores, logits.argmax(axis=1))
+        yield from zip(cells, typicality, whole)
+
+    def note(self, image, typicality, without_lungs):
+        """What is to be said of an image that could be read, as text; counted in `notes` by kind."""
+        texts = dict.fromkeys(NOTES, "")
+        texts["unlike"] = unlike(*image, self.results)
+        if typicality is not None and typicality <= shift.ODD:
+            texts["odd"] = f"odd: typicality {typicality:.4f}"
+        if without_lungs:
+            texts["lungs"] = self.without_lungs
+        said = {kind: text for kind, text in texts.items() if text}
+        self.notes.update(said.keys())
+        self.notes["noted"] += bool(said)
+        return "; ".join(said.values())
 
 
 def parse():
@@ -248,10 +253,13 @@ def count_of_notes(count, notes, typicality):
         "unlike": "of a brightness, contrast, colour or size unlike the training images",
         "lungs": "without lungs, though the model needs them",
     }
-    parts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
+    counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
     if not typicality:
-        parts.append("which are odd cannot be told")
-    return f"{count} files, {notes['noted']} with a note" + (": " if parts else "") + ", ".join(parts)
+        counts.append("which are odd cannot be told")
+    text = f"{count} files, {notes['noted']} with a note"
+    if counts:
+        text += f": {', '.join(counts)}"
+    return text
 
 
 def advice(verdict, run, site):
@@ -274,28 +282,33 @@ def advice(verdict, run, site):
 def report(scorer, args, counts):
     """Say the verdict on all images together and what to do next, and write it where --summary and --keep ask
     for it."""
-    verdict = scorer.verdict()
+    run, verdict = scorer.run, scorer.verdict()
     if verdict is None:
-        flags = " --tta" if args.tta else ""
-        lacking = "typicality and a verdict on all images together"
-        if scorer.reference is not None:
-            lacking = "a verdict on all images together, which needs the true labels of validation"
-        say(
-            f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
-            f"--run {scorer.run}{flags} for {lacking}"
-        )
+        say_no_verdict(scorer, args.tta)
         if args.summary or args.keep:
-            raise InputError(f"--summary, --keep: {scorer.run} has nothing to hold images against")
+            raise InputError(f"--summary, --keep: {run} has nothing to hold images against")
         return
     say(shift.sentence(verdict))
-    if following := advice(verdict, scorer.run, args.site):
-        say(following)
-    about = {"run": str(scorer.run), "checkpoint": scorer.run.checkpoint_sha256, "paths": args.paths[:20]}
-    about |= {**counts, **verdict}
+    if next_step := advice(verdict, run, args.site):
+        say(next_step)
+    origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
+    summary = {**origin, **counts, **verdict}
     if args.summary:
-        write_json(args.summary, about)
+        write_json(args.summary, summary)
     if args.keep:
-        scorer.run.save_batch(args.keep, about)
+        run.save_batch(args.keep, summary)
+
+
+def say_no_verdict(scorer, tta):
+    """Say what an older calibration lacks for a verdict, and how to get it."""
+    flags = " --tta" if tta else ""
+    lacking = "typicality and a verdict on all images together"
+    if scorer.reference is not None:
+        lacking = "a verdict on all images together, which needs the true labels of validation"
+    say(
+        f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
+        f"--run {scorer.run}{flags} for {lacking}"
+    )
 
 
 def main():
@@ -307,13 +320,12 @@ def main():
         say(line)
     if args.export:
         return export(scorer, args.export)
-    search = Search()
+    # A row is printed as soon as it is known: there may be more files than fit into memory.
+    search, pace, count = Search(), Pace(), 0
     files = find_files(args.paths, search)
     writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
     if not args.jsonl:
         writer.writeheader()
-    count = 0
-    pace = Pace()
     for row in scorer.rows(files, args.batch_size):
         count += 1
         if args.jsonl:
@@ -323,13 +335,15 @@ def main():
         pace.count(count, "files")
     if not count:
         raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
+
+    # What was passed over, what was odd, and the verdict come last, where they are seen.
     search.tell(", ".join(args.paths[:3]))
-    reference, bad = scorer.reference, scorer.notes["unreadable"]
+    reference, unreadable = scorer.reference, scorer.notes["unreadable"]
     typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
     say(count_of_notes(count, scorer.notes, typicality))
-    report(scorer, args, {"images": count, "unreadable": bad})
-    if bad:
-        raise InputError(f"{bad} of {count} files could not be read; their rows say why")
+    report(scorer, args, {"images": count, "unreadable": unreadable})
+    if unreadable:
+        raise InputError(f"{unreadable} of {count} files could not be read; their rows say why")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 In the order to read them:
 
     operating_point.py  thresholds on validation, figures on both sides
+    pooling.py          one score for all images of a study or patient
     intervals.py        how sure a figure is
     subgroups.py        figures of groups of patients
     ensemble.py         several runs as one
     site.py             thresholds for another hospital
+    scores.py           scores of runs, one after the other
     shift.py            is a batch like validation?
     shares.py           the same at another share of the sick
     sequential.py       tests that may be looked at daily
-    wording.py          what is said of thresholds
-    show.py             what calibrate.py prints
+    wording.py          what is said of thresholds, and what calibrate.py prints
 """

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import softmax
 
 from calibration.intervals import (
     bootstrap_summary,
@@ -13,6 +14,7 @@ from calibration.intervals import (
     proportion_interval,
     span_of_draws,
 )
+from calibration.pooling import BY, PLURAL, POOLS, Units, units_of
 from common.console import InputError
 from common.proportions import count_of, curves_of, f1_of_patients, proportion_of_patients
 from common.scaling import SIDES
@@ -44,8 +46,10 @@ class Rule:
     platt: whether to give the log odds of each finding a fitted slope and bias instead (metrics.fit_platt).
     bootstrap: draws of the patient bootstrap, 1 to 1,000,000.
     prevalence: fraction of sick people for which predictive values are reported, in (0, 1).
+    by: whether thresholds and figures are those of an "image", a "study" or a "patient" (pooling.BY).
+    pool: how the scores of a study's or patient's images become one, of pooling.POOLS.
 
-    InputError: a number out of its range; both temperature and platt.
+    InputError: a number out of its range; both temperature and platt; another unit or pool.
     """
 
     min_recall: float = 0.95
@@ -56,10 +60,16 @@ class Rule:
     bootstrap: int = 2000
     prevalence: float = 0.1
     platt: bool = False
+    by: str = "image"
+    pool: str = "max"
 
     def __post_init__(self):
         if self.temperature and self.platt:
             raise InputError("temperature and platt exclude each other: Platt scaling holds the temperature")
+        if self.by not in BY or self.pool not in POOLS:
+            raise InputError(
+                f"by is {' or '.join(BY)}, pool {' or '.join(POOLS)}, got {self.by}, {self.pool}"
+            )
         if not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall must lie in (0, 1], got {self.min_recall}")
         for name in ("confidence", "prevalence"):
@@ -73,9 +83,10 @@ LEAST = 5  # images with and without a finding, of several, that figures of it n
 
 
 class Side(NamedTuple):
-    """One finding on one side. truth: int [N], 0 or 1; before, after: its probability without and with the
-    fitted temperature or Platt scaling; p1: the one of them that thresholds apply to; patients [N]; known:
-    bool, which of all images of the side these are, those whose truth is known."""
+    """One finding on one side, by image or, by `Rule.by`, by study or patient (below, "images" are these).
+    truth: int [N], 0 or 1; before, after: its probability without and with the fitted temperature or Platt
+    scaling; p1: the one of them that thresholds apply to; patients [N]; known: bool, which of all images of
+    the side these are, those whose truth is known."""
 
     truth: np.ndarray
     before: np.ndarray
@@ -88,37 +99,49 @@ class Side(NamedTuple):
 def evaluate(scores, rule, task=None):
     """Choose thresholds on validation and report every figure on validation and test.
 
-    `scores`: {val,test}_{labels [N] or [N, K], logits [N, K], patients [N]}; not changed.
-    `task`: NORMAL or PNEUMONIA unless given.
-    Returns (the content of calibration.json, {"val": p1, "test": p1}), p1 being the probabilities that the
-    thresholds apply to: [N] for one finding, [N, F] for several.
+    `scores`: {val,test}_{labels [N] or [N, K], logits [N, K], patients [N]}, unless by image also files [N]
+    and cohort_study [N]; not changed. `task`: NORMAL or PNEUMONIA unless given.
+    Returns (the content of calibration.json, {"val": p1, "test": p1}), p1 being the probabilities of images
+    that the thresholds apply to, by image or pooled: [N] for one finding, [N, F] for several.
     InputError: no positives or no negatives of the only finding on one side; arrays that do not match; where
-    `rule.strict`, no guarantee."""
+    `rule.strict`, no guarantee; studies or patients that are not known."""
     task = task or Task()
+    units = {side: _units(scores, side, rule) for side in SIDES}
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
     calibration = {"min_recall": rule.min_recall, "bootstrap": rule.bootstrap}
+    calibration |= {"by": rule.by, "pool": rule.pool}
     calibration |= {"temperature": fitted, "temperature_applied": rule.temperature}
     if rule.platt:
         calibration["platt"] = _fit_platt(scores, task)
-    columns, p1 = _columns(scores, calibration, task)
-    calibration |= _evaluate_findings(columns, scores, rule, task)
+    columns, p1 = _columns(scores, calibration, task, units)
+    calibration |= _evaluate_findings(columns, scores, rule, task, units)
     if len(columns) == 1:
         p1 = {side: values[:, 0] for side, values in p1.items()}
     return calibration, p1
 
 
-def _columns(scores, calibration, task):
-    """({finding: {side: Side}}, {side: scores [N, F] that thresholds apply to})."""
+def _units(scores, side, rule):
+    """The Units of a side. By image no names are needed."""
+    patients = np.asarray(scores[f"{side}_patients"])
+    if rule.by == "image":
+        return Units(rule.by, rule.pool, np.arange(len(patients)), patients)
+    return units_of(scores, side, rule.by, rule.pool)
+
+
+def _columns(scores, calibration, task, units):
+    """({finding: {side: Side}}, {side: scores [N, F] of the images}); a Side is pooled by the Units of its
+    side."""
     columns, p1 = {name: {} for name in task.findings}, {}
-    for side in SIDES:
-        logits, patients = scores[f"{side}_logits"], np.asarray(scores[f"{side}_patients"])
-        truth = task.truth(scores[f"{side}_labels"])
-        before, after = task.scores(logits), task.scaled_scores(logits, calibration)
+    for side, unit in units.items():
+        logits = scores[f"{side}_logits"]
+        truth = unit.truth(task.truth(scores[f"{side}_labels"]))
         p1[side] = task.scores_from(logits, calibration)
+        images = (task.scores(logits), task.scaled_scores(logits, calibration), p1[side])
+        before, after, deciding = map(unit.scores, images)
         for k, name in enumerate(task.findings):
             known = truth[:, k] >= 0
-            values = (values[known, k] for values in (truth, before, after, p1[side]))
-            columns[name][side] = Side(*values, patients[known], known)
+            values = (values[known, k] for values in (truth, before, after, deciding))
+            columns[name][side] = Side(*values, unit.whose[known], known)
     return columns, p1
 
 
@@ -240,11 +263,11 @@ def summarize(side, everyone, thresholds, rule):
 # ---------------------------------------------------------------- all findings
 
 
-def _too_few(side, name, least):
-    """Why a finding has no figures on a Side called `name`, as text; None if it has."""
+def _too_few(side, name, least, plural="images"):
+    """Why a finding has no figures on a Side called `name`, of so many `plural`, as text; None if it has."""
     for count, word in ((int(side.truth.sum()), "with"), (int((side.truth == 0).sum()), "without")):
         if count < least:
-            return f"{count} {SIDES[name]} images {word} it, fewer than {least}"
+            return f"{count} {SIDES[name]} {plural} {word} it, fewer than {least}"
     return None
 
 
@@ -256,24 +279,24 @@ def shared_out(rule, findings):
     return replace(rule, confidence=1 - (1 - rule.confidence) / findings)
 
 
-def _evaluate_findings(columns, scores, rule, task):
+def _evaluate_findings(columns, scores, rule, task, units):
     """What calibration.json says of each finding by name, and figures over all of them.
 
     Whether a finding gets a threshold, and how many share the confidence where `rule.jointly`, is decided by
     the validation images alone. One that is too rare on test has no figures there, and "test_why_not"."""
-    least = least_of(task)
+    least, plural = least_of(task), PLURAL[rule.by]
     if len(columns) == 1:
         rule = replace(rule, jointly=False)  # there is nothing to share
         (only,) = columns.values()
         for side, word in SIDES.items():
             check_both_classes(only[side].truth, f"{word} labels")
-    why_not = {name: _too_few(sides["val"], "val", least) for name, sides in columns.items()}
+    why_not = {name: _too_few(sides["val"], "val", least, plural) for name, sides in columns.items()}
     usable = [name for name, reason in why_not.items() if reason is None]
     if not usable:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
-        raise InputError(f"no finding has enough images: {reasons[:300]}")
+        raise InputError(f"no finding has enough {plural}: {reasons[:300]}")
     each = shared_out(rule, len(usable))
-    everyone = {side: np.asarray(scores[f"{side}_patients"]) for side in SIDES}
+    everyone = {side: unit.whose for side, unit in units.items()}
     findings, draws = {}, {}
     for name, sides in columns.items():
         there = {side: s for side, s in sides.items() if _too_few(s, side, least) is None}
@@ -288,30 +311,36 @@ def _evaluate_findings(columns, scores, rule, task):
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         if "test" not in there:
-            findings[name]["test_why_not"] = _too_few(sides["test"], "test", least)
+            findings[name]["test_why_not"] = _too_few(sides["test"], "test", least, plural)
     joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
-    summary = {side: _summary(findings, draws, side, scores, rule, task) for side in SIDES}
+    summary = {side: _means(findings, draws, side, task) for side in SIDES}
+    if task.one_of_many:
+        for side, unit in units.items():
+            logits, labels = scores[f"{side}_logits"], np.asarray(scores[f"{side}_labels"])
+            summary[side] |= _most_probable(logits, labels, unit, task, rule)
     return {"findings": findings, "summary": summary, "jointly": joint}
 
 
-def _summary(findings, draws, side, scores, rule, task):
-    """Figures over all findings on one side; of three classes or more also those of the most probable one.
-    Of two classes that is the decision at 0.5."""
-    averaged = [name for name in task.findings[task.averaged] if side in draws[name]]
-    found = {"findings": averaged, **_means(findings, draws, averaged, side)}
-    if task.kind == "softmax" and task.outputs > 2:
-        labels, logits, patients = (
-            np.asarray(scores[f"{side}_{k}"]) for k in ("labels", "logits", "patients")
-        )
-        found |= class_figures(labels, logits.argmax(axis=1), task.classes, patients, rule)
-    return found
+def _most_probable(logits, labels, unit, task, rule):
+    """`class_figures` of the most probable of three classes or more (of two, that is the decision at 0.5).
+
+    The probabilities of a study's or patient's images are pooled class by class. One whose images are of
+    several classes has no class: it is left out, and counted under "several_classes"."""
+    if unit.by == "image":
+        return class_figures(labels, logits.argmax(axis=1), task.classes, unit.patients, rule)
+    truth = unit.classes(labels)
+    decided = unit.scores(softmax(logits.astype(np.float64), axis=1)).argmax(axis=1)
+    known = truth >= 0
+    found = class_figures(truth[known], decided[known], task.classes, unit.whose[known], rule)
+    return found | {"several_classes": int((~known).sum())}
 
 
-def _means(findings, draws, names, side):
-    """{"auroc", "auprc": {value, lo, hi}}: means over findings; the draws of all are of the same patients. In
-    a draw without a positive of some finding the mean is over the others. Where every draw is the same, the
-    limits are the means of the findings' own."""
-    found = {}
+def _means(findings, draws, side, task):
+    """{"findings": names; "auroc", "auprc": {value, lo, hi}}: means over findings on one side; the draws of
+    all are of the same patients. In a draw without a positive of some finding the mean is over the others.
+    Where every draw is the same, the limits are the means of the findings' own."""
+    names = [name for name in task.findings[task.averaged] if side in draws[name]]
+    found = {"findings": names}
     for key in ("auroc", "auprc") if names else ():
         each = [findings[name]["curves"][side][key] for name in names]
         value, *own = (float(np.mean([figure[k] for figure in each])) for k in ("value", "lo", "hi"))

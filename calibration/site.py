@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from calibration.operating_point import LEAST, Side, shared_out, summarize
+from calibration.scores import each_run
 from calibration.wording import chance_text, concerns
 from common import scaling
 from common.console import InputError, command_line, say
@@ -34,12 +35,12 @@ from metrics import (
     positives_needed,
 )
 from models.inputs import Inputs
-from records.run import find_runs
 from training import other_hospitals
 from training.evaluate import predict
 
 SHOWN = ("recall", "specificity")
 POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
+ROWS = {"at_rec": "threshold", "at_mean": "mean", "at_guaranteed": "guaranteed"}  # of `held_out`: POINTS
 
 needed = positives_needed  # patients with the finding that @Guar needs, all of them found
 
@@ -66,8 +67,8 @@ def granted(value, test, digits=3):
     that would be 0. None if there is none."""
     while digits < 10:
         steps = math.floor(value * 10**digits)
-        for number in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
-            rounded = round(number / 10**digits, digits)
+        for count in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
+            rounded = round(count / 10**digits, digits)
             if 0 < rounded < 1 and test(rounded):
                 return rounded
         digits += 1
@@ -113,42 +114,47 @@ def choose(y, p, patients, rule):
         return found | {"why_not": f"{counts}; {LEAST} of each are needed"}
     thr, recall, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
     found |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
+    # A floor of 1 can be neither promised nor kept on average: the next patient may score lower than all.
     if rule.min_recall < 1:
         found["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
         try:
-            how = (rule.min_recall, rule.confidence, patients)
-            found["guaranteed"] = choose_threshold_with_guarantee(y, p, *how)[0]
+            promised = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
+            found["guaranteed"] = promised[0]
         except InputError:
             if rule.strict:
                 raise
             found["instead"] = instead(found["positive_patients"], rule.min_recall, rule.confidence)
+    # Rounding must change no decision on these images, so each threshold moves between two scores.
     found |= {"gaps": {}, "specificities": {}, "concerns": {}}
     for name in POINTS:
-        if found[name] is not None:
-            found[name], found["gaps"][name] = lowered_to_midpoint(found[name], p)
-            row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, found[name])))
-            found["specificities"][name] = row["tn"] / found["negatives"]
-            # @Mean may miss more of these images than the floor allows: it promises an average.
-            found["concerns"][name] = concerns(row, rule.min_recall if name == "threshold" else 0)
+        if found[name] is None:
+            continue
+        found[name], found["gaps"][name] = lowered_to_midpoint(found[name], p)
+        row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, found[name])))
+        found["specificities"][name] = row["tn"] / found["negatives"]
+        # @Mean may miss more of these images than the floor allows: it promises an average.
+        floor = rule.min_recall if name == "threshold" else 0
+        found["concerns"][name] = concerns(row, floor)
     return found
 
 
 def halves(patients, y, seed=0):
     """Two halves of the images, whole patients on one side, alike in their truth [N]: index arrays."""
-    names, first = np.unique(patients, return_index=True)
+    names = np.unique(patients)
     sick = np.array([y[patients == name].max() for name in names])
-    rng, side = np.random.default_rng(seed), np.zeros(len(names), int)
+    rng, in_first = np.random.default_rng(seed), np.zeros(len(names), bool)
+    # The healthy and the sick are halved apart; of an odd number of the sick the first half gets one more.
     for k in (0, 1):
         members = rng.permutation(np.flatnonzero(sick == k))
-        side[members[: (len(members) + k) // 2]] = 1
-    chosen = np.isin(patients, names[side == 1])
-    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+        in_first[members[: (len(members) + k) // 2]] = True
+    first = np.isin(patients, names[in_first])
+    return np.flatnonzero(first), np.flatnonzero(~first)
 
 
 def scored(run, subset, device, tta, batch_size):
     """(truth int8 [N, F], scores float64 [N, F]) of a calibrated run on a Subset: what its own thresholds,
     also returned {finding: threshold or None}, apply to."""
-    calibration = run.calibration("tta" if tta else "")
+    calibration = run.calibration(scaling.calibration_name(tta))
     inputs = Inputs.of_calibration(run, calibration, device)
     if tta and tta != calibration["tta"]:
         say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
@@ -166,66 +172,78 @@ def held_out(y, p, patients, shipped, rule):
     found = choose(y[here], p[here], patients[here], replace(rule, strict=False))
     if "why_not" in found or not has_enough(y[there]):
         return None
-    names = dict(at_rec="threshold", at_mean="mean", at_guaranteed="guaranteed")
-    thresholds = {k: found[name] for k, name in names.items() if found[name] is not None}
-    thresholds |= {"at_shipped": shipped} if shipped is not None else {}
+    thresholds = {row: found[point] for row, point in ROWS.items() if found[point] is not None}
+    if shipped is not None:
+        thresholds["at_shipped"] = shipped
+    # Local thresholds apply to the scores as they are, so "before" and "after" scaling are the same here.
     side = Side(y[there], *[p[there]] * 3, patients[there], np.ones(len(there), bool))
     rows, _ = summarize(side, patients[there], thresholds, rule)
     return {"chosen_on": found["positive_patients"], "images": len(there), "points": rows}
 
 
-def promise(run, name, subset, rule, *, device, tta=None, batch_size=64, report=False):
-    """Choose the thresholds of `run` for the Subset of a site called `name`, print them, and keep them in the
-    run; with `report` what they are worth, too.
+def promise(run, name, patients, scored_images, rule, *, tta=None, report=False):
+    """Choose the thresholds of `run` for a site called `name`, print them, and keep them in the run; with
+    `report` what they are worth, too.
 
-    InputError where no finding gets a threshold."""
-    truth, scores, shipped = scored(run, subset, device, tta, batch_size)
-    patients, findings = np.asarray(subset.patients), {}
-    usable = sum(has_enough(truth[:, k]) for k in range(truth.shape[1]))
-    each = shared_out(rule, max(1, usable))
-    joint = {"confidence": rule.confidence, "findings": usable} if rule.jointly and len(shipped) > 1 else None
+    `patients` [N]; `scored_images`: what `scored` gives of these images. InputError where no finding gets a
+    threshold."""
+    truth, scores, shipped = scored_images
+    alone = len(shipped) == 1
+    # Joint floors share the confidence among the findings that can have a threshold at all.
+    usable = sum(has_enough(column) for column in truth.T)
+    each, joint = shared_out(rule, max(1, usable)), None
+    if rule.jointly and not alone:
+        joint = {"confidence": rule.confidence, "findings": usable}
     if joint and usable:
         print(joint_line(f"{run} at {name}", joint, each), flush=True)
+
+    findings = {}
     for k, (finding, usual) in enumerate(shipped.items()):
         known = truth[:, k] >= 0
         y, p, whose = truth[known, k].astype(int), scores[known, k], patients[known]
         try:
-            findings[finding] = choose(y, p, whose, each)
+            chosen = choose(y, p, whose, each)
         except InputError as error:
             raise InputError(f"{run} at {name}: {finding}: {error}") from None
-        alone = len(shipped) == 1
-        print("\n".join(lines(f"{run} at {name}", finding, findings[finding], each, alone)), flush=True)
-        if report and "why_not" not in findings[finding]:
-            found = findings[finding]["held_out"] = held_out(y, p, whose, usual, each)
-            print("\n".join(held_out_lines(found, rule.min_recall)), flush=True)
-    if all("why_not" in f for f in findings.values()):
+        findings[finding] = chosen
+        print("\n".join(lines(f"{run} at {name}", finding, chosen, each, alone)), flush=True)
+        if report and "why_not" not in chosen:
+            chosen["held_out"] = held_out(y, p, whose, usual, each)
+            print("\n".join(held_out_lines(chosen["held_out"], rule.min_recall)), flush=True)
+    if all("why_not" in chosen for chosen in findings.values()):
         raise InputError(f"{name}: too few labelled images for a threshold, see above: nothing was kept")
     for line in advice(findings, rule):
         print(line, flush=True)
-    about = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(subset), shipped=shipped)
-    about |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
-    about |= dict(jointly=joint)
-    about["scores"] = scaling.basis(run.calibration("tta" if tta else ""), run)
-    run.save_site(name, {**about, "findings": findings}, "tta" if tta else "")
+
+    kept = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(patients), shipped=shipped)
+    kept |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
+    kept["jointly"] = joint
+    calibration_name = scaling.calibration_name(tta)
+    kept["scores"] = scaling.basis(run.calibration(calibration_name), run)
+    run.save_site(name, {**kept, "findings": findings}, calibration_name)
 
 
 def calibrate(args, rule, device, tta):
     """What calibrate.py does with --site: thresholds for another hospital, for every run."""
     if rule.min_recall < 1:
-        guaranteed = needed(rule.min_recall, rule.confidence)
-        several = " (with --jointly more, where there are several findings)" if rule.jointly else ""
+        guaranteed, more_if_joint = needed(rule.min_recall, rule.confidence), ""
+        if rule.jointly:
+            more_if_joint = " (with --jointly more, where there are several findings)"
         print(
-            f"needed at {args.name}: {guaranteed} patients with a finding for @Guar{several}, "
+            f"needed at {args.name}: {guaranteed} patients with a finding for @Guar{more_if_joint}, "
             f"{needed_on_average(rule.min_recall)} for @Mean; {LEAST} images with it and without it "
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
-    for run in find_runs(args.runs_dir, args.run):
-        moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+
+    def score_site(run):
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
-        how = dict(device=device, tta=tta, batch_size=args.batch_size, report=args.report)
-        promise(run, args.name, site, rule, **how)
+        return np.asarray(site.patients), scored(run, site, device, tta, args.batch_size)
+
+    for run, (patients, scored_images) in each_run(args.runs_dir, args.run, score_site):
+        promise(run, args.name, patients, scored_images, rule, tta=tta, report=args.report)
 
 
 def refuse_seen(run, site, folder, moved):
@@ -235,16 +253,18 @@ def refuse_seen(run, site, folder, moved):
         if other is None:
             say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
             continue
+        # Images of other hospitals that joined training were learnt from, too.
         config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
         if known := same_images(site, (train, val)):
-            by = str(run) if other is run else f"{name}, from which {run} was made,"
+            trained = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
                 f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
-                f"that {by} was trained and validated on: they can promise nothing"
+                f"that {trained} was trained and validated on: they can promise nothing"
             )
-        if pairs := [pair for part in (train, val) for pair in twins.alike(site, part)]:
+        pairs = [*twins.alike(site, train), *twins.alike(site, val)]
+        if pairs:
             say(
                 f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
                 f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
@@ -261,8 +281,8 @@ def held_out_lines(found, floor):
     ]
     for point, row in found["points"].items():
         spans = ["{:.3f} [{:.3f}, {:.3f}]".format(row[k], *reported_interval(row, k)) for k in SHOWN]
-        word = {"at_rec": "@Rec", "at_mean": "@Mean", "at_guaranteed": "@Guar"}.get(point, "as shipped")
-        out.append(f"    {word:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
+        mark = POINTS[ROWS[point]] if point in ROWS else "as shipped"
+        out.append(f"    {mark:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
         out += [f"      warning: {text}" for text in concerns(row, floor)]
     return out
 
@@ -282,9 +302,10 @@ def advice(findings, rule):
     chosen = [found for found in findings.values() if "why_not" not in found]
     if len(findings) == 1 or not any("instead" in found for found in chosen):
         return []
-    fewest, sharing = min(found["positive_patients"] for found in chosen), len(chosen)
-    if not rule.jointly:
-        sharing = 1
+    # The rarest finding limits all; joint floors share the confidence (shared_out).
+    fewest, sharing = min(found["positive_patients"] for found in chosen), 1
+    if rule.jointly:
+        sharing = len(chosen)
 
     def all_get_it(confidence):
         return can_guarantee(fewest, rule.min_recall, 1 - (1 - confidence) / sharing)
@@ -292,8 +313,11 @@ def advice(findings, rule):
     confidence = granted(1 - sharing * rule.min_recall**fewest, all_get_it)
     if confidence is None:
         return ["  no --guarantee gives all of these findings @Guar: too few patients with one of them"]
-    text = f"  with --guarantee {confidence:g} all {len(chosen)} findings that have a threshold get @Guar"
-    return [text + (", all floors at once" if rule.jointly else ", each floor alone")]
+    together = "all floors at once" if rule.jointly else "each floor alone"
+    return [
+        f"  with --guarantee {confidence:g} all {len(chosen)} findings that have a threshold get @Guar, "
+        f"{together}"
+    ]
 
 
 def lines(name, finding, found, rule, alone=True):
@@ -327,8 +351,8 @@ def instead_line(finding, found, rule, alone):
     """Why there is no @Guar, and what so few patients can promise, as text. Flags are named where they are
     sure to be granted: --guarantee asks for @Guar of all findings, so with several see `advice`."""
     floor, confidence, less = rule.min_recall, rule.confidence, found["instead"]
-    more = found["needed"] - found["positive_patients"]
-    text = f"  no @Guar: needs {found['needed']} patients with {finding}, {more} more."
+    lacking = found["needed"] - found["positive_patients"]
+    text = f"  no @Guar: needs {found['needed']} patients with {finding}, {lacking} more."
     options = []
     if less["floor"] is not None:
         options.append(

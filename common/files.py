@@ -10,7 +10,7 @@ from pathlib import Path
 from common.console import InputError
 
 FORMAT = 1  # of results.json and most other files; a reader refuses a higher number
-CALIBRATION = 3  # of calibration.json; records/older.py reads those of lower numbers
+CALIBRATION = 3  # of calibration.json; records/schema.py reads those of lower numbers
 JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
 
 

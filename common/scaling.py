@@ -22,13 +22,16 @@ NOTICED = 0.05  # a mean score this far from the share of positives is said
 
 
 def applied(calibration):
-    """Whether the thresholds of a calibration apply to scaled scores."""
-    return bool(calibration["temperature_applied"] or "platt" in calibration)
+    """The scaling of the scores that the thresholds of a calibration apply to: PLATT or TEMPERATURE; None
+    where they are not scaled. A calibration.json is asked for this here and nowhere else."""
+    if "platt" in calibration:
+        return PLATT
+    return TEMPERATURE if calibration["temperature_applied"] else None
 
 
 def fitted(calibration):
-    """The name of the scaling that a calibration has fitted, applied or not."""
-    return PLATT if "platt" in calibration else TEMPERATURE
+    """The scaling that a calibration has fitted, applied or not: PLATT or TEMPERATURE."""
+    return applied(calibration) or TEMPERATURE
 
 
 def lines(calibration, findings):
@@ -38,6 +41,12 @@ def lines(calibration, findings):
     if platt is None:
         return None
     return tuple((platt[n].get("slope", 1.0), platt[n].get("bias", 0.0)) for n in findings)
+
+
+def calibration_name(tta):
+    """What Run.calibration and Run.scores call a calibration: "tta" if it has views, else "". `tta`: its
+    views, or whether there are any."""
+    return "tta" if tta else ""
 
 
 def precision_of(calibration, results):
@@ -51,7 +60,7 @@ def precision_of(calibration, results):
 
 def basis(calibration, run):
     """What decides the scores of a calibration, as JSON: thresholds chosen on others do not fit them."""
-    temperature = calibration["temperature"] if calibration["temperature_applied"] else 1.0
+    temperature = calibration["temperature"] if applied(calibration) == TEMPERATURE else 1.0
     return {
         "temperature": temperature,
         "platt": lines(calibration, run.task.findings),
@@ -80,7 +89,7 @@ def check_site(site, path, calibration, run):
     if "scores" in site:
         differ = differences(site["scores"], basis(calibration, run))
     else:
-        differ = [SCALING] if "platt" in calibration else []
+        differ = [SCALING] if applied(calibration) == PLATT else []
         now = {name: found.get("threshold") for name, found in calibration["findings"].items()}
         if not differ and site["shipped"] != now:
             say(
@@ -100,7 +109,8 @@ def check_site(site, path, calibration, run):
 def averages(found, after):
     """(mean score, share of positives) of one finding's validation images, of what a calibration says of it;
     `after`: of the scaled scores."""
-    bins = found["probability"]["val"]["after" if after else "before"]["bins"]
+    when = "after" if after else "before"
+    bins = found["probability"]["val"][when]["bins"]
     n = sum(b["n"] for b in bins)
     return tuple(sum(b["n"] * b[key] for b in bins) / max(n, 1) for key in ("score", "positives"))
 
@@ -108,28 +118,29 @@ def averages(found, after):
 def balances(results):
     """The values of --balance, other than none, that a run or the members of an ensemble were trained with,
     sorted."""
-    given = [results["recipe"].get("balance")]
-    members = results.get("members")
-    for member in members if isinstance(members, list) else []:
-        given.append(member.get("balance") if isinstance(member, dict) else None)
+    given, members = [results["recipe"].get("balance")], results.get("members")
+    if isinstance(members, list):
+        given += [member.get("balance") for member in members if isinstance(member, dict)]
     return sorted({str(name) for name in given if name not in UNBALANCED})
 
 
 def nature(calibration, run):
     """What the scores p_... of a calibrated run are, as text; "" where they are near the prevalence by
     themselves."""
-    if "platt" in calibration:
+    if applied(calibration) == PLATT:
         return _of_platt(calibration, run.task)
-    named = calibration["findings"]
-    known = {n: averages(f, applied(calibration)) for n, f in named.items() if "probability" in f}
-    name = max(
-        known, key=lambda n: abs(known[n][0] - known[n][1])
-    )  # some finding has figures: evaluate asks it
+    # The finding that is farthest off speaks for all. Some finding has figures: evaluate sees to it.
+    known = {}
+    for name, found in calibration["findings"].items():
+        if "probability" in found:
+            known[name] = averages(found, applied(calibration))
+    name = max(known, key=lambda name: abs(known[name][0] - known[name][1]))
     mean, share = known[name]
-    trained = balances(run.results)
+    trained, cause = balances(run.results), ""
     if not trained and abs(mean - share) < NOTICED:
         return ""
-    cause = f" (trained with --balance {', '.join(trained)})" if trained else ""
+    if trained:
+        cause = f" (trained with --balance {', '.join(trained)})"
     return (
         f"scores, not probabilities at the images' prevalence{cause}: on validation that of {name} is "
         f"{mean:.2f} on average, where {100 * share:.1f}% have it"
@@ -139,7 +150,7 @@ def nature(calibration, run):
 def remark(calibration, run):
     """`nature` as a note of predict.py, with what to do; "" where there is nothing to say."""
     text = nature(calibration, run)
-    if text and "platt" not in calibration:
+    if text and applied(calibration) != PLATT:
         views = " --tta" if calibration.get("tta") else ""
         text += f"; calibrate.py{views} --temperature platt makes probabilities of them"
     return f"note: p_... are {text}" if text else ""
@@ -147,21 +158,23 @@ def remark(calibration, run):
 
 def _of_platt(calibration, task):
     """What the scores of Platt scaling are."""
-    kept = [n for n, line in calibration["platt"].items() if "slope" not in line]
+    unscaled = [name for name, line in calibration["platt"].items() if "slope" not in line]
     text = "probabilities, by Platt scaling, for people among whom findings are as common as in validation"
-    if len(task.findings) == 1:
-        (only,) = calibration["findings"].values()
-        text += f", where {100 * averages(only, True)[1]:.1f}% have {task.findings[0]}"
-    if task.kind == "softmax" and task.outputs > 2:
+    if task.alone:
+        (name,) = task.findings
+        text += f", where {100 * averages(calibration['findings'][name], True)[1]:.1f}% have {name}"
+    if task.one_of_many:
         text += "; each is scaled by itself, so those of the classes do not add up to 1"
-    return text + (f"; not scaled, so no probabilities: {', '.join(kept)}" if kept else "")
+    if unscaled:
+        text += f"; not scaled, so no probabilities: {', '.join(unscaled)}"
+    return text
 
 
 def cell(calibration, finding):
     """The fitted scaling of a finding, for a table."""
     line = calibration.get("platt", {}).get(finding)
     if line is None:
-        used = "" if calibration["temperature_applied"] else " (not applied)"
+        used = "" if applied(calibration) else " (not applied)"
         return f"{calibration['temperature']:.3f}{used}"
     if "slope" not in line:
         return "not scaled"
@@ -175,18 +188,22 @@ def in_report(entries):
         changed = _changes(e.calibration["findings"])
         if changed:
             text += f"{e.name}: decisions changed by {fitted(e.calibration)}, {changed}. "
-        about = nature(e.calibration, e.run)
-        text += f"{e.name} gives {about}. " if about else ""
+        scores_are = nature(e.calibration, e.run)
+        if scores_are:
+            text += f"{e.name} gives {scores_are}. "
     return text.strip()
 
 
 def told(calibration):
     """Lines for calibrate.py on the scaling that is applied."""
     findings = calibration["findings"]
-    known = {n: f for n, f in findings.items() if "changed" in f}
-    out = _platt_lines(calibration["platt"], known) if "platt" in calibration else []
-    changed = _changes(findings)
-    return out + ([f"  decisions changed by {fitted(calibration)}, {changed}"] if changed else [])
+    out, changed = [], _changes(findings)
+    if applied(calibration) == PLATT:
+        known = {name: found for name, found in findings.items() if "changed" in found}
+        out = _platt_lines(calibration["platt"], known)
+    if changed:
+        out.append(f"  decisions changed by {fitted(calibration)}, {changed}")
+    return out
 
 
 def _changes(findings):
@@ -198,9 +215,11 @@ def _changes(findings):
     for side in SIDES:
         counts = []
         for point, mark in POINTS.items():
-            having = [found["changed"][side][point] for found in known if point in found["changed"][side]]
-            counts += [f"{mark} {sum(having)}"] if having else []
-        parts.append(f"of {sum(_decisions(f, side) for f in known)} on {SIDES[side]}: {', '.join(counts)}")
+            changed = [found["changed"][side][point] for found in known if point in found["changed"][side]]
+            if changed:
+                counts.append(f"{mark} {sum(changed)}")
+        decisions = sum(_decisions(found, side) for found in known)
+        parts.append(f"of {decisions} on {SIDES[side]}: {', '.join(counts)}")
     return "; ".join(parts)
 
 

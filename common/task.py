@@ -50,6 +50,26 @@ class Answer(NamedTuple):
         return p if self.sign > 0 else 1 - p
 
 
+class Decision(NamedTuple):
+    """A yes/no answer of predict.py: what `column` says of an image.
+
+    `point`: "@Rec" and so on; `finding`: what is asked, and `k` its column of scores; `threshold`: None where
+    there were too few images for one; `words`: the answers below it, and from it on."""
+
+    column: str
+    point: str
+    finding: str
+    k: int
+    threshold: float | None
+    words: tuple
+
+    def answer(self, scores):
+        """Scores [F] of one image -> one of `words`, None without a threshold."""
+        if self.threshold is None:
+            return None
+        return self.words[int(scores[self.k] >= self.threshold)]
+
+
 @dataclass(frozen=True)
 class Task:
     """kind "softmax": an image is of one of K classes, the healthy one first. Its findings are the other
@@ -89,13 +109,76 @@ class Task:
             return self.classes if self._none is None else (ANY_FINDING, *self.classes)
         return self.classes[1:] if len(self.classes) == 2 else (ANY_DISEASE, *self.classes[1:])
 
+    # ------------------------------------------------------------ names of columns
+
+    # An only finding needs no name, and is decided at 0.5 too. All else is the same however many there are.
+
+    @property
+    def alone(self):
+        """Whether there is one finding only."""
+        return len(self.findings) == 1
+
+    @property
+    def one_of_many(self):
+        """Whether an image is of one of three classes or more, so that the most probable one is asked for."""
+        return self.kind == "softmax" and self.outputs > 2
+
     @property
     def column_words(self):
-        """The findings as parts of column names, in order: p_WORD of predict.py and monitor.py."""
+        """The findings as parts of column names, in order."""
         words = [re.sub(r"\s+", "_", name.lower()) for name in self.findings]
         if len(set(words)) < len(words):  # Edema beside edema: no two columns of one name
             return list(self.findings)
         return words
+
+    @property
+    def score_columns(self):
+        """{finding: name of the column of its scores} in predict.py and monitor.py."""
+        return {name: f"p_{word}" for name, word in zip(self.findings, self.column_words)}
+
+    @property
+    def scores_name(self):
+        """What the scores of all findings together are called."""
+        if self.alone:
+            return self.score_columns[self.findings[0]]
+        return "p"
+
+    def decisions(self, thresholds, guaranteed=None):
+        """What predict.py decides of each image: list of Decision, in the order of its columns.
+
+        `thresholds`: {finding: threshold @Rec or None}; `guaranteed`: threshold @Guar of an only finding, if
+        it has one."""
+        if not self.alone:
+            asked = enumerate(zip(self.findings, self.column_words))
+            return [
+                Decision(f"decision@Rec_{word}", "@Rec", name, k, thresholds[name], ("no", "yes"))
+                for k, (name, word) in asked
+            ]
+        (name,) = self.findings
+        words = self.classes if self.kind == "softmax" else (f"no {name}", name)
+        points = {"@0.5": 0.5, "@Rec": thresholds[name]}
+        if guaranteed is not None:
+            points["@Guar"] = guaranteed
+        return [Decision(f"decision{point}", point, name, 0, at, words) for point, at in points.items()]
+
+    def by_finding(self, values):
+        """{finding: value} as files for other programs hold it: the value itself of an only finding."""
+        return values[self.findings[0]] if self.alone else values
+
+    def told_apart(self, finding):
+        """[finding] where a name needs it to be told from those of other findings, else []."""
+        return [] if self.alone else [finding]
+
+    def chosen_finding(self, name, flag="--finding"):
+        """The finding that a flag names, the only one without it. InputError if there is none of this name,
+        or if the flag is needed."""
+        if name is None and not self.alone:
+            raise InputError(f"{flag}: which of {', '.join(self.findings)}?")
+        if name is not None and name not in self.findings:
+            raise InputError(f"{flag} {name} is not one of {', '.join(self.findings)}")
+        return name or self.findings[0]
+
+    # ------------------------------------------------------------ scores and truth
 
     @property
     def averaged(self):

@@ -4,8 +4,8 @@ In the order to read them:
 
     run.py       a run folder
     weights.py   its model
-    schema.py    what its files must hold
-    older.py     calibrations of older versions, in the present form
+    schema.py    what its files must hold; calibrations of older versions
+    predictions.py  its scores and decisions, for spreadsheets
     progress.py  how far training is
     begin.py     which folder a training may write
     lock.py      who trains there

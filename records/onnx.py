@@ -38,10 +38,10 @@ class Exported(torch.nn.Module):
         if self.net is not None:
             image, unsettled = self.shown(image)
         logits = self.logits(image)
-        found = self.probabilities(logits) if self.lines is None else self.scaled(logits)
+        scores = self.probabilities(logits) if self.lines is None else self.scaled(logits)
         if unsettled is not None:  # rather no number than a wrong one
-            found = torch.where(unsettled.flatten(1), torch.nan, found)
-        return found[:, 0] if found.shape[1] == 1 else found
+            scores = torch.where(unsettled.flatten(1), torch.nan, scores)
+        return scores[:, 0] if self.task.alone else scores
 
     def logits(self, image):
         """As Inputs.logits, but with the model once in the graph, not once a view."""
@@ -68,7 +68,9 @@ class Exported(torch.nn.Module):
         columns = []
         for answer in map(task.answer, task.findings):
             column = p[:, answer.k]
-            columns.append(column if answer.sign > 0 else 1 - column)
+            if answer.sign < 0:
+                column = 1 - column
+            columns.append(column)
         return torch.stack(columns, dim=1)
 
     def scaled(self, logits):
@@ -86,12 +88,11 @@ class Exported(torch.nn.Module):
 def described(scorer):
     """{name: text}: what the metadata of an ONNX file say of a predict.Scorer."""
     size, results = scorer.config.img_size, scorer.results
-    only = next(iter(scorer.thresholds.values()))
     calibration, findings = scorer.calibration, scorer.task.findings
     scale = scaling.basis(calibration, scorer.run)
     inside = ": lung masks inside the graph" if scorer.finder else ""
     lines = scale["platt"] and dict(zip(findings, scale["platt"]))
-    about = {
+    metadata = {
         "run": str(scorer.run),
         "model": results["model"],
         "classes": json.dumps(scorer.task.classes),
@@ -110,12 +111,20 @@ def described(scorer):
         "probabilities": scaling.remark(calibration, scorer.run),
         "site": scorer.site or "",
         "threshold@0.5": "0.5",
-        "threshold@Rec": json.dumps(scorer.thresholds) if scorer.several else repr(only),
         "synthetic": json.dumps(results["synthetic"]),
     }
-    if scorer.guaranteed is not None:
-        about["threshold@Guar"] = repr(scorer.guaranteed)
-    return about
+    for point, decisions in by_point(scorer.decisions).items():
+        thresholds = {decision.finding: decision.threshold for decision in decisions}
+        metadata[f"threshold{point}"] = json.dumps(scorer.task.by_finding(thresholds))
+    return metadata
+
+
+def by_point(decisions):
+    """{name of an operating point: its decisions, one a finding}."""
+    points = {}
+    for decision in decisions:
+        points.setdefault(decision.point, []).append(decision)
+    return points
 
 
 def probes(size):
@@ -156,13 +165,14 @@ def export(scorer, path):
     scale, net = scaling.basis(scorer.calibration, scorer.run), scorer.finder and scorer.finder.net
     parts = scorer.model, scorer.inputs, scorer.task, scale["temperature"], net, scale["platt"]
     model, pixels = Exported(*parts).eval(), probes(scorer.config.img_size)
+    # The file is written, read back and tried before it gets its name.
     with atomic_path(path) as tmp:
         torch.onnx.export(
             model,
             (_as_input(pixels),),
             tmp,
             input_names=["image"],
-            output_names=["p" if scorer.several else scorer.probabilities[0]],
+            output_names=[scorer.task.scores_name],
             dynamo=True,
             dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
             external_data=False,
@@ -172,7 +182,8 @@ def export(scorer, path):
         onnx.helper.set_model_props(graph, described(scorer))
         onnx.save(graph, tmp)
         session = onnxruntime.InferenceSession(str(tmp), providers=["CPUExecutionProvider"])
-        worst = max(_difference(session, scorer, some) for some in (pixels, pixels[:1], pixels[3:]))
+        batches = (pixels, pixels[:1], pixels[3:])  # of several sizes, one of a single image
+        worst = max(_difference(session, scorer, batch) for batch in batches)
         limit = CLOSE if net is None else CLOSE_WITH_LUNGS
         if not worst <= limit:  # NaN is not close
             raise InputError(
@@ -189,8 +200,8 @@ def _as_input(pixels):
 
 def _run(session, pixels):
     """uint8 [B, S, S] -> probabilities float64 [B, F]."""
-    found = session.run(None, {"image": _as_input(pixels).numpy()})[0].astype(np.float64)
-    return found.reshape(len(pixels), -1)
+    scores = session.run(None, {"image": _as_input(pixels).numpy()})[0].astype(np.float64)
+    return scores.reshape(len(pixels), -1)
 
 
 def _difference(session, scorer, pixels):
@@ -204,7 +215,7 @@ def _difference(session, scorer, pixels):
 def counted(scorer, session, batch=32):
     """How many decisions on validation differ between the scores of the calibration and an ONNX file, as a
     line; why that cannot be told where the images or the scores are not there."""
-    name = "tta" if scorer.calibration.get("tta") else ""
+    name = scaling.calibration_name(scorer.calibration.get("tta"))
     precision = scaling.precision_of(scorer.calibration, scorer.run.results)[0]
     try:
         kept, val = scorer.run.scores(name), load_split(scorer.run, "val")
@@ -212,27 +223,24 @@ def counted(scorer, session, batch=32):
             raise InputError("the kept scores are of other images: run calibrate.py again")
     except (InputError, OSError) as error:
         return f"decisions on validation could not be counted: {' '.join(str(error).split())}"
-    before = scorer.task.scores_from(kept["val_logits"], scorer.calibration)
+    before, after = scorer.task.scores_from(kept["val_logits"], scorer.calibration), []
     batches = np.split(np.arange(len(val)), range(batch, len(val), batch))
-    after = []
     for index in progress(batches, len(val), "validation by the ONNX file", "images", size=len):
         after.append(_run(session, val.pixels(index)))
-    after, parts = np.concatenate(after), []
-    for mark, thresholds in _thresholds(scorer).items():
-        changed = [((before[:, k] >= t) != (after[:, k] >= t)).sum() for k, t in thresholds]
-        parts.append(f"{mark} {sum(changed)} of {len(thresholds) * len(val)}")
+    after, counts = np.concatenate(after), []
+    for point, decisions in by_point(scorer.decisions).items():
+        # A finding without a threshold is not decided.
+        decided = [decision for decision in decisions if decision.threshold is not None]
+        changed = sum(_changed(decision, before, after) for decision in decided)
+        counts.append(f"{point} {changed} of {len(decided) * len(val)}")
     worst = np.abs(after - before).max()
     return (
         f"decisions on validation that differ from calibrate.py's ({precision} there, fp32 here): "
-        f"{', '.join(parts)}; probabilities by at most {worst:.1e}"
+        f"{', '.join(counts)}; probabilities by at most {worst:.1e}"
     )
 
 
-def _thresholds(scorer):
-    """{name of an operating point: [(column, threshold)]}, as predict.py decides."""
-    at_rec = [(k, t) for k, t in enumerate(scorer.thresholds.values()) if t is not None]
-    points = {"@Rec": at_rec}
-    if not scorer.several:
-        points = {"@0.5": [(0, 0.5)]} | points
-        points |= {} if scorer.guaranteed is None else {"@Guar": [(0, scorer.guaranteed)]}
-    return points
+def _changed(decision, before, after):
+    """How many images a Decision answers otherwise by the scores `after` than by those `before`, [N, F]."""
+    first, second = (scores[:, decision.k] >= decision.threshold for scores in (before, after))
+    return int((first != second).sum())

@@ -4,6 +4,7 @@ results.json                               settings, data, history
 checkpoint.pth                             weights of the best epoch, tensors only
 last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
+predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
@@ -38,16 +39,14 @@ from common.files import (
 from common.scripts import there_is
 from common.task import Task
 from records import lock
-from records.older import in_present_form
 from records.schema import (
-    BASIS,
     BATCH,
-    SITE,
+    in_present_form,
     mismatches,
     without_gone,
     wrong_calibration,
     wrong_results,
-    wrong_site_finding,
+    wrong_site,
 )
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
@@ -141,8 +140,9 @@ class Run:
         settings = self.results["data"]
         if wrong := mismatches(settings, {"classes": [str]}):
             raise InputError(f"{self.folder / 'results.json'} is damaged: missing or wrong data.{wrong[0]}")
+        kind = "sigmoid" if settings.get("labels") else "softmax"
         try:
-            return Task(tuple(settings["classes"]), "sigmoid" if settings.get("labels") else "softmax")
+            return Task(tuple(settings["classes"]), kind)
         except InputError as error:
             raise InputError(f"{self.folder / 'results.json'} is damaged: {error}") from None
 
@@ -220,7 +220,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["reference.npz", "reference-tta.npz"]
+        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
         names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
@@ -249,9 +249,7 @@ class Run:
         if wrong := wrong_calibration(calibration, self.task):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
-            raise InputError(
-                f"{path} was made for another checkpoint than {self.checkpoint}: run calibrate.py again"
-            )
+            raise InputError(f"{path} was made for another checkpoint: run calibrate.py again")
         return calibration
 
     def save_calibration(self, calibration, scores, name=""):
@@ -274,17 +272,10 @@ class Run:
             found = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
             if any(a is None or a.ndim < 1 or len(a) != len(found[0]) for a in found):
                 raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
-            files, patients, labels, logits = found
-            kinds = (files.dtype.kind, patients.dtype.kind, labels.dtype.kind, logits.dtype.kind)
-            shapes = [a.ndim for a in found]
-            if (
-                kinds != ("U", "U", "i", "f")
-                or shapes not in ([1, 1, 1, 2], [1, 1, 2, 2])
-                or not np.isfinite(logits).all()
-            ):
-                raise InputError(
-                    f"{path} is damaged: the {s} arrays have the wrong type: run calibrate.py again"
-                )
+            kinds, shapes = [a.dtype.kind for a in found], [a.ndim for a in found]
+            typed = kinds == ["U", "U", "i", "f"] and shapes in ([1, 1, 1, 2], [1, 1, 2, 2])
+            if not (typed and np.isfinite(found[-1]).all()):  # the last are the logits
+                raise InputError(f"{path} is damaged: {s} arrays have a wrong type: run calibrate.py again")
         return arrays
 
     def save_reference(self, arrays, name=""):
@@ -296,6 +287,10 @@ class Run:
         """Where the arrays of shift.learn are kept."""
         return self.folder / f"reference{_dash(name)}.npz"
 
+    def predictions_file(self, name=""):
+        """Where calibrate.py writes scores and decisions for spreadsheets."""
+        return self.folder / f"predictions{_dash(name)}.csv"
+
     def save_site(self, site, thresholds, name=""):
         """Write sites/SITE.json: thresholds for another hospital."""
         write_json(self.folder / "sites" / f"{site}{_dash(name)}.json", {"format": FORMAT, **thresholds})
@@ -305,16 +300,14 @@ class Run:
         path = self.folder / "sites" / f"{site}{_dash(name)}.json"
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+            views = " --tta" if name else ""
             raise InputError(
                 f"{self} has no thresholds for the site {site!r} (there is {known}): make them with "
-                f"calibrate.py --site DIR --name {site!r}{' --tta' if name else ''}"
+                f"calibrate.py --site DIR --name {site!r}{views}"
             )
         found = read_json(path)
         check_format(found, path)
-        wrong = mismatches(found, SITE) or [n for n in self.task.findings if n not in found["findings"]]
-        wrong += [n for n, f in found["findings"].items() if wrong_site_finding(f)] if not wrong else []
-        wrong += mismatches(found.get("scores", {}), BASIS, "scores") if "scores" in found else []
-        if wrong:
+        if wrong := wrong_site(found, self.task.findings):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
         if found["checkpoint"] != self.checkpoint_sha256:
             raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
@@ -338,13 +331,12 @@ class Run:
         """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
         path = self.folder / "track.json"
         found = read_json(path) if path.exists() else {}
-        if mismatches(found, dict.fromkeys(found, str) if isinstance(found, dict) else {"": str}):
+        if mismatches(found, dict.fromkeys(found, str)):
             raise InputError(f"{path} is damaged: delete it")
         return found
 
     def save_tracked(self, references):
         """Write track.json."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "track.json", references)
 
     def explained_folder(self, split=""):
@@ -367,8 +359,8 @@ def _dash(name):
 def find_runs(runs_dir, chosen=None):
     """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
 
-    Unfinished runs are passed over with a note, unless chosen; so are those that are being trained, which
-    cannot be chosen. InputError if there is none.
+    Unfinished and damaged runs are passed over with a note, unless chosen; so are those that are being
+    trained, which cannot be chosen. InputError if there is none.
     """
     if chosen:
         runs = [Run(f) for f in dict.fromkeys(Path(os.path.normpath(f)) for f in chosen)]
@@ -377,20 +369,29 @@ def find_runs(runs_dir, chosen=None):
             if run.begun and not run.results["finished"]:
                 run.check_checkpoint()
         return runs
-    runs = []
+    runs, damaged = [], []
     for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
         if who := lock.holder(path.parent):
             say(f"note: {path.parent} is being trained by {who}, passed over")
     for path in sorted(Path(runs_dir).glob("*/results.json")):
-        check_regular(path)
         run = Run(path.parent)
-        if run.kind in WITHOUT_CLASSES or lock.holder(run):
+        try:
+            check_regular(path)
+            passed_over = run.kind in WITHOUT_CLASSES or lock.holder(run)
+        except InputError as error:
+            damaged.append(error)
+            continue
+        if passed_over:
             continue
         if run.results["finished"]:
             runs.append(run)
         else:
             usable = " (name it with --run to use it all the same)" if run.checkpoint.exists() else ""
             say(f"note: {run} is not finished, passed over{usable}; {run.to_finish}")
+    if damaged and not runs:
+        raise damaged[0]
+    for error in damaged:
+        say(f"note: passed over: {error}")
     if not runs:
         raise InputError(
             f"no finished runs under {runs_dir}: train one first, "

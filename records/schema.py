@@ -1,6 +1,9 @@
-"""What the files of a run folder must hold, and where one does not. No torch, no files."""
+"""What the files of a run folder must hold, and where one does not; calibrations of older versions in the
+present form. No torch, no files."""
 
 from common.cli import Number
+from common.files import CALIBRATION as CALIBRATION_FORMAT
+from common.proportions import curves_of
 
 REAL = Number(float, -1e300, 1e300)
 POSITIVE = Number(float, 0, 1e300, above=True)
@@ -55,6 +58,7 @@ CALIBRATION = {
     "bootstrap": NATURAL,
     "checkpoint": str,
 }
+UNITS = {"by": ("image", "study", "patient"), "pool": ("max", "mean")}  # whose scores, and of several images
 FINDING = {  # under "findings", by name
     "threshold": SHARE,
     "val": {"at_0.5": POINT, "at_rec": POINT},
@@ -119,7 +123,19 @@ SITE |= {"min_recall": SHARE}
 BASIS = {"temperature": POSITIVE, "precision": str}  # under "scores", which older versions leave out
 
 
-def wrong_site_finding(value):
+def wrong_site(value, findings):
+    """Names of what is missing or wrong in a sites/NAME.json of a run with these findings."""
+    wrong = mismatches(value, SITE)
+    if not wrong:
+        wrong = [name for name in findings if name not in value["findings"]]
+    if not wrong:
+        wrong = [name for name, found in value["findings"].items() if _wrong_site_finding(found)]
+    if "scores" in value:
+        wrong += mismatches(value["scores"], BASIS, "scores")
+    return wrong
+
+
+def _wrong_site_finding(value):
     """Names of what is wrong in what a site says of one finding."""
     if mismatches(value, {"why_not": str}) == []:
         return []
@@ -152,7 +168,9 @@ def wrong_results(results):
 
 def wrong_calibration(value, task):
     """Names of what is missing or wrong in a calibration.json of a Task."""
-    return mismatches(value, CALIBRATION) + wrong_scaling(value, task) + wrong_findings(value, task)
+    wrong = [key for key, allowed in UNITS.items() if value.get(key, allowed[0]) not in allowed]
+    wrong += mismatches(value, CALIBRATION) + wrong_scaling(value, task)
+    return wrong + wrong_findings(value, task)
 
 
 def wrong_scaling(value, task):
@@ -187,8 +205,9 @@ def wrong_finding(value, sides=("val", "test")):
 
 def wrong_findings(value, task):
     """Names of what is wrong in what a calibration says of each finding, and of all together."""
-    classes = task.kind == "softmax" and task.outputs > 2
-    figures = {"findings": [str]} | (CLASS_FIGURES if classes else {})
+    figures = {"findings": [str]}
+    if task.one_of_many:
+        figures |= CLASS_FIGURES
     if wrong := mismatches(value, {"findings": dict}):
         return wrong
     if tuple(value["findings"]) != task.findings:
@@ -228,3 +247,26 @@ def _counts(value):
 
 def _range(value):
     return isinstance(value, list) and len(value) == 2 and all(REAL.contains(v) for v in value)
+
+
+# ---------------------------------------------------------------- older calibrations
+
+# Format 3 of calibration.json has {finding: what is said of it} under "findings", however many there are, and
+# figures over all of them under "summary". Formats 1 and 2 (2: with Platt scaling) had that for several
+# findings alone; what they say of an only finding stands beside the settings.
+OF_ONE = (*FINDING, "gap", "changed")  # what an older calibration of one finding says of it
+
+
+def in_present_form(calibration, task):
+    """A calibration.json of any format that this version reads, in the present one; not changed itself.
+
+    What is damaged stays so, for `wrong_calibration` to find."""
+    present = {"jointly": None, **calibration, "format": CALIBRATION_FORMAT}
+    if calibration["format"] == CALIBRATION_FORMAT or "findings" in calibration:
+        return present
+    found = {name: present.pop(name) for name in OF_ONE if name in present}
+    if not wrong_finding(found):
+        found["curves"] = {side: curves_of(found[side]["at_0.5"]) for side in ("val", "test")}
+        averaged = {"findings": [task.findings[0]]}
+        present["summary"] = {side: averaged | curves for side, curves in found["curves"].items()}
+    return present | {"findings": {task.findings[0]: found}}

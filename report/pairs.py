@@ -46,9 +46,9 @@ def decision_pairs(entries):
     if not rows:
         return []
     text = (
-        "Differences on the same test images, recall and specificity @Rec. Intervals: 95%, paired bootstrap "
-        f"of {drawn(entries)}. p-values: DeLong for AUROC, exact McNemar for the others, not corrected for "
-        "the number of pairs."
+        f"Differences on the same test {entries[0].unit}, recall and specificity @Rec. Intervals: 95%, "
+        f"paired bootstrap of {drawn(entries)}. p-values: DeLong for AUROC, exact McNemar for the others, "
+        "not corrected for the number of pairs."
     )
     found = [e.row(finding, "test", "at_rec") for e in entries]
     spans = [with_interval(row, "auroc") for row in found]
@@ -81,8 +81,8 @@ def mean_pairs(entries):
     if not rows:
         return []
     text = (
-        "Difference of the mean AUROC on the same test images, 95% interval by a paired bootstrap of "
-        f"{drawn(entries)}; not corrected for the number of pairs."
+        f"Difference of the mean AUROC on the same test {entries[0].unit}, 95% interval by a paired "
+        f"bootstrap of {drawn(entries)}; not corrected for the number of pairs."
     )
     head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
     blocks = [HEADING, Paragraph(text), Table(head, rows)]

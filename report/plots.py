@@ -98,7 +98,7 @@ def roc_panel(ax, finding, entries, names):
     for floor in {e.min_recall for e in entries}:
         ax.axhline(floor, color="0.4", lw=0.8, ls=":")
     shown = ", ".join(aurocs[:3]) + (" ..." if len(aurocs) > 3 else "")
-    count = f"{test.truth.sum()} of {len(test.truth)} images"
+    count = f"{test.truth.sum()} of {len(test.truth)} {entries[0].unit}"
     ax.set(title=f"{label(finding, 30)} ({count})\nAUROC {shown}")
     ax.set(xlabel="1 - specificity", ylabel="recall (sensitivity)")
     ax.tick_params(labelsize=7)
@@ -119,7 +119,7 @@ def draw_pr(entries):
     ax.axhline(prevalence, color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
         ax.axvline(floor, color="0.4", lw=0.8, ls=":")
-    count = f"n = {len(test.truth)} test images, prevalence {prevalence:.2f} (grey line)"
+    count = f"n = {len(test.truth)} test {entries[0].unit}, prevalence {prevalence:.2f} (grey line)"
     title = f"{count}\ncircle: @Rec, square: @0.5, dotted line: recall floor"
     low = min(0.5, prevalence - 0.05)
     ax.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(low, 1.01), title=title)
@@ -199,7 +199,7 @@ def draw_reliability(entries):
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
             ax.plot(x, y, ms=4, lw=1, label=f"{when} {name}: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
-        title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} images"
+        title = f"{label(e.name, 56)}\n{SIDES[side]}, {len(quality['bins'])} bins of {sizes} {e.unit}"
         ax.set(xlabel="mean score of the bin", ylabel=label(f"share of {finding}", 30), title=title)
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         ax.legend(fontsize=7, loc="best")
@@ -222,7 +222,7 @@ def draw_decision(entries):
     ax.plot(chances, everybody, color="0.5", lw=1, label=names[-2])
     ax.axhline(0, color="black", lw=1, label=names[-1])
     prevalence = test.truth.mean()
-    count = f"n = {len(test.truth)} test images, prevalence {prevalence:.2f}"
+    count = f"n = {len(test.truth)} test {entries[0].unit}, prevalence {prevalence:.2f}"
     ax.set(ylim=(-0.1, prevalence + 0.05), title=f"{count}; probabilities after scaling")
     ax.set(xlabel="threshold probability", ylabel="net benefit (true positives per image)")
     finish(figure, [ax])

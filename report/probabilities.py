@@ -33,8 +33,8 @@ def probability_blocks(entries):
         "Each model has one temperature, which minimises NLL on validation, or a slope and a bias for each "
         "finding (Platt scaling) where calibrate.py was asked for them; figures are before → after, applied "
         "or not. The mean score is that of validation, as thresholds apply to it; of probabilities at "
-        "validation's prevalence it is the share of images with the finding. ECE is over 15 bins of equal "
-        f"size. {scaling.in_report(entries)}"
+        f"validation's prevalence it is the share of {entries[0].unit} with the finding. ECE is over 15 bins "
+        f"of equal size. {scaling.in_report(entries)}"
     )
     head = [first_head(entries), "Temperature", "Mean score val", "Share val"]
     head += [f"{figure} {side}" for side, figure in figures]
@@ -63,7 +63,7 @@ def predictive_blocks(entries):
         rows.append([f"{title(e, name)} @Rec", *(f"{v:.3f}" if np.isfinite(v) else "-" for v in values)])
         shares[name] = f"{here:.1%} show {name}"
     text = (
-        f"Predictive values depend on how common the finding is. Of these test images "
+        f"Predictive values depend on how common the finding is. Of these test {first.unit} "
         f"{', '.join(shares.values())}. The last two columns assume a prevalence of {there:.0%}, with the "
         "same recall and specificity."
     )
@@ -74,6 +74,8 @@ def predictive_blocks(entries):
 
 def subgroup_blocks(entries):
     """Recall of bacterial and viral pneumonia, where the file names tell them apart."""
+    if entries[0].unit != "images":  # a child may have images of both
+        return []
     causes, rows = {"bacteria": "bacterial", "virus": "viral"}, []
     for name, e in questions(entries):
         if e.row(name, "test", "at_rec"):

@@ -66,8 +66,16 @@ def markdown_text(value):
     return inline(value, plain, code)
 
 
-def to_markdown(blocks):
-    """Blocks -> markdown text; pictures are linked relative to the working directory."""
+def link(path, folder):
+    """A path as seen from a folder, with slashes; the whole path where they lie on two drives of Windows."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return Path(os.path.abspath(path)).as_posix()
+
+
+def to_markdown(blocks, folder="."):
+    """Blocks -> markdown text; pictures are linked relative to the folder that it will lie in."""
     out = []
     for block in blocks:
         if isinstance(block, Table):
@@ -75,8 +83,7 @@ def to_markdown(blocks):
             lines = [[markdown_text(cell) for cell in line] for line in (block.head, *block.rows)]
             out.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])))
         elif isinstance(block, Image):
-            path = Path(os.path.relpath(block.path)).as_posix()
-            out.append(f"![{markdown_text(block.caption)}]({quote(os.fsencode(path))})")
+            out.append(f"![{markdown_text(block.caption)}]({quote(os.fsencode(link(block.path, folder)))})")
         else:
             mark = "#" * block.level + " " if isinstance(block, Heading) else ""
             out.append(mark + markdown_text(block.text))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from calibration.pooling import plural_of, title_of, unit_of, units_of
 from common import scaling
 from common.cli import Number
 from common.console import InputError, say
@@ -60,7 +61,8 @@ METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout"}
 
 class Column(NamedTuple):
     """One side (validation or test), in the order of the file names: arrays [N], the last three [N, F]; of
-    one finding (`Entry.column`) all are [N].
+    one finding (`Entry.column`) all are [N]. By study or patient, "images" are these (pooling.Units), each
+    under the name of its first file.
 
     truth: int64, 0 or 1 (in [N, F] also -1, unknown); scores: float64 in [0, 1], what thresholds apply to;
     probabilities: float64, the same after the fitted scaling (scaling.fitted)."""
@@ -86,7 +88,8 @@ class Entry:
     """A row of the report: one calibration of a run.
 
     `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
-    `group`, equal for entries on the same test images; `members`, the checkpoints of an ensemble. `findings`,
+    `group`, equal for entries on the same test images; `unit`, "images", or the "studies" or "patients" that
+    thresholds and figures are for; `members`, the checkpoints of an ensemble. `findings`,
     their names; `columns` {side: Column of [N, F]}, `found` {finding: what the calibration says of it},
     `summary` {side: figures over all}. InputError naming the run if damaged.
     """
@@ -117,9 +120,10 @@ class Entry:
         self.members = [m["checkpoint"] for m in self.results.get("members", [])]
         self.minutes = run.minutes
         self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
-        self.base, self.name = names(run, suffix)
+        self.unit, by = plural_of(self.calibration), title_of(self.calibration)
+        self.base, self.name = (name + by for name in names(run, suffix))
         test = self.columns["test"]
-        self.group = sha256([self.task.classes, test.files.tolist(), test.truth.tolist()])
+        self.group = sha256([self.task.classes, test.files.tolist(), test.truth.tolist(), self.unit])
         self.family = self._family()
 
     def column(self, finding, side):
@@ -154,6 +158,10 @@ class Entry:
         scores = scores[:, None] if scores.ndim == 1 else scores
         if scores.shape != truth.shape:
             raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
+        units = units_of(arrays, side, unit_of(self.calibration), self.calibration.get("pool", "max"))
+        files, patients, truth = files[units.first], units.whose, units.truth(truth)
+        scores = units.scores(scores)
+        probabilities = units.scores(self.task.scaled_scores(logits, self.calibration))
         for k, name in enumerate(self.findings):
             known = truth[:, k] >= 0
             if known.any():
@@ -161,14 +169,14 @@ class Entry:
             if side in self.found[name]:
                 check_both_classes(truth[known, k], f"{side} labels")
         order = np.argsort(files, kind="stable")
-        columns = files, patients, truth, scores, self.task.scaled_scores(logits, self.calibration)
+        columns = files, patients, truth, scores, probabilities
         return Column(*(c[order] for c in columns))
 
     def _family(self):
         settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
-        rule = [self.calibration.get("tta"), self.min_recall]
+        rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
         rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
         return sha256([model, settings, data, rule])
 

@@ -122,10 +122,23 @@ def main_text(entries):
         chosen_on = unique((len(e.column(finding, "val").truth) for e in entries), " or ")
         counts = f"{int((truth == 0).sum())} {first.absent(finding)}, {int(truth.sum())} {finding}"
         return (
-            f"Test: {len(truth)} images ({counts}), at thresholds chosen on validation ({chosen_on} images). "
-            f"{points_text}"
+            f"Test: {len(truth)} {first.unit} ({counts}), at thresholds chosen on validation ({chosen_on} "
+            f"{first.unit}). {pooled_text(entries)}{points_text}"
         )
-    return f"Test: {len(first.columns['test'].files)} images. {means_text(entries)}"
+    count = len(first.columns["test"].files)
+    return f"Test: {count} {first.unit}. {pooled_text(entries)}{means_text(entries)}"
+
+
+def pooled_text(entries):
+    """What the figures of studies or patients are, as text; "" by image."""
+    first = entries[0]
+    if first.unit == "images":
+        return ""
+    pools = unique((e.calibration["pool"] for e in entries), " or ")
+    return (
+        f"All figures are of {first.unit}: the score is the {pools} over the images, the truth positive if "
+        "any of them is. "
+    )
 
 
 # ---------------------------------------------------------------- several findings together
@@ -146,8 +159,8 @@ def means_text(entries):
     left_out = [name for name in asked if name not in used]
     if left_out:
         text += (
-            f"Means are over the {len(used)} findings with at least {LEAST} images with and without them, so "
-            f"not over {', '.join(left_out)}. "
+            f"Means are over the {len(used)} findings with at least {LEAST} {first.unit} with and without "
+            f"them, so not over {', '.join(left_out)}. "
         )
     return f"{text}Intervals: 95%, bootstrap of {drawn(entries)}."
 
@@ -186,10 +199,14 @@ def class_blocks(entries):
     """Precision, recall and F1 of every class, and the confusion matrix, of the most probable class."""
     if "confusion" not in entries[0].summary["test"]:
         return []
+    unit = entries[0].unit
     text = (
         "Each image is given its most probable class; no threshold. Recall with a 95% interval, bootstrap of "
-        "patients. The matrix counts images of the test set; rows: truth, columns: decision."
+        f"patients. The matrix counts {unit} of the test set; rows: truth, columns: decision."
     )
+    if unit != "images":
+        left_out = unique((e.summary["test"].get("several_classes", 0) for e in entries), " or ")
+        text += f" Those with images of several classes are left out ({left_out})."
     blocks, classes = [Heading(3, "The most probable class"), Paragraph(text)], entries[0].task.classes
     for e in entries:
         rows, summary = [], e.summary["test"]
@@ -198,7 +215,7 @@ def class_blocks(entries):
             recall = f"{c['recall']:.3f} {interval(*c['recall_interval'])}" if c["recall_interval"] else "-"
             figures = [str(c["n"]), f"{c['precision']:.3f}", recall, f"{c['f1']:.3f}"]
             rows.append([name, *figures, *map(str, counts)])
-        head = ["Class", "Images", "Precision", "Recall", "F1", *(f"→ {name}" for name in classes)]
+        head = ["Class", unit.capitalize(), "Precision", "Recall", "F1", *(f"→ {name}" for name in classes)]
         blocks += [Paragraph(f"{e.name}:"), Table(head, rows)]
     return blocks
 
@@ -249,7 +266,8 @@ def promise_text(entries):
                 promised.append(f"recall >= {e.min_recall:g} with confidence {guarantee['confidence']:.4g}")
             elif "why_not" in guarantee:
                 refused.append(f"{name} ({guarantee['why_not']})")
-    text = "@Rec meets the floor on the validation images. For new patients like them, its true recall is "
+    unit = entries[0].unit
+    text = f"@Rec meets the floor on the validation {unit}. For new patients like them, its true recall is "
     text += f"below the floor with {unique(filter(None, chances), ' or ')}."
     if promised:
         text += f" @Guar applies the Neyman-Pearson umbrella rule to patients: {unique(promised)}."
@@ -266,7 +284,7 @@ def promise_text(entries):
     text += (
         " No such promise survives a shift in the data, so compare validation with test. The validation "
         "images also chose the epoch, which flatters the validation figures a little. Patients are those of "
-        "validation with the finding (images, where patients are unknown)."
+        f"validation with the finding ({unit}, where patients are unknown)."
     )
     if refused:
         text += f" Where @Guar is missing: {unique(refused)}."
@@ -290,7 +308,7 @@ def interval_blocks(entries):
         f"Percentile bootstrap: {drawn(entries)} are drawn {draws} times. Where every draw gives the same "
         "value, what the number of patients alone tells: Wilson's interval; for an AUROC of 1 the lower "
         "limit 0.025^(1/m), m the fewer of sick and healthy patients. The intervals of DeLong (none at an "
-        "AUROC of 1) and Wilson in calibration.json treat images as independent."
+        f"AUROC of 1) and Wilson in calibration.json treat {entries[0].unit} as independent."
     )
     table = Table([first_head(entries), *NAMED, "AUROC (DeLong)"], rows)
     return [Heading(3, "How sure: 95% intervals on test"), Paragraph(text), table]

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-import calibrate
 import metrics
 from calibration import intervals, shift
+from calibration import scores as scores_module
 from common import files as files_module
 from common import proportions, safe_files
 from common.files import CALIBRATION, write_json
@@ -96,7 +96,7 @@ def test_scores_are_reused_until_something_changes(own_runs, monkeypatch):
     """Another --min-recall scores nothing again; another checkpoint, or damaged scores, does."""
     out = own_runs / "outputs" / "pretrained"
     path, scored, real = out / "scores.npz", [], predict
-    monkeypatch.setattr(calibrate, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
+    monkeypatch.setattr(scores_module, "predict", lambda *a, **k: scored.append(1) or real(*a, **k))
 
     def p1():
         with np.load(path) as file:
@@ -161,7 +161,7 @@ def test_whatever_decides_a_figure_is_in_the_keys():
 
     def keys(val=0, test=1, train=2, run=run, inputs=inputs, tta=None):
         sides = [s if isinstance(s, Subset) else subset(s) for s in (val, test, train)]
-        return calibrate.keys(run, inputs, sides[:2], sides[2], tta)
+        return scores_module.keys(run, inputs, sides[:2], sides[2], tta)
 
     others = subset(0)
     others.patients = ["one", *others.patients[1:]]
@@ -275,6 +275,50 @@ def test_nothing_to_calibrate_or_compare(runs, own_runs, tmp_path):
     done = cli("compare", cwd=own_runs)
     refused(done, "not calibrated", "calibrate.py")
     assert len(done.err.strip().splitlines()) == 1 and done.out == ""
+
+
+def damage_some(folder):
+    """Runs that cannot be used: of an older version, cut, of other images; "linear" is left whole."""
+    old = folder / "scratch/results.json"
+    results = read_json(old)
+    write_json(old, {**results, "data": {**results["data"], "normalise": "standard"}})
+    for name in ("cut", "weights", "elsewhere"):
+        shutil.copytree(folder / "pretrained", folder / name)
+    (folder / "cut/results.json").write_bytes((folder / "cut/results.json").read_bytes()[:200])
+    (folder / "weights/checkpoint.pth").write_bytes(b"")
+    results = read_json(folder, "elsewhere/results.json")
+    elsewhere = {**results, "data": {**results["data"], "data_dir": "gone"}}
+    write_json(folder / "elsewhere/results.json", elsewhere)
+    return {"scratch": "is gone", "cut": "JSON", "weights": "checkpoint.pth", "elsewhere": "gone"}
+
+
+@pytest.mark.parametrize("site", [False, True])
+def test_a_run_that_cannot_be_used_keeps_no_other_waiting(own_runs, synthetic, site):
+    """By itself it is passed over in one line; asked for by name, it also makes the exit code 2."""
+    folder, written, flags = own_runs / "outputs", "calibration.json", ["--bootstrap", 100]
+    broken = damage_some(folder)
+    if site:
+        written = "sites/clinic.json"
+        flags += ["--site", synthetic / "test", "--name", "clinic"]
+
+    def floors():
+        return [read_json(folder, name, written)["min_recall"] for name in ("linear", "pretrained")]
+
+    done = succeed("calibrate", *flags, "--min-recall", 0.5, cwd=own_runs)
+    assert floors() == [0.5, 0.5]
+    notes = [line for line in done.err.splitlines() if "passed over: " in line]
+    assert len(notes) == len(broken)
+    for name, word in broken.items():
+        assert sum(f"outputs/{name}" in line and word in line for line in notes) == 1
+
+    named = [f"outputs/{name}" for name in ("scratch", "linear", "cut", "pretrained")]
+    done = cli("calibrate", "--run", *named, *flags, "--min-recall", 0.6, cwd=own_runs)
+    refused(done, "2 of 4 runs were passed over: outputs/scratch, outputs/cut")
+    assert floors() == [0.6, 0.6]
+    alone = cli("calibrate", "--run", "outputs/scratch", *flags, cwd=own_runs)
+    refused(alone, "which is gone")
+    assert "passed over" not in alone.err
+    refused(cli("calibrate", "--run", "outputs/scratch", "outputs/cut", *flags, cwd=own_runs), "2 of 2 runs")
 
 
 def test_uncalibrated_run_is_left_out_with_a_note(own_runs):

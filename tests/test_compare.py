@@ -531,7 +531,21 @@ def test_compare_says_where_everything_is(tmp_path):
     assert (tmp_path / "site/r.html").exists() and len(list((tmp_path / "pics").iterdir())) == 7
 
 
-@pytest.mark.parametrize("flag", ["--html", "--csv", "--figures"])
+def test_the_report_as_a_file(tmp_path):
+    """--out writes what standard output would hold, in UTF-8; links start from the folder of the file."""
+    write_run(tmp_path / "outputs/scratch")
+    (tmp_path / "site").mkdir()
+    printed = succeed("compare", cwd=tmp_path).out
+    for place, way in (("r.md", ""), ("site/r.md", "../")):
+        done = succeed("compare", "--out", place, cwd=tmp_path)
+        assert done.out == "" and f"report: {place}" in done.err
+        text = (tmp_path / place).read_bytes().decode("utf-8")
+        assert text == printed.replace("](outputs/", f"]({way}outputs/") and "≥" not in text
+        links = re.findall(LINK, text)
+        assert len(links) == 7 and all((tmp_path / place).parent.joinpath(link).exists() for link in links)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html", "--csv", "--figures"])
 @pytest.mark.parametrize("target", ["device", "fifo", "folder", "under a file"])
 def test_outputs_are_checked_before_drawing(tmp_path, flag, target):
     write_run(tmp_path / "outputs/scratch")

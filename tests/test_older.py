@@ -1,16 +1,15 @@
-"""Tests of older: what earlier versions wrote of a task of one finding, read in the present form."""
+"""Tests of older calibrations: what earlier versions wrote of one finding, read in the present form."""
 
 import copy
 import json
 
 import pytest
 
-import calibrate
+from calibration import scores as scores_module
 from common.files import CALIBRATION, write_json
 from common.task import Task
-from records.older import in_present_form
 from records.run import Run
-from records.schema import wrong_calibration
+from records.schema import in_present_form, wrong_calibration
 from tests.shared import cli, of_one, read_json, refused, succeed, tables
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc", "auprc")
@@ -135,7 +134,7 @@ def test_every_script_takes_an_older_calibration(own_runs, monkeypatch):
         again = succeed(*argv, cwd=own_runs)
         assert (again.out, again.err) == (done.out, done.err), argv[0]
     assert len(tables(expected[1].out)) > 5
-    monkeypatch.setattr(calibrate, "predict", lambda *a, **k: pytest.fail("scored again"))
+    monkeypatch.setattr(scores_module, "predict", lambda *a, **k: pytest.fail("scored again"))
     succeed("calibrate", "--run", folder, "--min-recall", 0.9, cwd=own_runs)
     assert {**read_json(path), "command": None} == {**present, "command": None}
     path.write_text(json.dumps({**present, "format": CALIBRATION + 1}))

@@ -168,13 +168,11 @@ class Kept:
         self.site = json.loads(json.dumps(thresholds))
 
 
-def promised(monkeypatch, truth, scores, rule):
+def promised(truth, scores, rule):
     """What hospital.promise keeps of made-up findings, one image a patient: truth, scores [N, F]."""
     shipped = {f"finding {k}": 0.5 for k in range(truth.shape[1])}
-    monkeypatch.setattr(site_module, "scored", lambda *a: (truth, scores, shipped))
-    run, subset = Kept(), [None] * len(truth)
-    subset = type("Subset", (list,), {"patients": [f"p{i}" for i in range(len(truth))]})(subset)
-    site_module.promise(run, "here", subset, rule, device=None)
+    run, patients = Kept(), np.array([f"p{i}" for i in range(len(truth))])
+    site_module.promise(run, "here", patients, (truth, scores, shipped), rule)
     return run.site
 
 
@@ -185,12 +183,12 @@ def several_findings(counts, n=400, seed=0):
     return truth, 1 / (1 + np.exp(-(rng.normal(size=truth.shape) + 1.5 * truth)))
 
 
-def test_jointly_reaches_a_site(monkeypatch, capsys):
+def test_jointly_reaches_a_site(capsys):
     """Three findings share the 5% that may go wrong; a fourth is too rare for any threshold."""
     truth, scores = several_findings((150, 120, 90, 3))
     patients, seen = np.array([f"p{i}" for i in range(400)]), {}
     for jointly, confidence in ((False, 0.95), (True, 1 - 0.05 / 3)):
-        found = promised(monkeypatch, truth, scores, Rule(jointly=jointly))
+        found = promised(truth, scores, Rule(jointly=jointly))
         for k in range(3):
             exact = choose_threshold_with_guarantee(truth[:, k], scores[:, k], 0.95, confidence, patients)[0]
             kept = found["findings"][f"finding {k}"]["guaranteed"]
@@ -208,20 +206,20 @@ def test_jointly_reaches_a_site(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("jointly", [False, True])
-def test_advice_for_several_findings_is_granted_to_all(monkeypatch, capsys, jointly):
+def test_advice_for_several_findings_is_granted_to_all(capsys, jointly):
     """A finding's own --guarantee would be refused for one with fewer patients: the advice is for all."""
     truth, scores = several_findings((100, 45, 30))
-    promised(monkeypatch, truth, scores, Rule(jointly=jointly))
+    promised(truth, scores, Rule(jointly=jointly))
     out = capsys.readouterr().out
     asked = re.findall(r"--guarantee ([\d.]+)", out)
     assert len(asked) == 1
-    found = promised(monkeypatch, truth, scores, Rule(0.95, float(asked[0]), strict=True, jointly=jointly))
+    found = promised(truth, scores, Rule(0.95, float(asked[0]), strict=True, jointly=jointly))
     assert all(f["guaranteed"] is not None for f in found["findings"].values())
     more = Rule(0.95, float(asked[0]) + 0.001, strict=True, jointly=jointly)
     with pytest.raises(InputError, match="finding 2: 30 independent positives"):
-        promised(monkeypatch, truth, scores, more)
+        promised(truth, scores, more)
     for floor in re.findall(r"--min-recall ([\d.]+)", out):
-        assert promised(monkeypatch, truth, scores, Rule(float(floor), jointly=jointly))
+        assert promised(truth, scores, Rule(float(floor), jointly=jointly))
 
 
 def test_bad_figures_of_a_site_are_warned_of():
