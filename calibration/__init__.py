@@ -5,7 +5,6 @@ In the order to read them:
     operating_point.py  thresholds on validation, figures on both sides
     pooling.py          one score for all images of a study or patient
     intervals.py        how sure a figure is
-    subgroups.py        figures of groups of patients
     ensemble.py         several runs as one
     site.py             thresholds for another hospital
     scores.py           scores of runs, one after the other

@@ -8,6 +8,5 @@ In the order to read them:
     nih.py       cells of NIH's table
     plain.py     cells of a table with a column a finding
     sheets.py    how tables are spelt
-    cohort.py    who took part, and groups of patients
     download.py  a set from Kaggle
 """

@@ -1,13 +1,10 @@
-"""Blocks of the report on people: who took part, what was left out, and figures of groups of patients. No torch,
-no drawing.
-"""
+"""Blocks of the report on people: who took part, what was left out, and figures of groups of patients. No
+torch, no drawing."""
 
-from typing import NamedTuple
-
-from calibration.subgroups import METHOD, figures_of_groups, table_of, verdicts
+from cohort.figures import METHOD, figures_of_groups, table_of, thresholds_of, verdicts
+from cohort.who import groups_of
 from common.console import InputError
 from common.scaling import SIDES
-from layouts.cohort import BANDS, age_bands, groups_of, prevalences, summary
 from records.schema import NATURAL, mismatches
 from report.cells import questions, title, unique
 from report.render import Heading, Paragraph, Table
@@ -26,13 +23,6 @@ WORDS = {  # of the steps in results.json
     "test": "in test",
 }
 HERE = ("sex", "view", "machine")
-
-
-class Asked(NamedTuple):
-    """What compare.py was asked of groups: age bands (layouts.cohort.age_bands), further columns."""
-
-    bands: tuple = age_bands(BANDS)
-    columns: tuple = ()
 
 
 # ---------------------------------------------------------------- who took part
@@ -54,14 +44,9 @@ def cohort_blocks(entries):
 
 
 def sides_of(entry):
-    """{side: layouts.cohort.summary, with "findings"} of an entry: training's as it was recorded, the others by
+    """{side: cohort.who.summary, with "findings"} of an entry: training's as it was recorded, the others by
     its scores."""
-    found = {"train": recorded(entry)}
-    for side in SIDES:
-        column = entry.columns[side]
-        found[side] = summary(column.files, column.patients, entry.cohort[side])
-        found[side]["findings"] = prevalences(entry.findings, column.truth)
-    return found
+    return {"train": recorded(entry), **entry.people}
 
 
 def recorded(entry):
@@ -76,7 +61,7 @@ def recorded(entry):
 
 
 def _is_summary(found):
-    """Whether the parts of a summary that may be missing are as layouts.cohort.summary writes them."""
+    """Whether the parts of a summary that may be missing are as cohort.who.summary writes them."""
     counts = [found[name] for name in HERE if name in found]
     good = all(isinstance(c, dict) and all(map(NATURAL.contains, c.values())) for c in counts)
     for pair in found["findings"].values():
@@ -150,7 +135,8 @@ def cohort_text(entries, tells):
 
 
 def tells_of_patients(sides):
-    """Whether anything but files, patients and labels is known of validation or test; `sides`: as `sides_of`."""
+    """Whether anything but files, patients and labels is known of validation or test; `sides`: as
+    `sides_of`."""
     for side in SIDES:
         cells = [_age(sides[side].get("age")), *(_listed(sides[side].get(name)) for name in HERE)]
         if cells != ["-"] * len(cells):
@@ -206,18 +192,6 @@ def flow_rows(flow):
 # ---------------------------------------------------------------- groups of patients
 
 
-def check_columns(groups, columns):
-    """InputError unless each of `columns` is known of some of the `groups` (lists of Entries)."""
-    there = {}
-    for entries in groups:
-        for e in entries:
-            there |= dict.fromkeys(e.cohort["test"])
-    for name in columns:
-        if name not in there:
-            known = ", ".join(sorted(there)) or "none"
-            raise InputError(f"--subgroups {name[:60]}: no run has such a column; those there are: {known}")
-
-
 def group_blocks(entries, asked):
     """Figures of groups of patients, on test and on validation, where columns tell them apart."""
     blocks, standing_out = [], []
@@ -241,18 +215,14 @@ def group_blocks(entries, asked):
 
 
 def groups_on(entry, finding, side, asked):
-    """(calibration.subgroups.figures_of_groups, notes) of an entry's finding on a side."""
+    """(cohort.figures.figures_of_groups, notes) of an entry's finding on a side."""
     k, column = entry.findings.index(finding), entry.columns[side]
     known = column.truth[:, k] >= 0
     cohort = {name: values[known] for name, values in entry.cohort[side].items()}
-    groups, notes = groups_of(cohort, column.patients[known], asked.bands, asked.columns)
+    groups, notes = groups_of(cohort, column.patients[known], asked)
     missing = [name for name in asked.columns if name not in entry.cohort[side]]
     notes += [f"no column {name} here" for name in missing]
-    about, thresholds = entry.found[finding], {}
-    if "threshold" in about:
-        thresholds["@Rec"] = about["threshold"]
-        if about["guarantee"]["threshold"] is not None:
-            thresholds["@Guar"] = about["guarantee"]["threshold"]
     one = entry.column(finding, side)
+    thresholds = thresholds_of(entry.found[finding])
     found = figures_of_groups(one.truth, one.scores, one.patients, groups, thresholds, entry.min_recall)
     return found, notes

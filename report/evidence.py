@@ -1,8 +1,8 @@
 """Blocks of the report on what lies beside the figures of test: other images that a run was tried on, and
 tests of its maps. No torch, no drawing."""
 
-from calibration.intervals import in_short
 from common.console import say
+from common.proportions import in_short
 from report.cells import unique
 from report.render import Heading, Paragraph, Table
 from report.rows import METHODS

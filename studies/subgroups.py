@@ -2,12 +2,12 @@
 
     python studies/subgroups.py
 
-Made-up patients of both sexes, six age bands, two views and five machines, with one image each or with several
-that are alike. For each case a row of a markdown table, per figure: in which share of the simulated sets any group
-is said to differ from the rest (Holm, 0.05), any interval misses the truth, and any floor, put exactly at the true
-recall, is called broken. Where nothing differs, each is to be at most 5%. The last cases break one group; there
-the shares count that group alone: how often it is found. 300 sets a case take about half an hour on one core.
-"""
+Made-up patients of both sexes, six age bands, two views and five machines, with one image each or with
+several that are alike. For each case a row of a markdown table, per figure: in which share of the simulated
+sets any group is said to differ from the rest (Holm, 0.05), any interval misses the truth, and any floor,
+put exactly at the true recall, is called broken. Where nothing differs, each is to be at most 5%. The last
+cases break one group; there the shares count that group alone: how often it is found. 300 sets a case take
+about half an hour on one core."""
 
 import sys
 from pathlib import Path
@@ -18,12 +18,13 @@ from scipy.stats import norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from calibration.intervals import wilson_interval
-from calibration.subgroups import ERROR, figures_of_groups
+from cohort.figures import ERROR, figures_of_groups
+from cohort.who import Asked, age_bands, groups_of
 from common.cli import COUNT, Parser
 from common.console import start
-from layouts.cohort import BANDS, age_bands, groups_of
 
-POINT, RECALL, APART = "@Rec", 0.95, 2.4  # APART: of the means of sick and healthy scores, in standard deviations
+POINT, RECALL = "@Rec", 0.95
+APART = 2.4  # standard deviations between the mean scores of sick and healthy
 SPECIFICITY = norm.cdf(APART - norm.ppf(RECALL))
 AUROC = norm.cdf(APART / np.sqrt(2))
 TRUTH = {"AUROC": AUROC, f"recall {POINT}": RECALL, f"specificity {POINT}": SPECIFICITY}
@@ -33,9 +34,10 @@ MACHINES, SHARES = np.array(["A", "B", "C", "D", "E"]), [0.55, 0.2, 0.15, 0.07, 
 def draw(rng, people, *, images=1, alike=0.5, broken=0.0, unequal=False, mixed=False):
     """One set -> (truth, scores in (0, 1), patients, cohort).
 
-    images: the most of one patient; alike: the correlation of their scores; broken: by how much lower the sick of
-    machine B score; unequal: machine B's patients have three times the images, all of one score, so that it has
-    the same figures but is not exchangeable with the rest; mixed: an image may be sick, not a patient."""
+    images: the most of one patient; alike: the correlation of their scores; broken: by how much lower the
+    sick of machine B score; unequal: machine B's patients have three times the images, all of one score, so
+    that it has the same figures but is not exchangeable with the rest; mixed: an image may be sick, not a
+    patient."""
     sick = rng.random(people) < 0.4
     machine = rng.choice(MACHINES, people, p=SHARES)
     count = rng.integers(1, images + 1, people)
@@ -62,10 +64,10 @@ def draw(rng, people, *, images=1, alike=0.5, broken=0.0, unequal=False, mixed=F
 
 
 def simulate(seed, people, **case):
-    """What one set says: {figure: [any gap found, any interval misses, any floor broken, the same of machine B
-    alone]}, bools."""
+    """What one set says: {figure: [any gap found, any interval misses, any floor broken, the same of machine
+    B alone]}, bools."""
     y, p, whose, cohort = draw(np.random.default_rng([seed, people]), people, **case)
-    groups, _ = groups_of(cohort, whose, age_bands(BANDS))
+    groups, _ = groups_of(cohort, whose, Asked(age_bands()))
     found = {}
     for name, rows in figures_of_groups(y, p, whose, groups, {POINT: 0.5}, RECALL)["figures"].items():
         gaps = [row.get("adjusted", 1) <= ERROR for row in rows]
@@ -99,7 +101,8 @@ def percent(hits):
 
 
 def table(cases, columns, sets):
-    """Print a markdown table: a row a case and figure, of the `columns` {head: position in `simulate`'s list}."""
+    """Print a markdown table: a row a case and figure, of the `columns` {head: position in `simulate`'s
+    list}."""
     print(f"| case | figure | {' | '.join(columns)} |\n| --- | --- |{' ---: |' * len(columns)}")
     for name, case in cases.items():
         results = [simulate(seed, **case) for seed in range(sets)]

@@ -1,5 +1,5 @@
-"""Tests of groups of patients: intervals, gaps and families (calibration/subgroups), and who is in a group
-(layouts/cohort)."""
+"""Tests of groups of patients: intervals, gaps and families (cohort/figures), and who is in a group
+(cohort/who)."""
 
 import argparse
 import itertools
@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from calibration import subgroups
 from calibration.intervals import delong_interval
-from layouts.cohort import BANDS, MOST, Group, age_bands, groups_of
+from cohort import figures as subgroups
+from cohort.who import MOST, Asked, Group, age_bands, groups_of
 from studies import subgroups as study
 
 
@@ -103,7 +103,7 @@ def test_the_gap_of_proportions_is_tested_by_all_permutations(monkeypatch):
     gap, p = subgroups.proportion_gap(hits, labels[whose], whose, 5000)
     assert gap == pytest.approx(hits[labels[whose]].mean() - hits[~labels[whose]].mean())
     truth = exhaustive_p(statistic, labels)
-    assert 0.005 < truth < 0.2
+    assert 0.02 < truth < 0.4
     assert p == pytest.approx(truth, rel=0.15)
 
 
@@ -127,10 +127,8 @@ def test_the_gap_of_aurocs_is_tested_by_permutations_within_kinds(monkeypatch):
             values.append(statistic(np.isin(np.arange(13), healthy + sick)))
     truth = twice_the_tail(values, statistic(labels))
     gap, found = subgroups.auroc_gap(y, p, labels, np.arange(13), 5000)
-    assert gap == pytest.approx(
-        roc_auc_score(y[labels], p[labels]) - roc_auc_score(y[~labels], p[~labels])
-    )
-    assert 0.005 < truth < 0.2
+    assert gap == pytest.approx(roc_auc_score(y[labels], p[labels]) - roc_auc_score(y[~labels], p[~labels]))
+    assert 0.02 < truth < 0.4
     assert found == pytest.approx(truth, rel=0.15)
 
 
@@ -170,7 +168,9 @@ def test_complements_are_one_question():
     assert "adjusted" not in everybody and everybody["rest"] == 0
     assert few == {"patients": 9, "rest": 191}
     # Four different sets of images have an interval: women, men, machine A, everybody.
-    exact = binomtest(int(figure.hits[machine].sum()), int(machine.sum())).proportion_ci(1 - 0.05 / 4, "exact")
+    exact = binomtest(int(figure.hits[machine].sum()), int(machine.sum())).proportion_ci(
+        1 - 0.05 / 4, "exact"
+    )
     assert (a["lo"], a["hi"]) == pytest.approx((exact.low, exact.high), abs=1e-9)
 
 
@@ -189,7 +189,7 @@ def test_recall_counts_the_sick_and_specificity_the_healthy():
     _, rows = subgroups.table_of(found)
     assert rows[0][:4] == ["sex F", "9 / 40", "- (9 patients)", "-"]
     assert rows[1][4].endswith(" BROKEN") and rows[1][5] == "- (rest: 9 patients)"
-    assert subgroups.verdicts(found, 0.95) == ["recall @Rec of sex M is 0.367, below the floor of 0.95"]
+    assert subgroups.verdicts(found, 0.95) == ["recall @Rec of sex M is 0.367, floor 0.95"]
 
 
 def test_one_class_alone_has_no_auroc():
@@ -236,7 +236,7 @@ def test_age_bands_cover_every_age_once():
 
 def test_children_are_in_the_band_of_their_fraction_of_a_year():
     ages = np.repeat([0.0, 0.999, 1.0, 4.99, 65.0, 110.0, np.nan, -1.0, np.inf], 10)
-    groups, notes = groups_of({"age": ages}, np.arange(90).astype(str), age_bands(BANDS))
+    groups, notes = groups_of({"age": ages}, np.arange(90).astype(str), Asked(age_bands()))
     assert {g.value: int(g.inside.sum()) for g in groups} == {"0-1": 20, "1-5": 20, "65+": 20}
     assert all(g.known.sum() == 60 for g in groups) and notes == ["age unknown: 30 images, in no group of it"]
 
@@ -244,17 +244,19 @@ def test_children_are_in_the_band_of_their_fraction_of_a_year():
 def test_small_and_many_values_are_counted_not_shown():
     patients = np.arange(3000).astype(str)
     machine = np.array([f"m{i % 300}" for i in range(3000)])
-    groups, notes = groups_of({"machine": machine}, patients, age_bands(BANDS))
-    assert len(groups) == MOST and notes == ["machine: 300 values have 10 patients: the 30 with the most are groups"]
-    groups, notes = groups_of({"ward": machine[:2990]}, patients[:2990], age_bands(BANDS), ["ward"])
+    groups, notes = groups_of({"machine": machine}, patients, Asked(age_bands()))
+    assert len(groups) == MOST and notes == [
+        "machine: 300 values have 10 patients: the 30 with the most are groups"
+    ]
+    groups, notes = groups_of({"ward": machine[:2990]}, patients[:2990], Asked(age_bands(), ("ward",)))
     assert len(groups) == MOST and "fewer than 10 patients, so no group: m290 (9), " in notes[0]
     assert "and 4 more values" in notes[0]
     # An image of the same patient is no further patient.
-    groups, notes = groups_of({"view": np.full(50, "PA")}, np.repeat("p", 50), age_bands(BANDS))
+    groups, notes = groups_of({"view": np.full(50, "PA")}, np.repeat("p", 50), Asked(age_bands()))
     assert groups == [] and notes == ["view: fewer than 10 patients, so no group: PA (1)"]
 
 
 def test_columns_that_tell_nothing_make_no_group():
     cohort = {"sex": np.full(20, ""), "age": np.full(20, np.nan)}
-    assert groups_of(cohort, np.arange(20), age_bands(BANDS)) == ([], [])
-    assert groups_of(None, np.arange(20), age_bands(BANDS)) == ([], [])
+    assert groups_of(cohort, np.arange(20), Asked(age_bands())) == ([], [])
+    assert groups_of(None, np.arange(20), Asked(age_bands())) == ([], [])

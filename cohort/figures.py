@@ -1,27 +1,27 @@
-"""Figures of groups of patients, and whether a group differs from the rest. numpy and scipy, no torch, no files.
+"""Figures of groups of patients, and whether a group differs from the rest. numpy and scipy, no torch, no
+files.
 
 All groups of one figure are a family: whoever looks at twenty groups finds one below the floor by chance. So
-p-values are Holm's over the family, and intervals are simultaneous: each at 1 - 0.05 / G, G the number of its
-groups (Bonferroni), so that all of them hold at once with confidence 0.95. Two groups that are each other's rest
-(F and M, where nobody's sex is unknown) ask one question, and it counts once in Holm's procedure. Groups of the
-same images count once in both.
+p-values are Holm's over the family, and intervals are simultaneous: each at 1 - 0.05 / G, G the number of
+its groups (Bonferroni), so that all of them hold at once with confidence 0.95. Two groups that are each
+other's rest (F and M, where nobody's sex is unknown) ask one question, and it counts once in Holm's
+procedure. Groups of the same images count once in both.
 
-Everything is by patient. Proportions: Clopper and Pearson's interval at an effective number of images (Korn and
-Graubard 1998, Survey Methodology 24:193), which allows for images of one patient being alike. AUROC: the logit
-interval (Pepe 2003, section 5.2) with the variance of DeLong for clusters (Obuchowski 1997, Biometrics 53:567).
-Gaps: a permutation test of a studentised difference. It is exact where group and rest are alike in all that
-matters to the figure, and holds for many patients where they only share the figure (Janssen 1997; Chung and
-Romano 2013, Annals of Statistics 41:484). What is permuted is whole patients; one with images in the group and in
-the rest counts once in each, and as their two parts are alike, that makes the test cautious.
-"""
+Everything is by patient. Proportions: Clopper and Pearson's interval at an effective number of images (Korn
+and Graubard 1998, Survey Methodology 24:193), which allows for images of one patient being alike. AUROC: the
+logit interval (Pepe 2003, section 5.2) with the variance of DeLong for clusters (Obuchowski 1997, Biometrics
+53:567). Gaps: a permutation test of a studentised difference. It is exact where group and rest are alike in
+all that matters to the figure, and holds for many patients where they only share the figure (Janssen 1997;
+Chung and Romano 2013, Annals of Statistics 41:484). What is permuted is whole patients; one with images in
+the group and in the rest counts once in each, and as their two parts are alike, that makes the test
+cautious."""
 
 import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import beta, t
 
-from calibration.intervals import in_short
-from common.proportions import alike_interval
-from layouts.cohort import LEAST
+from cohort.who import LEAST
+from common.proportions import alike_interval, in_short
 
 ERROR = 0.05  # of a family: the chance that any gap is found, or any interval misses, where there is nothing
 ENOUGH = 20  # draws as extreme as the data end a permutation test: it will not be significant
@@ -35,10 +35,10 @@ BLOCK = 2**19  # numbers held at once
 def clustered_proportion(hits, whose, level):
     """Interval of the mean of `hits`, bool [n], of patients `whose` [n] -> (lo, hi).
 
-    Clopper and Pearson's, of n / D images: D, the design effect, is the variance by patients (of a ratio) over
-    that of independent images; n / D is at most n, and less for few patients by the square of a ratio of t
-    quantiles (Korn and Graubard 1998). Where all are alike there is no variance, and a patient counts once.
-    With one image a patient it is Clopper and Pearson's interval itself."""
+    Clopper and Pearson's, of n / D images: D, the design effect, is the variance by patients (of a ratio)
+    over that of independent images; n / D is at most n, and less for few patients by the square of a ratio
+    of t quantiles (Korn and Graubard 1998). Where all are alike there is no variance, and a patient counts
+    once. With one image a patient it is Clopper and Pearson's interval itself."""
     _, codes = np.unique(whose, return_inverse=True)
     n, people, share = len(hits), codes.max() + 1, float(np.mean(hits))
     effective = people
@@ -67,8 +67,8 @@ def clopper_pearson(k, n, level):
 def auroc_by_patient(y, p, whose):
     """AUROC and each patient's influence on it -> (float, float64 [P]): y, p, whose [n], both classes there.
 
-    The influence of an image is its share of won pairs less the AUROC, over the images of its class; that of a
-    patient is the sum over the images. The AUROC's variance is about the sum of their squares (Obuchowski
+    The influence of an image is its share of won pairs less the AUROC, over the images of its class; that of
+    a patient is the sum over the images. The AUROC's variance is about the sum of their squares (Obuchowski
     1997)."""
     order = np.argsort(p, kind="stable")
     _, codes = np.unique(whose[order], return_inverse=True)
@@ -80,8 +80,8 @@ def auroc_by_patient(y, p, whose):
 def auroc_interval(y, p, whose, level):
     """AUROC and its interval -> (auroc, lo, hi). InputError: none; both classes must be there.
 
-    The logit of AUROC plus and minus Student's t times its standard error, with one degree of freedom less than
-    the fewer of sick and healthy patients. An AUROC without variance (1, say) has `alike_interval`."""
+    The logit of AUROC plus and minus Student's t times its standard error, with one degree of freedom less
+    than the fewer of sick and healthy patients. An AUROC without variance (1, say) has `alike_interval`."""
     fewer = min(len(np.unique(whose[y == k])) for k in (0, 1))
     auroc, influences = auroc_by_patient(y, p, whose)
     people = len(influences)
@@ -122,13 +122,13 @@ class _Scored:
 
 
 def permutation_p(observed, statistics, most):
-    """Two-sided p-value of a permutation test whose draws come one block after the other: twice the share of the
-    draws that lie as far on the side of `observed`, float. (Both tails together would be wrong for a studentised
-    share: a group that happens to have no miss has hardly any variance, so it lies far out.)
+    """Two-sided p-value of a permutation test whose draws come one block after the other: twice the share of
+    the draws that lie as far on the side of `observed`, float. (Both tails together would be wrong for a
+    studentised share: a group that happens to have no miss has hardly any variance, so it lies far out.)
 
-    `statistics`: an iterator of arrays; at most `most` of their numbers are looked at. Stops at the draw that is
-    the ENOUGH-th as extreme: the share is ENOUGH / draws; else (1 + extreme) / (1 + draws). Both are valid (Besag
-    and Clifford 1991, Biometrika 78:301)."""
+    `statistics`: an iterator of arrays; at most `most` of their numbers are looked at. Stops at the draw
+    that is the ENOUGH-th as extreme: the share is ENOUGH / draws; else (1 + extreme) / (1 + draws). Both are
+    valid (Besag and Clifford 1991, Biometrika 78:301)."""
     extreme, drawn, sign = 0, 0, np.sign(observed)
     for block in statistics:
         block = block[: most - drawn]
@@ -142,8 +142,8 @@ def permutation_p(observed, statistics, most):
 
 
 def shuffled(inside, strata, columns, seed=0):
-    """Yields float64 [rows, U]: `inside`, bool [U], permuted within `strata` [U]. Blocks of few rows come first,
-    since most tests end early; `columns` is how many numbers a row will need."""
+    """Yields float64 [rows, U]: `inside`, bool [U], permuted within `strata` [U]. Blocks of few rows come
+    first, since most tests end early; `columns` is how many numbers a row will need."""
     rng, rows = np.random.default_rng(seed), 64
     members = [np.flatnonzero(strata == k) for k in np.unique(strata)]
     while True:
@@ -155,8 +155,8 @@ def shuffled(inside, strata, columns, seed=0):
 
 
 def units_of(inside, whose):
-    """Patients in the group and in the rest -> (unit of each image [n], whether each unit is inside, bool [U]); a
-    patient with images in both is two units."""
+    """Patients in the group and in the rest -> (unit of each image [n], whether each unit is inside, bool
+    [U]); a patient with images in both is two units."""
     _, codes = np.unique(whose, return_inverse=True)
     names, units = np.unique(2 * codes + inside, return_inverse=True)
     return units, names % 2 == 1
@@ -268,8 +268,8 @@ def family(figure, groups):
     """One figure of all groups -> a list of dicts, one a group. figure: Proportion or Curve of n images;
     groups: list of Groups of the same images.
 
-    {"patients", "rest": int, those of the kind that the figure needs, in the group and in its rest; from LEAST
-    patients on "value", "lo", "hi"; and where the rest has as many "gap", "p", "adjusted"}."""
+    {"patients", "rest": int, those of the kind that the figure needs, in the group and in its rest; from
+    LEAST patients on "value", "lo", "hi"; and where the rest has as many "gap", "p", "adjusted"}."""
     rows = []
     for group in groups:
         rest = figure.patients(group.known & ~group.inside)
@@ -298,9 +298,9 @@ def figures_of_groups(y, p, whose, groups, thresholds, floor):
     without]], "figures": {name: `family`}}, the lists in the order of `groups`.
 
     The figures are "AUROC", and "recall POINT" and "specificity POINT" for each of `thresholds`, {point:
-    threshold}. y: int [N], 0 or 1; p: scores [N]; whose: patients [N]; groups: list of Groups of these images.
-    Each row of a recall says whether the `floor` is "broken": whether the simultaneous interval lies wholly below
-    it."""
+    threshold}. y: int [N], 0 or 1; p: scores [N]; whose: patients [N]; groups: list of Groups of these
+    images. Each row of a recall says whether the `floor` is "broken": whether the simultaneous interval lies
+    wholly below it."""
     p, whose = np.asarray(p), np.asarray(whose)
     found = {"groups": [[group.attribute, group.value] for group in groups], "patients": []}
     for group in groups:
@@ -316,6 +316,16 @@ def figures_of_groups(y, p, whose, groups, thresholds, floor):
             if "hi" in row:
                 row["broken"] = row["hi"] < floor
     return found | {"figures": figures}
+
+
+def thresholds_of(found):
+    """{point: threshold} of what a calibration says of a finding: "@Rec", and "@Guar" where it has one."""
+    if "threshold" not in found:
+        return {}
+    thresholds = {"@Rec": found["threshold"]}
+    if found["guarantee"]["threshold"] is not None:
+        thresholds["@Guar"] = found["guarantee"]["threshold"]
+    return thresholds
 
 
 # ---------------------------------------------------------------- as text
@@ -348,10 +358,10 @@ def _cells(row):
 
 
 METHOD = (
-    f"Intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni); the gap is to "
-    "the rest of those whose value is known, its p-value Holm's over all groups of the figure. By patient; a dash "
-    f"where fewer than {LEAST} patients count (recall: with the finding; specificity: without; AUROC: the fewer of "
-    "both). BROKEN: the interval of recall lies below the floor."
+    f"The intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni). The gap "
+    "is to the rest of those whose value is known; its p-value is Holm's over all groups of the figure. All is "
+    f"by patient. A dash stands where fewer than {LEAST} count (recall: those with the finding; specificity: "
+    "those without; AUROC: the fewer of both). BROKEN: the interval of recall lies below the floor."
 )
 
 
@@ -362,8 +372,19 @@ def verdicts(found, floor):
     for name, rows in found["figures"].items():
         for (attribute, value), row in zip(found["groups"], rows):
             if row.get("broken"):
-                texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, below the floor of {floor:g}")
+                texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, floor {floor:g}")
             if row.get("adjusted", 1) <= ERROR:
-                p = in_short(row["adjusted"])
-                texts.append(f"{name} of {attribute} {value} differs by {row['gap']:+.3f} from the rest (p {p})")
+                gap = f"{row['gap']:+.3f} (p {in_short(row['adjusted'])})"
+                texts.append(f"{name} of {attribute} {value} differs from the rest by {gap}")
     return texts
+
+
+def lines_of(found):
+    """`table_of` as lines of a console, the columns under each other."""
+    head, rows = table_of(found)
+    widths = [max(len(line[k]) for line in (head, *rows)) for k in range(len(head))]
+    lines = []
+    for first, *others in (head, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.console import InputError
+from layouts.listing import COHORT
+
 ATTRIBUTES = ("sex", "age", "view", "machine")  # those of listing.COHORT that make groups
 BANDS = "0-1,1-5,5-18,18-40,40-65,65+"  # years; newborn, infant, school, adult, older, old
 LEAST = 10  # patients of a group that gets figures
@@ -29,10 +32,86 @@ class Group(NamedTuple):
         return self._replace(inside=self.inside[images], known=self.known[images])
 
 
+class Asked(NamedTuple):
+    """Which groups were asked for. bands: ((low, high), ...) in years (`age_bands`); columns: names of
+    further columns."""
+
+    bands: tuple
+    columns: tuple = ()
+
+
+def add_arguments(group):
+    """The flags of Asked."""
+    group.add_argument(
+        "--subgroups",
+        type=column_names,
+        default=(),
+        metavar="COL,COL",
+        help="further columns of the table whose values are groups of patients (default: sex, age, view and "
+        "machine, where they are known)",
+    )
+    group.add_argument(
+        "--age-bands",
+        type=age_bands,
+        default=BANDS,
+        metavar="A-B,...",
+        help="age groups in years, each from its first age to below its second",
+    )
+
+
+def column_names(text):
+    """An argparse type: "ward, scanner" -> ("ward", "scanner")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def check_columns(asked, there, where):
+    """InputError unless all of asked.columns are among `there`, the names of columns of `where`."""
+    for name in asked.columns:
+        if name not in there:
+            known = ", ".join(sorted(there)) or "none"
+            raise InputError(f"--subgroups: {where} has no column {name[:60]!r}; there are: {known[:300]}")
+
+
+# ---------------------------------------------------------------- columns
+
+
+def columns_of(arrays, side):
+    """{name: array [N]} of what scores.npz holds of the patients and exposures of a side. InputError where an
+    array has another length or kind than listing.COHORT says."""
+    prefix, number, found = f"{side}_cohort_", arrays[f"{side}_files"].shape, {}
+    for key, values in arrays.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            kind = COHORT.get(name, ("U", ""))[0]
+            if values.shape != number or values.dtype.kind != kind:
+                raise InputError(f"{key} is no column of {number[0]} values of its kind")
+            found[name] = values
+    return found
+
+
+def of_units(cohort, numbers):
+    """The columns of studies or patients, from those of their images: {name: [M]}; numbers: int64 [N], the
+    unit of each image. A unit has the value that its images have, and none where they differ; the age of the
+    earliest."""
+    found, count = {}, numbers.max() + 1
+    for name, values in cohort.items():
+        if values.dtype.kind == "f":
+            found[name] = np.full(count, np.nan)
+            np.fmin.at(found[name], numbers, values)
+            continue
+        names, codes = np.unique(values, return_inverse=True)
+        known = values != ""
+        least, most = np.full(count, len(names)), np.full(count, -1)
+        np.minimum.at(least, numbers[known], codes[known])
+        np.maximum.at(most, numbers[known], codes[known])
+        found[name] = np.where(least == most, names[np.minimum(least, len(names) - 1)], "")
+    return found
+
+
 # ---------------------------------------------------------------- age bands
 
 
-def age_bands(text):
+def age_bands(text=BANDS):
     """An argparse type: "0-18,18-65,65+" -> ((0, 18), (18, 65), (65, inf)), each band [low, high) in years.
 
     The bands cover every age once, so that nobody is left out in silence. argparse.ArgumentTypeError where
@@ -76,17 +155,17 @@ def _label(low, high):
 # ---------------------------------------------------------------- groups
 
 
-def groups_of(cohort, patients, bands, columns=()):
+def groups_of(cohort, patients, asked):
     """The groups of a side -> (list of Groups, notes: list of text on who is in none).
 
-    `cohort`: {name: array [N]} (listing.Index), or None; `patients`: [N] names; `bands`: of `age_bands`;
-    `columns`: further names in the cohort. A value of fewer than LEAST patients is no group, and of the others
-    the MOST common are taken; the notes count what is left out."""
+    `cohort`: {name: array [N]} (listing.Index), or None; `patients`: [N] names; `asked`: an Asked. A value
+    of fewer than LEAST patients is no group, and of the others the MOST common are taken; the notes count
+    what is left out."""
     groups, notes = [], []
-    for name in dict.fromkeys([*ATTRIBUTES, *columns]):
+    for name in dict.fromkeys([*ATTRIBUTES, *asked.columns]):
         if cohort is None or name not in cohort:
             continue
-        labels, order = _labels(name, cohort[name], bands)
+        labels, order = _labels(name, cohort[name], asked.bands)
         known = labels != ""
         if not known.any():
             continue
@@ -155,9 +234,10 @@ def summary(files, patients, cohort):
     """Who is on a side -> JSON. files, patients: [N] names (a patient who is not known stands under the name
     of the file); `cohort`: {name: array [N]}, or None.
 
-    {"images", "patients", "unknown_patients" (images); and where the cohort has them "studies"; "age": [median,
-    min, max, unknown], the first three None where no age is known; "sex", "view", "machine": {value: count}}.
-    Age and sex are counted in patients, age at the earliest image; view and machine in images."""
+    {"images", "patients", "unknown_patients" (images); and where the cohort has them "studies"; "age":
+    [median, min, max, unknown], the first three None where no age is known; "sex", "view", "machine":
+    {value: count}}. Age and sex are counted in patients, age at the earliest image; view and machine in
+    images."""
     files, patients, cohort = np.asarray(files), np.asarray(patients), cohort or {}
     unknown = int((files == patients).sum())
     people = len(np.unique(patients))
