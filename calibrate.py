@@ -62,8 +62,8 @@ class Sets:
         if config not in self.loaded:
             train, val, split = load_train_val(config, self.tell)
             self.loaded[config] = (train, val, load_test(config)), split["fingerprint"]
-        sets, found = self.loaded[config]
-        refuse_other_images(config, found, fingerprint, "the run")
+        sets, fingerprint_here = self.loaded[config]
+        refuse_other_images(config, fingerprint_here, fingerprint, "the run")
         return sets
 
     def alike(self, config):
@@ -317,7 +317,7 @@ def calibrate_run(run, scores, rule, origin):
 
 def has_guarantee(calibration):
     """Whether any finding of a calibration has the threshold @Guar."""
-    guarantees = [found.get("guarantee", {}) for found in calibration["findings"].values()]
+    guarantees = [of_finding.get("guarantee", {}) for of_finding in calibration["findings"].values()]
     return any(guarantee.get("threshold") is not None for guarantee in guarantees)
 
 

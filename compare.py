@@ -11,6 +11,7 @@ mean and standard deviation. Needs no torch and takes seconds.
 
 import common.prelude  # noqa: F401  (first: see there)
 
+import itertools
 import re
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def file_stem(name, used):
 def main():
     args = parse()
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
+    synthetic = any(entry.synthetic for entry in itertools.chain(*groups))
     # One section a test set: figures on different images are not to be compared.
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
@@ -77,8 +79,7 @@ def main():
     if args.csv:
         tables.write_csv(args.csv, groups)
     if args.html:
-        page = to_html(blocks, any(e.synthetic for entries in groups for e in entries))
-        write_text(args.html, page)
+        write_text(args.html, to_html(blocks, synthetic))
     if args.out:
         write_text(args.out, to_markdown(blocks, Path(args.out).parent) + "\n")
     else:

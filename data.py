@@ -24,12 +24,16 @@ from common.task import CLASSES, Task
 from images import twins
 from images.cache import load_images
 from images.decode import RESIZES
-from images.describe import describe, say_absent, say_inexact, summary
+from images.describe import describe, label_lines, say_absent, say_inexact, say_twice, summary
 from images.split import POOLED, cut_test, cut_validation, undersampled
 from images.subset import Subset
 from layouts import folders, tables
+from layouts.asked import asked
+from layouts.choices import OLDER, Choices, select, training_targets
 from layouts.download import KAGGLE
+from layouts.headers import with_headers
 from layouts.listing import Listing
+from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import INPUT_MODES
 from models.batches import Batches
@@ -44,7 +48,7 @@ FRACTION = Number(float, 0, 1, above=True, below=True)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Choices):
     """Everything that decides which images are seen, how, and what is asked; kept in results.json.
 
     `classes`: of class folders, the healthy one first; with `labels`, the findings asked. `fractions`: of
@@ -89,7 +93,7 @@ class DataConfig:
         metavar="SOURCE",
     )
     labels: str = flag(
-        "", "table of findings, instead of class folders: NIH's, or path,patient,FINDING,...", metavar="CSV"
+        "", "table of findings, instead of class folders, or the folder that holds it", metavar="CSV"
     )
     patients: str = flag("", "table path,patient, where file names do not tell the patient", metavar="CSV")
     fractions: tuple = ()
@@ -115,12 +119,10 @@ class DataConfig:
             return self.fractions
         if self.split in POOLED:
             return 0.6, 0.2, 0.2
+        if self.labels:
+            return 0.7, 0.1, 0.2
         rest = 0.8
-        return (
-            (0.7, 0.1, 0.2)
-            if self.labels
-            else (rest * (1 - self.val_fraction), rest * self.val_fraction, 0.2)
-        )
+        return rest * (1 - self.val_fraction), rest * self.val_fraction, 0.2
 
     @property
     def val_share(self):
@@ -143,15 +145,7 @@ class DataConfig:
                     f"note: {values['lungs']} holds the masks of certain images, so predict.py cannot show "
                     f"others to this run; --lungs {lung_masks.SHIPPED} finds lungs on any"
                 )
-        if values.get("labels"):
-            values["labels"] = str(tables.find_table(values["labels"], values["data_dir"]))
-            wanted = [name.strip() for name in (args.findings or "").split(",") if name.strip()]
-            values["classes"] = tables.table_findings(values["labels"], wanted)
-        else:
-            if getattr(args, "findings", None):
-                raise InputError("--findings belongs to a table of findings: give --labels too")
-            root = folders.find_root(values["data_dir"])
-            values["classes"] = folders.find_classes(root, getattr(args, "healthy", None))
+        values |= asked(args, values)
         return cls(**values)
 
     @classmethod
@@ -159,6 +153,8 @@ class DataConfig:
         """The "data" object of the results.json of a `run` -> DataConfig; InputError if it is not one, or of
         a run whose images were changed in a way that is gone."""
         value = dict(value)
+        if value.get("labels"):
+            value.setdefault("layout", OLDER)
         exposure = value.pop("normalise", "none")
         if exposure != "none":
             raise InputError(
@@ -253,15 +249,18 @@ def read_listing(config):
     decodes no image."""
     sides = dict(published=config.split == "published", pooled=config.split in POOLED)
     if config.labels:
-        root, index = tables.read_set(config.labels, config.data_dir, config.classes, **sides)
+        root, reading = tables.read_set(config.labels, config.data_dir, config.classes, config, **sides)
     else:
-        root, index = folders.read_set(config.data_dir, config.classes, **sides)
+        root, reading = folders.read_set(config.data_dir, config.classes, **sides)
+    known = with_headers(root, reading.index, config.cache_dir, names_tell=not config.labels)
+    index, flow = select(replace(reading, index=known), config)
     if config.patients:
-        index = tables.read_patients(config.patients, index, root)
+        index = read_patients(config.patients, index, root)
+        index = with_headers(root, index, config.cache_dir)
     if config.undersample:
         index = index.take(undersampled(index.targets, config.split_seed))
     index = index._replace(content=twins.contents(root, index.files))
-    return Listing(root, index, *cut_test(index, config))
+    return Listing(root, index, *cut_test(index, config), flow)
 
 
 def load(config, root, index, side):
@@ -311,8 +310,9 @@ def load_train_val(config, tell=print):
     shared_patients (validation images whose patient is in train too), unknown_patients (images whose patient
     is not known), fingerprint (SHA-256 of both sides' file names, and of a table's labels), test_from,
     synthetic, set, original_size, copies (images with the bytes of one on another side), alike (validation
-    images that look like a training image; twins.py). The images of the test part are counted, and the bytes
-    of those as long as another file compared; they are never decoded.
+    images that look like a training image; twins.py), flow ([[step, images left], ...] from "listed" to
+    "test"), labels ({side: {finding: {"positive", "negative", "uncertain", "blank"}}} as a table says). The
+    test images are counted, and the bytes of those as long as another file compared; none is decoded.
     """
     listing = read_listing(config)
     root, others, test = listing.root, listing.index.take(listing.others), listing.test_index
@@ -323,16 +323,17 @@ def load_train_val(config, tell=print):
         positions = [side[has_mask[side]] for side in positions]
     train, val = (everything.take(side) for side in positions)
 
-    info = describe(config, root, train, val, test, readable, listing.test_from)
+    # The fingerprint is that of the table; only then is it said what uncertain labels are in training.
+    indices = {side: readable.take(some) for side, some in zip(("train", "val"), positions)} | {"test": test}
+    info = describe(config, listing, train, val, indices, len(readable.files), readable.unknown)
     info["original_size"] = sizes
-    files = {"train": train.files, "val": val.files, "test": test.files}
-    content = dict(zip(files, (*(readable.content[side] for side in positions), test.content)))
-    info["copies"] = twins.count(content)
     info["alike"], note = twins.count_alike({"train": train, "val": val})
+    train.targets = training_targets(train.targets, indices["train"].uncertain, config)
 
     tell(summary(config, root, info))
-    twins.warn(files, content, info["copies"])
-    twins.warn_of_labels(listing.index.files, listing.index.content, listing.index.targets)
+    for line in label_lines(config, info.get("labels", {})):
+        tell(line)
+    say_twice(info, indices, listing)
     if note:
         say(note)
     say_absent(config.task, info)

@@ -48,13 +48,16 @@ def choose_threshold_by_min_recall(y_true, p1, min_recall=0.95):
     if not 0 < min_recall <= 1:
         raise InputError(f"min_recall must lie in (0, 1], got {min_recall}")
     positives = check_both_classes(y)
+    # From the highest score down: with a threshold at position i the first i + 1 images are called positive.
     order = np.argsort(-p, kind="stable")
     scores = p[order]
+    # Images of equal score are called together, so only the last of each tie is a threshold.
     last = ends_of_ties(scores)
     tp = np.cumsum(y[order])[last]
     recall, precision = tp / positives, tp / (last + 1)
-    ok = np.flatnonzero(recall >= min_recall)  # never empty: the lowest score has recall 1
-    best = ok[np.lexsort((scores[last][ok], recall[ok], precision[ok]))[-1]]
+    high_enough = np.flatnonzero(recall >= min_recall)  # never empty: the lowest score has recall 1
+    ranked = np.lexsort((scores[last][high_enough], recall[high_enough], precision[high_enough]))
+    best = high_enough[ranked[-1]]
     return float(scores[last[best]]), float(recall[best]), float(precision[best])
 
 
@@ -186,19 +189,22 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     for name, value in (("min_recall", min_recall), ("confidence", confidence)):
         if not 0 < value < 1:
             raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
+    # The rule needs independent positives: without groups each image is one.
     if groups is None:
         draws = np.sort(p[y == 1])[None]
     else:
         draws = one_image_per_patient(p[y == 1], check_groups(groups, y)[y == 1])
+    # The k-th smallest score breaks the promise with this chance; the largest k that may is taken.
     n = draws.shape[1]
     tails = binom.cdf(np.arange(n), n, 1 - min_recall)  # index k - 1
     allowed = np.flatnonzero(tails <= 1 - confidence)
     if len(allowed) == 0:
-        whose = "" if groups is None else " (one a patient)"
+        counted = "" if groups is None else " (one a patient)"
         raise InputError(
-            f"{n} independent positives{whose} cannot guarantee a recall of {min_recall:g} with confidence "
+            f"{n} independent positives{counted} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
+    # The median over the draws of patients' images, the lower one of two.
     candidates = np.sort(draws[:, allowed[-1]])
     thr = candidates[(len(candidates) - 1) // 2]
     called = p >= thr
@@ -236,6 +242,7 @@ def chance_below_floor(positives, min_recall):
 def one_image_per_patient(scores, patients, draws=201):
     """One random score [M] of each of P patients [M], `draws` times: float64 [draws, P], each row
     ascending."""
+    # Sorted by patient, the images of one stand together, from position `first` on.
     _, codes = np.unique(patients, return_inverse=True)
     order, counts = np.argsort(codes, kind="stable"), np.bincount(codes)
     first = np.cumsum(counts) - counts
@@ -263,23 +270,22 @@ def fit_temperature(logits, y_true):
         raise InputError(f"temperature needs logits [N, K] and labels [N] or [N, K]: {z.shape}, {y.shape}")
     if not np.isfinite(z).all():
         raise InputError("some logits are NaN or infinite")
-    if not np.isin(y, np.arange(z.shape[1]) if y.ndim == 1 else (-1, 0, 1)).all():
-        raise InputError(f"labels must lie in {f'0..{z.shape[1] - 1}' if y.ndim == 1 else '-1..1'}")
-    rows, known = np.arange(len(y)), y >= 0
+    sigmoid, known = y.ndim == 2, y >= 0
+    low, high = (-1, 1) if sigmoid else (0, z.shape[1] - 1)
+    if not np.isin(y, np.arange(low, high + 1)).all():
+        raise InputError(f"labels must lie in {low}..{high}")
     if not known.any():
         raise InputError("temperature needs a known label")
-    signed = np.where(y == 1, -z, z)[known] if y.ndim == 2 else None
+    # Of a sigmoid, the loss of a label is log(1 + exp(-z)) where it is 1, and log(1 + exp(z)) where it is 0.
+    signed = np.where(y == 1, -z, z)[known] if sigmoid else None
 
     def loss(log_t):  # convex in 1/T, so one minimum in log T
-        if signed is not None:
+        if sigmoid:
             return np.logaddexp(0, signed * math.exp(-log_t)).mean()
-        return -log_softmax(z * math.exp(-log_t), axis=1)[rows, y].mean()
+        return -log_softmax(z * math.exp(-log_t), axis=1)[np.arange(len(y)), y].mean()
 
-    return math.exp(
-        minimize_scalar(
-            loss, bounds=(math.log(LEAST), math.log(MOST)), method="bounded", options={"xatol": 1e-8}
-        ).x
-    )
+    bounds = math.log(LEAST), math.log(MOST)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
 
 
 def temperature_limit(temperature):
@@ -314,6 +320,7 @@ def fit_platt(log_odds, y_true):
         )
     if healthy.max() <= sick.min():
         raise InputError("the logits separate the classes: the steeper the slope the better, so none is best")
+    # In units of the spread the search begins near its end, however large the logits are.
     centre, spread = z.mean(), z.std()
     u, sign = (z - centre) / spread, np.where(y == 1, -1.0, 1.0)
 
@@ -329,8 +336,8 @@ def fit_platt(log_odds, y_true):
         w = p * (1 - p)
         return np.array([[(w * u * u).mean(), (w * u).mean()], [(w * u).mean(), w.mean()]])
 
-    found = minimize(loss, [1.0, 0.0], jac=gradient, hess=hessian, method="trust-exact", options=EXACT)
-    steepness, height = found.x
+    fit = minimize(loss, [1.0, 0.0], jac=gradient, hess=hessian, method="trust-exact", options=EXACT)
+    steepness, height = fit.x
     if steepness <= 1e-6:
         raise InputError(
             f"the slope would be {steepness / spread:.3g}, not above 0: the logits do not rank the classes"
@@ -351,11 +358,13 @@ def calibration_error(y_true, p1, bins=15):
     y, p = check_scores(y_true, p1)
     if bins < 1:
         raise InputError(f"calibration needs at least one bin, got {bins}")
+    # Images of equal score share the mean of their labels.
     _, codes = np.unique(p, return_inverse=True)
     y = (np.bincount(codes, weights=y) / np.bincount(codes))[codes]
-    parts = np.array_split(np.argsort(p, kind="stable"), min(bins, len(y)))
-    rows = [{"n": len(i), "score": float(p[i].mean()), "positives": float(y[i].mean())} for i in parts]
-    return sum(r["n"] * abs(r["score"] - r["positives"]) for r in rows) / len(y), rows
+    # The k-th bin holds the k-th smallest scores.
+    members = np.array_split(np.argsort(p, kind="stable"), min(bins, len(y)))
+    rows = [{"n": len(i), "score": float(p[i].mean()), "positives": float(y[i].mean())} for i in members]
+    return sum(row["n"] * abs(row["score"] - row["positives"]) for row in rows) / len(y), rows
 
 
 def brier(y_true, p1):
@@ -381,7 +390,9 @@ def predictive_values(recall, specificity, prevalence):
         raise InputError(f"the prevalence must lie in (0, 1), got {prevalence}")
     tp, fp = recall * prevalence, (1 - specificity) * (1 - prevalence)
     tn, fn = specificity * (1 - prevalence), (1 - recall) * prevalence
-    return (tp / (tp + fp) if tp + fp else math.nan), (tn / (tn + fn) if tn + fn else math.nan)
+    ppv = tp / (tp + fp) if tp + fp else math.nan
+    npv = tn / (tn + fn) if tn + fn else math.nan
+    return ppv, npv
 
 
 def net_benefit(y_true, p1, odds_thresholds):

@@ -31,7 +31,8 @@ from common.cli import Number, Parser, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
 from layouts.listing import patient_id
-from layouts.tables import clean_patient, numbered, open_table
+from layouts.patients import clean_patient
+from layouts.sheets import numbered, open_table
 from records.run import Run
 
 matplotlib.use("Agg")

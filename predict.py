@@ -32,11 +32,13 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from calibration import shift
+from calibration.pooling import columns_of, fill_in, unit_of
 from common import scaling
 from common.cli import COUNT, Parser, check_name
 from common.console import InputError, Pace, say, start
@@ -44,7 +46,10 @@ from common.device import add_device_argument, pick_device
 from common.files import check_output, write_json
 from images.decode import read_image
 from images.find import Search, find_files
-from layouts.listing import patient_id
+from layouts.choices import VIEWS, view_is_used
+from layouts.headers import key_of_call, of_file
+from layouts.listing import Index, patient_id
+from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import plausible
 from models.inputs import Inputs
@@ -54,31 +59,27 @@ from records.run import Run
 NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
 
 
-def unlike(pixels, size, colour, results):
-    """What about an image is unlike the training images, as text; empty if nothing."""
-    notes = []
-    values = {"mean": float(pixels.mean()) / 255, "std": float(pixels.std()) / 255}
-    for key, word in (("mean", "brightness"), ("std", "contrast")):
-        low, high = results["input_range"][key]
-        if not low - 1e-6 <= values[key] <= high + 1e-6:
-            notes.append(f"{word} {values[key]:.2f} outside the training range {low:.2f} to {high:.2f}")
-    for value, key in zip(size, ("width", "height")):
-        low, high = results["split"]["original_size"][key]
-        resized_before = low == high  # such a set has one size, which says nothing
-        if not resized_before and not low <= value <= high:
-            notes.append(f"{key} {value} px outside the training range {low} to {high}")
-    if colour > 0.08:
-        notes.append("colour photograph?")
-    if not notes:
-        return ""
-    return "unlike the training images: " + ", ".join(notes)
+class File(NamedTuple):
+    """A file that was looked at. `image`: what read_image gives, or None, and then `note` says why not and
+    `kind` what kind of note that is; `told`: what its DICOM header says (headers.of_file)."""
+
+    name: str
+    told: dict
+    image: tuple = None
+    note: str = ""
+    kind: str = ""
+
+    @property
+    def patient(self):
+        """The patient, by the header or else by the name; the name itself where neither tells."""
+        return self.told["patient"] or patient_id(self.name)
 
 
 class Scorer:
     """A calibrated run, ready to score: model, preprocessing, precision, scaling, and the `decisions`
     (task.Decision) that it gives of each image."""
 
-    def __init__(self, run, device, tta, site=None):
+    def __init__(self, run, device, tta, site=None, views=None):
         self.model, name = run.model(), scaling.calibration_name(tta)
         self.calibration, self.site = run.calibration(name), site
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
@@ -93,13 +94,20 @@ class Scorer:
         # What is missing is found now, not in the middle of a thousand files.
         try:
             self.inputs = Inputs.of_calibration(run, self.calibration, device)
-            unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
+            shift.unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
-        self.columns = ["path", *self.task.score_columns.values(), *(d.column for d in self.decisions)]
+        scores, decided = list(self.task.score_columns.values()), [d.column for d in self.decisions]
+        self.unit = unit_of(self.calibration)
+        if self.unit == "image":
+            self.columns = ["path", *scores, *decided]
+        else:  # thresholds decide on studies: none is printed that would decide on an image
+            self.columns = ["path", self.unit, *scores, *columns_of(self.unit, [*scores, *decided])]
         self.columns += ["typicality", "note"]
         if self.task.one_of_many:
             self.columns.insert(1, "top_class")
+        self.views = views or getattr(self.config, "views", "frontal")
+        self.key, self.key_stays = key_of_call(self.config.cache_dir if self.unit != "image" else "")
 
         self.reference, self.batch = shift.reference_of(run, name), shift.Batch()
         self.notes = Counter()  # files with a note, and by kind
@@ -128,12 +136,12 @@ class Scorer:
         threshold = 0.5 if first.threshold is None else first.threshold
         return scores[:, 0] >= threshold
 
-    def typicalities(self, names, scores, logits, features):
+    def typicalities(self, files, scores, logits, features):
         """The typicality of every image, float [B], or None each without a reference; they join the batch."""
         if self.reference is None:
-            return [None] * len(names)
+            return [None] * len(files)
         typicality, places = self.reference.place(features)
-        patients = map(patient_id, names)
+        names, patients = zip(*((file.name, file.patient) for file in files))
         for image in zip(names, patients, typicality, places, logits, self.called(scores)):
             self.batch.add(*image)
         return typicality.tolist()
@@ -147,59 +155,63 @@ class Scorer:
         return self.reference.judge(self.batch, usual, self.task)
 
     def answers(self, scores, top):
-        """The cells of one image from the top class to the decisions: scores [F]."""
-        scores = scores.tolist()
-        cells = [*scores, *(decision.answer(scores) for decision in self.decisions)]
+        """{column: cell} of one image, its top class, scores [F] and, by image, decisions."""
+        cells = dict(zip(self.task.score_columns.values(), scores.tolist()))
+        if self.unit == "image":
+            cells |= {decision.column: decision.answer(scores) for decision in self.decisions}
         if self.task.one_of_many:
-            cells.insert(0, self.task.classes[top])
+            cells["top_class"] = self.task.classes[top]
         return cells
 
+    def read(self, path):
+        """The File at a path."""
+        file = File(path, of_file(path, self.key))
+        view = file.told["view"]
+        if not view_is_used(view, self.views):
+            return file._replace(note=f"{view} view: not scored (--views all scores it)", kind="view")
+        try:
+            return file._replace(image=read_image(path, self.config.img_size, self.config.resize))
+        except OSError as error:
+            return file._replace(note=f"unreadable: {error}", kind="unreadable")
+
     def rows(self, paths, batch_size):
-        """Yield a dict of `columns` for every path, in order; unreadable files have None for scores and
-        decisions."""
-
-        def read(path):
-            try:
-                return read_image(path, self.config.img_size, self.config.resize)
-            except OSError as error:
-                return f"unreadable: {error}"
-
+        """Yield (File without its image, dict of `columns`) for every path, in order; files that are not
+        scored have None for scores and decisions. What is of the study or patient is not filled in."""
         paths = iter(paths)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             names = list(itertools.islice(paths, batch_size))
-            reading = pool.map(read, names)
+            reading = pool.map(self.read, names)
             while names:
-                images = list(reading)
-                following = list(itertools.islice(paths, batch_size))
-                reading = pool.map(read, following)  # the next batch is decoded while this one is scored
-                yield from self.rows_of_batch(names, images)
-                names = following
+                files = list(reading)
+                names = list(itertools.islice(paths, batch_size))
+                reading = pool.map(self.read, names)  # the next batch is decoded while this one is scored
+                yield from self.rows_of_batch(files)
 
-    def rows_of_batch(self, names, images):
-        """The same of one batch, `images` as read_image gives them, or why they cannot be read, as text."""
-        readable = [(name, image) for name, image in zip(names, images) if not isinstance(image, str)]
-        scored = self.scored(*zip(*readable)) if readable else iter(())
-        for name, image in zip(names, images):
-            if isinstance(image, str):
-                self.notes.update(["unreadable", "noted"])
-                yield {**dict.fromkeys(self.columns), "path": name, "note": image}
-                continue
-            cells, typicality, without_lungs = next(scored)
-            note = self.note(image, typicality, without_lungs)
-            yield dict(zip(self.columns, (name, *cells, typicality, note)))
+    def rows_of_batch(self, files):
+        """The same of the Files of one batch."""
+        readable = [file for file in files if file.image is not None]
+        scored = self.scored(readable) if readable else iter(())
+        for file in files:
+            row = {**dict.fromkeys(self.columns), "path": file.name, "note": file.note}
+            if file.image is None:
+                self.notes.update([file.kind, "noted"])
+            else:
+                cells, row["typicality"], without_lungs = next(scored)
+                row |= cells
+                row["note"] = self.note(file.image, row["typicality"], without_lungs)
+            yield file._replace(image=None), row
 
-    def scored(self, names, images):
-        """Yield (cells of `answers`, typicality, whether no lungs were found) of images as read_image gives
-        them."""
-        scores, logits, whole, features = self.scores(np.stack([image[0] for image in images]))
-        typicality = self.typicalities(names, scores, logits, features)
+    def scored(self, files):
+        """Yield (`answers`, typicality, whether no lungs were found) of Files that could be read."""
+        scores, logits, whole, features = self.scores(np.stack([file.image[0] for file in files]))
+        typicality = self.typicalities(files, scores, logits, features)
         cells = map(self.answers, scores, logits.argmax(axis=1))
         yield from zip(cells, typicality, whole)
 
     def note(self, image, typicality, without_lungs):
         """What is to be said of an image that could be read, as text; counted in `notes` by kind."""
         texts = dict.fromkeys(NOTES, "")
-        texts["unlike"] = unlike(*image, self.results)
+        texts["unlike"] = shift.unlike(*image, self.results)
         if typicality is not None and typicality <= shift.ODD:
             texts["odd"] = f"odd: typicality {typicality:.4f}"
         if without_lungs:
@@ -231,6 +243,16 @@ def parse():
     parser.add_argument(
         "--keep", metavar="NAME", help="keep that verdict in the run under this name, for compare.py"
     )
+    parser.add_argument(
+        "--views",
+        choices=VIEWS,
+        help="score only these, where a DICOM header tells the view (default: those of the training)",
+    )
+    parser.add_argument(
+        "--patients",
+        metavar="CSV",
+        help="table path,patient: which images belong together, where thresholds are by patient",
+    )
     parser.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     add_device_argument(parser)
     args = parser.parse_args()
@@ -249,6 +271,7 @@ def count_of_notes(count, notes, typicality):
     odd images can be told at all."""
     kinds = {
         "unreadable": "unreadable",
+        "view": "of a view that is not scored",
         "odd": f"odd (typicality {shift.ODD:g} or less)",
         "unlike": "of a brightness, contrast, colour or size unlike the training images",
         "lungs": "without lungs, though the model needs them",
@@ -311,22 +334,42 @@ def say_no_verdict(scorer, tta):
     )
 
 
+def pooled(scorer, rows, table):
+    """What Scorer.rows gives of all files, list of (File, row), with the columns of studies or patients;
+    `table`: of --patients, or None."""
+    names, patients = [file.name for file, _ in rows], [file.patient for file, _ in rows]
+    if table and rows:
+        nothing = np.zeros(len(names), dtype=int)
+        index = read_patients(table, Index(names, nothing, patients, nothing > 0, nothing.astype(str)))
+        patients = [new if known else old for new, known, old in zip(index.patients, index.known, patients)]
+    if scorer.unit == "study" and not scorer.key_stays:
+        say("note: no key in the run's cache folder: the names of studies are of this call only")
+    studies, columns = [file.told["study"] for file, _ in rows], list(scorer.task.score_columns.values())
+    fill_in([row for _, row in rows], patients, studies, scorer.calibration, columns, scorer.decisions)
+    return rows
+
+
 def main():
     args = parse()
-    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site)
+    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site, args.views)
+    if args.patients and scorer.unit != "patient":
+        raise InputError(f"--patients: the thresholds of {scorer.run} are by {scorer.unit}, not by patient")
     if scorer.results["synthetic"]:
         say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
     if line := scaling.remark(scorer.calibration, scorer.run):
         say(line)
     if args.export:
         return export(scorer, args.export)
-    # A row is printed as soon as it is known: there may be more files than fit into memory.
+    # A row is printed as soon as it is known: there may be more files than fit into memory. By study or
+    # patient that is after the last file.
     search, pace, count = Search(), Pace(), 0
-    files = find_files(args.paths, search)
+    rows = scorer.rows(find_files(args.paths, search), args.batch_size)
+    if scorer.unit != "image":
+        rows = pooled(scorer, list(rows), args.patients)
     writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
     if not args.jsonl:
         writer.writeheader()
-    for row in scorer.rows(files, args.batch_size):
+    for _, row in rows:
         count += 1
         if args.jsonl:
             print(json.dumps(row))

@@ -105,25 +105,27 @@ def units_of(arrays, side, by="image", pool="max"):
     return grouped(files, patients, studies, by, pool)
 
 
-def grouped(files, patients, studies, by="image", pool="max"):
+def grouped(files, patients, studies, by="image", pool="max", strict=True):
     """The Units of images: files, patients [N] (the name of the file where not known), studies [N] ("" where
-    not known) or None. InputError as `units_of`."""
+    not known) or None. InputError as `units_of`; unless `strict`, every image is then a unit of its own."""
     files, patients = np.asarray(files), np.asarray(patients)
     if by == "image":
         return Units(by, pool, np.arange(len(files)), patients)
     known_patients = patients != files
     if by == "patient":
-        if not known_patients.any():
+        if strict and not known_patients.any():
             raise InputError(
                 "--by patient: no image's patient is known; --patients CSV names them (path,patient)"
             )
         return Units(by, pool, _numbered(patients.tolist()), patients, int((~known_patients).sum()))
     known = np.zeros(len(files), bool) if studies is None else np.asarray(studies) != ""
-    if not known.any():
+    if strict and not known.any():
         raise InputError(
             "--by study: no image's study is known: DICOM files tell it (StudyInstanceUID), and tables that "
             "have studies; file names and class folders do not. --by patient needs patients only"
         )
+    if not known.any():
+        return Units(by, pool, np.arange(len(files)), patients, len(files))
     names, shared = _study_names(files, patients, studies, known, known_patients)
     return Units(by, pool, _numbered(names), patients, int((~known).sum()), shared)
 
@@ -167,6 +169,35 @@ def spread_over_images(scores, p1, rule, task):
     return found
 
 
+def columns_of(unit, columns):
+    """What columns of scores and decisions are called where they are those of a study or patient."""
+    return [f"{unit}_{column}" for column in columns]
+
+
+def fill_in(rows, patients, studies, calibration, columns, decisions):
+    """Fill in what is known of the study or patient of each row of predict.py, and say how many there are.
+
+    `rows`: dicts with "path" and scores by column, None where an image was not scored; `patients` [N]: the
+    path where not known; `studies` [N]: "" where not known; `columns`: names of the scores; `decisions`: list
+    of task.Decision. An image whose study is not known stands alone."""
+    by, pool = calibration["by"], calibration["pool"]
+    scored = np.flatnonzero([row[columns[0]] is not None for row in rows])
+    if not scored.size:
+        return
+    paths, patients, studies = (
+        np.array(values, dtype=str)[scored] for values in ([row["path"] for row in rows], patients, studies)
+    )
+    units = grouped(paths, patients, studies, by, pool, strict=False)
+    scores = np.array([[rows[i][column] for column in columns] for i in scored])
+    names = studies if by == "study" else np.where(patients == paths, "", patients)
+    for i, name, pooled in zip(scored, names.tolist(), units.of_images(units.scores(scores))):
+        rows[i][by] = name
+        rows[i] |= zip(columns_of(by, columns), pooled.tolist())
+        decided = [decision.answer(pooled) for decision in decisions]
+        rows[i] |= zip(columns_of(by, [decision.column for decision in decisions]), decided)
+    say(remark(f"by {by} ({pool})", units))
+
+
 # ---------------------------------------------------------------- in words
 
 
@@ -187,16 +218,16 @@ def title_of(calibration):
     return f", by {calibration['by']} ({calibration['pool']})"
 
 
-def remark(side, units, truth, findings):
+def remark(side, units, truth=None, findings=()):
     """A line on the Units of a side: how many there are, which images stand alone, and which units are
-    labelled differently. `truth` [N, F]; `findings`: F names."""
+    labelled differently. `truth` [N, F], if it is known; `findings`: F names."""
     line = f"{SIDES.get(side, side)}: {len(units.numbers)} images are {len(units)} {units.plural}"
     if units.alone:
         line += f"; {units.alone} images whose {units.by} is not known stand alone"
     if units.shared:
         line += f"; {units.shared} studies name several patients: each patient's images count as one study"
-    named = []
-    for name, count in zip(findings, units.differing(truth)):
+    named, differing = [], [] if truth is None else units.differing(truth)
+    for name, count in zip(findings, differing):
         if count:
             named.append(f"{name} {count}")
     if named:

@@ -76,9 +76,9 @@ def score(run, sets, *, device, batch_size, tta=None):
         return predict(model, subset, inputs, progress=f"{run} {what}", **settings).numpy()
 
     scored_sides = SIDES if scores is None else ("val",)
-    found = {side: outputs(subsets[side], SIDES[side]) for side in scored_sides}
+    outputs_of = {side: outputs(subsets[side], SIDES[side]) for side in scored_sides}
     if not learnt:
-        usual, val = outputs(sample, "training features"), found["val"]
+        usual, val = outputs(sample, "training features"), outputs_of["val"]
         labels = shares.kinds(run.task, subsets["val"].targets)
         arrays = shift.learn(usual[:, K:], val[:, K:], val[:, :K], subsets["val"].patients, labels)
         run.save_reference({"key": np.array(reference_key), **arrays}, name)
@@ -88,7 +88,7 @@ def score(run, sets, *, device, batch_size, tta=None):
             scores |= {
                 f"{side}_files": np.array(subset.files),
                 f"{side}_labels": subset.targets,
-                f"{side}_logits": found[side][:, :K],
+                f"{side}_logits": outputs_of[side][:, :K],
                 f"{side}_patients": np.array(subset.patients),
             }
     return scores | cohort_arrays(sides)

@@ -286,3 +286,26 @@ class Batch:
     places = property(lambda self: self._column(2))
     logits = property(lambda self: self._column(3))
     called = property(lambda self: self._column(4).astype(bool))
+
+
+# ---------------------------------------------------------------- one image
+
+
+def unlike(pixels, size, colour, results):
+    """What about an image is unlike the training images, as text; empty if nothing."""
+    notes = []
+    values = {"mean": float(pixels.mean()) / 255, "std": float(pixels.std()) / 255}
+    for key, word in (("mean", "brightness"), ("std", "contrast")):
+        low, high = results["input_range"][key]
+        if not low - 1e-6 <= values[key] <= high + 1e-6:
+            notes.append(f"{word} {values[key]:.2f} outside the training range {low:.2f} to {high:.2f}")
+    for value, key in zip(size, ("width", "height")):
+        low, high = results["split"]["original_size"][key]
+        resized_before = low == high  # such a set has one size, which says nothing
+        if not resized_before and not low <= value <= high:
+            notes.append(f"{key} {value} px outside the training range {low} to {high}")
+    if colour > 0.08:
+        notes.append("colour photograph?")
+    if not notes:
+        return ""
+    return "unlike the training images: " + ", ".join(notes)

@@ -24,6 +24,7 @@ from common.console import InputError, command_line, say
 from common.proportions import reported_interval
 from data import load_train_val
 from images import twins
+from images.dicom import KEYED
 from images.subset import same_images
 from metrics import (
     can_guarantee,
@@ -102,7 +103,7 @@ def choose(y, p, patients, rule):
     {"why_not": text, ...} where there are too few images for any threshold.
 
     Each threshold lies between two scores of these images (metrics.lowered_to_midpoint)."""
-    found = {
+    chosen = {
         "positives": int(y.sum()),
         "negatives": int((y == 0).sum()),
         "positive_patients": len(np.unique(patients[y == 1])),
@@ -110,32 +111,32 @@ def choose(y, p, patients, rule):
         "needed": needed(rule.min_recall, rule.confidence) if rule.min_recall < 1 else None,
     }
     if not has_enough(y):
-        counts = f"{found['positives']} images with it and {found['negatives']} without"
-        return found | {"why_not": f"{counts}; {LEAST} of each are needed"}
+        counts = f"{chosen['positives']} images with it and {chosen['negatives']} without"
+        return chosen | {"why_not": f"{counts}; {LEAST} of each are needed"}
     thr, recall, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
-    found |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
+    chosen |= {"threshold": thr, "recall": recall, "mean": None, "guaranteed": None}
     # A floor of 1 can be neither promised nor kept on average: the next patient may score lower than all.
     if rule.min_recall < 1:
-        found["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
+        chosen["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
         try:
             promised = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
-            found["guaranteed"] = promised[0]
+            chosen["guaranteed"] = promised[0]
         except InputError:
             if rule.strict:
                 raise
-            found["instead"] = instead(found["positive_patients"], rule.min_recall, rule.confidence)
+            chosen["instead"] = instead(chosen["positive_patients"], rule.min_recall, rule.confidence)
     # Rounding must change no decision on these images, so each threshold moves between two scores.
-    found |= {"gaps": {}, "specificities": {}, "concerns": {}}
+    chosen |= {"gaps": {}, "specificities": {}, "concerns": {}}
     for name in POINTS:
-        if found[name] is None:
+        if chosen[name] is None:
             continue
-        found[name], found["gaps"][name] = lowered_to_midpoint(found[name], p)
-        row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, found[name])))
-        found["specificities"][name] = row["tn"] / found["negatives"]
+        chosen[name], chosen["gaps"][name] = lowered_to_midpoint(chosen[name], p)
+        row = dict(zip(("tp", "fp", "tn", "fn"), counts_at_threshold(y, p, chosen[name])))
+        chosen["specificities"][name] = row["tn"] / chosen["negatives"]
         # @Mean may miss more of these images than the floor allows: it promises an average.
         floor = rule.min_recall if name == "threshold" else 0
-        found["concerns"][name] = concerns(row, floor)
-    return found
+        chosen["concerns"][name] = concerns(row, floor)
+    return chosen
 
 
 def halves(patients, y, seed=0):
@@ -169,16 +170,16 @@ def held_out(y, p, patients, shipped, rule):
     other half, those of the `shipped` threshold beside them, with intervals (as operating.summarize gives
     them) -> JSON; None where a half has too few images."""
     here, there = halves(patients, y)
-    found = choose(y[here], p[here], patients[here], replace(rule, strict=False))
-    if "why_not" in found or not has_enough(y[there]):
+    chosen = choose(y[here], p[here], patients[here], replace(rule, strict=False))
+    if "why_not" in chosen or not has_enough(y[there]):
         return None
-    thresholds = {row: found[point] for row, point in ROWS.items() if found[point] is not None}
+    thresholds = {row: chosen[point] for row, point in ROWS.items() if chosen[point] is not None}
     if shipped is not None:
         thresholds["at_shipped"] = shipped
     # Local thresholds apply to the scores as they are, so "before" and "after" scaling are the same here.
     side = Side(y[there], *[p[there]] * 3, patients[there], np.ones(len(there), bool))
     rows, _ = summarize(side, patients[there], thresholds, rule)
-    return {"chosen_on": found["positive_patients"], "images": len(there), "points": rows}
+    return {"chosen_on": chosen["positive_patients"], "images": len(there), "points": rows}
 
 
 def promise(run, name, patients, scored_images, rule, *, tta=None, report=False):
@@ -257,6 +258,7 @@ def refuse_seen(run, site, folder, moved):
         config = replace(other.config, **moved)
         train, val, _ = load_train_val(config, say)
         train = other_hospitals.join(config, train, val, say)[0]
+        say_seen_patients(site, folder, name, {*train.patients, *val.patients})
         if known := same_images(site, (train, val)):
             trained = str(run) if other is run else f"{name}, from which {run} was made,"
             raise InputError(
@@ -271,15 +273,25 @@ def refuse_seen(run, site, folder, moved):
             )
 
 
-def held_out_lines(found, floor):
+def say_seen_patients(site, folder, name, seen):
+    """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
+    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
+    if shared:
+        say(
+            f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "
+            "validated (DICOM headers): leave them out, or the promises are too good"
+        )
+
+
+def held_out_lines(figures, floor):
     """What `held_out` gives, as lines of text, with warnings where figures are bad."""
-    if found is None:
+    if figures is None:
         return ["  too few images to hold out half of the patients"]
     out = [
-        f"  chosen on half of the patients ({found['chosen_on']} with it), on the {found['images']} images "
-        "of the other half:"
+        f"  chosen on half of the patients ({figures['chosen_on']} with it), on the {figures['images']} "
+        "images of the other half:"
     ]
-    for point, row in found["points"].items():
+    for point, row in figures["points"].items():
         spans = ["{:.3f} [{:.3f}, {:.3f}]".format(row[k], *reported_interval(row, k)) for k in SHOWN]
         mark = POINTS[ROWS[point]] if point in ROWS else "as shipped"
         out.append(f"    {mark:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
@@ -299,13 +311,13 @@ def joint_line(name, joint, each):
 def advice(findings, rule):
     """With several findings, the confidence at which all of them get @Guar, as lines of text; none where all
     have it, or none can."""
-    chosen = [found for found in findings.values() if "why_not" not in found]
-    if len(findings) == 1 or not any("instead" in found for found in chosen):
+    decided = [chosen for chosen in findings.values() if "why_not" not in chosen]
+    if len(findings) == 1 or not any("instead" in chosen for chosen in decided):
         return []
     # The rarest finding limits all; joint floors share the confidence (shared_out).
-    fewest, sharing = min(found["positive_patients"] for found in chosen), 1
+    fewest, sharing = min(chosen["positive_patients"] for chosen in decided), 1
     if rule.jointly:
-        sharing = len(chosen)
+        sharing = len(decided)
 
     def all_get_it(confidence):
         return can_guarantee(fewest, rule.min_recall, 1 - (1 - confidence) / sharing)
@@ -315,19 +327,19 @@ def advice(findings, rule):
         return ["  no --guarantee gives all of these findings @Guar: too few patients with one of them"]
     together = "all floors at once" if rule.jointly else "each floor alone"
     return [
-        f"  with --guarantee {confidence:g} all {len(chosen)} findings that have a threshold get @Guar, "
+        f"  with --guarantee {confidence:g} all {len(decided)} findings that have a threshold get @Guar, "
         f"{together}"
     ]
 
 
-def lines(name, finding, found, rule, alone=True):
-    """What `choose` found, as lines of text; `alone`: whether it is the only finding."""
+def lines(name, finding, chosen, rule, alone=True):
+    """What `choose` gives, as lines of text; `alone`: whether it is the only finding."""
     floor, confidence = rule.min_recall, rule.confidence
-    counts = f"{found['positives']} images of {found['positive_patients']} patients with {finding}, "
-    counts += f"{found['negatives']} of {found['negative_patients']} without"
-    if "why_not" in found:
-        return [f"{name}: {counts}: no threshold: {found['why_not']}"]
-    chance = chance_text(found["positives"], found["positive_patients"], floor)
+    counts = f"{chosen['positives']} images of {chosen['positive_patients']} patients with {finding}, "
+    counts += f"{chosen['negatives']} of {chosen['negative_patients']} without"
+    if "why_not" in chosen:
+        return [f"{name}: {counts}: no threshold: {chosen['why_not']}"]
+    chance = chance_text(chosen["positives"], chosen["positive_patients"], floor)
     promises = {
         "threshold": f"recall >= {floor:g} on these; for new patients below it with {chance}",
         "mean": f"recall >= {floor:g} on average over samples like this one",
@@ -336,23 +348,23 @@ def lines(name, finding, found, rule, alone=True):
     }
     out = [f"{name}: {counts}"]
     for point, mark in POINTS.items():
-        if found[point] is not None:
-            gap = f"{found['gaps'][point]:.2g} logits from the nearest score"
-            out.append(f"  {mark:5} {found[point]:.4f}: {promises[point]} ({gap})")
-            out += [f"    warning: on these images {text}" for text in found["concerns"][point]]
+        if chosen[point] is not None:
+            gap = f"{chosen['gaps'][point]:.2g} logits from the nearest score"
+            out.append(f"  {mark:5} {chosen[point]:.4f}: {promises[point]} ({gap})")
+            out += [f"    warning: on these images {text}" for text in chosen["concerns"][point]]
         elif point == "mean" and floor < 1:
             out.append(f"  no @Mean: needs {needed_on_average(floor)} patients with {finding}")
-    if "instead" in found:
-        out.append(instead_line(finding, found, rule, alone))
+    if "instead" in chosen:
+        out.append(instead_line(finding, chosen, rule, alone))
     return out
 
 
-def instead_line(finding, found, rule, alone):
+def instead_line(finding, chosen, rule, alone):
     """Why there is no @Guar, and what so few patients can promise, as text. Flags are named where they are
     sure to be granted: --guarantee asks for @Guar of all findings, so with several see `advice`."""
-    floor, confidence, less = rule.min_recall, rule.confidence, found["instead"]
-    lacking = found["needed"] - found["positive_patients"]
-    text = f"  no @Guar: needs {found['needed']} patients with {finding}, {lacking} more."
+    floor, confidence, less = rule.min_recall, rule.confidence, chosen["instead"]
+    lacking = chosen["needed"] - chosen["positive_patients"]
+    text = f"  no @Guar: needs {chosen['needed']} patients with {finding}, {lacking} more."
     options = []
     if less["floor"] is not None:
         options.append(

@@ -31,18 +31,20 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        wrong = re.findall(r"(?:^|\s)(--[\w-]+)", message) if message.startswith("unrecognized") else []
-        hints = "".join(f"{hint} " for hint in map(self._hint, dict.fromkeys(wrong)) if hint)
+        unknown = []
+        if message.startswith("unrecognized"):
+            unknown = re.findall(r"(?:^|\s)(--[\w-]+)", message)
+        hints = "".join(f"{hint} " for hint in map(self._hint, dict.fromkeys(unknown)) if hint)
         help_flag = "--help-all" if self.hidden() else "--help"
         raise InputError(f"{message} ({hints}see python {self.prog} {help_flag})")
 
-    def _hint(self, wrong):
+    def _hint(self, unknown):
         """What to say of a flag that this script does not have: who has it, or what it may be meant to be."""
-        if wrong in scripts.GONE:
-            return f"{wrong} is gone: {scripts.LAST_VERSION} is the last that has it;"
-        if owners := scripts.having(wrong, self.prog):
-            return f"{wrong} is a flag of {', '.join(owners)};"
-        close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        if unknown in scripts.GONE:
+            return f"{unknown} is gone: {scripts.LAST_VERSION} is the last that has it;"
+        if owners := scripts.having(unknown, self.prog):
+            return f"{unknown} is a flag of {', '.join(owners)};"
+        close = difflib.get_close_matches(unknown, self._option_string_actions, 1)
         return f"did you mean {close[0]}?" if close else ""
 
     def hidden(self):
@@ -76,7 +78,9 @@ class Parser(argparse.ArgumentParser):
                 required.append(f"{action.option_strings[0]} {action.metavar}")
             elif not action.option_strings:
                 name = action.metavar or action.dest
-                arguments.append(f"[{name} ...]" if action.nargs == "*" else name)
+                if action.nargs == "*":
+                    name = f"[{name} ...]"
+                arguments.append(name)
         return " ".join([self.prog, *required, "[flags]", *arguments]).replace("%", "%%")
 
 
@@ -169,12 +173,14 @@ class Number:
         numeric = int if self.kind is int else (int, float)
         if not isinstance(value, numeric) or isinstance(value, bool) or value != value:
             return False
-        return (value > self.low if self.above else value >= self.low) and (
-            value < self.high if self.below else value <= self.high
-        )
+        if self.above and value == self.low or self.below and value == self.high:
+            return False
+        return self.low <= value <= self.high
 
     def __str__(self):
-        return f"{'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        left = "(" if self.above else "["
+        right = ")" if self.below else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
 
     def __call__(self, text):
         try:
@@ -195,8 +201,7 @@ SEED = Number(int, 0, 2**63 - 1)
 def flag(default, help, kind=None, metavar=None):
     """A dataclass field that is a command-line flag too. `kind`: a Number, a tuple of choices, or None for
     text or, where the default is a bool, a switch."""
-    about = {"help": help, "kind": kind, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "metavar": metavar})
 
 
 def check_name(flag, name):
@@ -212,26 +217,26 @@ def add_flags(group, cls, leave_out=(), **defaults):
         if "help" not in field.metadata or field.name in leave_out:
             continue
         name, kind = f"--{field.name.replace('_', '-')}", field.metadata["kind"]
-        about = {"default": defaults.get(field.name, field.default), "help": field.metadata["help"]}
+        settings = {"default": defaults.get(field.name, field.default), "help": field.metadata["help"]}
         if isinstance(field.default, bool):
-            group.add_argument(name, action=argparse.BooleanOptionalAction, **about)
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **settings)
         elif isinstance(kind, tuple):
-            group.add_argument(name, choices=kind, **about)
+            group.add_argument(name, choices=kind, **settings)
         else:
-            group.add_argument(name, type=kind or str, metavar=field.metadata["metavar"], **about)
+            group.add_argument(name, type=kind or str, metavar=field.metadata["metavar"], **settings)
 
 
 def check_fields(value):
     """Names of the fields of a dataclass instance whose type, choice or range is wrong."""
-    wrong = []
-    for field in dataclasses.fields(value):
-        found, kind = getattr(value, field.name), field.metadata.get("kind")
-        if isinstance(kind, Number):
-            good = kind.contains(found) or found is None and field.default is None
-        elif isinstance(kind, tuple):
-            good = found in kind if isinstance(found, str) else False
-        else:
-            like = (int, float) if isinstance(field.default, float) else type(field.default)
-            good = isinstance(found, like) and "\0" not in str(found)
-        wrong += [] if good else [field.name]
-    return wrong
+    return [field.name for field in dataclasses.fields(value) if not _fits(getattr(value, field.name), field)]
+
+
+def _fits(value, field):
+    """Whether a value is one that the flag of a dataclass field could have given."""
+    kind = field.metadata.get("kind")
+    if isinstance(kind, Number):
+        return kind.contains(value) or value is None and field.default is None
+    if isinstance(kind, tuple):
+        return isinstance(value, str) and value in kind
+    like = (int, float) if isinstance(field.default, float) else type(field.default)
+    return isinstance(value, like) and "\0" not in str(value)

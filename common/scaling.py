@@ -73,14 +73,14 @@ def differences(old, new):
     """What differs between two of `basis`, as words; slopes, biases and temperatures that rounding alone
     tells apart are equal."""
     names = {"precision": "precision", "tta": "views"}
-    found = [word for key, word in names.items() if old.get(key) != new[key]]
+    differing = [word for key, word in names.items() if old.get(key) != new[key]]
     try:
         alike = bool(old.get("platt")) == bool(new["platt"])
         alike = alike and np.allclose(old["temperature"], new["temperature"], rtol=1e-3)
         alike = alike and np.allclose(old.get("platt") or [], new["platt"] or [], rtol=1e-3, atol=1e-4)
     except (TypeError, ValueError):  # a damaged file, or other findings
         alike = False
-    return found if alike else [*found, SCALING]
+    return differing if alike else [*differing, SCALING]
 
 
 def check_site(site, path, calibration, run):
@@ -90,7 +90,7 @@ def check_site(site, path, calibration, run):
         differ = differences(site["scores"], basis(calibration, run))
     else:
         differ = [SCALING] if applied(calibration) == PLATT else []
-        now = {name: found.get("threshold") for name, found in calibration["findings"].items()}
+        now = {name: of_finding.get("threshold") for name, of_finding in calibration["findings"].items()}
         if not differ and site["shipped"] != now:
             say(
                 f"note: {path} was made by an older version, for another calibration: if --temperature or "
@@ -106,11 +106,11 @@ def check_site(site, path, calibration, run):
 # ---------------------------------------------------------------- in words
 
 
-def averages(found, after):
+def averages(of_finding, after):
     """(mean score, share of positives) of one finding's validation images, of what a calibration says of it;
     `after`: of the scaled scores."""
     when = "after" if after else "before"
-    bins = found["probability"]["val"][when]["bins"]
+    bins = of_finding["probability"]["val"][when]["bins"]
     n = sum(b["n"] for b in bins)
     return tuple(sum(b["n"] * b[key] for b in bins) / max(n, 1) for key in ("score", "positives"))
 
@@ -131,9 +131,9 @@ def nature(calibration, run):
         return _of_platt(calibration, run.task)
     # The finding that is farthest off speaks for all. Some finding has figures: evaluate sees to it.
     known = {}
-    for name, found in calibration["findings"].items():
-        if "probability" in found:
-            known[name] = averages(found, applied(calibration))
+    for name, of_finding in calibration["findings"].items():
+        if "probability" in of_finding:
+            known[name] = averages(of_finding, applied(calibration))
     name = max(known, key=lambda name: abs(known[name][0] - known[name][1]))
     mean, share = known[name]
     trained, cause = balances(run.results), ""
@@ -199,7 +199,7 @@ def told(calibration):
     findings = calibration["findings"]
     out, changed = [], _changes(findings)
     if applied(calibration) == PLATT:
-        known = {name: found for name, found in findings.items() if "changed" in found}
+        known = {name: of_finding for name, of_finding in findings.items() if "changed" in of_finding}
         out = _platt_lines(calibration["platt"], known)
     if changed:
         out.append(f"  decisions changed by {fitted(calibration)}, {changed}")
@@ -208,24 +208,26 @@ def told(calibration):
 
 def _changes(findings):
     """How many decisions a scaling has changed, of all findings together, as text; "" where it has none."""
-    known = [found for found in findings.values() if "changed" in found]
+    known = [of_finding for of_finding in findings.values() if "changed" in of_finding]
     if not known:
         return ""
-    parts = []
+    sides = []
     for side in SIDES:
+        # A finding without a threshold @Guar, or too rare on this side, has no count there.
+        changed = [of_finding["changed"][side] for of_finding in known]
         counts = []
         for point, mark in POINTS.items():
-            changed = [found["changed"][side][point] for found in known if point in found["changed"][side]]
-            if changed:
-                counts.append(f"{mark} {sum(changed)}")
-        decisions = sum(_decisions(found, side) for found in known)
-        parts.append(f"of {decisions} on {SIDES[side]}: {', '.join(counts)}")
-    return "; ".join(parts)
+            at_point = [by_point[point] for by_point in changed if point in by_point]
+            if at_point:
+                counts.append(f"{mark} {sum(at_point)}")
+        decisions = sum(_decisions(of_finding, side) for of_finding in known)
+        sides.append(f"of {decisions} on {SIDES[side]}: {', '.join(counts)}")
+    return "; ".join(sides)
 
 
-def _decisions(found, side):
+def _decisions(of_finding, side):
     """How many images of a side have a known truth for a finding."""
-    return sum(found[side]["at_0.5"][key] for key in ("tp", "fp", "tn", "fn"))
+    return sum(of_finding[side]["at_0.5"][key] for key in ("tp", "fp", "tn", "fn"))
 
 
 def _platt_lines(platt, known):
@@ -241,11 +243,11 @@ def _platt_lines(platt, known):
     return out
 
 
-def _quality(found):
+def _quality(of_finding):
     """How common a finding is in validation, and its calibration errors before and after scaling."""
-    text = f"; {100 * averages(found, True)[1]:.1f}% of validation have it"
+    text = f"; {100 * averages(of_finding, True)[1]:.1f}% of validation have it"
     for side in SIDES:
-        before, after = (found["probability"][side][when] for when in ("before", "after"))
+        before, after = (of_finding["probability"][side][when] for when in ("before", "after"))
         text += f"; {side} ECE {before['ece']:.3f} -> {after['ece']:.3f}"
         text += f", NLL {before['nll']:.3f} -> {after['nll']:.3f}"
     return text

@@ -21,7 +21,7 @@ TRAINING = {  # script: where it writes its run unless --out says otherwise
     "pretrain_mae": "mae",
     "train_lungs": "lungs",
 }
-ROOMS = ("common", "images", "models", "training")  # where flags are made, besides the scripts
+ROOMS = ("common", "images", "layouts", "models", "training")  # where flags are made, besides the scripts
 LAST_VERSION = "the version of commit 82507f6"  # that has these flags and reads runs which used them
 GONE = ("--normalise", "--teacher-features")
 LISTED = 8  # runs in a message

@@ -16,6 +16,7 @@ import numpy as np
 from common.console import InputError, advice, progress, say
 from common.files import atomic_path, read_json, sha256, write_json
 from images.decode import _check_regular, _decode
+from layouts import arrays
 
 CACHE_VERSION = 5  # raise it when decoding changes, so that old caches are rebuilt
 
@@ -69,6 +70,8 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
 
 def _stamp(path):
     """[size in bytes, modification time in ns] of a file; [None, None] if there is none."""
+    if arrays.parts_of(path):
+        return arrays.stamp(path)
     try:
         status = os.stat(path)
     except OSError:

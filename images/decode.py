@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from images import dicom
 from images.find import HEAD, READ, kind_of
+from layouts import arrays
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # what Pillow may open, whatever the file is called
 RESIZES = ("squash", "pad", "crop")
@@ -121,6 +122,9 @@ def decode(source, size, resize="squash"):
 @_oserror_only()
 def _decode(source, size, resize):
     """`decode`, and the original's (width, height) as it is seen upright."""
+    if isinstance(source, (str, os.PathLike)) and arrays.parts_of(source):
+        image = Image.fromarray(arrays.pixels(source))
+        return to_square(image.convert("L"), size, resize), image.size
     with _file(source) as (file, kind):
         if kind == "DICOM":
             image = open_dicom(source)
@@ -270,6 +274,16 @@ def open_dicom(path):
         return stretch(found.values, found.padding)
     _check_values(found.values, found.padding)
     return _to_image(found.values * (255 / found.white), found.padding)
+
+
+@_oserror_only()
+def read_header(path):
+    """What the header of a DICOM file says, as `dicom.header`; None of any other file. OSError, and nothing
+    else, if it cannot be read."""
+    with _file(path) as (_, kind):
+        if kind != "DICOM":
+            return None
+    return dicom.header(path)
 
 
 @_oserror_only()

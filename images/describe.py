@@ -12,26 +12,71 @@ from images import twins
 from images.split import say_shared
 
 
-def describe(config, root, train, val, test, readable, test_from):
-    """The "split" of a results.json, but for the sizes of the originals and for copies. train, val: Subsets;
-    test: Index; readable: Index of train and val together; test_from: where test comes from, as text."""
+def describe(config, listing, train, val, indices, readable, unknown):
+    """The "split" of a results.json, but for the sizes of the originals and for pictures that look alike.
+    listing: the Listing; train, val: Subsets; indices: {side: Index}; readable: number of readable images of
+    train and validation, `unknown` of which have no known patient."""
+    root, test = listing.root, indices["test"]
     sides, trained_on = {"train": train, "val": val, "test": test}, set(train.patients)
     either = trained_on | set(val.patients)
     info = {
         **{side: len(images.files) for side, images in sides.items()},
         "counts": {side: _counts(config, images.targets) for side, images in sides.items()},
         "shared_patients": sum(patient in trained_on for patient in val.patients),
-        "unknown_patients": readable.unknown,
+        "unknown_patients": unknown,
         "cohort": of_sides(config.task, sides),
         "fingerprint": _fingerprint(config, train, val),
-        "test_from": test_from,
+        "test_from": listing.test_from,
         "synthetic": Path(root, "SYNTHETIC").exists(),  # drawn.py leaves it in what it draws
         "set": root.resolve().name,
     }
     # The published parts of a set of folders number their patients separately.
-    if test_from != "published" or config.labels or config.patients:
+    if listing.test_from != "published" or config.labels or config.patients:
         info["shared_patients_test"] = sum(patient in either for patient in test.patients)
+    info["copies"] = twins.count({side: index.content for side, index in indices.items()})
+    info["flow"] = [*listing.flow, ["readable", readable + len(test.files)]]
+    info["flow"] += [[side, len(index.files)] for side, index in indices.items()]
+    if config.labels:
+        info["labels"] = {side: _label_counts(config, index) for side, index in indices.items()}
     return info
+
+
+def _label_counts(config, index):
+    """{finding: {"positive", "negative", "uncertain", "blank": images}} of an Index, as the table says: a
+    blank label is none of the others, whatever it counts as."""
+    counts = {}
+    for k, name in enumerate(config.classes):
+        label, blank, uncertain = index.targets[:, k], index.blank[:, k], index.uncertain[:, k]
+        counts[name] = {
+            "positive": int((label == 1).sum()),
+            "negative": int(((label == 0) & ~blank).sum()),
+            "uncertain": int(uncertain.sum()),
+            "blank": int(blank.sum()),
+        }
+    return counts
+
+
+def label_lines(config, labels):
+    """The lines that training prints of a table's labels, a finding each, all sides together; none where
+    every label is certain."""
+    totals = {}
+    for name in config.classes:
+        sides = [counts[name] for counts in labels.values()]
+        totals[name] = {kind: sum(side[kind] for side in sides) for kind in (sides[0] if sides else ())}
+    if not any(found.get("uncertain") or found.get("blank") for found in totals.values()):
+        return []
+    lines = [f"labels: in training, uncertain ones are as --uncertain {config.uncertain} says, else left out"]
+    for name, found in totals.items():
+        listed = ", ".join(f"{number} {kind}" for kind, number in found.items())
+        lines.append(f"  {name}: {listed}")
+    return lines
+
+
+def say_twice(info, indices, listing):
+    """Notes on files that are on two sides, and on copies of a file with other labels."""
+    files = {side: index.files for side, index in indices.items()}
+    twins.warn(files, {side: index.content for side, index in indices.items()}, info["copies"])
+    twins.warn_of_labels(listing.index.files, listing.index.content, listing.index.targets)
 
 
 def _counts(config, targets):

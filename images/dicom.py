@@ -1,5 +1,5 @@
 """A DICOM file -> its grey values, as the file means them: padding known, modality and VOI tables applied,
-dense = bright.
+dense = bright; and what its header says of patient and exposure.
 
 Values that a file leaves empty or that cannot be (a rescale slope of 0, a window without width) are ignored.
 pydicom is imported where the first file is read. Anything may be raised on a damaged file; decode.py turns it
@@ -23,6 +23,10 @@ PADDING = (
     ("FloatPixelPaddingValue", "FloatPixelPaddingRangeLimit"),
     ("DoubleFloatPixelPaddingValue", "DoubleFloatPixelPaddingRangeLimit"),
 )
+
+
+KEYED = "dicom-"  # how the name of a patient or study begins that stands for an id of a header
+HEADER = ("PatientID", "StudyInstanceUID", "PatientAge", "PatientSex", "ViewPosition", "Manufacturer")
 
 
 class Grey(NamedTuple):
@@ -77,18 +81,29 @@ def read(path, max_pixels):
     return Grey(values, padding, white)
 
 
+def header(path):
+    """{name of HEADER: text} of a DICOM file, "" where it says nothing. Its pixels are not read.
+
+    The bytes are taken as they are (Latin-1): what is no valid age or id is for the reader to find."""
+    try:
+        import pydicom
+    except ImportError:
+        raise OSError("DICOM needs the package pydicom: pip install pydicom") from None
+    marked = _check_beginning(path, pydicom)
+    file = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER), force=not marked)
+    found = {}
+    for name in HEADER:
+        element = file.get_item(name)
+        value = b"" if element is None else element.value
+        text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
+        found[name] = text.strip(" \0\t\r\n")
+    return found
+
+
 def _parse(path, pydicom):
     """The data set of a file; one without the DICM mark is taken for a bare data set, as older archives wrote
     them."""
-    with open(path, "rb") as file:
-        head = file.read(132)
-    marked = head[128:] == b"DICM"
-    if marked:
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-            raise OSError("deflated DICOM is not supported: a small file could unpack to any size")
-    elif not head.startswith(b"\x08\0"):  # a header without mark could name the deflated syntax unseen
-        raise OSError("not a DICOM file")
+    marked = _check_beginning(path, pydicom)
     file = pydicom.dcmread(path, force=not marked)
     if "TransferSyntaxUID" not in file.file_meta:
         if "PixelData" in file and file["PixelData"].is_undefined_length:
@@ -102,6 +117,20 @@ def _parse(path, pydicom):
             syntax = pydicom.uid.ExplicitVRLittleEndian
         file.file_meta.TransferSyntaxUID = syntax
     return file
+
+
+def _check_beginning(path, pydicom):
+    """Whether a file has the DICM mark. OSError where it is no DICOM file, or its data set is deflated."""
+    with open(path, "rb") as file:
+        head = file.read(132)
+    marked = head[128:] == b"DICM"
+    if marked:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+            raise OSError("deflated DICOM is not supported: a small file could unpack to any size")
+    elif not head.startswith(b"\x08\0"):  # a header without mark could name the deflated syntax unseen
+        raise OSError("not a DICOM file")
+    return marked
 
 
 def _kind(file):

@@ -5,6 +5,7 @@ from sklearn.model_selection import train_test_split
 
 from common.console import InputError, advice
 from images import twins
+from images.dicom import KEYED
 from layouts.listing import patient_id
 
 POOLED = ("pooled", "pooled-image")
@@ -171,8 +172,17 @@ def _cut(index, task, by_patient, fraction, seed):
     if task.kind == "softmax":
         mode = "patient" if by_patient else "image"
         return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)
-    units = index.patients if by_patient else index.files
+    units = without_keys(index.files, index.patients) if by_patient else index.files
     return split_patients(units, fraction, seed)
+
+
+def without_keys(files, patients):
+    """The patients [N], those named by a secret key (dicom.KEYED) by the first of their files instead: a
+    split depends on the order of the names, and must not depend on the key."""
+    first = {}
+    for file, patient in sorted(zip(files, patients)):
+        first.setdefault(patient, file)
+    return [first[patient] if patient.startswith(KEYED) else patient for patient in patients]
 
 
 def cut_test(index, config):

@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 
 from common.console import progress, say
 from common.files import sha256
+from layouts import arrays
 
 LIMIT = 28  # different bits of 255
 SIDE, FREQUENCIES = 32, 16  # the picture is averaged to SIDE x SIDE; FREQUENCIES x FREQUENCIES are kept
@@ -66,6 +67,8 @@ def _contents(paths, stamps):
 
 def _stamp(path):
     """(length, time of change) of a regular file; (0, 0) for anything else."""
+    if arrays.parts_of(path):
+        return tuple(arrays.stamp(path))
     try:
         about = os.stat(path)
     except (OSError, ValueError):
@@ -76,6 +79,8 @@ def _stamp(path):
 def _middle(path):
     """The bytes in the middle of a file; None if it cannot be read, which decoding it will tell."""
     try:
+        if arrays.parts_of(path):
+            return arrays.pixels(path).tobytes()
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - BLOCK) // 2)
             return file.read(BLOCK)
@@ -86,6 +91,8 @@ def _middle(path):
 def _whole(path):
     """The SHA-256 of a file; None if it cannot be read."""
     try:
+        if arrays.parts_of(path):
+            return arrays.pixels(path).tobytes()
         return sha256(Path(path))
     except OSError:
         return None

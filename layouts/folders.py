@@ -10,7 +10,7 @@ import numpy as np
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
 from images.find import EXTENSIONS, Search, is_passed_over, subfolders
-from layouts.listing import SIDES, Index, joined_cohorts, patient_id, same_name
+from layouts.listing import SIDES, Index, Reading, joined_cohorts, patient_id, same_name
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
 SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
@@ -20,7 +20,7 @@ SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
 
 
 def read_set(data_dir, classes, *, published=False, pooled=False):
-    """(root, Index) of a set of class folders: of train/, of test/ if there is one and, if the `published`
+    """(root, Reading) of a set of class folders: of train/, of test/ if there is one and, if the `published`
     split is asked for, of val/. `pooled`: the sides are put together, so that patients of two sides must not
     bear one name. InputError if there is no such set, or no published validation."""
     root = find_root(data_dir, classes)
@@ -34,7 +34,8 @@ def read_set(data_dir, classes, *, published=False, pooled=False):
     index = read_folders(root, classes, sides)
     if pooled:
         index = index._replace(patients=named_by_side(index))
-    return root, index
+    count = len(index.files)
+    return root, Reading(index, [["listed", count], ["found", count]], True)
 
 
 def named_by_side(index):

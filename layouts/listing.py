@@ -16,7 +16,7 @@ COHORT = {
     "study": ("U", "the examination, unique in the data set; empty where it is not known"),
     "age": ("f", "years at the examination; NaN where it is not known"),
     "sex": ("U", "F, M, or empty where it is not known or neither"),
-    "view": ("U", "PA, AP, lateral, or empty where it is not known"),
+    "view": ("U", "PA, AP, lateral, other (oblique, say), or empty where it is not known"),
     "machine": ("U", "the manufacturer, or the manufacturer and model; empty where it is not known"),
 }
 
@@ -27,7 +27,8 @@ class Index(NamedTuple):
     patient's or stands for one image; side: [N] the published one of SIDES, or "" if there is none; content:
     int64 [N], which files are copies of each other (twins.contents), or None if not asked; uncertain: bool
     [N, K], which of the unknown labels the table calls uncertain, or None if it calls none so; cohort: what
-    is known of patients and exposures, {a name of COHORT or a column of the table: array [N]}, or None."""
+    is known of patients and exposures, {a name of COHORT or a column of the table: array [N]}, or None;
+    blank: bool [N, K], which labels the table leaves empty, whatever these count as, or None."""
 
     files: list
     targets: np.ndarray
@@ -37,6 +38,7 @@ class Index(NamedTuple):
     content: np.ndarray = None
     uncertain: np.ndarray = None
     cohort: dict = None
+    blank: np.ndarray = None
 
     def take(self, positions):
         """The Index of these positions."""
@@ -49,6 +51,7 @@ class Index(NamedTuple):
             taken(self.content, positions),
             taken(self.uncertain, positions),
             cohort_of(self.cohort, positions),
+            taken(self.blank, positions),
         )
 
     @property
@@ -58,16 +61,28 @@ class Index(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was found of a data set, before images are left out for their view or labels: the `index`;
+    `flow`: [[step, images], ...] of the steps "listed" and "found"; `keeps_unlabelled`: whether images stay
+    that have no label (they weigh nothing)."""
+
+    index: Index
+    flow: list
+    keeps_unlabelled: bool
+
+
+@dataclass(frozen=True)
 class Listing:
     """A data set before any image is decoded. `root`: its folder; `index`: the Index of all images; `others`:
     positions of the images that train and validate; `test`: of those that test; `test_from`: where these come
-    from, as text (split.cut_test)."""
+    from, as text (split.cut_test); `flow`: [[step, images], ...] from "listed" to "labelled"."""
 
     root: Path
     index: Index
     others: np.ndarray
     test: np.ndarray
     test_from: str
+    flow: list
 
     @property
     def test_index(self):

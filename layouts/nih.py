@@ -1,13 +1,22 @@
-"""What the cells of NIH's table say of an image: findings joined by | in one column. No files."""
+"""NIH ChestX-ray14: findings joined by | in one column, images in images*/.
+
+Source: Wang et al. 2017; the columns of Data_Entry_2017.csv.
+"""
 
 import re
-from functools import cache
+
+import numpy as np
 
 from common.console import InputError, say_once
 from common.task import is_device, is_healthy
-from layouts.sheets import column, numbered, value
+from layouts.cohort import ages, further_columns, sexes, views
+from layouts.patients import patients_of
+from layouts.rows import Layout, Rows
+from layouts.sheets import open_sheet
+from layouts.synonyms import same_key
 
-NIH_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+NAME, LABELS, PATIENT = "Image Index", "Finding Labels", "Patient ID"
+AGE, SEX, VIEW, NUMBER = "Patient Age", "Patient Gender", "View Position", "Follow-up #"
 NIH_FINDINGS = ("No Finding",) + tuple(
     "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration Mass "
     "Nodule Pleural_Thickening Pneumonia Pneumothorax".split()
@@ -15,28 +24,14 @@ NIH_FINDINGS = ("No Finding",) + tuple(
 JOINED = r"[,;/\\&+\t\r\n]|\s(and|plus)\s"  # in the name of a finding: it could be two
 
 
-def same_key(name):
-    """What the spellings of a name have in common: "Pleural Thickening", "pleural_thickening"."""
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-# ---------------------------------------------------------------- NIH
-
-
-def is_nih(head):
-    """Whether these are the columns of the NIH ChestX-ray14 table."""
-    return all(column(head, name) for name in NIH_COLUMNS[:2])
-
-
-def nih_names(path, head, rows):
-    """{a text in Finding Labels: frozenset of its findings, as NIH writes those that are NIH's}.
+def nih_names(sheet):
+    """{a text in Finding Labels: frozenset of its findings, as NIH writes those that are NIH's} of a Sheet.
 
     InputError naming the row where a name could be several findings: joined otherwise than by |, they would
     all be taken for absent. So would those in a second spelling."""
-    at, first = head.index(column(head, "Finding Labels")), {}
-    for number, row in numbered(rows):
-        first.setdefault(value(row, at), number)
-    parts, rows_of = {}, {}
+    path, parts, rows_of = sheet.path, {}, {}
+    texts, _, positions = sheet.codes(LABELS)
+    first = {text: int(sheet.numbers[at]) for text, at in zip(texts, positions)}
     for text, number in first.items():
         parts[text] = [name.strip() for name in text.split("|") if name.strip()]
         for name in parts[text]:
@@ -78,26 +73,79 @@ def _is_made_of(name, known):
     return re.fullmatch(rf"(?:(?:{words})\W*){{2,}}", name) is not None
 
 
-def read_nih(path, head, rows, findings):
-    """A function (row, its number) -> labels of the NIH layout, a tuple of 0 and 1."""
-    at, names = head.index(column(head, "Finding Labels")), nih_names(path, head, rows)
+def findings(path):
+    """All findings of the table: "No Finding" first, then alphabetically."""
+    sheet = open_sheet(path)
+    seen = {name for names in nih_names(sheet).values() for name in names}
+    others = sorted(seen - set(NIH_FINDINGS))
+    if not others:
+        return NIH_FINDINGS
+    known = tuple(sorted(seen, key=lambda name: (not is_healthy(name), name)))
+    some = ", ".join(others[:10]) + (" ..." if len(others) > 10 else "")
+    say_once(f"note: {path}: {len(others)} of its {len(known)} findings are not NIH's: {some}")
+    return known
 
-    @cache  # few combinations, many rows
-    def labels(text):
+
+def labels_of(sheet, asked):
+    """int8 [N, K]: which of the findings `asked` the cells of Finding Labels name. InputError for a cell that
+    is empty or contradicts itself."""
+    names = nih_names(sheet)
+    texts, codes, first = sheet.codes(LABELS)
+    table = np.zeros((len(texts), len(asked)), dtype=np.int8)
+    wrong = {}
+    for k, text in enumerate(texts):
         present = names[text]
         sick = [name for name in present if not is_healthy(name) and not is_device(name)]
         if not present or sick and any(map(is_healthy, present)):
-            return None
-        return tuple(int(name in present) for name in findings)
+            wrong[int(first[k])] = text
+        table[k] = [name in present for name in asked]
+    if wrong:
+        at = min(wrong)
+        text = wrong[at]
+        what = f"{text}, which contradicts itself" if text.strip("| ") else "empty"
+        raise InputError(
+            f"{sheet.path}, row {sheet.numbers[at]}: Finding Labels is {what}; an image without findings "
+            "says No Finding alone"
+        )
+    return table[codes]
 
-    def read(row, number):
-        text = value(row, at)
-        if (found := labels(text)) is None:
-            what = f"{text}, which contradicts itself" if text.strip("| ") else "empty"
-            raise InputError(
-                f"{path}, row {number}: Finding Labels is {what}; an image without findings says No Finding "
-                "alone"
-            )
-        return found
 
-    return read
+def cohort_of_sheet(sheet, patients):
+    """What a table with NIH's columns says of patients and exposures, {name: array [N]}."""
+    found = {}
+    if sheet.find(NUMBER):
+        found["study"] = np.array(
+            [f"{who}/{k}" if who else "" for who, k in zip(patients, sheet.text(NUMBER))]
+        )
+    if sheet.find(AGE):
+        found["age"] = ages(sheet.text(AGE), sheet.path)
+    if sheet.find(SEX):
+        found["sex"] = sexes(sheet.text(SEX), sheet.path)
+    if sheet.find(VIEW):
+        found["view"] = views(sheet.text(VIEW))
+    return found
+
+
+def rows(source):
+    """The Rows of a table."""
+    sheet = open_sheet(source.path)
+    patients = patients_of(sheet, PATIENT)
+    cohort = cohort_of_sheet(sheet, patients)
+    used = (NAME, LABELS, PATIENT, AGE, SEX, VIEW, NUMBER)
+    cohort |= further_columns(sheet, used)
+    asked = source.findings or findings(source.path)
+    labels = labels_of(sheet, asked)
+    return [Rows(sheet.path, sheet.text(NAME), sheet.numbers, asked, labels, patients, cohort=cohort)]
+
+
+LAYOUT = Layout(
+    name="nih",
+    title="NIH ChestX-ray14",
+    needs=(NAME, LABELS),
+    findings=findings,
+    rows=rows,
+    beats=("plain",),
+    public="nih",
+    bare=True,
+    keeps_unlabelled=True,
+)

@@ -1,70 +1,124 @@
-"""What the cells of a plain table say of an image: a column a finding, 1, 0, -1 or empty. No files."""
+"""A plain table: path, patient, and a column a finding with 1, 0, -1 (uncertain) or nothing."""
 
 import re
 
+import numpy as np
+
 from common.console import InputError, advice
 from common.task import is_device, is_healthy
-from layouts.nih import NIH_FINDINGS, same_key
-from layouts.sheets import columns, value
+from layouts.cohort import ages, further_columns, sexes, views
+from layouts.nih import NIH_FINDINGS
+from layouts.patients import patients_of
+from layouts.rows import ABSENT, PRESENT, WORDS, Layout, Rows, coded
+from layouts.sheets import columns, open_sheet
+from layouts.synonyms import same_key
 
 CHEXPERT_DISEASES = (
     *("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation"),
     *("Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture"),
 )
-LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": -1}
+DESCRIBES = ("study", "age", "sex", "view", "machine")  # columns of these names are no findings
+NAMES = ("path", "patient", *DESCRIBES)
 
 
-# ---------------------------------------------------------------- plain
+def findings(path):
+    """The columns that are none of NAMES, in the table's order."""
+    head = open_sheet(path).head
+    known = tuple(name for name in head if name and name.lower() not in NAMES)
+    if not known:
+        raise InputError(f"{path} has no column of a finding: it needs path, patient, then one a finding")
+    return known
 
 
-def read_plain(path, head, findings):
-    """A function (row, its number) -> labels of the plain layout, a tuple of 1, 0 and -1.
+def labels_of(sheet, asked):
+    """int8 [N, K] of the findings `asked`. InputError for a value that is no label, and for a row that says
+    both healthy and sick, whichever findings are asked. Sick is a 1 in a column that is asked, or has the
+    name of a disease of NIH's or CheXpert's: others, such as one that says whether the picture is frontal,
+    may be no findings."""
+    if absent := [name for name in asked if name not in sheet.head]:
+        raise InputError(f"{sheet.path} has no column {', '.join(absent)}; {columns(sheet.head)}")
 
-    A row that says both healthy and sick is an InputError, whichever of its findings are asked. Sick is a 1
-    in a column that is asked, or has the name of a disease of NIH's or CheXpert's: others, such as one that
-    says whether the picture is frontal, may be no findings."""
-    if absent := [name for name in findings if name not in head]:
-        raise InputError(f"{path} has no column {', '.join(absent)}; {columns(head)}")
-    asked = [(name, head.index(name)) for name in findings]
-    refuse_both = _contradictions(path, head, findings)
-
-    def read(row, number):
-        labels = []
-        for name, at in asked:
-            text = value(row, at)
-            if text not in LABELS:
-                comma = ". A decimal comma is not read" if re.fullmatch(r"-?\d+,\d+", text) else ""
-                raise InputError(
-                    f"{path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}"
-                    + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
-                )
-            labels.append(LABELS[text])
-        refuse_both(row, number)
-        return tuple(labels)
-
-    return read
-
-
-def _contradictions(path, head, findings):
-    """A function (row, its number) that raises an InputError where the row says healthy and sick."""
-    diseases = {same_key(name) for name in (*NIH_FINDINGS, *CHEXPERT_DISEASES, *findings)}
-    healthy = [at for at, name in enumerate(head) if is_healthy(name)]
-    sick = [
-        at
-        for at, name in enumerate(head)
-        if same_key(name) in diseases and at not in healthy and not is_device(name)
-    ]
-
-    def refuse(row, number):
-        well = [head[at] for at in healthy if LABELS.get(value(row, at)) == 1]
-        if not well:
-            return
-        against = [f"{head[at]} is 1" for at in sick if LABELS.get(value(row, at)) == 1]
-        against += [f"{head[at]} is 0" for at in healthy if LABELS.get(value(row, at)) == 0]
-        if against:
-            raise InputError(
-                f"{path}, row {number}: {well[0]} is 1 and {against[0]}, a contradiction: correct the row, "
-                "or leave what is not known empty"
+    def wrong_in(name):
+        def wrong(number, text):
+            comma = ". A decimal comma is not read" if re.fullmatch(r"-?\d+,\d+", text) else ""
+            return (
+                f"{sheet.path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}"
+                + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
             )
 
-    return refuse
+        return wrong
+
+    labels = np.empty((len(sheet), len(asked)), dtype=np.int8)
+    for k, name in enumerate(asked):
+        labels[:, k] = coded(sheet, name, WORDS, wrong_in(name))
+    _refuse_both(sheet, asked)
+    return labels
+
+
+def _refuse_both(sheet, asked):
+    """InputError naming the first row that says healthy and sick."""
+    diseases = {same_key(name) for name in (*NIH_FINDINGS, *CHEXPERT_DISEASES, *asked)}
+    healthy = [name for name in sheet.head if is_healthy(name)]
+    sick = [name for name in sheet.head if same_key(name) in diseases and not is_device(name)]
+    sick = [name for name in sick if name not in healthy]
+    is_it = {name: _equals(sheet, name, PRESENT) for name in (*healthy, *sick)}
+    against = {f"{name} is 1": is_it[name] for name in sick}
+    against |= {f"{name} is 0": _equals(sheet, name, ABSENT) for name in healthy}
+    well = np.zeros(len(sheet), dtype=bool)
+    for name in healthy:
+        well |= is_it[name]
+    clash = np.zeros(len(sheet), dtype=bool)
+    for rows_of in against.values():
+        clash |= rows_of
+    wrong = np.flatnonzero(well & clash)
+    if len(wrong):
+        row = wrong[0]
+        first = next(name for name in healthy if is_it[name][row])
+        other = next(text for text, rows_of in against.items() if rows_of[row])
+        raise InputError(
+            f"{sheet.path}, row {sheet.numbers[row]}: {first} is 1 and {other}, a contradiction: correct the "
+            "row, or leave what is not known empty"
+        )
+
+
+def _equals(sheet, name, label):
+    """bool [N]: where a column says this label; its other values may be no labels."""
+    kinds, codes, _ = sheet.codes(name)
+    return np.array([WORDS.get(text) == label for text in kinds], dtype=bool)[codes]
+
+
+def rows(source):
+    """The Rows of a table."""
+    sheet = open_sheet(source.path)
+    asked = source.findings or findings(source.path)
+    labels = labels_of(sheet, asked)
+    cohort = {}
+    described = [name for name in DESCRIBES if sheet.find(name) and sheet.find(name) not in asked]
+    for name in described:
+        values = sheet.text(name)
+        if name == "age":
+            cohort[name] = ages(values, sheet.path)
+        elif name == "sex":
+            cohort[name] = sexes(values, sheet.path)
+        elif name == "view":
+            cohort[name] = views(values)
+        else:
+            cohort[name] = np.array(values, dtype=str)
+    cohort |= further_columns(sheet, (*NAMES, *_label_columns(sheet), *asked))
+    patients = patients_of(sheet, "patient")
+    return [Rows(sheet.path, sheet.text("path"), sheet.numbers, asked, labels, patients, cohort=cohort)]
+
+
+def _label_columns(sheet):
+    """The columns that hold nothing but labels: findings that are not asked."""
+    return [name for name in sheet.head if name and all(text in WORDS for text in sheet.codes(name)[0])]
+
+
+LAYOUT = Layout(
+    name="plain",
+    title="plain",
+    needs=("path",),
+    findings=findings,
+    rows=rows,
+    keeps_unlabelled=True,
+)

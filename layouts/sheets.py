@@ -1,21 +1,30 @@
-"""Tables as programs write them -> column names and rows of text, and which image a name in a table means.
+"""Tables as programs write them -> a Sheet: column names and columns of text; and which image a name in a
+table means.
 
-Read are UTF-8, UTF-16 and UTF-32 with their mark, else Latin-1. Columns are separated by commas, semicolons
-or tabs.
+Read are UTF-8, UTF-16 and UTF-32 with their mark, else Latin-1; compressed by gzip, too. Columns are
+separated by commas, semicolons or tabs. pandas splits the text; no value is guessed to be a number or NaN.
 """
 
 import codecs
 import csv
+import gzip
 import io
+import os
 import re
+import zlib
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from common.console import InputError, say, say_once
 from common.files import check_regular
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-NAME_COLUMNS = {"path", "image index"}  # one of these names the image in every table that is read
+NAME_COLUMNS = {"path", "image index"}  # one of these names the image in many tables
 ZIPPED = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how the workbooks of spreadsheet programs begin
+GZIP = b"\x1f\x8b"
+LARGEST = 1 << 30  # bytes of a table, unpacked; the largest public one has 250 MB
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its beginning
@@ -28,47 +37,186 @@ MARKS = (
 # ---------------------------------------------------------------- text and columns
 
 
-def open_table(path):
-    """(column names, rows) of a table, read whole. A row is a list of str, an empty list where it is blank.
+class Sheet:
+    """A table. `path`; `head`: its column names; `numbers`: int64 [N], the rows that are not blank, as a
+    spreadsheet counts: the first under the names is 2."""
 
-    The separator is the one that `sep=;` in a first line names, as spreadsheet programs write it; else the
-    one of SEPARATORS by which the first line has a column of NAME_COLUMNS, or else the most columns.
-    InputError if the file cannot be read, is no table, or names a column twice."""
-    text = _text(path)
+    def __init__(self, path, head, numbers, columns):
+        self.path, self.head, self.numbers, self._columns = path, head, numbers, columns
+        self._stripped = {}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def find(self, name):
+        """The column of this name in any case, or None."""
+        return column(self.head, name)
+
+    def text(self, name):
+        """The values of a column (its name in any case), without spaces around them: list of N texts; of
+        empty ones where there is no such column."""
+        name = self.find(name)
+        if name is None:
+            return [""] * len(self)
+        if name not in self._stripped:
+            values = self._columns[self.head.index(name)]
+            self._stripped[name] = [value.strip() for value in values]
+        return self._stripped[name]
+
+    def codes(self, name):
+        """(the different texts of a column, int64 [N]: which of them each row has, int64: the first row of
+        each, counted from 0)."""
+        values = np.array(self.text(name), dtype=object)
+        import pandas
+
+        codes, kinds = pandas.factorize(values)
+        first = np.full(len(kinds), len(values))
+        np.minimum.at(first, codes, np.arange(len(values)))
+        return list(kinds), codes, first
+
+
+def open_sheet(path):
+    """The Sheet of a table, read whole. InputError if the file cannot be read, is no table, or names a column
+    twice."""
+    check_regular(path)
     try:
-        text, separator = _separator(text)
-        # Not by lines: str.splitlines would also break at U+0085 and others.
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        head = [name.strip() for name in next(reader, [])]
-        while head and not head[-1]:
-            head.pop()  # a value there has come from another column
-        rows = [row if any(map(str.strip, row)) else [] for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{path} is not a readable CSV file ({error})") from None
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    return _open_sheet(str(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=6)  # the same table is opened several times in a command
+def _open_sheet(path, size, changed):
+    """`open_sheet` of a file of this size and time of change."""
+    text = _text(path)
+    text, separator = _separator(text)
+    first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+    head = [name.strip() for name in first]
+    while head and not head[-1]:
+        head.pop()  # a value there has come from another column
     word = SEPARATORS.get(separator, repr(separator))
     if separator != ",":
         say_once(f"note: {path} is separated by {word}")
     twice = {name for name in head if name and head.count(name) > 1}
     if twice:
         raise InputError(f"{path} names the column {', '.join(sorted(twice))} twice")
-    for number, row in numbered(rows):
-        if len(row) > len(head) and any(row[len(head) :]) or len(row) < len(head) and len(row) < 2:
-            raise InputError(
-                f"{path}, row {number}: {len(row)} values for {len(head)} columns, separated by {word}; "
-                f"{columns(head)}"
-            )
-    if not any(rows):
+    if not head:
         raise InputError(f"{path} has no rows")
-    return head, rows
+    values = _values(path, text, separator, max(len(first), 1))
+    kept = np.flatnonzero(_not_blank(values))
+    _check_widths(path, text, separator, head, values, kept)
+    if not len(kept):
+        raise InputError(f"{path} has no rows")
+    return Sheet(path, head, kept + 2, [values[at][kept] for at in range(len(head))])
+
+
+def _values(path, text, separator, width):
+    """The cells under the first row: a list of object arrays [N] of text, one a column: `width` or more of
+    them where rows are wider than the first one."""
+    import pandas
+
+    about = dict(sep=separator, header=None, dtype=object, keep_default_na=False, na_filter=False)
+    about |= dict(skip_blank_lines=False, index_col=False, engine="c", low_memory=False)
+    try:
+        try:
+            frame = pandas.read_csv(io.StringIO(text), names=range(width), **about)
+        except pandas.errors.ParserError as error:
+            if "Expected" not in str(error):
+                raise
+            wider = range(width + 50)  # a row is wider than the first; what stands there is shown
+            frame = pandas.read_csv(io.StringIO(text), names=wider, **about)
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, csv.Error) as error:
+        reason = " ".join(str(error).split()).removeprefix("Error tokenizing data. C error: ")
+        if quoted := re.search(r"EOF inside string starting at row (\d+)", reason):
+            row = int(quoted[1]) + 1
+            raise InputError(f"{path}, row {row}: a quotation mark opens there and none closes it") from None
+        raise InputError(f"{path} is not a readable CSV file ({reason})") from None
+    return [frame[at].to_numpy(dtype=object)[1:] for at in frame.columns]
+
+
+def _not_blank(values):
+    """bool [N]: rows in which not all cells are empty."""
+    found = np.zeros(len(values[0]), dtype=bool)
+    for cells in values:
+        rest = np.flatnonzero(~found)
+        if not len(rest):
+            break
+        found[rest] = [bool(cell.strip()) for cell in cells[rest]]
+    return found
+
+
+def _check_widths(path, text, separator, head, values, kept):
+    """InputError naming a row that has values beyond the columns, or one value only."""
+    word = SEPARATORS.get(separator, repr(separator))
+    for cells in values[len(head) :]:
+        for row in kept:
+            if cells[row].strip():
+                count = max(at for at, column in enumerate(values, 1) if column[row])
+                _refuse_width(path, row + 2, count, head, word)
+    if len(head) < 2 or not len(kept):
+        return
+    alone = np.ones(len(kept), dtype=bool)
+    for cells in values[1:]:
+        alone &= cells[kept] == ""
+    if alone.any():  # pandas fills short rows up: only the text tells a short row from empty cells
+        lonely = set(kept[alone].tolist())
+        for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator), -1):
+            if number in lonely and len(row) < 2:
+                _refuse_width(path, number + 2, len(row), head, word)
+
+
+def _refuse_width(path, number, count, head, word):
+    raise InputError(
+        f"{path}, row {number}: {count} values for {len(head)} columns, separated by {word}; {columns(head)}"
+    )
+
+
+def open_table(path):
+    """(column names, rows) of a table: `open_sheet` as lists of text; a blank row is an empty list."""
+    sheet = open_sheet(path)
+    rows = [[] for _ in range(int(sheet.numbers[-1]) - 1)]
+    for number, *row in zip(sheet.numbers, *sheet._columns):
+        rows[number - 2] = row
+    return sheet.head, rows
+
+
+def head_of(path):
+    """The column names of a table, of which only the beginning is read; [] where that is no text."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(1 << 16)
+        if raw.startswith(GZIP):
+            raw = zlib.decompressobj(31).decompress(raw, 1 << 16)
+        encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "latin-1")
+        text, separator = _separator(raw.decode(encoding, errors="ignore"))
+        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+    except (OSError, csv.Error, zlib.error):
+        return []
+    return [name.strip() for name in first]
+
+
+def sheet_beside(path, needed):
+    """The Sheet of the table beside `path` that has the columns `needed`, or None."""
+    for other in sorted(Path(path).parent.iterdir()):
+        is_table = other.name.lower().endswith((".csv", ".csv.gz")) and other.is_file()
+        if is_table and other != Path(path) and set(needed) <= set(head_of(other)):
+            return open_sheet(other)
+    return None
 
 
 def _text(path):
     """The text of a file. InputError if it cannot be read, or holds none."""
-    check_regular(path)
     try:
         raw = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        if raw.startswith(GZIP):
+            with gzip.open(io.BytesIO(raw)) as file:
+                raw = file.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason})") from None
+    if len(raw) > LARGEST:
+        raise InputError(f"{path} holds more than {LARGEST >> 20} MiB: no table of labels is so large")
     if raw.startswith(ZIPPED):
         raise InputError(f"{path} is a workbook of a spreadsheet program, no text: save it as CSV (UTF-8)")
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
@@ -87,7 +235,9 @@ def _text(path):
 
 
 def _separator(text):
-    """(the text without a first line `sep=;`, the separator of its columns)."""
+    """(the text without a first line `sep=;`, the separator of its columns): the one that `sep=;` in a first
+    line names, as spreadsheet programs write it; else the one of SEPARATORS by which the first line has a
+    column of NAME_COLUMNS, or else the most columns."""
     if told := re.match(r'"?sep=(.)"?\s*?(\r\n|\r|\n)', text, re.IGNORECASE):
         return text[told.end() :], told[1]
 
@@ -95,7 +245,10 @@ def _separator(text):
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
         return [name.strip().lower() for name in first]
 
-    heads = {separator: columns_by(separator) for separator in SEPARATORS}
+    try:
+        heads = {separator: columns_by(separator) for separator in SEPARATORS}
+    except csv.Error:  # a line longer than any table's
+        return text, ","
     return text, max(heads, key=lambda s: (not NAME_COLUMNS.isdisjoint(heads[s]), len(heads[s])))
 
 
@@ -130,10 +283,11 @@ class Listed:
     `files`: {name in a table: path relative to `root`}. A name that is none of these is understood where only
     one image can be meant: an absolute path, or one from another folder, by its ending; a name of a file in a
     folder below; upper case for lower; a name without its extension. Nothing outside `root` is ever found.
+    `by_id`: the names are none of files, but ids, so that nothing need be said of it.
     """
 
-    def __init__(self, path, root, files):
-        self.path, self.files = path, files
+    def __init__(self, path, root, files, by_id=False):
+        self.path, self.files, self.by_id = path, files, by_id
         self.roots = [Path(root).as_posix(), Path(root).resolve().as_posix()]
         self.claimed = {}  # {file: the name that means it}
         self.examples, self.guessed = [], 0
@@ -141,6 +295,8 @@ class Listed:
 
     def clean(self, name):
         """A name with forward slashes, relative to `root` if it lies there."""
+        if name in self.files:
+            return name
         name = re.sub(r"/{2,}", "/", name.replace("\\", "/"))
         name = re.sub(r"^(\./)+", "", name)
         if name in self.files:
@@ -200,7 +356,7 @@ class Listed:
 
     def say_guessed(self):
         """A note on the names that were understood by their ending, if there were any."""
-        if self.guessed:
+        if self.guessed and not self.by_id:
             name, file = self.examples
             say(
                 f"note: {self.path}: {self.guessed} names are no paths in the data folder; {name} is read "

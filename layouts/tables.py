@@ -1,163 +1,292 @@
-"""Tables of findings and of patients -> Index: which images there are, what is asked of them, whose they are.
+"""Tables of findings -> Index: which images there are, what is asked of them, whose they are.
 
-Only tables and names are read here; no image is opened.
+A layout (LAYOUTS; a file each) turns its tables into Rows. What all have in common is written here: finding
+the images, rows that are repeated, what blank labels mean, which views are used, and a count of whatever is
+left out. Only tables and names are read; no image is opened.
 """
 
 import itertools
 import os
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.console import InputError, say, say_once
 from common.files import check_regular
-from common.task import is_healthy
 from images.find import Search
-from layouts.listing import Index
-from layouts.nih import NIH_FINDINGS, is_nih, nih_names, read_nih
-from layouts.plain import read_plain
-from layouts.sheets import Listed, column, columns, numbered, open_table, value
+from layouts import chexpert, google_nih, medmnist, mimic, nih, padchest, plain, rsna, vindr
+from layouts.choices import BLANK, OLDER, Choices, select
+from layouts.listing import Index, Reading, joined_cohorts
+from layouts.rows import BLANK as EMPTY
+from layouts.rows import UNCERTAIN, Source, infer_healthy, refuse_contradiction
+from layouts.sheets import Listed, columns, head_of, open_sheet
 
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
+ROOMS = (chexpert, mimic, rsna, vindr, padchest, medmnist, google_nih, nih, plain)
+LAYOUTS = {room.LAYOUT.name: room.LAYOUT for room in ROOMS}
+ENDINGS = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".npz")
 
 
-def read_set(table, data_dir, findings, *, published=False, pooled=False):
-    """(root, Index) of the images under `data_dir` that a table lists; their published side where NIH's lists
-    of files are there, unless the sides are `pooled`. InputError if the `published` split is asked for and
-    there are no such lists."""
-    root = Path(data_dir)
-    index = read_table(table, root, findings)
-    if not pooled:
-        index = published_lists(index, root)
-    if published and not (index.side == "test").any():
-        raise InputError(f"--split published: {root} has no {' and '.join(LISTS.values())}")
-    return root, index
+# ---------------------------------------------------------------- which table, which layout
 
 
-def find_table(path, data_dir):
-    """The path of a table: as it is, or else inside the data folder. InputError if it is in neither."""
+def find_table(path, data_dir, layout=""):
+    """The path of a table: as it is, or else inside the data folder; of a folder, the one table in it that
+    has a known layout. InputError if there is none, or several could be meant."""
     for place in (Path(path), Path(data_dir, path)):
+        if place.is_dir():
+            return _table_in(place, layout)
         if place.exists():
             return place
     raise InputError(f"--labels {path}: there is no such file, neither here nor in {data_dir}")
 
 
-def _patient(path, number, text):
-    """`clean_patient` of a row. InputError for a decimal comma: 12,0 may be 12, or a name."""
-    if re.fullmatch(r"\d+,0+", text):
-        raise InputError(f"{path}, row {number}: the patient is {text!r}: a decimal comma is not read")
-    return clean_patient(text)
+def _table_in(folder, layout):
+    """The main table in a folder; of the layout of that name, if there is one."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(ENDINGS))
+    tables = {}  # {layout: its tables}
+    for file in files:
+        fitting = [one for one in _fitting(file, _head(file)) if layout in ("", one.name)]
+        for one in fitting:
+            tables.setdefault(one.name, []).append(file)
+    if len(tables) > 1:
+        tables.pop("plain", None)  # many tables beside those of labels have a column path
+    if len(tables) > 1:
+        listed = "; ".join(f"{', '.join(p.name for p in files)}: {name}" for name, files in tables.items())
+        raise InputError(
+            f"--labels {folder}: it holds tables of several layouts ({listed}): name the table, or the "
+            "layout with --layout"
+        )
+    if not tables:
+        there = ", ".join(file.name for file in files[:8]) or "no table"
+        raise InputError(f"--labels {folder}: it holds no table of a known layout; it holds {there}")
+    ((name, there),) = tables.items()
+    for part in LAYOUTS[name].main:
+        there = [file for file in there if part in file.name.lower()] or there
+    if len(there) > 1:
+        listed = ", ".join(file.name for file in there[:5])
+        raise InputError(f"--labels {folder}: it holds several tables ({listed}): name the one of the labels")
+    return there[0]
 
 
-def clean_patient(text):
-    """A patient's name; a number that a spreadsheet wrote as a fraction becomes whole again: 12.0 -> 12."""
-    return re.sub(r"^(\d+)\.0+$", r"\1", text.strip())
+def _head(path):
+    """The column names of a table, or the names of the arrays of an .npz."""
+    if str(path).lower().endswith(".npz"):
+        return medmnist.names_in(path)
+    return head_of(path)
 
 
-def table_findings(path, findings=()):
-    """Names of the findings in a table: those asked by `findings`, else all, in the table's order (NIH: "No
-    Finding" first, then alphabetically). InputError for a name that the table does not have."""
-    head, rows = open_table(path)
-    if is_nih(head):
-        known = NIH_FINDINGS
-        seen = {name for names in nih_names(path, head, rows).values() for name in names}
-        if others := sorted(seen - set(NIH_FINDINGS)):
-            known = tuple(sorted(seen, key=lambda n: (not is_healthy(n), n)))
-            some = ", ".join(others[:10]) + (" ..." if len(others) > 10 else "")
-            say_once(f"note: {path}: {len(others)} of its {len(known)} findings are not NIH's: {some}")
+def _fitting(path, head):
+    """The layouts whose columns a table has, without those that another of them beats."""
+    fits = [layout for layout in LAYOUTS.values() if not layout.lacks(head)]
+    beaten = {name for layout in fits for name in layout.beats}
+    return [layout for layout in fits if layout.name not in beaten]
+
+
+def find_layout(path, name=""):
+    """The Layout of a table: the one of this name, else the one whose columns it has. InputError if none or
+    several have, or if the one that is named lacks some; `name` OLDER: NIH's or plain."""
+    if name and name != OLDER and name not in LAYOUTS:
+        raise InputError(f"--layout {name[:40]}: there is no such layout; there are {', '.join(LAYOUTS)}")
+    if not str(path).lower().endswith(".npz"):
+        head = open_sheet(path).head
     else:
-        about = {column(head, name) for name in ("path", "patient")}
-        known = tuple(name for name in head if name and name not in about)
+        head = medmnist.names_in(path)
+    if name == OLDER:
+        return LAYOUTS["plain"] if LAYOUTS["nih"].lacks(head) else LAYOUTS["nih"]
+    if name:
+        if missing := LAYOUTS[name].lacks(head):
+            raise InputError(f"--layout {name}: {path} lacks {', '.join(missing)}; {columns(head)}")
+        return LAYOUTS[name]
+    fits = _fitting(path, head)
+    if len(fits) > 1:
+        named = " or ".join(layout.name for layout in fits)
+        raise InputError(f"{path} has the columns of several layouts: say which with --layout {named}")
+    if not fits:
+        raise InputError(_unknown(path, head))
+    return fits[0]
+
+
+def _unknown(path, head):
+    """The message on a table of no known layout: what is there, the nearest layout, what it lacks."""
+    text = (
+        f"{path} is no table of findings: it needs the columns {nih.NAME} and {nih.LABELS}, or path; "
+        f"{columns(head)}. Columns are separated by commas, semicolons or tabs"
+    )
+    share = {name: 1 - len(layout.lacks(head)) / len(layout.needs) for name, layout in LAYOUTS.items()}
+    nearest = max(share, key=share.get)
+    if share[nearest] > 0:
+        text += f". The nearest layout is {nearest}: it lacks {', '.join(LAYOUTS[nearest].lacks(head))}"
+    return text
+
+
+def table_findings(path, findings=(), layout=""):
+    """Names of the findings in a table: those asked by `findings`, else all, in the layout's order.
+    InputError for a name that the table does not have."""
+    found = find_layout(path, layout)
+    if not findings and found.usual:
+        return found.usual(path)
+    known = found.findings(path)
     if absent := [name for name in findings if name not in known]:
         raise InputError(f"--findings: {path} has no {', '.join(absent)}; it has {', '.join(known)}")
-    if not known:
-        raise InputError(f"{path} has no column of a finding: it needs path, patient, then one a finding")
     return tuple(findings) or known
 
 
-def read_table(path, root, findings):
-    """The Index of the images of a table that lie under `root`; says what is left out.
+# ---------------------------------------------------------------- a data set
 
-    NIH layout: "Image Index", "Finding Labels" joined by |, "Patient ID", images in root/images*/. Plain
-    layout: path (relative to `root`), patient (may be absent or empty), and a column a finding with 1, 0, or
-    -1 or nothing for unknown. Names of images are understood as sheets.Listed does. InputError if the table
-    contradicts itself or no row has an image.
-    """
-    head, rows = open_table(path)
-    nih = is_nih(head)
-    name_column, patient_column = column(head, "path"), column(head, "patient")
-    if nih:
-        name_column, patient_column = column(head, "Image Index"), column(head, "Patient ID")
-    if name_column is None:
-        raise InputError(
-            f"{path} is no table of findings: it needs the columns Image Index and Finding Labels, or path; "
-            f"{columns(head)}. Columns are separated by commas, semicolons or tabs"
-        )
-    here = find_table_images(root, nih, used=(path, *(Path(root, name) for name in LISTS.values())))
-    read = read_nih(path, head, rows, findings) if nih else read_plain(path, head, findings)
-    name_at, patient_at = (head.index(c) if c in head else None for c in (name_column, patient_column))
-    listed = Listed(path, root, here)
-    seen, repeated, absent, used = {}, 0, 0, set()
-    files, targets, patients, known = [], [], [], []
-    for number, row in numbered(rows):
-        name = listed.clean(value(row, name_at))
-        labels = read(row, number)
-        patient = "" if patient_at is None else _patient(path, number, value(row, patient_at))
-        if name in seen:
-            first, *before = seen[name]
-            if before != [labels, patient]:
-                raise InputError(
-                    f"{path}: {name} stands in row {first} and in row {number} with different findings or "
-                    "patients: keep one of them"
-                )
-            repeated += 1
-            continue
-        seen[name] = number, labels, patient
-        file = listed.find(name, number)
-        if file is None:
-            absent += 1
-            continue
-        files.append(file)
-        used.add(file)
-        targets.append(labels)
-        patients.append(patient or file)
-        known.append(bool(patient))
+
+def read_set(table, data_dir, findings, choices=None, *, published=False, pooled=False):
+    """(root, Reading) of the images under `data_dir` that a table lists, before any is left out for its view
+    or labels; their published side where the layout, or NIH's lists of files, tell it, unless the sides are
+    `pooled`. A published validation part is part of training unless the `published` split is asked for.
+    InputError if that is asked for and nothing is published."""
+    root = Path(data_dir)
+    reading = read(table, root, findings, choices, published=published)
+    index = reading.index
+    if not pooled:
+        index = published_lists(index, root)
+    if not published:
+        index = index._replace(side=np.where(index.side == "val", "train", index.side))
+    elif not np.isin(index.side, ("val", "test")).any():
+        lists = " and ".join(LISTS.values())
+        raise InputError(f"--split published: {root} has no {lists}, and the table publishes no parts either")
+    return root, replace(reading, index=index)
+
+
+def read_table(path, root, findings, choices=None):
+    """The Index of the images of a table that lie under `root` and are used; says what is left out.
+
+    Names of images are understood as sheets.Listed does. InputError if the table contradicts itself or no
+    row has an image."""
+    choices = choices or Choices()
+    return select(read(path, root, findings, choices), choices)[0]
+
+
+def read(path, root, findings, choices=None, *, published=False):
+    """The Reading of all images of a table that lie under `root`."""
+    choices = choices or Choices()
+    layout = find_layout(path, choices.layout)
+    source = Source(Path(path), Path(root), tuple(findings), choices.readers, published)
+    parts = layout.rows(source)
+    files = _images(layout, source, [part.path for part in parts])
+    listed = Listed(path, root, files, layout.by_id)
+    indices, counts = [], np.zeros(2, dtype=int)
+    for rows in parts:
+        index, numbers = _index_of(rows, listed, layout, choices, findings)
+        indices.append(index)
+        counts += numbers
     listed.say_guessed()
-    _say_left_out(path, root, repeated, f"{absent} of {len(seen)}" if absent else "", len(here) - len(used))
-    if not files:
-        where = f"{root}/images*/" if nih else str(root)
-        there = min(here.values(), default="no image")
+    index = _joined(indices)
+    total, found = counts.tolist()
+    if found < total:
+        say(f"note: {path}: {total - found} of {total} images listed are not under {root}; passed over")
+    if len(files) > found:
+        say(f"note: {len(files) - found} images under {root} are not listed in {path}; passed over")
+    if not found:
+        where = f"{root}/images*/" if layout.bare else str(root)
+        there = min(files.values(), default="no image")
+        example = next((listed.clean(rows.names[0]) for rows in parts if rows.names), "no image")
         raise InputError(
-            f"none of the {len(seen)} images listed in {path} is in {where}: check --data-dir. It lists "
-            f"{next(iter(seen))}; there is {there}; {columns(head)}"
+            f"none of the {total} images listed in {path} is in {where}: check --data-dir. It lists {example}"
+            f"; there is {there}; {_columns_there(path)}"
         )
-    targets = np.array(targets, dtype=np.int8).reshape(len(files), len(findings))
-    return Index(files, targets, patients, np.array(known), np.full(len(files), "", dtype="U5"))
+    return Reading(index, [["listed", total], ["found", found]], layout.keeps_unlabelled)
 
 
-def _say_left_out(path, root, repeated, absent, unlisted):
-    """Notes on the rows and images that a table's Index leaves out: numbers; `absent`: "3 of 10", or ""."""
+def _columns_there(path):
+    """What columns a table has, as text."""
+    return columns(_head(path)) if str(path).lower().endswith(".npz") else columns(open_sheet(path).head)
+
+
+def _images(layout, source, tables):
+    """{name in a table: path relative to the root} of the images that are there."""
+    if layout.images:
+        return layout.images(source)
+    used = (source.path, *tables, *(source.root / name for name in LISTS.values()))
+    return find_table_images(source.root, layout.bare, used=used)
+
+
+def _index_of(rows, listed, layout, choices, findings):
+    """(the Index of the images of Rows that are there, [images listed, images found])."""
+    for reason, count in rows.left_out.items():
+        say_once(f"note: {rows.path}: {count} {reason}; left out")
+    if layout.infers:
+        refuse_contradiction(rows)
+        infer_healthy(rows)
+    names, kept = _once(rows, [listed.clean(name) for name in rows.names])
+    files, positions = [], []
+    for name, i in zip(names, kept):
+        file = listed.find(name, rows.numbers[i])
+        if file is not None:
+            files.append(file)
+            positions.append(i)
+    rows = rows.take(np.array(positions, dtype=np.int64))
+    asked = [rows.findings.index(name) for name in findings]
+    labels = rows.labels[:, asked]
+    uncertain, blank = labels == UNCERTAIN, labels == EMPTY
+    targets = np.where(blank, BLANK[choices.blank or layout.blank], labels).astype(np.int8)
+    known = np.array([bool(patient) for patient in rows.patients], dtype=bool)
+    patients = [patient or file for patient, file in zip(rows.patients, files)]
+    side = np.full(len(files), "", dtype="U5") if rows.side is None else rows.side.astype("U5")
+    targets = targets.reshape(len(files), len(findings))
+    index = Index(files, targets, patients, known, side, None, uncertain, rows.cohort or None, blank)
+    return index, [len(kept), len(files)]
+
+
+def _once(rows, names):
+    """(the different `names`, the position of the first row of each). A note counts rows that repeat an
+    earlier one; InputError if a second one says something else."""
+    first, repeated = {}, 0
+    for i, name in enumerate(names):
+        j = first.setdefault(name, i)
+        if i == j:
+            continue
+        if rows.patients[i] != rows.patients[j] or (rows.labels[i] != rows.labels[j]).any():
+            raise InputError(
+                f"{rows.path}: {name} stands in row {rows.numbers[j]} and in row {rows.numbers[i]} with "
+                "different findings or patients: keep one of them"
+            )
+        repeated += 1
     if repeated:
-        say(f"note: {path}: {repeated} rows repeat an earlier row; counted once")
-    if absent:
-        say(f"note: {path}: {absent} images listed are not under {root}; passed over")
-    if unlisted:
-        say(f"note: {unlisted} images under {root} are not listed in {path}; passed over")
+        say(f"note: {rows.path}: {repeated} rows repeat an earlier row; counted once")
+    return list(first), list(first.values())
 
 
-def find_table_images(root, nih, used=()):
-    """{name in a table: path relative to `root`} of the images under `root`: of the NIH layout the bare names
-    in images*/ and images*/images/, else the relative paths. `used`: files there that are read as tables.
+def _joined(indices):
+    """The Indices of several tables as one. InputError if two list the same image."""
+    if len(indices) == 1:
+        return indices[0]
+    files = list(itertools.chain.from_iterable(index.files for index in indices))
+    if len(set(files)) < len(files):
+        twice = next(file for file in indices[0].files if files.count(file) > 1)
+        raise InputError(f"{twice} is in two of the tables: it can be on one side only")
+    arrays = {}
+    for name in ("targets", "known", "side", "uncertain", "blank"):
+        arrays[name] = np.concatenate([getattr(index, name) for index in indices])
+    patients = list(itertools.chain.from_iterable(index.patients for index in indices))
+    lengths = [len(index.files) for index in indices]
+    cohort = joined_cohorts([index.cohort for index in indices], lengths)
+    return Index(files=files, patients=patients, cohort=cohort, **arrays)
+
+
+# ---------------------------------------------------------------- images and lists
+
+
+def find_table_images(root, bare, used=()):
+    """{name in a table: path relative to `root`} of the images under `root`: with `bare` the names alone, in
+    images*/ and images*/images/, else the relative paths. `used`: files there that are read as tables.
     InputError if a bare name occurs twice."""
     found, root = {}, Path(root)
     if not root.is_dir():
         raise InputError(f"no data: the folder {root} does not exist")
-    tops = sorted(p for p in root.glob("images*") if p.is_dir()) if nih else [root]
-    search = Search(used)
+    tops = sorted(p for p in root.glob("images*") if p.is_dir()) if bare else [root]
+    search, start = Search(used), len(os.path.join(os.fspath(root), ""))
     for path in itertools.chain.from_iterable(map(search.walk, tops)):
-        file = Path(path).relative_to(root).as_posix()
-        key = os.path.basename(file) if nih else file
+        file = os.fspath(path)[start:].replace(os.sep, "/")
+        if os.fspath(root) == ".":
+            file = Path(path).relative_to(root).as_posix()
+        key = os.path.basename(file) if bare else file
         if key in found:
             raise InputError(f"{key} is in {root} twice: {found[key]} and {file}; keep one of them")
         found[key] = file
@@ -192,38 +321,3 @@ def published_lists(index, root):
     if unlisted := int((sides == "").sum()):
         say(f"note: {unlisted} images are in neither {LISTS['train']} nor {LISTS['test']}; passed over")
     return index._replace(side=sides).take(np.flatnonzero(sides != ""))
-
-
-def read_patients(path, index, root=""):
-    """The Index with the patients of a table `path,patient`; files it does not list keep none.
-
-    Paths are relative to the data folder `root`, or understood as sheets.Listed does. InputError if a path
-    has two patients, or no path is known."""
-    head, rows = open_table(path)
-    found = [column(head, name) for name in ("path", "patient")]
-    if None in found:
-        raise InputError(f"--patients {path} needs the columns path and patient, {columns(head)}")
-    name_at, patient_at = map(head.index, found)
-    listed = Listed(path, root, {file: file for file in index.files})
-    owner, said, absent = {}, {}, 0
-    for number, row in numbered(rows):
-        name = listed.clean(value(row, name_at))
-        patient = _patient(path, number, value(row, patient_at))
-        if patient and said.setdefault(name, patient) != patient:
-            raise InputError(f"--patients {path}, row {number}: {name} has two patients")
-        file = listed.find(name, number)
-        if file is None:
-            absent += 1
-        elif patient:
-            owner[file] = patient
-    listed.say_guessed()
-    known = np.array([f in owner for f in index.files], dtype=bool)
-    if not known.any():
-        first = listed.clean(value(next(filter(None, rows)), name_at))
-        raise InputError(
-            f"--patients {path} lists none of the images; paths are relative to the data folder, such as "
-            f"{index.files[0]}; it lists {first}; {columns(head)}"
-        )
-    if absent:
-        say_once(f"note: --patients {path}: {absent} rows name no image that is used here; passed over")
-    return index._replace(patients=[owner.get(f, f) for f in index.files], known=known)

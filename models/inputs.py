@@ -47,14 +47,15 @@ class Inputs:
         """The inputs of a run's results.json: bf16 if it was trained so and this device does it fast.
 
         `tta`: None, or {"flip": bool} for test-time augmentation."""
+        views = tuple(tta_views(**tta)) if tta else ()
         return cls(
-            tuple(results["mean"]),
-            tuple(results["std"]),
-            device,
-            bool(results["recipe"]["amp"]) and fast_bf16(device),
-            tuple(tta_views(**tta)) if tta else (),
-            results["data"].get("input", "full"),
-            results["data"].get("reads_lungs", False),
+            mean=tuple(results["mean"]),
+            std=tuple(results["std"]),
+            device=device,
+            amp=bool(results["recipe"]["amp"]) and fast_bf16(device),
+            views=views,
+            input_mode=results["data"].get("input", "full"),
+            reads_lungs=results["data"].get("reads_lungs", False),
         )
 
     @classmethod
@@ -63,7 +64,8 @@ class Inputs:
         where this device can do that. What differs, or is not certain, is said in a line."""
         inputs = cls.of_run(run.results, device, calibration.get("tta"))
         precision, certain = scaling.precision_of(calibration, run.results)
-        again = f"calibrate.py{' --tta' if calibration.get('tta') else ''} --run {run}"
+        flags = " --tta" if calibration.get("tta") else ""
+        again = f"calibrate.py{flags} --run {run}"
         amp = precision == "bf16" and can_bf16(device)
         if not certain:
             say(
@@ -135,10 +137,10 @@ class Inputs:
         """`logits` in the precision of whoever calls: an exported graph has no autocast."""
         views = self.views or [lambda x: x]
         if getattr(model, "shows", False):  # the view is of what each member is shown
-            parts = [model(self.scale(grey), view).float() for view in views]
+            logits = [model(self.scale(grey), view).float() for view in views]
         else:
-            parts = [model(self.scale(view(grey))).float() for view in views]
-        return torch.stack(parts).mean(0)
+            logits = [model(self.scale(view(grey))).float() for view in views]
+        return torch.stack(logits).mean(0)
 
     def logits_and_features(self, model, grey):
         """Grey on the device -> `logits` and, beside them, what the heads read of the first view: float32
@@ -179,7 +181,11 @@ def chosen_scaling(args, mean, std):
         values = getattr(args, name)
         if values not in (None, [AUTO]) and (len(values) != 3 or AUTO in values):
             raise InputError(f"--{name} {' '.join(map(str, values))[:60]}: give 3 numbers, or {AUTO}")
-        chosen.append(usual if values is None else AUTO if values == [AUTO] else values)
+        if values is None:
+            values = usual
+        elif values == [AUTO]:
+            values = AUTO
+        chosen.append(values)
     return tuple(chosen)
 
 

@@ -163,8 +163,8 @@ def export(scorer, path):
         ) from None
     on_cpu(scorer)
     scale, net = scaling.basis(scorer.calibration, scorer.run), scorer.finder and scorer.finder.net
-    parts = scorer.model, scorer.inputs, scorer.task, scale["temperature"], net, scale["platt"]
-    model, pixels = Exported(*parts).eval(), probes(scorer.config.img_size)
+    model = Exported(scorer.model, scorer.inputs, scorer.task, scale["temperature"], net, scale["platt"])
+    model, pixels = model.eval(), probes(scorer.config.img_size)
     # The file is written, read back and tried before it gets its name.
     with atomic_path(path) as tmp:
         torch.onnx.export(

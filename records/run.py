@@ -118,14 +118,14 @@ class Run:
         teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as
         it was."""
         parts = [self.results[k] for k in ("init", "teacher") if k in self.results]
-        found = []
+        forebears = []
         for part in parts + self.results.get("members", []):
             if mismatches(part, {"run": str, "checkpoint": str}):
                 raise InputError(f"{self.folder / 'results.json'} is damaged: wrong init, teacher or members")
             run = Run(part["run"])
             there = run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == part["checkpoint"]
-            found += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
-        return found
+            forebears += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
+        return forebears
 
     @cached_property
     def config(self):
@@ -269,12 +269,12 @@ class Run:
             raise InputError(f"{path} does not exist: run calibrate.py again")
         arrays = load_arrays(path)
         for s in ("val", "test"):
-            found = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
-            if any(a is None or a.ndim < 1 or len(a) != len(found[0]) for a in found):
+            of_side = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
+            if any(a is None or a.ndim < 1 or len(a) != len(of_side[0]) for a in of_side):
                 raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
-            kinds, shapes = [a.dtype.kind for a in found], [a.ndim for a in found]
+            kinds, shapes = [a.dtype.kind for a in of_side], [a.ndim for a in of_side]
             typed = kinds == ["U", "U", "i", "f"] and shapes in ([1, 1, 1, 2], [1, 1, 2, 2])
-            if not (typed and np.isfinite(found[-1]).all()):  # the last are the logits
+            if not (typed and np.isfinite(of_side[-1]).all()):  # the last are the logits
                 raise InputError(f"{path} is damaged: {s} arrays have a wrong type: run calibrate.py again")
         return arrays
 
@@ -305,14 +305,14 @@ class Run:
                 f"{self} has no thresholds for the site {site!r} (there is {known}): make them with "
                 f"calibrate.py --site DIR --name {site!r}{views}"
             )
-        found = read_json(path)
-        check_format(found, path)
-        if wrong := wrong_site(found, self.task.findings):
+        thresholds = read_json(path)
+        check_format(thresholds, path)
+        if wrong := wrong_site(thresholds, self.task.findings):
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py --site again")
-        if found["checkpoint"] != self.checkpoint_sha256:
+        if thresholds["checkpoint"] != self.checkpoint_sha256:
             raise InputError(f"{path} was made for another checkpoint: run calibrate.py --site again")
-        scaling.check_site(found, path, self.calibration(name), self)
-        return found
+        scaling.check_site(thresholds, path, self.calibration(name), self)
+        return thresholds
 
     def save_batch(self, name, verdict):
         """Write batches/NAME.json."""
@@ -320,20 +320,20 @@ class Run:
 
     def batches(self):
         """{name: verdict} of batches/. InputError if one is damaged."""
-        found = {}
+        verdicts = {}
         for path in sorted(self.folder.glob("batches/*.json")):
-            found[path.stem] = read_json(path)
-            if wrong := mismatches(found[path.stem], BATCH):
+            verdicts[path.stem] = read_json(path)
+            if wrong := mismatches(verdicts[path.stem], BATCH):
                 raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)[:200]}")
-        return found
+        return verdicts
 
     def tracked(self):
         """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
         path = self.folder / "track.json"
-        found = read_json(path) if path.exists() else {}
-        if mismatches(found, dict.fromkeys(found, str)):
+        references = read_json(path) if path.exists() else {}
+        if mismatches(references, dict.fromkeys(references, str)):
             raise InputError(f"{path} is damaged: delete it")
-        return found
+        return references
 
     def save_tracked(self, references):
         """Write track.json."""
@@ -348,8 +348,8 @@ class Run:
         stands for its split until that is explained again."""
         paths = [self.explained_folder(split) / "explain.json" for split in ("", "val", "test")]
         old, *new = [read_json(path) if path.exists() else None for path in paths]
-        found = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
-        return found | {split: report for split, report in zip(("val", "test"), new) if report is not None}
+        reports = {} if old is None else {"test" if old.get("split") == "test" else "val": old}
+        return reports | {split: report for split, report in zip(("val", "test"), new) if report is not None}
 
 
 def _dash(name):

@@ -88,19 +88,26 @@ def mismatches(value, spec, name=""):
     if isinstance(spec, dict):
         if not isinstance(value, dict):
             return [name or "everything"]
-        prefix = f"{name}." if name else ""
-        return [
-            m
-            for k, s in spec.items()
-            for m in (mismatches(value[k], s, prefix + k) if k in value else [prefix + k])
-        ]
+        wrong = []
+        for key, what in spec.items():
+            dotted = f"{name}.{key}" if name else key
+            if key in value:
+                wrong += mismatches(value[key], what, dotted)
+            else:
+                wrong.append(dotted)
+        return wrong
+    return [] if _is_of(value, spec) else [name]
+
+
+def _is_of(value, spec):
+    """Whether `value` is what a `spec` that is no dict asks for."""
     if isinstance(spec, list):
-        if not isinstance(value, list):
-            return [name]
-        return [name] if any(mismatches(v, spec[0], name) for v in value) else []
+        return isinstance(value, list) and not any(mismatches(item, spec[0]) for item in value)
     if isinstance(spec, Number):
-        return [] if spec.contains(value) else [name]
-    return [] if isinstance(value, spec) and not (spec is str and "\0" in value) else [name]
+        return spec.contains(value)
+    if spec is str and "\0" in str(value):  # it may be a path, and no path holds a NUL byte
+        return False
+    return isinstance(value, spec)
 
 
 # What batches/NAME.json of a run holds.
@@ -129,7 +136,7 @@ def wrong_site(value, findings):
     if not wrong:
         wrong = [name for name in findings if name not in value["findings"]]
     if not wrong:
-        wrong = [name for name, found in value["findings"].items() if _wrong_site_finding(found)]
+        wrong = [name for name, thresholds in value["findings"].items() if _wrong_site_finding(thresholds)]
     if "scores" in value:
         wrong += mismatches(value["scores"], BASIS, "scores")
     return wrong
@@ -140,9 +147,12 @@ def _wrong_site_finding(value):
     if mismatches(value, {"why_not": str}) == []:
         return []
     wrong = mismatches(value, {"threshold": SHARE})
-    for name in ("mean", "guaranteed"):
-        found = value.get(name, "absent") if isinstance(value, dict) else "absent"
-        wrong += [] if found is None or SHARE.contains(found) else [name]
+    if not isinstance(value, dict):
+        return wrong
+    for point in ("mean", "guaranteed"):  # None: too few patients for it
+        threshold = value.get(point, "absent")
+        if threshold is not None and not SHARE.contains(threshold):
+            wrong.append(point)
     return wrong
 
 
@@ -151,18 +161,25 @@ def wrong_results(results):
     wrong = mismatches(results, RESULTS)
     if wrong:
         return wrong
+    # One value a channel, grey or colour.
+    wrong += [key for key in ("mean", "std") if len(results[key]) not in (1, 3)]
+    if len(results["mean"]) != len(results["std"]):
+        wrong.append("std")
+    # An ensemble is not trained: it has no epochs. What others watched in each epoch is a share.
     kind, epochs = results["model_config"]["kind"], results["history"]
-    wrong += [k for k in ("mean", "std") if len(results[k]) not in (1, 3)]
-    wrong += ["std"] if len(results["mean"]) != len(results["std"]) else []
-    needs_epochs = results["finished"] and kind != "ensemble"
-    wrong += ["best_epoch"] if results["best_epoch"] > len(epochs) or needs_epochs and not epochs else []
+    if results["best_epoch"] > len(epochs):
+        wrong.append("best_epoch")
+    elif results["finished"] and kind != "ensemble" and not epochs:
+        wrong.append("best_epoch")
     watched = "val_dice" if kind == "lungs" else "val_auroc"
     if kind not in ("mae", "ensemble") and any(not SHARE.contains(h.get(watched)) for h in epochs):
-        wrong += ["history"]
-    wrong += [f"split.counts.{s}" for s, n in results["split"]["counts"].items() if not _counts(n)]
-    for name in ("original_size", "input_range"):
-        found = results["split" if name == "original_size" else "data"].get(name, {})
-        wrong += [] if isinstance(found, dict) and all(_range(v) for v in found.values()) else [name]
+        wrong.append("history")
+    counts = results["split"]["counts"]
+    wrong += [f"split.counts.{side}" for side in counts if not _counts(counts[side])]
+    for part, name in (("split", "original_size"), ("data", "input_range")):
+        ranges = results[part].get(name, {})
+        if not isinstance(ranges, dict) or not all(map(_range, ranges.values())):
+            wrong.append(name)
     return wrong
 
 
@@ -194,12 +211,16 @@ def wrong_finding(value, sides=("val", "test")):
     spec |= {side: FINDING[side] for side in sides}
     spec["probability"] = {side: FINDING["probability"][side] for side in sides}
     wrong = mismatches(value, spec)
-    for s in () if wrong else sides:
-        wrong += [f"{s}.{p}" for p, row in value[s].items() if mismatches(row, POINT)]
-    guarantee = value.get("guarantee")
+    if wrong:
+        return wrong
+    for side in sides:
+        wrong += [f"{side}.{point}" for point, row in value[side].items() if mismatches(row, POINT)]
+    # Without a threshold @Guar there is a reason, and no figures of it.
+    guarantee = value["guarantee"]
     if not wrong and not SHARE.contains(guarantee.get("threshold")):
-        promised = any("at_guaranteed" in value[s] for s in sides)
-        wrong += ["guarantee"] if promised or not isinstance(guarantee.get("why_not"), str) else []
+        promised = any("at_guaranteed" in value[side] for side in sides)
+        if promised or not isinstance(guarantee.get("why_not"), str):
+            wrong.append("guarantee")
     return wrong
 
 
@@ -212,33 +233,36 @@ def wrong_findings(value, task):
         return wrong
     if tuple(value["findings"]) != task.findings:
         return ["the names of the findings"]
-    for name, found in value["findings"].items():
-        wrong += [f"{name}.{w}" for w in _wrong_in_finding(found, alone=len(task.findings) == 1)]
+    for name, of_finding in value["findings"].items():
+        wrong += [f"{name}.{key}" for key in _wrong_in_finding(of_finding, task.alone)]
     wrong += mismatches(value, {"summary": {"val": figures, "test": figures}})
-    for side, summary in {} if wrong else value["summary"].items():
-        spans = [k for k in ("auroc", "auprc") if summary["findings"] or k in summary]
+    if wrong:
+        return wrong
+    for side, summary in value["summary"].items():
+        # Means need findings to average: where a side has none with figures, they are absent.
+        spans = [key for key in ("auroc", "auprc") if summary["findings"] or key in summary]
         wrong += mismatches(summary, dict.fromkeys(spans, SPAN), f"summary.{side}")
-        wrong += [f"summary.{side}.findings"] if not set(summary["findings"]) <= set(task.findings) else []
+        if not set(summary["findings"]) <= set(task.findings):
+            wrong.append(f"summary.{side}.findings")
     return wrong
 
 
-def _wrong_in_finding(found, alone):
+def _wrong_in_finding(of_finding, alone):
     """Names of what is wrong in what is said of a finding. One of several may have a reason instead of a
     threshold, or of figures on test; an `alone` one has both."""
-    if not isinstance(found, dict):
+    if not isinstance(of_finding, dict):
         return ["everything"]
-    reasons = [] if alone else [k for k in ("why_not", "test_why_not") if isinstance(found.get(k), str)]
     sides, wrong = ("val", "test"), []
-    if "test_why_not" in reasons:
+    if not alone and isinstance(of_finding.get("test_why_not"), str):
         sides = ("val",)
-    if "why_not" in reasons:
+    if not alone and isinstance(of_finding.get("why_not"), str):
         sides = ()
     else:
-        wrong += wrong_finding(found, sides)
-    if not isinstance(found.get("curves"), dict):
+        wrong += wrong_finding(of_finding, sides)
+    if not isinstance(of_finding.get("curves"), dict):
         return [*wrong, "curves"]
-    curves = dict.fromkeys([*sides, *found["curves"]], {"auroc": SPAN, "auprc": SPAN})
-    return wrong + mismatches(found["curves"], curves, "curves")
+    curves = dict.fromkeys([*sides, *of_finding["curves"]], {"auroc": SPAN, "auprc": SPAN})
+    return wrong + mismatches(of_finding["curves"], curves, "curves")
 
 
 def _counts(value):
@@ -264,9 +288,9 @@ def in_present_form(calibration, task):
     present = {"jointly": None, **calibration, "format": CALIBRATION_FORMAT}
     if calibration["format"] == CALIBRATION_FORMAT or "findings" in calibration:
         return present
-    found = {name: present.pop(name) for name in OF_ONE if name in present}
-    if not wrong_finding(found):
-        found["curves"] = {side: curves_of(found[side]["at_0.5"]) for side in ("val", "test")}
+    of_finding = {name: present.pop(name) for name in OF_ONE if name in present}
+    if not wrong_finding(of_finding):
+        of_finding["curves"] = {side: curves_of(of_finding[side]["at_0.5"]) for side in ("val", "test")}
         averaged = {"findings": [task.findings[0]]}
-        present["summary"] = {side: averaged | curves for side, curves in found["curves"].items()}
-    return present | {"findings": {task.findings[0]: found}}
+        present["summary"] = {side: averaged | curves for side, curves in of_finding["curves"].items()}
+    return present | {"findings": {task.findings[0]: of_finding}}

@@ -12,6 +12,7 @@ same one.
 import contextlib
 import logging
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -94,7 +95,7 @@ class MLflow:
     @staticmethod
     def _name(name):
         """A name of the few characters that MLflow allows."""
-        return "".join(c if c.isalnum() or c in "_-. /" else "-" for c in name)[:250]
+        return re.sub(r"[^\w. /-]", "-", name)[:250]
 
     def parameters(self, values):
         named = {self._name(k): str(v) for k, v in values.items()}

@@ -28,7 +28,8 @@ def span(figure):
 def size_and_time(entry):
     """Millions of parameters and minutes of training, as text."""
     params = entry.results["params"] / 1e6
-    return [f"{params:.{4 if params < 0.1 else 2}f}", f"{entry.minutes:.1f}"]
+    digits = 4 if params < 0.1 else 2  # of a logistic regression 0.00 would be left
+    return [f"{params:.{digits}f}", f"{entry.minutes:.1f}"]
 
 
 def floors(entries):
@@ -38,20 +39,22 @@ def floors(entries):
 
 def drawn(entries):
     """What the bootstrap draws, as text."""
-    return (
-        "whole patients" if entries[0].columns["test"].patients_known else "single images (patients unknown)"
-    )
+    if entries[0].columns["test"].patients_known:
+        return "whole patients"
+    return "single images (patients unknown)"
 
 
 def alone(entries):
     """Whether the task of these entries has one finding."""
-    return len(entries[0].findings) == 1
+    return entries[0].task.alone
 
 
 def points(entries):
     """The operating points that tables have rows of. Where there are several findings, decisions at 0.5 would
     fill pages; calibration.json has them."""
-    return POINTS if alone(entries) else {k: mark for k, mark in POINTS.items() if k != "at_0.5"}
+    if alone(entries):
+        return POINTS
+    return {point: mark for point, mark in POINTS.items() if point != "at_0.5"}
 
 
 def questions(entries):

@@ -223,6 +223,6 @@ def groups_on(entry, finding, side, asked):
     missing = [name for name in asked.columns if name not in entry.cohort[side]]
     notes += [f"no column {name} here" for name in missing]
     one = entry.column(finding, side)
-    thresholds = thresholds_of(entry.found[finding])
+    thresholds = thresholds_of(entry.calibrated[finding])
     found = figures_of_groups(one.truth, one.scores, one.patients, groups, thresholds, entry.min_recall)
     return found, notes

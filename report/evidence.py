@@ -1,6 +1,8 @@
 """Blocks of the report on what lies beside the figures of test: other images that a run was tried on, and
 tests of its maps. No torch, no drawing."""
 
+import itertools
+
 from common.console import say
 from common.proportions import in_short
 from report.cells import unique
@@ -10,22 +12,18 @@ from report.rows import METHODS
 
 def batch_blocks(entries):
     """Whether the images that predict.py --keep was given are like those of validation."""
-    rows = []
-    for e in {e.run.folder: e for e in entries}.values():
-        for name, found in e.run.batches().items():
-            if found["checkpoint"] != e.calibration["checkpoint"]:
-                say(f"note: batch {name} of {e.run} was scored by another checkpoint, so left out")
+    rows, by_folder = [], {entry.run.folder: entry for entry in entries}
+    for entry in by_folder.values():  # a run with and without TTA has one set of batches
+        for name, verdict in entry.run.batches().items():
+            if verdict["checkpoint"] != entry.calibration["checkpoint"]:
+                say(f"note: batch {name} of {entry.run} was scored by another checkpoint, so left out")
                 continue
-            odd, called = (
-                f"{100 * found[k]:.1f}%" if found[k] is not None else "-" for k in ("odd", "called")
-            )
-            usual = f"{100 * found['called_in_validation']:.1f}%"
-            joint = in_short(found["p_joint"])
-            counts = [str(found[k]) for k in ("images", "patients")]
-            says = found["says"]
-            if "version" not in found:
+            counts = [str(verdict[key]) for key in ("images", "patients")]
+            shares = [per_cent(verdict[key]) for key in ("odd", "called", "called_in_validation")]
+            says = verdict["says"]
+            if "version" not in verdict:
                 says += " (by an older test, which took another share of sick people for a shift)"
-            rows.append([f"{e.name}: {name}", *counts, odd, called, usual, joint, says])
+            rows.append([f"{entry.name}: {name}", *counts, *shares, in_short(verdict["p_joint"]), says])
     if not rows:
         return []
     text = (
@@ -40,26 +38,35 @@ def batch_blocks(entries):
     return [Heading(3, "Other images: are they like validation?"), Paragraph(text), Table(head, rows)]
 
 
+def per_cent(share):
+    """A share as text, a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def map_cells(tests):
+    """The tests of one kind of map, as cells."""
+    cells = []
+    for name in ("deletion", "insertion"):
+        cells.append("{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**tests[f"{name}_minus_random"]))
+    for place in ("lung", "border"):
+        span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**tests[f"{place}_share"])
+        cells.append(f"{span} of {tests[f'{place}_area']:.2f}")
+    # Weights were redrawn step by step: the head is the first step, all weights the last.
+    return cells + [f"{tests['randomised'][step]['rank_correlation']:.2f}" for step in (0, -1)]
+
+
 def map_blocks(entries):
     """Whether the maps of explain.py can be believed."""
     rows, made_on, sources = [], [], []
-    reports = [(e, report) for e in entries for report in e.explained]
-    for e, report in reports:
-        both = sum(other is e for other, _ in reports) > 1
-        for method, name in METHODS.items():
+    for entry in entries:
+        reports = entry.explained
+        for report, (method, name) in itertools.product(reports, METHODS.items()):
             if method not in report:
                 continue
-            r = report[method]
-            minus = [r[f"{k}_minus_random"] for k in ("deletion", "insertion")]
-            cells = ["{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**span) for span in minus]
-            for k in ("lung", "border"):
-                span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**r[f"{k}_share"])
-                cells.append(f"{span} of {r[f'{k}_area']:.2f}")
-            cells += [f"{r['randomised'][i]['rank_correlation']:.2f}" for i in (0, -1)]
             side = "test" if report.get("split") == "test" else "validation"
-            where = f" on {side}" if both else ""
-            rows.append([f"{e.name}, {name}{where}", *cells])
-            made_on.append(f"{side} images rightly called {report.get('target', e.findings[0])}")
+            where = f" on {side}" if len(reports) > 1 else ""
+            rows.append([f"{entry.name}, {name}{where}", *map_cells(report[method])])
+            made_on.append(f"{side} images rightly called {report.get('target', entry.findings[0])}")
             sources.append(report.get("lungs", "heuristic"))
     if not rows:
         return []

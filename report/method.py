@@ -3,6 +3,7 @@ done. No torch, no drawing."""
 
 import numpy as np
 
+from common.scaling import SIDES
 from images.split import say_shared
 from images.twins import say_copies, told
 from report.cells import floors, unique
@@ -20,16 +21,16 @@ def shared_text(entry):
 
 def sizes(entry):
     """Images and patients of every side, as text."""
-    split = entry.results["split"]
-    counts = {
-        s: ", ".join(f"{n} {c}" for c, n in split["counts"][s].items()) for s in ("train", "val", "test")
-    }
-    parts = [f"{s}: {split[s]} images ({counts[s]})" for s in counts]
-    patients = [
-        f"{len(set(column.patients.tolist())) if column.patients_known else 'unknown'} {side}"
-        for column, side in ((entry.columns["val"], "validation"), (entry.columns["test"], "test"))
-    ]
-    return "; ".join([*parts, f"patients: {', '.join(patients)}"])
+    split, images, patients = entry.results["split"], [], []
+    for side in ("train", "val", "test"):
+        counts = ", ".join(f"{count} {name}" for name, count in split["counts"][side].items())
+        images.append(f"{side}: {split[side]} images ({counts})")
+    for side, word in SIDES.items():
+        column, count = entry.columns[side], "unknown"
+        if column.patients_known:
+            count = len(np.unique(column.patients))
+        patients.append(f"{count} {word}")
+    return "; ".join([*images, f"patients: {', '.join(patients)}"])
 
 
 def partition(entry):
@@ -52,13 +53,13 @@ def optimistic(entry):
     if entry.results["data"].get("undersample"):
         text += ", undersampled to classes of equal size,"
     return (
-        text + " and cut anew: the same machines and habits are on both sides, so the figures are OPTIMISTIC"
+        f"{text} and cut anew: the same machines and habits are on both sides, so the figures are OPTIMISTIC"
     )
 
 
 def split_blocks(entries):
     """Warnings above the tables: of a pooled split, of copies on two sides."""
-    notes = [unique(filter(None, map(about, entries))) for about in (optimistic, copied)]
+    notes = [unique(filter(None, map(warning, entries))) for warning in (optimistic, copied)]
     return [Paragraph(f"{text[0].upper()}{text[1:]}.") for text in notes if text]
 
 
@@ -72,14 +73,17 @@ def copied(entry):
 
 def placed(entries):
     """Where the thresholds lie, as text: empty where an older calibration put one on a score."""
-    found = [f for e in entries for f in e.calibration["findings"].values() if "threshold" in f]
-    return ", in the middle between two scores" if all("gap" in f for f in found) else ""
+    for entry in entries:
+        for of_finding in entry.calibrated.values():
+            if "threshold" in of_finding and "gap" not in of_finding:
+                return ""
+    return ", in the middle between two scores"
 
 
 def prevalence(entry):
     """How common each finding is on validation and test, as text."""
     counted = []
-    for side, word in (("val", "validation"), ("test", "test")):
+    for side, word in SIDES.items():
         truth = entry.columns[side].truth
         shares = (truth == 1).sum(axis=0) / np.maximum((truth >= 0).sum(axis=0), 1)
         counted.append(f"{word} " + ", ".join(f"{share:.1%}" for share in shares))
@@ -99,6 +103,34 @@ def method_blocks(entries):
     return [Heading(3, "How this was evaluated"), Table(["Item", "Answer"], rows, prose=True)]
 
 
+def input_text(entry):
+    """What the model of an Entry is shown, as text."""
+    settings, modes = entry.results["data"], entry.run.input_modes
+    lungs, exposure = settings.get("lungs", "?"), settings.get("normalise", "none")
+    text = f"{settings['img_size']} px grey, {settings['resize']}, exposure {exposure}"
+    if modes != ["full"]:
+        text += f", --input {' and '.join(modes)} by {lungs}"
+    if settings.get("reads_lungs") and len(modes) == 1:  # the masks of several input modes are for cutting
+        text += f", beside them the lungs by {lungs}"
+    return text
+
+
+def helped_by(entries):
+    """Rows on other hospitals and teachers, where training had any."""
+    rows, others, teachers = [], {}, set()
+    for entry in entries:
+        others |= also_trained_on(entry.results)
+        if "teacher" in entry.results:
+            teacher = entry.results["teacher"]
+            teachers.add(f"{teacher['model']} ({teacher['run']})")
+    if others:
+        counts = ", ".join(f"{count} images of {name}" for name, count in others.items())
+        rows.append(["Other hospitals in training", counts])
+    if teachers:
+        rows.append(["Taught by", ", ".join(sorted(teachers))])
+    return rows
+
+
 def method_rows(entries, standard, prevalence, rule):
     """The rows that every task has."""
     first = entries[0]
@@ -108,20 +140,8 @@ def method_rows(entries, standard, prevalence, rule):
         "loss": "least validation loss",
         "accuracy": "best validation accuracy",
     }
-    seen, watched = [], []
-    for e in entries:
-        d = e.results["data"]
-        looks, lungs = e.run.input_modes, d.get("lungs", "?")
-        shown = "" if looks == ["full"] else f", --input {' and '.join(looks)} by {lungs}"
-        exposure = d.get("normalise", "none")
-        reads = d.get("reads_lungs") and len(looks) == 1  # the masks of several looks are for cutting
-        beside = f", beside them the lungs by {lungs}" if reads else ""
-        seen.append(f"{d['img_size']} px grey, {d['resize']}, exposure {exposure}{shown}{beside}")
-        watched.append(figures.get(e.results["recipe"].get("watch", "auroc"), "?"))
-    also = {n: k for e in entries for n, k in also_trained_on(e.results).items()}
-    others = ", ".join(f"{k} images of {n}" for n, k in also.items())
-    taught = [e.results["teacher"] for e in entries if "teacher" in e.results]
-    teachers = sorted({f"{t['model']} ({t['run']})" for t in taught})
+    inputs = sorted(map(input_text, entries))
+    watched = [figures.get(e.results["recipe"].get("watch", "auroc"), "?") for e in entries]
     rows = [
         ["Data", first.set + drawn],
         ["Reference standard", f"{standard}, as published"],
@@ -129,9 +149,8 @@ def method_rows(entries, standard, prevalence, rule):
         ["Prevalence", prevalence],
         ["Partition", unique(map(partition, entries))],
         ["Copies", unique(say_copies(e.results["split"], e.calibration.get("alike")) for e in entries)],
-        *([["Other hospitals in training", others]] if others else []),
-        *([["Taught by", ", ".join(teachers)]] if teachers else []),
-        ["Input", f"{unique(sorted(seen))}; pixels only"],
+        *helped_by(entries),
+        ["Input", f"{unique(inputs)}; pixels only"],
         [
             "Model selection",
             f"the epoch with the {unique(watched, ' or ')}; training never opens the test images",

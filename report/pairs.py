@@ -20,8 +20,8 @@ def leader(figure, names, values, spans, tied):
     positions whose difference has an interval with 0 inside."""
     best = max(range(len(names)), key=lambda i: values[i])
     level = [names[i] for i in range(len(names)) if (min(i, best), max(i, best)) in tied]
-    text = f"Highest {figure} on test: {names[best]}, {spans[best]}; "
-    text += f"not told apart from it: {'; '.join(level)}." if level else "it is told apart from every other."
+    apart = f"not told apart from it: {'; '.join(level)}" if level else "it is told apart from every other"
+    text = f"Highest {figure} on test: {names[best]}, {spans[best]}; {apart}."
     return f"{text} That is a finding and no way to choose: choose on validation."
 
 
@@ -31,16 +31,17 @@ def decision_pairs(entries):
     rows, tied = [], set()
     tests = {"auroc": "delong", "recall": "mcnemar_recall", "specificity": "mcnemar_specificity"}
     for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
-        test = a.column(finding, "test")
-        sides = []
+        # Both columns hold the same images in the same order, so the tests are paired.
+        test, both = a.column(finding, "test"), []
         for e in (a, b):
-            sides += [e.column(finding, "test").scores, e.found[finding]["threshold"]]
-        d = compare_at_thresholds(test.truth, *sides, test.patients, a.calibration["bootstrap"])
-        cells = [
-            "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}], p = {p:.2g}".format(**d[figure], p=d[test])
-            for figure, test in tests.items()
-        ]
+            both += [e.column(finding, "test").scores, e.calibrated[finding]["threshold"]]
+        d = compare_at_thresholds(test.truth, *both, test.patients, a.calibration["bootstrap"])
+        cells = []
+        for figure, p_value in tests.items():
+            text = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}], p = {p:.2g}"
+            cells.append(text.format(**d[figure], p=d[p_value]))
         rows.append([f"{a.name} minus {b.name}", *cells])
+        # Told apart means by both: by the interval of patients and by DeLong.
         if d["auroc"]["lo"] <= 0 <= d["auroc"]["hi"] and d["delong"] > 0.05:
             tied.add((i, j))
     if not rows:
@@ -50,9 +51,9 @@ def decision_pairs(entries):
         f"paired bootstrap of {drawn(entries)}. p-values: DeLong for AUROC, exact McNemar for the others, "
         "not corrected for the number of pairs."
     )
-    found = [e.row(finding, "test", "at_rec") for e in entries]
-    spans = [with_interval(row, "auroc") for row in found]
-    best = leader("AUROC", [e.name for e in entries], [row["auroc"] for row in found], spans, tied)
+    points = [e.row(finding, "test", "at_rec") for e in entries]
+    spans = [with_interval(row, "auroc") for row in points]
+    best = leader("AUROC", [e.name for e in entries], [row["auroc"] for row in points], spans, tied)
     head = ["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"]
     return [HEADING, Paragraph(best), Paragraph(text), Table(head, rows)]
 
@@ -61,6 +62,7 @@ def mean_pairs(entries):
     """Every two models, by mean AUROC over the findings that both have figures of."""
     rows, kept, tied = [], {}, set()
 
+    # A bootstrap of fourteen findings takes seconds, and each model is in several pairs.
     def mean_draws(entry, findings, draws):
         key = id(entry), tuple(findings), draws
         if key not in kept:
@@ -74,10 +76,12 @@ def mean_pairs(entries):
         if not both:
             continue
         d = difference_of_means(*(mean_draws(e, both, a.calibration["bootstrap"]) for e in (a, b)))
-        word = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
-        tied |= {(i, j)} if word == "no" else set()
+        told_apart = "yes"
+        if d["lo"] <= 0 <= d["hi"]:
+            told_apart = "no"
+            tied.add((i, j))
         cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
-        rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, word])
+        rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, told_apart])
     if not rows:
         return []
     text = (
@@ -86,10 +90,10 @@ def mean_pairs(entries):
     )
     head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
     blocks = [HEADING, Paragraph(text), Table(head, rows)]
-    asked = [e.summary["test"]["findings"] for e in entries]
-    if all(found == asked[0] for found in asked):  # means of other findings cannot be ranked
-        found = [e.summary["test"]["auroc"] for e in entries]
-        values = [figure["value"] for figure in found]
-        best = leader("mean AUROC", [e.name for e in entries], values, [span(f) for f in found], tied)
+    averaged = [e.summary["test"]["findings"] for e in entries]
+    if all(names == averaged[0] for names in averaged):  # means of other findings cannot be ranked
+        aurocs = [e.summary["test"]["auroc"] for e in entries]
+        values, spans = [figure["value"] for figure in aurocs], list(map(span, aurocs))
+        best = leader("mean AUROC", [e.name for e in entries], values, spans, tied)
         blocks.insert(1, Paragraph(best))
     return blocks

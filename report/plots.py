@@ -25,14 +25,14 @@ MARKERS = {"at_rec": "o", "at_0.5": "s"}
 def drawings(entries):
     """{name of the file: drawing function} for the task of these entries. What looks at one finding's scores
     and decisions is drawn of an only finding: of fourteen it would fill pages."""
-    found = {"training": draw_training, "roc": draw_roc}
+    functions = {"training": draw_training, "roc": draw_roc}
     if alone(entries):
-        found |= {"pr": draw_pr, "confusion": draw_confusion, "scores": draw_scores}
-        return found | {"reliability": draw_reliability, "decision": draw_decision}
-    found["auroc"] = draw_shift
+        functions |= {"pr": draw_pr, "confusion": draw_confusion, "scores": draw_scores}
+        return functions | {"reliability": draw_reliability, "decision": draw_decision}
+    functions["auroc"] = draw_shift
     if "confusion" in entries[0].summary["test"]:
-        found["confusion"] = draw_class_confusion
-    return found
+        functions["confusion"] = draw_class_confusion
+    return functions
 
 
 def draw_all(entries, shown, folder, stem):
@@ -48,10 +48,9 @@ def draw_all(entries, shown, folder, stem):
         figure, caption = draw(drawn)
         figure.suptitle(label(f"{caption} - {entries[0].set}{mark}", 60), fontsize=11)
         path = Path(folder, f"{stem}-{name}.png")
+        dpi = min(130, 60_000 / max(figure.get_size_inches()))  # a PNG has at most 65,535 px a side
         with atomic_path(path) as tmp:
-            figure.savefig(
-                tmp, dpi=min(130, 60_000 / max(figure.get_size_inches()))
-            )  # PNG: at most 65,535 px
+            figure.savefig(tmp, dpi=dpi)
         plt.close(figure)
         written.append((path, caption + mark))
     return written
@@ -69,9 +68,9 @@ def mark_points(ax, entry, finding, x, y, i):
 def draw_roc(entries):
     """Test ROC curves with their operating points, a panel a finding."""
     first, names, size = entries[0], [label(e.name, 110) for e in entries], (3.1, 3.1)
-    findings = [f for f in first.findings if any("test" in e.found[f]["curves"] for e in entries)]
-    if alone(entries):
-        spans = [span(e.found[first.findings[0]]["curves"]["test"]["auroc"]) for e in entries]
+    findings = [f for f in first.findings if any("test" in e.calibrated[f]["curves"] for e in entries)]
+    if alone(entries):  # a large panel, and room for the AUROC in the legend
+        spans = [span(e.calibrated[first.findings[0]]["curves"]["test"]["auroc"]) for e in entries]
         names = [label(f"{e.name}: AUROC {text}", 96) for e, text in zip(entries, spans)]
         size = (6.4, 5.4)
     figure, axes = panels(len(findings), *size, columns=4, names=names)
@@ -86,7 +85,7 @@ def roc_panel(ax, finding, entries, names):
     """The curves of one finding."""
     aurocs = []
     for i, (e, name) in enumerate(zip(entries, names)):
-        test, curves = e.column(finding, "test"), e.found[finding]["curves"]
+        test, curves = e.column(finding, "test"), e.calibrated[finding]["curves"]
         if "test" not in curves:
             ax.plot([], [], label=name, **line_style(i))
             continue
@@ -97,7 +96,9 @@ def roc_panel(ax, finding, entries, names):
     ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
         ax.axhline(floor, color="0.4", lw=0.8, ls=":")
-    shown = ", ".join(aurocs[:3]) + (" ..." if len(aurocs) > 3 else "")
+    shown = ", ".join(aurocs[:3])
+    if len(aurocs) > 3:
+        shown += " ..."
     count = f"{test.truth.sum()} of {len(test.truth)} {entries[0].unit}"
     ax.set(title=f"{label(finding, 30)} ({count})\nAUROC {shown}")
     ax.set(xlabel="1 - specificity", ylabel="recall (sensitivity)")
@@ -107,7 +108,7 @@ def roc_panel(ax, finding, entries, names):
 def draw_pr(entries):
     """Test precision-recall curves with both operating points."""
     (finding,) = entries[0].findings
-    spans = [span(e.found[finding]["curves"]["test"]["auprc"]) for e in entries]
+    spans = [span(e.calibrated[finding]["curves"]["test"]["auprc"]) for e in entries]
     names = [label(f"{e.name}: AUPRC {text}", 96) for e, text in zip(entries, spans)]
     figure, (ax,) = panels(1, 6.4, 5.4, names=names)
     for i, (e, name) in enumerate(zip(entries, names)):
@@ -136,11 +137,8 @@ def draw_confusion(entries):
         counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
         draw_matrix(ax, counts, [label(name, 12) for name in (e.absent(finding), finding)])
         title = label(f"{e.name} {POINTS[point]}", 42)
-        ax.set(
-            xlabel="decision",
-            ylabel="truth",
-            title=f"{title}\nn = {counts.sum()}, threshold {row['thr']:.4f}",
-        )
+        title += f"\nn = {counts.sum()}, threshold {row['thr']:.4f}"
+        ax.set(xlabel="decision", ylabel="truth", title=title)
         ax.tick_params(labelsize=8)
         ax.title.set_fontsize(9)
     return figure, "Confusion matrices on test"
@@ -168,10 +166,10 @@ def draw_scores(entries):
     for ax, (e, side) in zip(axes, itertools.product(entries, SIDES)):
         column, row = e.column(finding, side), e.row(finding, side, "at_rec")
         for k, name, style in ((0, e.absent(finding), filled), (1, finding, outline)):
+            # Per cent of the class: the sick outnumber the healthy, or are outnumbered by them.
             scores = column.scores[column.truth == k]
-            ax.hist(
-                scores, bins, weights=np.full(len(scores), 100 / len(scores)), label=label(name, 30), **style
-            )
+            weights = np.full(len(scores), 100 / len(scores))
+            ax.hist(scores, bins, weights=weights, label=label(name, 30), **style)
         ax.axvline(row["thr"], color="black", ls="--", lw=1, label="threshold @Rec")
         sizes = f"{(column.truth == 0).sum()} + {column.truth.sum()}"
         figures = f"recall {row['recall']:.3f}, specificity {row['specificity']:.3f} @Rec {row['thr']:.3f}"
@@ -195,7 +193,7 @@ def draw_reliability(entries):
         ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
         name = scaling.fitted(e.calibration)
         for when, style in styles.items():
-            quality = e.found[finding]["probability"][side][when]
+            quality = e.calibrated[finding]["probability"][side][when]
             x, y = ([b[k] for b in quality["bins"]] for k in ("score", "positives"))
             ax.plot(x, y, ms=4, lw=1, label=f"{when} {name}: ECE {quality['ece']:.3f}", **style)
         sizes = " or ".join(str(n) for n in sorted({b["n"] for b in quality["bins"]}))
@@ -255,21 +253,22 @@ def draw_shift(entries):
     figure, axes = panels(len(entries), 5.6, 0.28 * len(findings) + 1.4)
     for ax, e in zip(axes, entries):
         for y, name in enumerate(findings):
-            curves, first = e.found[name]["curves"], y == len(findings) - 1
+            # The legend names each kind of mark once.
+            curves, labels = e.calibrated[name]["curves"], {"test": None, "val": None}
+            if y == len(findings) - 1:
+                labels = {"test": "test, 95% interval", "val": "validation"}
             if "test" in curves:
                 auroc = curves["test"]["auroc"]
                 ax.plot([auroc["lo"], auroc["hi"]], [y, y], color=COLOURS[0], lw=2, alpha=0.5)
-                ax.plot(
-                    auroc["value"], y, "o", color=COLOURS[0], label="test, 95% interval" if first else None
-                )
+                ax.plot(auroc["value"], y, "o", color=COLOURS[0], label=labels["test"])
             if "val" in curves:
-                value, about = curves["val"]["auroc"]["value"], "validation" if first else None
-                ax.plot(value, y, "x", color=COLOURS[1], label=about)
+                ax.plot(curves["val"]["auroc"]["value"], y, "x", color=COLOURS[1], label=labels["val"])
         ax.set(yticks=range(len(findings)), yticklabels=[label(n, 24) for n in findings], xlabel="AUROC")
         ax.axvline(0.5, color="0.7", lw=0.8)
         ax.tick_params(labelsize=7)
         ax.set_title(label(e.name, 60), fontsize=9)
         ax.legend(fontsize=7)
+    # One scale for all models, or the panels could not be compared.
     least = min(ax.get_xlim()[0] for ax in axes[: len(entries)])
     for ax in axes[: len(entries)]:
         ax.set_xlim(least, 1.01)

@@ -19,11 +19,11 @@ def probability_blocks(entries):
     figures = list(itertools.product(SIDES, ("ECE", "Brier", "NLL")))
     rows = []
     for name, e in questions(entries):
-        if "probability" not in e.found[name]:
+        if "probability" not in e.calibrated[name]:
             continue
-        mean, share = scaling.averages(e.found[name], scaling.applied(e.calibration))
+        mean, share = scaling.averages(e.calibrated[name], scaling.applied(e.calibration))
         cells = [scaling.cell(e.calibration, name), f"{mean:.3f}", f"{share:.3f}"]
-        quality = e.found[name]["probability"]
+        quality = e.calibrated[name]["probability"]
         for side, figure in figures:
             cells.append(before_and_after(quality.get(side), figure.lower()))
         rows.append([title(e, name), *cells])
@@ -53,22 +53,27 @@ def predictive_blocks(entries):
     known = [(name, e) for name, e in questions(entries) if e.row(name, "test", "at_rec")]
     if not known:
         return []
+    # One assumed prevalence for all rows, so that they can be compared: that of the first calibration.
     name, first = known[0]
-    there = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
-    there = there if 0 < there < 1 else 0.1
+    assumed = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
+    if not 0 < assumed < 1:
+        assumed = 0.1
     rows, shares = [], {}
     for name, e in known:
-        row, here = e.row(name, "test", "at_rec"), float(e.column(name, "test").truth.mean())
-        values = [v for p in (here, there) for v in predictive_values(row["recall"], row["specificity"], p)]
-        rows.append([f"{title(e, name)} @Rec", *(f"{v:.3f}" if np.isfinite(v) else "-" for v in values)])
-        shares[name] = f"{here:.1%} show {name}"
+        row, on_test = e.row(name, "test", "at_rec"), float(e.column(name, "test").truth.mean())
+        cells = [f"{title(e, name)} @Rec"]
+        for prevalence in (on_test, assumed):
+            values = predictive_values(row["recall"], row["specificity"], prevalence)
+            cells += ["-" if np.isnan(value) else f"{value:.3f}" for value in values]
+        rows.append(cells)
+        shares[name] = f"{on_test:.1%} show {name}"
     text = (
         f"Predictive values depend on how common the finding is. Of these test {first.unit} "
-        f"{', '.join(shares.values())}. The last two columns assume a prevalence of {there:.0%}, with the "
+        f"{', '.join(shares.values())}. The last two columns assume a prevalence of {assumed:.0%}, with the "
         "same recall and specificity."
     )
-    assumed = ("as on test", f"at {there:.0%}")
-    head = [first_head(entries), *(f"{k} {p}" for p in assumed for k in ("PPV", "NPV"))]
+    head = [first_head(entries), "PPV as on test", "NPV as on test", f"PPV at {assumed:.0%}"]
+    head.append(f"NPV at {assumed:.0%}")
     return [Paragraph(text), Table(head, rows)]
 
 
@@ -95,6 +100,6 @@ def recall_of(entry, finding, word):
     inside = (test.truth == 1) & (np.char.find(np.char.lower(test.files), word) >= 0)
     if not inside.any():
         return "-"
-    hits = test.scores[inside] >= entry.found[finding]["threshold"]
+    hits = test.scores[inside] >= entry.calibrated[finding]["threshold"]
     span = interval(*proportion_interval(hits, test.patients[inside], entry.calibration["bootstrap"]))
     return f"{hits.mean():.3f} {span} (n = {inside.sum()})"

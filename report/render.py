@@ -46,18 +46,23 @@ class Image(NamedTuple):
 
 def inline(value, plain, code):
     """A cell or paragraph -> text, each part through `plain` or `code`."""
-    parts = value if isinstance(value, tuple) else (value,)
-    return "".join((code if isinstance(part, Code) else plain)(printable(part)) for part in parts)
+    text = ""
+    for part in value if isinstance(value, tuple) else (value,):
+        escape = code if isinstance(part, Code) else plain
+        text += escape(printable(part))
+    return text
 
 
 def markdown_text(value):
     """Text for a paragraph or table cell of markdown: no character in it is markup."""
 
     def plain(text):
+        # An underscore inside a word is no markup, and most names have some.
         text = re.sub(r"[\\`*|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).replace("](", "]\\(")
         return text.replace("<", "&lt;")
 
     def code(text):
+        # A fence of more backticks than the text has in a row.
         longest = max((len(run) for run in re.findall("`+", text)), default=0)
         fence = "`" * (longest + 1)
         room = " " if longest else ""
@@ -126,10 +131,12 @@ def html_block(block):
 
 def to_html(blocks, synthetic):
     """Blocks -> one self-contained page: pictures embedded, nothing fetched."""
-    warning = '<p class="warn">Parts of this page come from SYNTHETIC drawings, not from patients.</p>'
     head = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{STYLE}</style></head><body>{warning if synthetic else ''}\n"
+    head += f"<title>{TITLE}</title><style>{STYLE}</style></head><body>"
+    if synthetic:
+        head += '<p class="warn">Parts of this page come from SYNTHETIC drawings, not from patients.</p>'
+    head += "\n"
     return head + "\n".join(map(html_block, blocks)) + "\n</body></html>\n"
 
 

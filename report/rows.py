@@ -92,27 +92,21 @@ class Entry:
     `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
     `group`, equal for entries on the same test images; `unit`, "images", or the "studies" or "patients" that
     thresholds and figures are for; `members`, the checkpoints of an ensemble. `findings`, their names;
-    `columns` {side: Column of [N, F]}, `found` {finding: what the calibration says of it}, `summary` {side:
-    figures over all}; `cohort` {side: {name: array}}, what is known of patients and exposures, in the order
-    of the columns; `people` {side: who.summary of its images}. InputError naming the run if damaged."""
+    `columns` {side: Column of [N, F]}, `calibrated` {finding: what the calibration says of it}, `summary`
+    {side: figures over all}; `cohort` {side: {name: array}}, what is known of patients and exposures, in the
+    order of the columns; `people` {side: who.summary of its images}. InputError naming the run if
+    damaged."""
 
     def __init__(self, run, suffix=""):
         self.run, self.suffix, self.results = run, suffix, run.results
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
-        wrong = mismatches(self.results, NEEDED)
-        wrong += [
-            m for k, s in OPTIONAL.items() if k in self.results for m in mismatches(self.results[k], s, k)
-        ]
-        if "copies" in self.results.get("split", {}):
-            wrong += mismatches(self.results["split"]["copies"], COPIES, "split.copies")
-        if wrong:
-            raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
+        check_results(run)
         self.calibration, self.task = run.calibration(suffix), run.task
         if "alike" in self.calibration and mismatches(self.calibration["alike"], COPIES):
             raise InputError(f"the calibration of {run} is damaged (alike): run calibrate.py again")
         self.findings = self.task.findings
-        self.found, self.summary = self.calibration["findings"], self.calibration["summary"]
+        self.calibrated, self.summary = self.calibration["findings"], self.calibration["summary"]
         arrays = run.scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
@@ -136,30 +130,35 @@ class Entry:
 
     def row(self, finding, side, point):
         """The figures of a finding on a side at an operating point; None where there are none."""
-        return self.found[finding].get(side, {}).get(point)
+        return self.calibrated[finding].get(side, {}).get(point)
 
     def absent(self, finding):
         """What an image without a finding is called."""
-        two_classes = self.task.kind == "softmax" and len(self.findings) == 1
-        return self.task.classes[0] if two_classes else f"no {finding}"
+        if self.task.kind == "softmax" and self.task.alone:
+            return self.task.classes[0]
+        return f"no {finding}"
 
     def _columns(self, arrays, side):
         """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""
         files, patients, labels, logits = (
             arrays[f"{side}_{k}"] for k in ("files", "patients", "labels", "logits")
         )
-        sigmoid, outputs = self.task.kind == "sigmoid", self.task.outputs
-        allowed = (-1, 0, 1) if sigmoid else range(outputs)
-        shape = (len(files), outputs) if sigmoid else (len(files),)
+        # Of a table, labels are a column a finding, -1 for unknown; else they are class numbers.
+        outputs = self.task.outputs
+        allowed, shape = range(outputs), (len(files),)
+        if self.task.kind == "sigmoid":
+            allowed, shape = (-1, 0, 1), (len(files), outputs)
         if logits.shape[1] != outputs or labels.shape != shape or not np.isin(labels, allowed).all():
             raise InputError(f"the {side} labels or logits are not those of {outputs} classes")
+        # Older versions did not save the scores that thresholds apply to.
         scores = arrays.get(f"{side}_p1")
         truth = self.task.truth(labels).astype(np.int64)
         if scores is None:
             scores = self.task.scores_from(logits, self.calibration)
         elif scores.dtype.kind != "f":
             raise InputError(f"{side}_p1 holds no numbers")
-        scores = scores[:, None] if scores.ndim == 1 else scores
+        if scores.ndim == 1:  # of an only finding
+            scores = scores[:, None]
         if scores.shape != truth.shape:
             raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
         units = self._units(arrays, side)
@@ -170,8 +169,9 @@ class Entry:
             known = truth[:, k] >= 0
             if known.any():
                 check_scores(truth[known, k], scores[known, k])
-            if side in self.found[name]:
+            if side in self.calibrated[name]:
                 check_both_classes(truth[known, k], f"{side} labels")
+        # Runs list the same images in different orders; tests between them are paired.
         order = np.argsort(files, kind="stable")
         columns = files, patients, truth, scores, probabilities
         return Column(*(c[order] for c in columns))
@@ -195,6 +195,7 @@ class Entry:
         return found | {"findings": who.prevalences(self.findings, truth)}
 
     def _family(self):
+        """A checksum of all that the runs of a family share: everything but the seed."""
         settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
@@ -213,14 +214,31 @@ class Entry:
 
     def _is_explained(self, report):
         """Whether a report is of this checkpoint; InputError if it is damaged."""
-        wrong = [m for k in METHODS if k in report for m in mismatches(report[k], MAP_TESTS, k)]
-        wrong += [k for k in METHODS if k in report and not wrong and not report[k]["randomised"]]
+        wrong = []
+        for method in METHODS:
+            if method in report:
+                wrong += mismatches(report[method], MAP_TESTS, method)
+        if not wrong:
+            wrong = [method for method in METHODS if method in report and not report[method]["randomised"]]
         if wrong:
             raise InputError(f"the explain.json of {self.run} is damaged ({wrong[0]}): run explain.py again")
         if report.get("checkpoint") != self.calibration["checkpoint"]:
             say(f"note: the maps of {self.run} are of another checkpoint, so left out; run explain.py again")
             return False
         return True
+
+
+def check_results(run):
+    """InputError if the results.json of a Run lacks what the report shows of it, or has it wrong."""
+    results = run.results
+    wrong = mismatches(results, NEEDED)
+    for key, spec in OPTIONAL.items():
+        if key in results:
+            wrong += mismatches(results[key], spec, key)
+    if "copies" in results.get("split", {}):
+        wrong += mismatches(results["split"]["copies"], COPIES, "split.copies")
+    if wrong:
+        raise InputError(f"{run}/results.json is damaged: missing or wrong {', '.join(wrong)[:300]}")
 
 
 # ---------------------------------------------------------------- names
@@ -232,7 +250,9 @@ def set_name(results):
     if split.get("test_from", "published") == "published":
         return split["set"]
     name = f"{split['set']}, {settings['split']} split {settings['split_seed']}"
-    return name + (", undersampled" if settings.get("undersample") else "")
+    if settings.get("undersample"):
+        name += ", undersampled"
+    return name
 
 
 def architecture(model, config):
@@ -244,13 +264,18 @@ def architecture(model, config):
     if not named or config["kind"] != "vit" or mismatches(config, SIZES):
         return model
     shape, ratio = tuple(config[k] for k in SIZES), config.get("mlp_ratio", 4)
-    candidates = ["scratch"] if model == "scratch" else [k for k in ARCHITECTURES if k != "scratch"]
-    for name, known in (ARCHITECTURES[k] for k in candidates):
-        if shape == known and ratio == 4:
-            return name + (f", {config['reg_tokens']} registers" if config.get("reg_tokens") else "")
+    # A known shape has a name. The one of our own is not looked for among the published ones.
+    for key, (name, known) in ARCHITECTURES.items():
+        if (key == "scratch") == (model == "scratch") and shape == known and ratio == 4:
+            if config.get("reg_tokens"):
+                name += f", {config['reg_tokens']} registers"
+            return name
     width, layers, _, patch = shape
     word = "ViT scratch" if model == "scratch" else "ViT"
-    return f"{word} {width}x{layers}, patch {patch}" + (f", MLP ratio {ratio}" if ratio != 4 else "")
+    name = f"{word} {width}x{layers}, patch {patch}"
+    if ratio != 4:
+        name += f", MLP ratio {ratio}"
+    return name
 
 
 def names(run, suffix):
@@ -259,16 +284,28 @@ def names(run, suffix):
     name = architecture(results["model"], results["model_config"])
     if members := results.get("members"):
         name = ensemble_name(members, results["model_config"])
-    name += " pretrained" if "weights" in results else ""
-    name += ", masked pretraining" if "init" in results else ""
-    name += ", taught" if "teacher" in results else ""
-    name += f", {' and '.join(run.input_modes)}" if run.input_modes != ["full"] else ""
+    # What was done to the model, in the order in which it was done.
+    if "weights" in results:
+        name += " pretrained"
+    if "init" in results:
+        name += ", masked pretraining"
+    if "teacher" in results:
+        name += ", taught"
+    if run.input_modes != ["full"]:
+        name += f", {' and '.join(run.input_modes)}"
     others = also_trained_on(results)
-    name += f", also on {', '.join(others)}" if others else ""
-    end = (" + TTA" if suffix else "") + (" [SYNTHETIC]" if results["synthetic"] else "")
+    if others:
+        name += f", also on {', '.join(others)}"
+    # The folder tells runs of one recipe apart; the folders of the seeds are one family.
+    end = ""
+    if suffix:
+        end += " + TTA"
+    if results["synthetic"]:
+        end += " [SYNTHETIC]"
     stem = re.sub(r"(-demo)?(-seed\d+)?$", "", folder)
-    base = name + ("" if stem in USUAL else f" ({stem})") + end
-    return base, name + ("" if folder.removesuffix("-demo") in USUAL else f" ({folder})") + end
+    of_family = "" if stem in USUAL else f" ({stem})"
+    of_run = "" if folder.removesuffix("-demo") in USUAL else f" ({folder})"
+    return f"{name}{of_family}{end}", f"{name}{of_run}{end}"
 
 
 def also_trained_on(results):
@@ -297,6 +334,7 @@ def load_entries(runs_dir, chosen=None):
 
     Runs without a calibration are left out with a note; if chosen by name, that is an InputError."""
     groups, waiting = {}, []
+    # Only figures on the same test images are comparable, so each test set is a group.
     for run in find_runs(runs_dir, chosen):
         if not run.calibrated() and run.kind not in WITHOUT_CLASSES:
             waiting.append(str(run))
@@ -309,35 +347,42 @@ def load_entries(runs_dir, chosen=None):
     elif waiting:
         raise InputError(f"not calibrated: {', '.join(waiting)}; run python calibrate.py first")
     for entries in groups.values():
-        seen = [entry.name for entry in entries]
-        for entry in entries:
-            if seen.count(entry.name) > 1:  # folders of one name in several places
-                entry.name += f" in {entry.run.folder.parent}"
-        if len({entry.min_recall for entry in entries}) > 1:  # not to be compared at their thresholds
-            for entry in entries:
-                entry.name += f" (floor {entry.min_recall:g})"
-                entry.base += f" (floor {entry.min_recall:g})"
+        tell_apart(entries)
     return list(groups.values())
+
+
+def tell_apart(entries):
+    """Add to the names of Entries what they are confused without: their folder, their recall floor."""
+    names_in_group = [entry.name for entry in entries]
+    for entry in entries:
+        if names_in_group.count(entry.name) > 1:  # folders of one name in several places
+            entry.name += f" in {entry.run.folder.parent}"
+    if len({entry.min_recall for entry in entries}) > 1:  # not to be compared at their thresholds
+        for entry in entries:
+            entry.name += f" (floor {entry.min_recall:g})"
+            entry.base += f" (floor {entry.min_recall:g})"
 
 
 def families(entries):
     """Lists of two or more entries that differ in the seed alone; a seed trained twice counts once."""
-    found = {}
+    by_seed = {}
     for entry in entries:
         if not entry.members:
-            found.setdefault(entry.family, {}).setdefault(entry.results.get("seed"), entry)
-    return [list(seeds.values()) for seeds in found.values() if len(seeds) > 1]
+            by_seed.setdefault(entry.family, {}).setdefault(entry.results.get("seed"), entry)
+    return [list(seeds.values()) for seeds in by_seed.values() if len(seeds) > 1]
 
 
 def without_members(entries):
     """The entries that are not part of an ensemble among them, for tables and plots that would be crowded."""
-    members = {(entry.suffix, checkpoint) for entry in entries for checkpoint in entry.members}
+    members = set()
+    for entry in entries:
+        members |= {(entry.suffix, checkpoint) for checkpoint in entry.members}
     return [e for e in entries if (e.suffix, e.calibration["checkpoint"]) not in members]
 
 
 def missing_ensembles(entries):
     """[(base name, number of seeds, command)] of the families that no ensemble here holds whole."""
-    found = []
+    missing = []
     for family in families(entries):
         checkpoints = {e.calibration["checkpoint"] for e in family}
         one_split = len({e.results["split"]["fingerprint"] for e in family}) == 1
@@ -346,6 +391,7 @@ def missing_ensembles(entries):
             folders = [e.run.folder.as_posix() for e in family]
             out = re.sub(r"-seed\d+$", "", folders[0]) + "-ensemble"
             words = ["python", "calibrate.py", "--ensemble", *folders, "--out", out]
-            words += ["--tta"] if family[0].suffix else []
-            found.append((family[0].base, len(family), shlex.join(words)))
-    return found
+            if family[0].suffix:
+                words.append("--tta")
+            missing.append((family[0].base, len(family), shlex.join(words)))
+    return missing

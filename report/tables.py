@@ -45,15 +45,8 @@ def section(entries, shown, asked):
     the groups of patients (who.Asked)."""
     detailed = entries if alone(entries) else shown
     blocks = main_blocks(entries, detailed) + promise_blocks(detailed)
-    for part in (
-        interval_blocks,
-        class_blocks,
-        pair_blocks,
-        probability_blocks,
-        predictive_blocks,
-        subgroup_blocks,
-    ):
-        blocks += part(shown)
+    blocks += interval_blocks(shown) + class_blocks(shown) + pair_blocks(shown)
+    blocks += probability_blocks(shown) + predictive_blocks(shown) + subgroup_blocks(shown)
     blocks += group_blocks(shown, asked)
     return blocks + batch_blocks(entries) + map_blocks(entries) + method_blocks(entries)
 
@@ -66,14 +59,14 @@ def main_rows(entries):
     finding."""
     rows = []
     for point, finding in itertools.product(points(entries), entries[0].findings):
-        if point == "at_guaranteed":
+        if point == "at_guaranteed":  # in the table of promises
             continue
-        there = [e for e in entries if e.row(finding, "test", point)]
-        for e in there:
+        with_row = [e for e in entries if e.row(finding, "test", point)]
+        for e in with_row:
             row = e.row(finding, "test", point)
             figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
             rows.append([f"{title(e, finding)} {POINTS[point]}", *size_and_time(e), *figures])
-        for family in families(there):
+        for family in families(with_row):
             values = [[e.row(finding, "test", point)[k] for k in (*FIGURES, "thr")] for e in family]
             name = f"{title(family[0], finding).removesuffix(family[0].name)}{of_seeds(family)}"
             rows.append([f"{name} {POINTS[point]}", *mean_size_and_time(family), *spread(values)])
@@ -103,7 +96,7 @@ def main_blocks(entries, detailed):
     warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
     blocks = [Heading(2, warning + first.set), *split_blocks(entries), *cohort_blocks(entries)]
     blocks += [Heading(3, "Figures on test"), Paragraph(main_text(entries))]
-    if not alone(entries):
+    if not alone(entries):  # fourteen rows a model hide which model is better, so means come first
         blocks += [means_table(entries), Heading(3, "Finding by finding"), Paragraph(findings_text(entries))]
     blocks.append(Table(HEADER, main_rows(detailed)))
     return blocks + [
@@ -173,14 +166,14 @@ def means_table(entries):
     """One row a model: figures over all findings."""
     keys, rows = [k for k in MEANS if all(k in e.summary["test"] for e in entries)], []
     for e in entries:
-        val = e.summary["val"].get("auroc")
-        cells = [*size_and_time(e), f"{val['value']:.3f}" if val else "-"]
-        rows.append([e.name, *cells, *(span(e.summary["test"][k]) for k in keys)])
+        figures = [span(e.summary["test"][k]) for k in keys]
+        val_auroc = three_digits(e.summary["val"].get("auroc"))
+        rows.append([e.name, *size_and_time(e), val_auroc, *figures])
     for family in families(entries):
         values = [[e.summary["test"][k]["value"] for k in keys] for e in family]
-        val = [[e.summary["val"]["auroc"]["value"]] for e in family if "auroc" in e.summary["val"]]
-        cells = [*mean_size_and_time(family), *(spread(val) if len(val) > 1 else ["-"])]
-        rows.append([of_seeds(family), *cells, *spread(values)])
+        val_aurocs = [[e.summary["val"]["auroc"]["value"]] for e in family if "auroc" in e.summary["val"]]
+        val_spread = spread(val_aurocs) if len(val_aurocs) > 1 else ["-"]
+        rows.append([of_seeds(family), *mean_size_and_time(family), *val_spread, *spread(values)])
     return Table([*HEADER[:3], "Mean AUROC val", *(f"{MEANS[k]} test" for k in keys)], rows)
 
 
@@ -193,7 +186,11 @@ def findings_text(entries):
         "nothing is the share of positives."
     )
     for key, words in (("why_not", "No threshold"), ("test_why_not", "No figures on test")):
-        reasons = [f"{name} ({e.found[name][key]})" for name, e in questions(entries) if key in e.found[name]]
+        reasons = [
+            f"{name} ({e.calibrated[name][key]})"
+            for name, e in questions(entries)
+            if key in e.calibrated[name]
+        ]
         if reasons:
             text += f" {words}: {unique(reasons)}."
     return text
@@ -215,9 +212,10 @@ def class_blocks(entries):
     for e in entries:
         rows, summary = [], e.summary["test"]
         for name, counts in zip(classes, summary["confusion"]):
-            c = summary["classes"][name]
-            recall = f"{c['recall']:.3f} {interval(*c['recall_interval'])}" if c["recall_interval"] else "-"
-            figures = [str(c["n"]), f"{c['precision']:.3f}", recall, f"{c['f1']:.3f}"]
+            of_class, recall = summary["classes"][name], "-"
+            if of_class["recall_interval"]:
+                recall = f"{of_class['recall']:.3f} {interval(*of_class['recall_interval'])}"
+            figures = [str(of_class["n"]), f"{of_class['precision']:.3f}", recall, f"{of_class['f1']:.3f}"]
             rows.append([name, *figures, *map(str, counts)])
         head = ["Class", unit.capitalize(), "Precision", "Recall", "F1", *(f"→ {name}" for name in classes)]
         blocks += [Paragraph(f"{e.name}:"), Table(head, rows)]
@@ -232,45 +230,61 @@ def promise_blocks(entries):
     rows = []
     for finding, e in questions(entries):
         for point in ("at_rec", "at_guaranteed"):
+            # @Rec has a row even where there is no threshold: that there is none is worth knowing.
             if point == "at_rec" or e.row(finding, "val", point):
                 rows.append(promise_row(e, finding, point))
-    sides = ("val", "test")
     head = [first_head(entries), "Positives val + test", "Patients val", "Threshold"]
-    head += [*(f"{k} {s}" for k in ("Recall", "Spec", "AUROC") for s in sides), "AUPRC test"]
+    for figure in ("Recall", "Spec", "AUROC"):
+        head += [f"{figure} val", f"{figure} test"]
+    head.append("AUPRC test")
     heading = "What the threshold promises, and the shift from validation to test"
     blocks = [Heading(3, heading), Paragraph(promise_text(entries)), Table(head, rows)]
-    named = [(title(e, name), warnings(e.found[name], e.min_recall)) for name, e in questions(entries)]
-    texts = [f"{name}: {'; '.join(each)}" for name, each in named if each]
-    return blocks + ([Paragraph(f"Warning. {'. '.join(texts)}.")] if texts else [])
+    texts = []
+    for finding, e in questions(entries):
+        if concerns := warnings(e.calibrated[finding], e.min_recall):
+            texts.append(f"{title(e, finding)}: {'; '.join(concerns)}")
+    if texts:
+        blocks.append(Paragraph(f"Warning. {'. '.join(texts)}."))
+    return blocks
 
 
 def promise_row(e, finding, point):
     """A finding's threshold, and its figures on validation and test, as cells."""
-    found, val, test = e.found[finding], *(e.row(finding, side, point) for side in ("val", "test"))
-    truth = [e.column(finding, side).truth for side in ("val", "test")]
-    cells = [" + ".join(str(int(y.sum())) for y in truth)]
-    cells.append(str(found["guarantee"]["positive_patients"]) if val else "-")
-    cells.append(f"{val['thr']:.4f}" if val else "-")
+    val, test = (e.row(finding, side, point) for side in ("val", "test"))
+    positives = [int(e.column(finding, side).truth.sum()) for side in ("val", "test")]
+    cells = [f"{title(e, finding)} {POINTS[point]}", " + ".join(map(str, positives))]
+    if val:
+        cells += [str(e.calibrated[finding]["guarantee"]["positive_patients"]), f"{val['thr']:.4f}"]
+    else:
+        cells += ["-", "-"]
     for key in ("recall", "specificity"):
-        cells += [f"{val[key]:.3f}" if val else "-", with_interval(test, key)]
-    curves = found["curves"]
-    cells.append(f"{curves['val']['auroc']['value']:.3f}" if "val" in curves else "-")
-    cells += [span(curves["test"][key]) if "test" in curves else "-" for key in ("auroc", "auprc")]
-    return [f"{title(e, finding)} {POINTS[point]}", *cells]
+        on_val = f"{val[key]:.3f}" if val else "-"
+        cells += [on_val, with_interval(test, key)]
+    # A finding too rare for a threshold may still have curves, which need none.
+    curves = e.calibrated[finding]["curves"]
+    cells.append(three_digits(curves.get("val", {}).get("auroc")))
+    on_test = curves.get("test")
+    return cells + ["-" if on_test is None else span(on_test[key]) for key in ("auroc", "auprc")]
+
+
+def three_digits(figure):
+    """{value, lo, hi} -> "0.951", a dash where there is none."""
+    return "-" if figure is None else f"{figure['value']:.3f}"
 
 
 def promise_text(entries):
     """What @Rec and @Guar promise, and where @Guar is missing, as text."""
     chances, promised, refused = [], [], []
     for e in entries:
-        chances.append(new_patients(e.found, e.min_recall))
-        for name, found in e.found.items():
-            guarantee = found.get("guarantee", {"threshold": None})
+        chances.append(new_patients(e.calibrated, e.min_recall))
+        for name, of_finding in e.calibrated.items():
+            guarantee = of_finding.get("guarantee", {"threshold": None})
             if guarantee.get("threshold") is not None:
                 promised.append(f"recall >= {e.min_recall:g} with confidence {guarantee['confidence']:.4g}")
             elif "why_not" in guarantee:
                 refused.append(f"{name} ({guarantee['why_not']})")
     unit = entries[0].unit
+    # What each point promises, then at what confidence, then what breaks the promise.
     text = f"@Rec meets the floor on the validation {unit}. For new patients like them, its true recall is "
     text += f"below the floor with {unique(filter(None, chances), ' or ')}."
     if promised:
@@ -303,10 +317,8 @@ def interval_blocks(entries):
     rows = []
     for point, (finding, e) in itertools.product(points(entries), questions(entries)):
         if row := e.row(finding, "test", point):
-            delong = row["interval"]["auroc"].get("delong")
             cells = [with_interval(row, k) for k in NAMED.values()]
-            cells.append("-" if delong is None or no_width(delong) else interval(*delong))
-            rows.append([f"{title(e, finding)} {POINTS[point]}", *cells])
+            rows.append([f"{title(e, finding)} {POINTS[point]}", *cells, delong_interval(row)])
     draws = unique((e.calibration["bootstrap"] for e in entries), " or ")
     text = (
         f"Percentile bootstrap: {drawn(entries)} are drawn {draws} times. Where every draw gives the same "
@@ -316,6 +328,14 @@ def interval_blocks(entries):
     )
     table = Table([first_head(entries), *NAMED, "AUROC (DeLong)"], rows)
     return [Heading(3, "How sure: 95% intervals on test"), Paragraph(text), table]
+
+
+def delong_interval(row):
+    """DeLong's interval of an AUROC as text; a dash where the AUROC is 1, of which it tells nothing."""
+    limits = row["interval"]["auroc"].get("delong")
+    if limits is None or no_width(limits):
+        return "-"
+    return interval(*limits)
 
 
 def write_csv(path, groups):

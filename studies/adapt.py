@@ -31,7 +31,7 @@ from common.console import start
 from common.device import add_device_argument, pick_device
 from common.files import atomic_path
 from data import load
-from layouts import tables
+from layouts.sheets import open_table
 from metrics import summarize_at_threshold
 from records.run import Run
 from studies.nih import list_nih
@@ -59,7 +59,7 @@ def nih_rows(folder):
 
 
 def rsna_rows(folder):
-    head, rows = tables.open_table(Path(folder, "labels.csv"))
+    head, rows = open_table(Path(folder, "labels.csv"))
     at = [head.index(name) for name in ("path", "patient", "group", "pneumonia")]
     return [tuple(row[i] for i in at) for row in rows if row]
 
@@ -70,7 +70,7 @@ def held_out(run, place, table, device):
     root, index = other_hospitals.read(f"{place}:{table}", run.config)
     subset = load(run.config, root, index, "held-out")[0]
     truth, scores, shipped = site.scored(run, subset, device, None, 64)
-    head, rows = tables.open_table(table)
+    head, rows = open_table(table)
     group = {row[head.index("path")]: row[head.index("group")] for row in rows}
     groups = np.array([group[f] for f in subset.files])
     return (

@@ -25,12 +25,13 @@ from data import IMG_SIZE, load_train_val, read_listing
 from images.split import cut
 from images.subset import input_range
 from layouts import tables
+from layouts.sheets import open_table
 from studies.benchmark import peak_resident
 
 
 def draw(table, work, per_folder=10_000):
     """An image for every row of the NIH table under work/images_*/images, and the two lists; once."""
-    head, rows = tables.open_table(table)
+    head, rows = open_table(table)
     if (work / "test_list.txt").exists():
         return len(rows)
     rng, pictures = np.random.default_rng(0), []

@@ -174,7 +174,7 @@ def test_scores_that_were_not_saved_are_computed(tmp_path, applied):
         assert np.allclose(a.scores, a.probabilities, rtol=1e-12) == applied
     val, row = kept.column("PNEUMONIA", "val"), kept.row("PNEUMONIA", "val", "at_rec")
     assert ((val.scores >= row["thr"]) & (val.truth == 1)).sum() == row["tp"]
-    assert row["thr"] == kept.found["PNEUMONIA"]["threshold"]
+    assert row["thr"] == kept.calibrated["PNEUMONIA"]["threshold"]
 
 
 def test_order_of_the_images_does_not_matter(tmp_path):
@@ -367,7 +367,7 @@ def test_predictive_values_share_one_prevalence(tmp_path):
 def test_subgroups_only_where_names_tell_them(tmp_path):
     scores = noisy_scores(0)
     entry = Entry(write_run(tmp_path / "a", scores=scores))
-    test, threshold = entry.column("PNEUMONIA", "test"), entry.found["PNEUMONIA"]["threshold"]
+    test, threshold = entry.column("PNEUMONIA", "test"), entry.calibrated["PNEUMONIA"]["threshold"]
     inside = (test.truth == 1) & np.array(["virus" in f for f in test.files])
     found = (test.scores >= threshold)[inside].mean()
     [*_, table] = subgroup_blocks([entry])

@@ -1,15 +1,24 @@
 """Tests of dicom: what the tags of real files, good and bad, make of the stored values."""
 
+import hashlib
+import hmac
+import os
 import random
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats.mstats import mquantiles
 
+import data
+from common.console import InputError
 from images import decode, find
 from images.decode import open_dicom, read_image
-from tests.shared import SHARED, save_dicom, smooth_picture
+from images.split import split_patients, without_keys
+from layouts import headers
+from report.rows import load_entries
+from tests.shared import SHARED, of_one, read_json, save_dicom, smooth_picture, succeed
 
 
 def full_range(height=24, width=30):
@@ -354,3 +363,208 @@ def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(OSError, match="pip install pydicom"):
         read_image(tmp_path / "a.dcm", 16)
+
+
+# ---------------------------------------------------------------- what headers say of patients
+
+
+def draw_headers(root, headers, size=16):
+    """A DICOM of random pixels for each {file: {tag: value}}."""
+    rng = np.random.default_rng(0)
+    for name, tags in headers.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        tags = {"PatientName": "Doe^Jane", **tags}
+        save_dicom(root / name, rng.integers(0, 255, (size, size)).astype(np.uint8), change=set_raw(tags))
+    return list(headers)
+
+
+def set_raw(tags):
+    """A change of a data set that writes values as they are, wrong ones too."""
+
+    def change(file):
+        from pydicom import config
+
+        config.settings.writing_validation_mode = config.IGNORE
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, value in tags.items():
+                setattr(file, name, value)
+
+    return change
+
+
+HEADERS = {  # {file: what its header says, and what is made of it: (age, sex, view, machine)}
+    "a": (
+        {"PatientAge": "045Y", "PatientSex": "F", "ViewPosition": "PA", "Manufacturer": "Kodak "},
+        (45, "F", "PA", "Kodak"),
+    ),
+    "b": ({"PatientAge": "003M", "PatientSex": "M", "ViewPosition": "AP"}, (0.25, "M", "AP", "")),
+    "c": ({"PatientAge": "012W", "PatientSex": "O", "ViewPosition": "LL"}, (84 / 365.25, "", "lateral", "")),
+    "d.dcm": ({"PatientAge": "010D", "ViewPosition": "LATERAL"}, (10 / 365.25, "", "lateral", "")),
+    "e.dcm": ({"PatientAge": "411Y", "PatientSex": ""}, (np.nan, "", "", "")),
+    "f.dicom": ({"PatientAge": "abc", "ViewPosition": ""}, (np.nan, "", "", "")),
+    "g": ({}, (np.nan, "", "", "")),
+}
+
+
+def test_ages_sexes_views_and_machines_of_headers(tmp_path, capsys):
+    files = draw_headers(tmp_path / "in", {name: tags for name, (tags, _) in HEADERS.items()})
+    Image.fromarray(full_range()).save(tmp_path / "in" / "h.png")
+    found = headers.cohort_of_files(tmp_path / "in", [*files, "h.png"], tmp_path / "cache")
+    for i, (_, expected) in enumerate([*HEADERS.values(), ({}, (np.nan, "", "", ""))]):
+        assert found["age"][i] == pytest.approx(expected[0], nan_ok=True), i
+        assert (found["sex"][i], found["view"][i], found["machine"][i]) == expected[1:], i
+    assert (found["patient"] == "").all() and (found["study"] == "").all()
+    said = capsys.readouterr().err
+    assert "2 ages are not understood (411Y, abc)" in said and "1 sexes are not understood (O)" in said
+    assert headers.cohort_of_files(tmp_path / "in", ["h.png"], tmp_path / "cache") is None
+
+
+def test_ids_are_known_by_keyed_names_only(tmp_path, monkeypatch):
+    """The same patient has the same name in every folder of a cache, and another one under another key.
+    Headers are read once; nothing of them lies in the cache folder in clear."""
+    tags = {"PatientID": "MRN0042", "StudyInstanceUID": "1.2.840.77.5"}
+    other = {"PatientID": "MRN0043", "StudyInstanceUID": "1.2.840.77.6"}
+    draw_headers(tmp_path / "one", {"x.dcm": tags, "y.dcm": other, "z.dcm": tags})
+    draw_headers(tmp_path / "two", {"q.dcm": {**tags, "PatientID": " MRN0042 "}, "r.dcm": other})
+    cache = tmp_path / "cache"
+    one = headers.cohort_of_files(tmp_path / "one", ["x.dcm", "y.dcm", "z.dcm"], cache)
+    two = headers.cohort_of_files(tmp_path / "two", ["q.dcm", "r.dcm"], cache)
+    for name in ("patient", "study"):
+        x, y, z = one[name]
+        assert x == z == two[name][0] and y == two[name][1] and x != y
+    key = bytes.fromhex((cache / "dicom.key").read_text())
+    digest = hmac.new(key, b"patient:MRN0042", hashlib.sha256).hexdigest()
+    assert one["patient"][0] == f"dicom-{digest[:16]}"
+    if os.name == "posix":
+        assert (cache / "dicom.key").stat().st_mode & 0o777 == 0o600
+    for path in cache.iterdir():
+        text = path.read_bytes()
+        if path.suffix == ".npz":
+            text += b"".join(np.load(path)[name].tobytes() for name in np.load(path).files)
+        for secret in ("MRN0042", "1.2.840.77", "Doe"):
+            assert secret.encode() not in text and secret.encode("utf-32-le") not in text
+    elsewhere = headers.cohort_of_files(tmp_path / "one", ["x.dcm"], tmp_path / "other")
+    assert elsewhere["patient"][0] != one["patient"][0]
+
+    # What was read is kept, until a file changes.
+    read = []
+    monkeypatch.setattr(
+        headers, "read_header", lambda path: read.append(path.name) or decode.read_header(path)
+    )
+    again = headers.cohort_of_files(tmp_path / "one", ["y.dcm", "x.dcm"], cache)
+    assert read == [] and again["patient"].tolist() == one["patient"][[1, 0]].tolist()
+    draw_headers(tmp_path / "one", {"x.dcm": {**other, "PatientAge": "007Y"}})
+    changed = headers.cohort_of_files(tmp_path / "one", ["y.dcm", "x.dcm"], cache)
+    assert read == ["x.dcm"] and changed["age"][1] == 7 and len(set(changed["patient"])) == 1
+    next(cache.glob("one-headers-*.npz")).write_bytes(b"damaged")
+    whole = headers.cohort_of_files(tmp_path / "one", ["y.dcm", "x.dcm"], cache)
+    assert {k: v.tolist() for k, v in whole.items() if k != "age"} == {
+        k: v.tolist() for k, v in changed.items() if k != "age"
+    }
+    (cache / "dicom.key").write_text("0123")
+    with pytest.raises(InputError, match="dicom.key is damaged"):
+        headers.cohort_of_files(tmp_path / "one", ["x.dcm"], cache)
+
+
+def test_ids_that_say_nothing(tmp_path, capsys):
+    """Empty, removed, huge; of the file; two in a study; one study for all."""
+
+    def patients(name, rows):
+        tags = {f"{k}.dcm": dict(zip(("PatientID", "StudyInstanceUID"), row)) for k, row in enumerate(rows)}
+        files = draw_headers(tmp_path / name, tags)
+        found = headers.cohort_of_files(tmp_path / name, files, tmp_path / "cache")
+        return found["patient"].tolist(), found["study"].tolist()
+
+    ids, studies = patients("none", [("", ""), ("Anonymous", "1.2"), ("ANON", "1.2"), ("0", "")])
+    assert ids == ["", studies[1], studies[1], ""] and studies[0] == studies[3] == ""
+    assert "2 images name no patient: their study stands for the patient" in capsys.readouterr().err
+    ids, _ = patients("huge", [("9" * 60_000, "1.1"), ("9" * 60_001, "1.2"), ("Ä\\B", "1.3")])
+    assert len(set(ids)) == 3 and max(map(len, ids)) < 30
+    ids, _ = patients("files", [("0", "1.1"), ("1", "1.2"), ("2", "1.3")])
+    assert ids == patients("files", [("", "1.1"), ("1", "1.2"), ("2", "1.3")])[0]
+    capsys.readouterr()
+    ids, studies = patients("two", [("p", "1.1"), ("q", "1.1"), ("q", "1.2"), ("r", "1.3"), ("", "1.3")])
+    assert ids[0] == ids[1] == ids[2] != ids[3] == ids[4] and len(set(studies)) == 3
+    said = capsys.readouterr().err
+    assert "1 studies name several patients: these are taken for one" in said and "1 images name no" in said
+    ids, studies = patients("one", [(f"p{k}", "1.1") for k in range(5)])
+    assert len(set(ids)) == 5 and set(studies) == {""}
+    assert "1 studies name more than 3 patients: the studies of 5 images" in capsys.readouterr().err
+
+
+def test_damaged_headers(tmp_path, capsys):
+    """No header, a cut one, deflated pixels: nothing is known, with a count; the others are."""
+    files = draw_headers(tmp_path / "in", {"a.dcm": {"PatientID": "p"}, "b.dcm": {"PatientID": "q"}})
+    (tmp_path / "in" / "text.dcm").write_text("no DICOM at all, but long enough " * 10)
+    (tmp_path / "in" / "b.dcm").write_bytes((tmp_path / "in" / "b.dcm").read_bytes()[:180])
+    files += ["text.dcm", "absent.dcm"]
+    found = headers.cohort_of_files(tmp_path / "in", files, tmp_path / "cache")
+    assert found["patient"][0] and found["patient"][2:].tolist() == ["", ""]
+    said = capsys.readouterr().err
+    assert "DICOM headers in" in said and "absent.dcm" in said and "Traceback" not in said
+
+
+def dicom_set(root, patients=12):
+    """Class folders of DICOM: each patient has two images, in one or two studies; NORMAL and PNEUMONIA take
+    turns. Names of files say nothing."""
+    number, tags = 0, {}
+    for side, count in (("train", patients), ("test", 6)):
+        for p in range(count):
+            for image in range(2):
+                number += 1
+                file = f"{side}/{('NORMAL', 'PNEUMONIA')[p % 2]}/{number:03d}.dcm"
+                tags[file] = {
+                    "PatientID": f"MRN-{side}-{p}",
+                    "StudyInstanceUID": f"1.2.{len(side)}.{p}.{image * (p % 3 == 0)}",
+                    "PatientAge": f"{20 + p:03d}Y",
+                    "PatientSex": "FM"[p % 2],
+                    "ViewPosition": "PA",
+                }
+    return draw_headers(root, tags, size=32)
+
+
+def test_split_keeps_a_patient_together_whatever_the_key(tmp_path):
+    """Studies of one patient lie on one side; another key gives other names and the same sides."""
+    files = dicom_set(tmp_path / "set")
+    sides = []
+    for cache in ("one", "two"):
+        settings = dict(data_dir=str(tmp_path / "set"), img_size=16, cache_dir=str(tmp_path / cache))
+        config = data.DataConfig(**settings)
+        train, val, info = data.load_train_val(config, tell=lambda line: None)
+        assert info["shared_patients"] == 0 and info["unknown_patients"] == 0
+        assert not set(train.patients) & set(val.patients) and len(set(train.patients + val.patients)) == 12
+        assert set(train.cohort["study"]).isdisjoint(val.cohort["study"])
+        assert sorted(train.cohort["age"])[0] >= 20 and set(val.cohort["sex"]) <= {"F", "M"}
+        sides.append((train.files, val.files, train.patients))
+    assert sides[0][:2] == sides[1][:2] and sides[0][2] != sides[1][2]
+    patients = [name for name in map(str, np.repeat(np.arange(20), 2))]
+    files = [f"{i:02d}" for i in range(40)]
+    cuts = []
+    for key in (b"1" * 32, b"2" * 32):
+        named = [headers.name_of(key, "patient", patient) for patient in patients]
+        cuts.append(split_patients(without_keys(files, named), 0.3)[1].tolist())
+    assert cuts[0] == cuts[1]
+
+
+def test_a_run_on_dicom_by_study(tmp_path):
+    """Training and calibration by study on DICOM folders: units as the headers say, no id in clear."""
+    dicom_set(tmp_path / "set", 40)
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "set").rglob("*.dcm"))}
+    flags = ("--data-dir", "set", "--cache-dir", "cache", "--img-size", 32)
+    succeed("train_linear", *flags, cwd=tmp_path)
+    done = succeed("calibrate", "--by", "study", "--min-recall", 0.8, "--bootstrap", 100, cwd=tmp_path)
+    folder = tmp_path / "outputs" / "linear"
+    arrays = np.load(folder / "scores.npz")
+    assert arrays["test_cohort_study"].tolist() and len(set(arrays["test_cohort_study"].tolist())) == 8
+    assert "test: 12 images are 8 studies" in done.out and "studies with it" in done.out
+    row = of_one(read_json(folder, "calibration.json"))["test"]["at_rec"]
+    assert sum(row[k] for k in ("tp", "fp", "tn", "fn")) == 8
+    ((entry,),) = load_entries(tmp_path / "outputs")
+    assert entry.unit == "studies" and len(entry.column("PNEUMONIA", "test").truth) == 8
+    text = b"".join(arrays[name].tobytes() for name in arrays.files)
+    for path in [*folder.rglob("*"), *(tmp_path / "cache").iterdir()]:
+        text += path.read_bytes() if path.is_file() else b""
+    for secret in ("MRN-", "Doe", "1.2.5."):
+        assert secret.encode() not in text and secret.encode("utf-32-le") not in text
+    assert before == {path: path.read_bytes() for path in before}

@@ -13,7 +13,9 @@ import data
 from common.console import InputError
 from layouts import tables
 from layouts.folders import find_classes, find_root, list_images, read_folders
-from layouts.tables import published_lists, read_patients, read_table
+from layouts.nih import NIH_FINDINGS
+from layouts.patients import read_patients
+from layouts.tables import published_lists, read_table
 from tests.shared import SHARED, cli, read_json, refused
 
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID\n"
@@ -50,8 +52,8 @@ def test_nih_table(tmp_path, capsys):
     assert found.targets.tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 0]] and found.targets.dtype == np.int8
     assert found.patients == ["1", "1", "2"] and found.known.all()  # a patient 2.0 is 2
     assert capsys.readouterr().err == ""
-    assert tables.table_findings(tmp_path / "table.csv") == tables.NIH_FINDINGS
-    assert len(tables.NIH_FINDINGS) == 15 and tables.NIH_FINDINGS[0] == "No Finding"
+    assert tables.table_findings(tmp_path / "table.csv") == NIH_FINDINGS
+    assert len(NIH_FINDINGS) == 15 and NIH_FINDINGS[0] == "No Finding"
     assert tables.table_findings(tmp_path / "table.csv", ["Mass", "Edema"]) == ("Mass", "Edema")
     with pytest.raises(InputError, match="has no Masss; it has No Finding, Atelectasis"):
         tables.table_findings(tmp_path / "table.csv", ["Masss"])
@@ -185,13 +187,13 @@ def test_plain_table(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("path,patient,age\nx/a.png,1,57\n", "row 2: age is '57', not 1, 0, -1 or empty.*--findings"),
+        ("path,patient,weight\nx/a.png,1,57\n", "row 2: weight is '57', not 1, 0, -1 or empty.*--findings"),
         ("path,patient\nx/a.png,1\n", "no column of a finding"),
         ("file,Edema\nx/a.png,1\n", "needs the columns Image Index and Finding Labels, or path"),
         ("path,Edema,Edema\nx/a.png,1,0\n", "names the column Edema twice"),
         ("path,Edema\nx/a.png,1\nx/a.png,0\n", "row 2 and in row 3"),
         ("", "has no rows"),
-        ('path,Edema\n"x/a.png,1\n', "row 2: 1 values for 2 columns"),
+        ('path,Edema\n"x/a.png,1\n', "row 2: a quotation mark opens there"),
     ],
 )
 def test_bad_plain_tables(tmp_path, text, message):
@@ -234,14 +236,14 @@ def test_nih_sample_against_a_plain_reading():
     root = SHARED / "nih_sample"
     if not root.exists():
         pytest.skip("../shared is absent")
-    found = read_table(root / "sample_labels.csv", root, tables.NIH_FINDINGS)
+    found = read_table(root / "sample_labels.csv", root, NIH_FINDINGS)
     with open(root / "sample_labels.csv", newline="") as file:
         rows = {row["Image Index"]: row for row in csv.DictReader(file)}
     assert len(found.files) == len(list((root / "images").iterdir()))
     for name, labels, patient in zip(found.files, found.targets.tolist(), found.patients):
         row = rows[name.removeprefix("images/")]
         there = row["Finding Labels"].split("|")
-        assert labels == [int(finding in there) for finding in tables.NIH_FINDINGS]
+        assert labels == [int(finding in there) for finding in NIH_FINDINGS]
         assert patient == row["Patient ID"] and sum(labels) == len(there)
 
 

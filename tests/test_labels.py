@@ -12,6 +12,7 @@ from calibration.intervals import bootstrap_weights, difference_of_means, mean_a
 from calibration.operating_point import LEAST, Rule, class_figures, evaluate
 from common.console import InputError
 from common.task import Task
+from layouts.choices import Choices
 from layouts.tables import read_table
 from metrics import choose_threshold_with_guarantee, fit_temperature
 from records.schema import wrong_calibration
@@ -150,7 +151,9 @@ def test_labels_and_loss_of_torchxrayvision(tmp_path):
     theirs = xrv.datasets.CheX_Dataset(str(tmp_path), str(tmp_path / "train.csv"), unique_patients=False)
     columns = [theirs.pathologies.index(name) for name in names]
     labels = torch.from_numpy(theirs.labels[:, columns])
-    ours = torch.from_numpy(read_table(tmp_path / "train.csv", tmp_path, names).targets)
+    ours = torch.from_numpy(
+        read_table(tmp_path / "train.csv", tmp_path, names, Choices(blank="ignore")).targets
+    )
     known = ~torch.isnan(labels)
     assert torch.equal(known, ours >= 0) and torch.equal(labels[known], ours[known].float())
     logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,11 @@ import data
 from common.console import InputError
 from common.task import Task
 from layouts import sheets, tables
+from layouts.choices import Choices
 from layouts.nih import NIH_FINDINGS, nih_names
+from layouts.patients import read_patients
 from layouts.plain import CHEXPERT_DISEASES
-from layouts.tables import read_patients, read_table
+from layouts.tables import read_table
 from monitor import read_log
 from tests.shared import SHARED, cli, refused, touch
 from training import other_hospitals
@@ -290,7 +292,7 @@ def test_the_full_nih_table_is_read_as_before():
         pytest.skip("../shared is absent")
     with open(path, newline="") as file:
         head, *rows = csv.reader(file)
-    names = nih_names(path, head, rows)
+    names = nih_names(sheets.open_sheet(path))
     assert len(rows) == 112_120 and names == {row[1]: frozenset(row[1].split("|")) for row in rows}
 
 
@@ -322,7 +324,7 @@ def test_two_healthy_columns_that_disagree(tmp_path):
         read_plain_set(tmp_path, text, ("Edema",))
 
 
-def test_chexpert_rows_are_read(tmp_path):
+def test_chexpert_rows_are_read_as_a_plain_table(tmp_path):
     """400 real rows: no contradiction, "any finding" by hand, and one made by hand is found."""
     path = SHARED / "tables/chexpert_train_head.csv"
     if not path.exists():
@@ -330,7 +332,9 @@ def test_chexpert_rows_are_read(tmp_path):
     names = ("No Finding", *CHEXPERT_DISEASES, "Support Devices")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    found = read_plain_set(tmp_path, path.read_bytes(), names, [row["Path"] for row in rows])
+    put(tmp_path, path.read_bytes(), files=[row["Path"] for row in rows])
+    plain = Choices(layout="plain", views="all")
+    found = read_table(tmp_path / "t.csv", tmp_path, names, plain)
     truth = Task(names, "sigmoid").truth(found.targets)
     both = 0
     for row, any_finding in zip(rows, truth[:, 0].tolist()):
@@ -344,7 +348,7 @@ def test_chexpert_rows_are_read(tmp_path):
     lines[1] = ",".join([*lines[1].split(",")[:8], "1.0", *lines[1].split(",")[9:]])
     (tmp_path / "t.csv").write_text("\n".join(lines))
     with pytest.raises(InputError, match="row 2: No Finding is 1 and Lung Opacity is 1"):
-        read_table(tmp_path / "t.csv", tmp_path, names[:2])
+        read_table(tmp_path / "t.csv", tmp_path, names[:2], plain)
 
 
 def test_any_finding_never_contradicts_a_finding():

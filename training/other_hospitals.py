@@ -14,12 +14,18 @@ from common.files import sha256
 from common.task import is_healthy
 from data import load, read_listing
 from images import twins
+from images.dicom import KEYED
 from images.find import Search
 from images.split import cut
 from images.subset import Subset, same_images
 from layouts import tables
+from layouts.choices import select, training_targets
 from layouts.folders import list_images
-from layouts.listing import Index
+from layouts.headers import with_headers
+from layouts.listing import Index, Reading
+from layouts.patients import read_patients
+from layouts.same_set import refuse_same_set
+from layouts.synonyms import matched, same_finding
 
 EITHER = "--also or --also-unlabelled"
 
@@ -27,7 +33,7 @@ EITHER = "--also or --also-unlabelled"
 def parse(text):
     """DIR or DIR:LABELS.csv -> (folder, path of the table or None). InputError if either is not there."""
     folder, colon, table = text.rpartition(":")
-    if not colon or not table.lower().endswith((".csv", ".tsv", ".txt")):
+    if not colon or not table.lower().endswith(tables.ENDINGS):
         folder, table = text, None
     if not Path(folder).is_dir():
         raise InputError(f"{EITHER} {text}: there is no folder {folder}")
@@ -49,7 +55,10 @@ def read(text, config):
 
     InputError where it asks something else than the first hospital."""
     folder, table = parse(text)
+    refuse_same_set(config, folder, table, EITHER)
     if table:
+        if not tables.find_layout(table).trains:
+            raise InputError(f"--also {text}: {table} is for evaluation only: calibrate.py --site takes it")
         return folder, _of_table(table, folder, config)
     if config.task.kind == "sigmoid":
         raise InputError(f"--also {text}: with --labels give DIR:LABELS.csv, its table of findings")
@@ -65,15 +74,18 @@ def load_site(config, folder, labels="", patients=""):
     or findings are not those of `config`."""
     if config.task.kind == "sigmoid" and not labels:
         raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
+    table = tables.find_table(labels, folder) if labels else None
+    refuse_same_set(config, Path(folder), table, "--site")
     if labels:
-        root, table = Path(folder), tables.find_table(labels, folder)
+        root = Path(folder)
         index = _of_table(table, root, config)
     else:
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
     index = index._replace(side=np.full(len(index.files), "site"))
     if patients:
-        index = tables.read_patients(patients, index, root)
+        index = read_patients(patients, index, root)
+    index = known_from_headers(root, index, config, names_tell=not (labels or patients))
     subset, kept, _ = load(config, root, index, "site")
     if kept.unknown:
         which = "every image counts"
@@ -83,11 +95,22 @@ def load_site(config, folder, labels="", patients=""):
     return subset
 
 
+def known_from_headers(root, index, config, names_tell):
+    """The Index with what DICOM headers say (headers.with_headers), without images of views that are not
+    used."""
+    known = with_headers(root, index, config.cache_dir, names_tell)
+    if known is index:
+        return index
+    count = len(known.files)
+    return select(Reading(known, [["listed", count], ["found", count]], True), config)[0]
+
+
 def _of_table(table, folder, config):
     """The Index of a table's images, in the words of the first hospital's findings or classes."""
+    choices = config.of_other(tables.find_layout(table).name)
     if config.task.kind == "sigmoid":
-        return _findings(table, folder, config.classes)
-    return _classes(table, folder, config.classes)
+        return _findings(table, folder, config.classes, choices)
+    return _classes(table, folder, config.classes, choices)
 
 
 def read_unlabelled(text, config):
@@ -108,37 +131,43 @@ def read_unlabelled(text, config):
     return folder, Index(files, targets, list(files), unknown, np.full(len(files), "", dtype="U5"))
 
 
-def _columns(table, wanted):
-    """{name: the table's own name of that finding} for those of `wanted` that it has, in any case."""
-    there = {name.lower(): name for name in tables.table_findings(table)}
-    return {name: there[name.lower()] for name in wanted if name.lower() in there}
-
-
-def _findings(table, folder, findings):
+def _findings(table, folder, findings, choices):
     """The Index of a table for a task of findings; what the table does not ask is unknown."""
-    found = _columns(table, findings)
+    there = tables.table_findings(table)
+    found = matched(findings, there)
     if not found:
-        raise InputError(f"{table}: it has none of the findings {', '.join(findings)}")
-    index = tables.read_table(table, folder, tuple(found.values()))
-    targets = np.full((len(index.files), len(findings)), -1, dtype=np.int8)
-    targets[:, [findings.index(name) for name in found]] = index.targets
+        raise InputError(
+            f"{table}: it has none of the findings {', '.join(findings)}; it has {', '.join(there[:40])}"
+        )
+    index = tables.read_table(table, folder, tuple(found.values()), choices)
+    columns = [findings.index(name) for name in found]
+    shape = (len(index.files), len(findings))
+    wide = {"targets": np.full(shape, -1, dtype=np.int8)}
+    wide |= {name: np.zeros(shape, dtype=bool) for name in ("uncertain", "blank")}
+    for name, values in wide.items():
+        values[:, columns] = getattr(index, name)
+    if renamed := [f"{other} as {name}" for name, other in found.items() if other != name]:
+        say(f"note: {table}: read as the same finding: {', '.join(renamed)}")
     if absent := [name for name in findings if name not in found]:
         say(f"note: {table} does not ask {', '.join(absent)}: unknown on its images")
-    return index._replace(targets=targets)
+    if further := [name for name in there if name not in found.values()]:
+        some = ", ".join(further[:10]) + (f" and {len(further) - 10} more" if len(further) > 10 else "")
+        say(f"note: {table} also asks {some}, which the model does not know")
+    return index._replace(**wide)
 
 
-def _classes(table, folder, classes):
+def _classes(table, folder, classes, choices):
     """The Index of a table for a task of classes: an image is of the class whose column has a 1, and healthy
     where every disease is 0 and the table's healthy column, if it has one, does not say otherwise. Images of
     which the table does not say that are left out, and counted."""
-    found = _columns(table, classes[1:])
+    there = tables.table_findings(table)
+    found = matched(classes[1:], there)
     if absent := [name for name in classes[1:] if name not in found]:
         raise InputError(
-            f"{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has "
-            f"{', '.join(tables.table_findings(table))}"
+            f"{table}: it needs a column for {', '.join(absent)}, with 1 and 0; it has {', '.join(there)}"
         )
-    healthy = [name for name in tables.table_findings(table) if is_healthy(name) or name == classes[0]][:1]
-    index = tables.read_table(table, folder, (*found.values(), *healthy))
+    healthy = [name for name in there if is_healthy(name) or same_finding(name, classes[0])][:1]
+    index = tables.read_table(table, folder, (*found.values(), *healthy), choices)
     diseases = index.targets[:, : len(found)]
     well = (diseases == 0).all(axis=1)
     sick = ((diseases == 1).sum(axis=1) == 1) & (diseases >= 0).all(axis=1)
@@ -150,7 +179,7 @@ def _classes(table, folder, classes):
         out = len(well) - len(kept)
         say(f"note: {table}: {out} of {len(well)} images are of none of {', '.join(classes)}; left out")
     number = np.where(sick, 1 + diseases.argmax(axis=1), 0).astype(np.int64)
-    index = index._replace(targets=number).take(kept)
+    index = index._replace(targets=number, uncertain=None, blank=None).take(kept)
     for k, name in enumerate(classes):
         if not (index.targets == k).any():
             raise InputError(f"{table}: no image is {name}: every class needs some")
@@ -200,6 +229,7 @@ def join(config, train, val, tell=print):
             root, index = read(text, config)
         else:
             root, index = read_unlabelled(text, config)
+        index = known_from_headers(root, index, config, names_tell=parse(text)[1] is None)
         index = index._replace(content=twins.contents(root, index.files))
         subset, readable, _ = load(config, root, index, "also")
 
@@ -208,7 +238,8 @@ def join(config, train, val, tell=print):
         say_known(name, root, subset, earlier)
         earlier.append((name, root, subset.files))
         subset.files = [f"{name}/{file}" for file in readable.files]
-        subset.patients = [f"{name}/{patient}" for patient in readable.patients]
+        say_known_patients(name, readable.patients, val)
+        subset.patients = [of_source(name, patient) for patient in readable.patients]
         subset.sources = np.full(len(subset), number)
         fingerprint = sha256([subset.files, subset.targets.tolist()])
 
@@ -217,6 +248,9 @@ def join(config, train, val, tell=print):
             positions = cut(readable, config.task, True, config.val_share, config.split_seed)
             sides = {side: subset.take(some) for side, some in zip(("train", "val"), positions)}
             held_out[name] = sides["val"]
+            if readable.uncertain is not None:
+                uncertain = readable.uncertain[np.asarray(positions[0])]
+                sides["train"].targets = training_targets(sides["train"].targets, uncertain, config)
         trained_on.append(sides["train"])
         description[name] = {side: len(images) for side, images in sides.items()}
         description[name] |= {"unknown_patients": readable.unknown, "fingerprint": fingerprint}
@@ -252,6 +286,21 @@ def refuse_known(config, name, root, subset, val):
             f"note: also {name}: {len(pairs)} of its images look like validation images of "
             f"{config.data_dir}, such as {' and '.join(pairs[0])}: if they were saved anew, validation is "
             "flattered"
+        )
+
+
+def of_source(name, patient):
+    """The patient of a source, told from those of others; one of a DICOM header is the same everywhere."""
+    return patient if patient.startswith(KEYED) else f"{name}/{patient}"
+
+
+def say_known_patients(name, patients, val):
+    """A note if patients of a source, known by their DICOM ids, are patients of validation."""
+    shared = {patient for patient in patients if patient.startswith(KEYED)} & set(val.patients)
+    if shared:
+        say(
+            f"note: also {name}: {len(shared)} of its patients are patients of validation (DICOM headers): "
+            "validation is flattered"
         )
 
 

@@ -60,7 +60,7 @@ def _same_split(other, config, sides, split):
     there = other.config
     if not (config.labels and there.labels) or there.classes == config.classes:
         return False
-    index = tables.read_table(config.labels, Path(config.data_dir), there.classes)
+    index = tables.read_table(config.labels, Path(config.data_dir), there.classes, config)
     targets = dict(zip(index.files, index.targets.tolist()))
     labelled = []
     for side in sides:
