@@ -19,6 +19,8 @@ import numpy as np
 from calibration.operating_point import LEAST, Side, shared_out, summarize
 from calibration.scores import each_run
 from calibration.wording import chance_text, concerns
+from cohort.groups import console_lines
+from cohort.who import Asked, check_columns
 from common import scaling
 from common.console import InputError, command_line, say
 from common.proportions import reported_interval
@@ -236,14 +238,21 @@ def calibrate(args, rule, device, tta):
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
     moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
-        return np.asarray(site.patients), scored(run, site, device, tta, args.batch_size)
+        check_columns(asked, site.cohort or {}, f"--site {args.site}")
+        return site, scored(run, site, device, tta, args.batch_size)
 
-    for run, (patients, scored_images) in each_run(args.runs_dir, args.run, score_site):
+    for run, (site, scored_images) in each_run(args.runs_dir, args.run, score_site):
+        patients = np.asarray(site.patients)
+        if args.report:
+            images = (*scored_images[:2], patients, site.cohort)
+            calibration = run.calibration(scaling.calibration_name(tta))
+            print("\n".join(console_lines(f"{run} at {args.name}", images, calibration, asked)), flush=True)
         promise(run, args.name, patients, scored_images, rule, tta=tta, report=args.report)
 
 

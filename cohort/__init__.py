@@ -3,5 +3,6 @@
 In the order to read them:
 
     who.py      age bands, groups of patients, and a summary of a side
-    figures.py  figures of every group, and whether it differs from the rest
+    figures.py  a figure of every group: intervals, and whether a group differs from the rest
+    groups.py   all figures of all groups, as a table and in words
 """

@@ -21,7 +21,7 @@ from scipy.special import expit, logit
 from scipy.stats import beta, t
 
 from cohort.who import LEAST
-from common.proportions import alike_interval, in_short
+from common.proportions import alike_interval
 
 ERROR = 0.05  # of a family: the chance that any gap is found, or any interval misses, where there is nothing
 ENOUGH = 20  # draws as extreme as the data end a permutation test: it will not be significant
@@ -291,101 +291,3 @@ def family(figure, groups):
             turned = 1 if np.array_equal(groups[k].inside, groups[same[0]].inside) else -1
             rows[k] |= {"gap": turned * gap, "p": p, "adjusted": adjusted}
     return rows
-
-
-def figures_of_groups(y, p, whose, groups, thresholds, floor):
-    """Every figure of every group -> JSON: {"groups": [[attribute, value]], "patients": [[with the finding,
-    without]], "figures": {name: `family`}}, the lists in the order of `groups`.
-
-    The figures are "AUROC", and "recall POINT" and "specificity POINT" for each of `thresholds`, {point:
-    threshold}. y: int [N], 0 or 1; p: scores [N]; whose: patients [N]; groups: list of Groups of these
-    images. Each row of a recall says whether the `floor` is "broken": whether the simultaneous interval lies
-    wholly below it."""
-    p, whose = np.asarray(p), np.asarray(whose)
-    found = {"groups": [[group.attribute, group.value] for group in groups], "patients": []}
-    for group in groups:
-        sides = (group.inside & (y == 1), group.inside & (y == 0))
-        found["patients"].append([len(np.unique(whose[images])) for images in sides])
-    figures = {"AUROC": family(Curve(y, p, whose), groups)}
-    for point, threshold in thresholds.items():
-        for name, label, right in (("recall", 1, p >= threshold), ("specificity", 0, p < threshold)):
-            images = np.flatnonzero(y == label)
-            inside = [group.at(images) for group in groups]
-            figures[f"{name} {point}"] = family(Proportion(right[images], whose[images]), inside)
-        for row in figures[f"recall {point}"]:
-            if "hi" in row:
-                row["broken"] = row["hi"] < floor
-    return found | {"figures": figures}
-
-
-def thresholds_of(found):
-    """{point: threshold} of what a calibration says of a finding: "@Rec", and "@Guar" where it has one."""
-    if "threshold" not in found:
-        return {}
-    thresholds = {"@Rec": found["threshold"]}
-    if found["guarantee"]["threshold"] is not None:
-        thresholds["@Guar"] = found["guarantee"]["threshold"]
-    return thresholds
-
-
-# ---------------------------------------------------------------- as text
-
-
-def table_of(found):
-    """What `figures_of_groups` found -> (head, rows of cells), texts: a row a group."""
-    head = ["Group", "Patients with / without"]
-    for name in found["figures"]:
-        head += [name, "gap (p)"]
-    rows = []
-    for k, (attribute, value) in enumerate(found["groups"]):
-        cells = [f"{attribute} {value}", "{} / {}".format(*found["patients"][k])]
-        for figures in found["figures"].values():
-            cells += _cells(figures[k])
-        rows.append(cells)
-    return head, rows
-
-
-def _cells(row):
-    """[a figure with its interval, its gap to the rest with the p-value], as texts."""
-    if "value" not in row:
-        return [f"- ({row['patients']} patients)", "-"]
-    figure = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
-    if row.get("broken"):
-        figure += " BROKEN"
-    if "gap" not in row:
-        return [figure, f"- (rest: {row['rest']} patients)"]
-    return [figure, f"{row['gap']:+.3f} ({in_short(row['adjusted'])})"]
-
-
-METHOD = (
-    f"The intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni). The "
-    "gap is to the rest of those whose value is known; its p-value is Holm's over all groups of the figure. "
-    f"All is by patient. A dash stands where fewer than {LEAST} count (recall: those with the finding; "
-    "specificity: those without; AUROC: the fewer of both). BROKEN: the interval of recall lies below the "
-    "floor."
-)
-
-
-def verdicts(found, floor):
-    """What stands out in what `figures_of_groups` found, as a list of texts: broken floors, gaps that are no
-    chance."""
-    texts = []
-    for name, rows in found["figures"].items():
-        for (attribute, value), row in zip(found["groups"], rows):
-            if row.get("broken"):
-                texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, floor {floor:g}")
-            if row.get("adjusted", 1) <= ERROR:
-                gap = f"{row['gap']:+.3f} (p {in_short(row['adjusted'])})"
-                texts.append(f"{name} of {attribute} {value} differs from the rest by {gap}")
-    return texts
-
-
-def lines_of(found):
-    """`table_of` as lines of a console, the columns under each other."""
-    head, rows = table_of(found)
-    widths = [max(len(line[k]) for line in (head, *rows)) for k in range(len(head))]
-    lines = []
-    for first, *others in (head, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines

@@ -1,8 +1,7 @@
 """Blocks of the report on people: who took part, what was left out, and figures of groups of patients. No
 torch, no drawing."""
 
-from cohort.figures import METHOD, figures_of_groups, table_of, thresholds_of, verdicts
-from cohort.who import groups_of
+from cohort.groups import METHOD, groups_on_side, table_of, verdicts
 from common.console import InputError
 from common.scaling import SIDES
 from records.schema import NATURAL, mismatches
@@ -215,14 +214,7 @@ def group_blocks(entries, asked):
 
 
 def groups_on(entry, finding, side, asked):
-    """(cohort.figures.figures_of_groups, notes) of an entry's finding on a side."""
+    """groups_on_side (figures, notes) of an entry's finding."""
     k, column = entry.findings.index(finding), entry.columns[side]
-    known = column.truth[:, k] >= 0
-    cohort = {name: values[known] for name, values in entry.cohort[side].items()}
-    groups, notes = groups_of(cohort, column.patients[known], asked)
-    missing = [name for name in asked.columns if name not in entry.cohort[side]]
-    notes += [f"no column {name} here" for name in missing]
-    one = entry.column(finding, side)
-    thresholds = thresholds_of(entry.calibrated[finding])
-    found = figures_of_groups(one.truth, one.scores, one.patients, groups, thresholds, entry.min_recall)
-    return found, notes
+    images = column.truth[:, k], column.scores[:, k], column.patients, entry.cohort[side]
+    return groups_on_side(*images, asked, entry.calibrated[finding], entry.min_recall)

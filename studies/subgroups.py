@@ -18,7 +18,8 @@ from scipy.stats import norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from calibration.intervals import wilson_interval
-from cohort.figures import ERROR, figures_of_groups
+from cohort.figures import ERROR
+from cohort.groups import figures_of_groups
 from cohort.who import Asked, age_bands, groups_of
 from common.cli import COUNT, Parser
 from common.console import start

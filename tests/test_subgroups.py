@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from calibration.intervals import delong_interval
 from cohort import figures as subgroups
+from cohort import groups as groups_module
 from cohort.who import MOST, Asked, Group, age_bands, groups_of
 from studies import subgroups as study
 
@@ -179,22 +180,24 @@ def test_recall_counts_the_sick_and_specificity_the_healthy():
     p = np.where(y == 1, 0.9, 0.2)
     p[60:79] = 0.1  # of the 30 sick men 19 are missed
     groups = [group(np.arange(91) < 49), group(np.arange(91) >= 49, value="M")]
-    found = subgroups.figures_of_groups(y, p, np.arange(91), groups, {"@Rec": 0.5}, 0.95)
+    found = groups_module.figures_of_groups(y, p, np.arange(91), groups, {"@Rec": 0.5}, 0.95)
     assert found["patients"] == [[9, 40], [30, 12]]
     women, men = found["figures"]["recall @Rec"]
     assert women == {"patients": 9, "rest": 30} and men["broken"] and men["value"] == pytest.approx(11 / 30)
     assert "adjusted" not in men  # the rest has nine
     women, men = found["figures"]["specificity @Rec"]
     assert women["value"] == men["value"] == 1 and women["adjusted"] == 1 and women["hi"] == 1 > women["lo"]
-    _, rows = subgroups.table_of(found)
+    _, rows = groups_module.table_of(found)
     assert rows[0][:4] == ["sex F", "9 / 40", "- (9 patients)", "-"]
     assert rows[1][4].endswith(" BROKEN") and rows[1][5] == "- (rest: 9 patients)"
-    assert subgroups.verdicts(found, 0.95) == ["recall @Rec of sex M is 0.367, floor 0.95"]
+    assert groups_module.verdicts(found, 0.95) == ["recall @Rec of sex M is 0.367, floor 0.95"]
 
 
 def test_one_class_alone_has_no_auroc():
     y, groups = np.ones(30, int), [group(np.arange(30) < 15), group(np.arange(30) >= 15, value="M")]
-    found = subgroups.figures_of_groups(y, np.linspace(0, 1, 30), np.arange(30), groups, {"@Rec": 0.5}, 0.9)
+    found = groups_module.figures_of_groups(
+        y, np.linspace(0, 1, 30), np.arange(30), groups, {"@Rec": 0.5}, 0.9
+    )
     assert [row["patients"] for row in found["figures"]["AUROC"]] == [0, 0]
     assert [row["patients"] for row in found["figures"]["specificity @Rec"]] == [0, 0]
     assert all("adjusted" in row for row in found["figures"]["recall @Rec"])
