@@ -83,7 +83,8 @@ def _cells(row):
         figure += " BROKEN"
     if "gap" not in row:
         return [figure, f"- (rest: {row['rest']} patients)"]
-    return [figure, f"{row['gap']:+.3f} ({in_short(row['adjusted'])})"]
+    gap = round(row["gap"], 3) + 0.0  # -0.0 would be shown as -0.000
+    return [figure, f"{gap:+.3f} ({in_short(row['adjusted'])})"]
 
 
 METHOD = (
@@ -97,16 +98,24 @@ METHOD = (
 
 def verdicts(found, floor):
     """What stands out in what `figures_of_groups` found, as a list of texts: broken floors, gaps that are no
-    chance."""
+    chance. Of two groups that are each other's rest the one with the lower figure is named."""
     texts = []
     for name, rows in found["figures"].items():
-        for (attribute, value), row in zip(found["groups"], rows):
+        told = set()
+        for (attribute, value), row in sorted(zip(found["groups"], rows), key=_gap):
             if row.get("broken"):
                 texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, floor {floor:g}")
-            if row.get("adjusted", 1) <= ERROR:
+            question = (round(abs(row.get("gap", 0)), 12), row.get("p"))
+            if row.get("adjusted", 1) <= ERROR and question not in told:
+                told.add(question)
                 gap = f"{row['gap']:+.3f} (p {in_short(row['adjusted'])})"
                 texts.append(f"{name} of {attribute} {value} differs from the rest by {gap}")
     return texts
+
+
+def _gap(pair):
+    """The gap of a (group, row); 0 where it has none."""
+    return pair[1].get("gap", 0)
 
 
 def lines_of(found):

@@ -5,7 +5,7 @@ from cohort.groups import METHOD, groups_on_side, table_of, verdicts
 from common.console import InputError
 from common.scaling import SIDES
 from records.schema import NATURAL, mismatches
-from report.cells import questions, title, unique
+from report.cells import first_head, questions, title, unique
 from report.render import Heading, Paragraph, Table
 from report.rows import also_trained_on
 
@@ -204,13 +204,13 @@ def group_blocks(entries, asked):
             blocks.append(Paragraph(f"{caption}{remarks}:"))
             if found["groups"]:
                 blocks.append(Table(*table_of(found)))
-            standing_out += [f"{caption}: {text}" for text in verdicts(found, e.min_recall)]
+            standing_out += [[caption, text] for text in verdicts(found, e.min_recall)]
     if not blocks:
         return []
-    said = "Warning. " + "; ".join(standing_out) + "."
-    if not standing_out:
-        said = "No group differs from the rest, and no floor is broken, beyond chance."
-    return [Heading(3, "Groups of patients"), Paragraph(METHOD), Paragraph(said), *blocks]
+    said = Paragraph("No group differs from the rest, and no floor is broken, beyond chance.")
+    if standing_out:
+        said = Table([first_head(entries), "Warning"], standing_out, prose=True)
+    return [Heading(3, "Groups of patients"), Paragraph(METHOD), said, *blocks]
 
 
 def groups_on(entry, finding, side, asked):

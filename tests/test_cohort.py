@@ -1,8 +1,11 @@
 """Tests of who took part (cohort/who) and of what the report says of it (report/cohort)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from cohort.groups import console_lines
 from cohort.who import Asked, age_bands, columns_of, of_units, summary
 from common.console import InputError
 from common.task import Task
@@ -12,7 +15,7 @@ from report.cohort import cohort_blocks, flow_rows, group_blocks, groups_on
 from report.render import to_markdown
 from report.rows import Entry
 from tests.shared import cli, refused, succeed, tables
-from tests.test_compare import edit_results, write_run
+from tests.test_compare import RULE, edit_results, write_run
 
 ASKED = Asked(age_bands())
 
@@ -206,6 +209,45 @@ def test_groups_of_studies_and_of_other_columns(tmp_path):
     groups = {row[0]: row[1] for table in tables(done.out) if table[0][0] == "Group" for row in table[1:]}
     assert set(groups) == {"sex F", "sex M", "age 0-18", "age 18+", "view PA", "ward north"}
     assert groups["ward north"] == "20 / 20" and "ward unknown: 80 images" in done.out
+
+
+def test_groups_of_a_run_that_decides_by_patient(tmp_path):
+    """Two images a patient; those of every fourth disagree on the view, so that it is of no view."""
+    rule = replace(RULE, by="patient")
+
+    def view(whose):
+        return np.where(np.arange(len(whose)) % 8 < 7, "PA", "AP")
+
+    scores = scores_of(80, images=2, sex=sexes, view=view)
+    entry = Entry(write_run(tmp_path / "a", scores=scores, rule=rule))
+    assert entry.unit == "patients" and entry.people["test"]["images"] == 160
+    assert len(entry.cohort["test"]["sex"]) == 80
+    found, notes = groups_on(entry, "PNEUMONIA", "test", ASKED)
+    assert found["groups"] == [["sex", "F"], ["sex", "M"], ["view", "PA"]]
+    assert found["patients"][2] == [20, 40] and notes == ["view unknown: 20 images, in no group of it"]
+
+
+def test_groups_of_a_site_on_the_console():
+    arrays = scores_of(120, **ALL)
+    scores = 1 / (1 + np.exp(-arrays["test_logits"][:, 1:].astype(float)))
+    images = arrays["test_labels"][:, None], scores, arrays["test_patients"]
+    found = {"threshold": 0.5, "guarantee": {"threshold": None}}
+    calibration = {"min_recall": 0.9, "findings": {"x": found}}
+    sex = {"sex": arrays["test_cohort_sex"]}
+    title, head, women, men, *others = console_lines("run at clinic", (*images, sex), calibration, ASKED)
+    assert title == "run at clinic: groups of patients, as shipped: x"
+    assert head.split()[:3] == ["Group", "Patients", "with"] and len(head) == len(women) == len(men)
+    assert women.startswith("  sex F ") and "0.000 [0.000, " in women and "BROKEN" in women
+    assert men.startswith("  sex M ") and "BROKEN" not in men
+    assert "  warning: recall @Rec of sex F is 0.000, floor 0.9" in others
+    assert not [line for line in others if "sex M" in line]  # the same gap, from the other side
+    [line] = console_lines("run at clinic", (*images, None), calibration, ASKED)
+    assert "no age, sex, view or machine is known" in line
+
+
+def test_groups_need_a_report_of_a_site(tmp_path):
+    refused(cli("calibrate", "--subgroups", "ward", cwd=tmp_path), "--site DIR --report")
+    refused(cli("calibrate", "--age-bands", "0-18,18+", cwd=tmp_path), "--site DIR --report")
 
 
 def test_wrong_groups_are_refused(tmp_path):
