@@ -26,6 +26,7 @@ from common.proportions import alike_interval
 ERROR = 0.05  # of a family: the chance that any gap is found, or any interval misses, where there is nothing
 ENOUGH = 20  # draws as extreme as the data end a permutation test: it will not be significant
 FEWEST_DRAWS, DRAWS_A_TEST = 1999, 400  # of a permutation test, the second times the tests of the family
+FEW = 30  # patients whose images' likeness cannot be estimated well
 BLOCK = 2**19  # numbers held at once
 
 
@@ -36,22 +37,25 @@ def clustered_proportion(hits, whose, level):
     """Interval of the mean of `hits`, bool [n], of patients `whose` [n] -> (lo, hi).
 
     Clopper and Pearson's, of n / D images: D, the design effect, is the variance by patients (of a ratio)
-    over that of independent images; n / D is at most n, and less for few patients by the square of a ratio
-    of t quantiles (Korn and Graubard 1998). Where all are alike there is no variance, and a patient counts
-    once. With one image a patient it is Clopper and Pearson's interval itself."""
-    _, codes = np.unique(whose, return_inverse=True)
-    n, people, share = len(hits), codes.max() + 1, float(np.mean(hits))
-    effective = people
-    if 0 < share < 1 and people > 1:
-        residuals = np.bincount(codes, weights=hits - share)
-        variance = people / (people - 1) * np.sum(residuals**2) / n**2
-        effective = n
-        if variance * n > share * (1 - share):
-            effective = max(1.0, share * (1 - share) / variance * n / (n - 1))
-        if people < n:
-            tail = (1 - level) / 2
-            effective = min(n, effective) * (t.isf(tail, n - 1) / t.isf(tail, people - 1)) ** 2
-        effective = min(n, effective)
+    over that of independent images; n / D is at most n, and less for few patients by the square of a ratio of
+    t quantiles (Korn and Graubard 1998). Patients count by their effective number P = n^2 / (sum of squares
+    of their images), the fewer the more unequal they are. Below FEW of them, and where all images are alike,
+    the variance cannot be trusted, and n / D is at most P. With one image a patient it is Clopper and
+    Pearson's interval itself."""
+    _, codes, sizes = np.unique(whose, return_inverse=True, return_counts=True)
+    n, share = len(hits), float(np.mean(hits))
+    people = n**2 / np.sum(sizes.astype(float) ** 2)
+    if len(sizes) == n or not 0 < share < 1:
+        return clopper_pearson(share * people, people, level)
+    residuals = np.bincount(codes, weights=hits - share)
+    variance = people / max(people - 1, 0.5) * np.sum(residuals**2) / n**2
+    effective = float(n)
+    if variance * n > share * (1 - share):
+        effective = max(1.0, share * (1 - share) / variance * n / (n - 1))
+    if people < FEW:
+        effective = min(effective, people)
+    tail = (1 - level) / 2
+    effective *= (t.isf(tail, n - 1) / t.isf(tail, max(1.0, people - 1))) ** 2
     return clopper_pearson(share * effective, effective, level)
 
 
@@ -103,6 +107,7 @@ class _Scored:
     def curve(self, chosen):
         """(AUROC [rows], influence of each image [rows, n]) of selections `chosen`, 0 or 1, [rows, n]; NaN
         without both classes."""
+        # Weights may be any numbers from 0: of a patient's images together 1, say.
         sick, healthy = chosen * self.sick, chosen * ~self.sick
         m, n = sick.sum(axis=1, keepdims=True), healthy.sum(axis=1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -163,16 +168,19 @@ def units_of(inside, whose):
 
 
 def proportion_gap(hits, inside, whose, most):
-    """(share inside - share outside, p-value): hits, inside: bool [n], whose [n], `most` draws."""
+    """(share inside - share outside, p-value): hits, inside: bool [n], whose [n], `most` draws.
+
+    The difference is that of images. The test compares the patients' own shares, so that each counts once:
+    patients of many images in one group and of few in the other could not be exchanged."""
     units, labels = units_of(inside, whose)
-    sizes = np.bincount(units).astype(float)
-    totals = np.bincount(units, weights=hits)
-    residuals = (totals - hits.mean() * sizes) ** 2  # under the hypothesis, both sides have the same share
-    parts = np.stack([sizes, totals, residuals], axis=1)
+    shares = np.bincount(units, weights=hits) / np.bincount(units)
+    residuals = (shares - shares.mean()) ** 2  # under the hypothesis, both sides have the same mean
+    n, m = labels.sum(), (~labels).sum()
 
     def statistic(chosen):
-        (n, k, spread), (m, j, rest) = (chosen @ parts).T, ((1 - chosen) @ parts).T
-        return _studentised(k / n - j / m, spread / n**2 + rest / m**2)
+        other = 1 - chosen
+        variance = chosen @ residuals / n**2 + other @ residuals / m**2
+        return _studentised(chosen @ shares / n - other @ shares / m, variance)
 
     gap = float(hits[inside].mean() - hits[~inside].mean())
     draws = shuffled(labels, np.zeros(len(labels), int), len(labels))
@@ -182,28 +190,33 @@ def proportion_gap(hits, inside, whose, most):
 def auroc_gap(y, p, inside, whose, most):
     """(AUROC inside - AUROC outside, p-value): y, p, inside, whose [n]; both sides have both classes.
 
-    Patients are permuted among those with the same kinds of images (sick, healthy, both), so that a group may
-    have another share of the sick."""
+    The difference is that of images. In the test each patient counts once, with all of the images of one
+    class together. Patients are permuted among those with the same kinds of images (sick, healthy, both), so
+    that a group may have another share of the sick."""
     order = np.argsort(p, kind="stable")
-    units, labels = units_of(inside[order], whose[order])
-    scored = _Scored(y[order], p[order])
-    kinds = np.bincount(units, weights=y[order]) > 0
-    kinds = 2 * kinds + (np.bincount(units, weights=1 - y[order]) > 0)
+    y, p, inside = y[order], p[order], inside[order]
+    units, labels = units_of(inside, whose[order])
+    scored, kinds = _Scored(y, p), np.zeros(len(labels), int)
+    weights = np.zeros(len(y))
+    for label in (0, 1):
+        counts = np.bincount(units, weights=y == label)
+        kinds += (label + 1) * (counts > 0)
+        weights[y == label] = 1 / counts[units[y == label]]
     by_unit = np.argsort(units, kind="stable")
     first = np.searchsorted(units[by_unit], np.arange(len(labels)))
 
     def side(chosen):
-        auroc, influences = scored.curve(chosen)
+        auroc, influences = scored.curve(chosen[:, units] * weights)
         return auroc, (np.add.reduceat(influences[:, by_unit], first, axis=1) ** 2).sum(axis=1)
 
-    def gaps(chosen):
-        images = chosen[:, units]
-        (inner, spread), (outer, rest) = side(images), side(1 - images)
-        return inner - outer, _studentised(inner - outer, spread + rest)
+    def statistic(chosen):
+        (inner, spread), (outer, rest) = side(chosen), side(1 - chosen)
+        return _studentised(inner - outer, spread + rest)
 
-    (gap,), (observed,) = gaps(labels[None].astype(float))
-    draws = (gaps(chosen)[1] for chosen in shuffled(labels, kinds, 4 * len(y)))
-    return float(gap), permutation_p(observed, draws, most)
+    images = np.stack([inside, ~inside]).astype(float)
+    inner, outer = scored.curve(images)[0]
+    draws = map(statistic, shuffled(labels, kinds, 4 * len(y)))
+    return float(inner - outer), permutation_p(statistic(labels[None].astype(float))[0], draws, most)
 
 
 def _studentised(difference, variance):
