@@ -89,8 +89,8 @@ def _cells(row):
 
 METHOD = (
     f"The intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni). The "
-    "gap is to the rest of those whose value is known; its p-value is Holm's over all groups of the figure. "
-    f"All is by patient. A dash stands where fewer than {LEAST} count (recall: those with the finding; "
+    "gap is to the rest of those whose value is known. Its p-value counts each patient once, and is Holm's "
+    f"over all groups of the figure. A dash stands where fewer than {LEAST} patients count (recall: those with the finding; "
     "specificity: those without; AUROC: the fewer of both). BROKEN: the interval of recall lies below the "
     "floor."
 )
