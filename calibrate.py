@@ -31,6 +31,7 @@ from calibration.operating_point import SIDES, Rule, evaluate
 from calibration.pooling import BY, POOLS, remarks, say_scaling, spread_over_images
 from calibration.scores import each_run, score
 from calibration.wording import shared_text, show
+from cohort import who
 from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, start
@@ -173,8 +174,10 @@ def add_run_arguments(parser):
     group.add_argument(
         "--report",
         action="store_true",
-        help="with --site: also choose on half of its patients and test on the others",
+        help="with --site: also choose on half of its patients and test on the others, and show figures of "
+        "groups of patients",
     )
+    who.add_arguments(group)
 
 
 def add_image_arguments(parser):
@@ -212,6 +215,8 @@ def parse():
             "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
             "first, and then give --site without it"
         )
+    if not args.report and (args.subgroups or args.age_bands != who.age_bands()):
+        raise InputError("--subgroups and --age-bands belong to --site DIR --report, or to compare.py")
     check_name("--name", args.name)
     if args.name and args.name.endswith("-tta"):
         raise InputError(f"--name {args.name}: thresholds with --tta get the ending -tta themselves")

@@ -15,6 +15,7 @@ import itertools
 import re
 from pathlib import Path
 
+from cohort import who
 from common.cli import Parser
 from common.console import InputError, say, start
 from common.files import check_output
@@ -33,6 +34,7 @@ def parse():
     parser.add_argument(
         "--out", metavar="PATH", help="write the markdown there, in UTF-8 (default: standard output)"
     )
+    who.add_arguments(parser)
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
     args = parser.parse_args()
@@ -66,10 +68,12 @@ def main():
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
     synthetic = any(entry.synthetic for entry in itertools.chain(*groups))
     # One section a test set: figures on different images are not to be compared.
-    blocks = [Heading(1, TITLE)]
+    blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
+    columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
+    who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
     for entries in groups:
         shown = without_members(entries)
-        blocks += tables.section(entries, shown)
+        blocks += tables.section(entries, shown, asked)
         pictures = draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
         blocks += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
         count += len(pictures)

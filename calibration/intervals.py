@@ -231,15 +231,6 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
     return found
 
 
-def in_short(p):
-    """A p-value, or None, as text."""
-    if p is None:
-        return "-"
-    if p < 0.0005:
-        return "< 0.001"
-    return f"{p:.3f}"
-
-
 def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed=0):
     """Model a minus model b on the same images, each at its own threshold.
 

@@ -17,9 +17,9 @@ import heapq
 import numpy as np
 from sklearn.covariance import LedoitWolf
 
-from calibration.intervals import in_short
 from calibration.shares import LEVEL, ODD, ODD_NEEDS, Pool, joint, mean_test, questions, search
 from common.console import InputError
+from common.proportions import in_short
 from common.safe_files import load_arrays
 
 VERSION = 2  # raise it when what is learnt, or how it is judged, changes

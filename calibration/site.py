@@ -20,6 +20,8 @@ from calibration.operating_point import LEAST, Side, shared_out, summarize
 from calibration.pooling import PLURAL, grouped, of_calibration, remark, unit_of
 from calibration.scores import each_run
 from calibration.wording import chance_text, concerns
+from cohort.groups import console_lines
+from cohort.who import Asked, check_columns, of_units
 from common import scaling
 from common.console import InputError, command_line, say
 from common.proportions import reported_interval
@@ -152,8 +154,9 @@ def halves(patients, y, seed=0):
 
 
 def scored(run, subset, device, tta, batch_size):
-    """(patients [N], (truth int8 [N, F], scores float64 [N, F], {finding: threshold or None})) of a Subset:
-    what the own thresholds of a calibrated run apply to. By study or patient, N counts these."""
+    """(patients [N], (truth int8 [N, F], scores float64 [N, F], {finding: threshold or None}), cohort {name:
+    array [N]} or None) of a Subset: what the own thresholds of a calibrated run apply to. By study or
+    patient, N counts these."""
     calibration = run.calibration(scaling.calibration_name(tta))
     inputs = Inputs.of_calibration(run, calibration, device)
     if tta and tta != calibration["tta"]:
@@ -167,7 +170,10 @@ def scored(run, subset, device, tta, batch_size):
     units = grouped(subset.files, subset.patients, studies, by, pool)
     if by != "image":
         print(remark("site", units, truth, run.task.findings), flush=True)
-    return units.whose, (units.truth(truth), units.scores(scores), shipped)
+    site_cohort = subset.cohort
+    if site_cohort and by != "image":
+        site_cohort = of_units(site_cohort, units.numbers)
+    return units.whose, (units.truth(truth), units.scores(scores), shipped), site_cohort
 
 
 def held_out(y, p, patients, shipped, rule):
@@ -241,6 +247,7 @@ def calibrate(args, rule, device, tta):
         )
     # All that can fail for one run alone comes before its thresholds are chosen.
     moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):
         calibration = run.calibration(scaling.calibration_name(tta))
@@ -248,9 +255,16 @@ def calibrate(args, rule, device, tta):
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         refuse_seen(run, site, args.site, moved)
+        check_columns(asked, site.cohort or {}, f"--site {args.site}")
         return *scored(run, site, device, tta, args.batch_size), unit_rule
 
-    for run, (patients, scored_images, unit_rule) in each_run(args.runs_dir, args.run, score_site):
+    for run, (patients, scored_images, site_cohort, unit_rule) in each_run(
+        args.runs_dir, args.run, score_site
+    ):
+        if args.report:
+            images = (*scored_images[:2], patients, site_cohort)
+            calibration = run.calibration(scaling.calibration_name(tta))
+            print("\n".join(console_lines(f"{run} at {args.name}", images, calibration, asked)), flush=True)
         promise(run, args.name, patients, scored_images, unit_rule, tta=tta, report=args.report)
 
 

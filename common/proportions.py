@@ -136,3 +136,12 @@ def curves_of(row):
         lo, hi = reported_interval(row, key)
         found[key] = {"value": row[key], "lo": lo, "hi": hi}
     return found
+
+
+def in_short(p):
+    """A p-value, or None, as text."""
+    if p is None:
+        return "-"
+    if p < 0.0005:
+        return "< 0.001"
+    return f"{p:.3f}"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from sklearn.model_selection import train_test_split
 
+from cohort.who import of_sides
 from common import prelude  # noqa: F401  (first: see there)
 from common.console import say
 from common.files import sha256
@@ -24,6 +25,7 @@ def describe(config, listing, train, val, indices, readable, unknown):
         "counts": {side: _counts(config, images.targets) for side, images in sides.items()},
         "shared_patients": sum(patient in trained_on for patient in val.patients),
         "unknown_patients": unknown,
+        "cohort": of_sides(config.task, sides),
         "fingerprint": _fingerprint(config, train, val),
         "test_from": listing.test_from,
         "synthetic": Path(root, "SYNTHETIC").exists(),  # drawn.py leaves it in what it draws

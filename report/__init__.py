@@ -3,6 +3,7 @@
 In the order to read them:
 
     rows.py           what is compared with what
+    cohort.py         who took part, and groups of patients
     tables.py         the main tables
     pairs.py          which of two models is better
     probabilities.py  are the scores probabilities?

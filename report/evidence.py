@@ -3,8 +3,8 @@ drawing."""
 
 import itertools
 
-from calibration.intervals import in_short
 from common.console import say
+from common.proportions import in_short
 from report.cells import unique
 from report.render import Heading, Paragraph, Table
 from report.rows import METHODS

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from calibration.pooling import plural_of, title_of, unit_of, units_of
+from cohort import who
 from common import scaling
 from common.cli import Number
 from common.console import InputError, say
 from common.files import sha256
 from images.twins import PAIRS
+from layouts.listing import cohort_of
 from metrics import check_both_classes, check_scores
 from records.run import WITHOUT_CLASSES, find_runs
 from records.schema import NATURAL, REAL, mismatches
@@ -90,9 +92,10 @@ class Entry:
     `name`; `base`, the name it shares with the runs of its `family`, which differ from it in the seed alone;
     `group`, equal for entries on the same test images; `unit`, "images", or the "studies" or "patients" that
     thresholds and figures are for; `members`, the checkpoints of an ensemble. `findings`, their names;
-    `columns` {side: Column of [N, F]}, `calibrated` {finding: what the calibration says of it},
-    `summary` {side: figures over all}. InputError naming the run if damaged.
-    """
+    `columns` {side: Column of [N, F]}, `calibrated` {finding: what the calibration says of it}, `summary`
+    {side: figures over all}; `cohort` {side: {name: array}}, what is known of patients and exposures, in the
+    order of the columns; `people` {side: who.summary of its images}. InputError naming the run if
+    damaged."""
 
     def __init__(self, run, suffix=""):
         self.run, self.suffix, self.results = run, suffix, run.results
@@ -108,6 +111,8 @@ class Entry:
         arrays = run.scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
+            self.cohort = {side: self._cohort(arrays, side) for side in ("val", "test")}
+            self.people = {side: self._people(arrays, side) for side in ("val", "test")}
         except InputError as error:
             raise InputError(f"the scores of {run} are damaged ({error}): run calibrate.py again") from None
         self.min_recall = self.calibration["min_recall"]
@@ -157,7 +162,7 @@ class Entry:
             scores = scores[:, None]
         if scores.shape != truth.shape:
             raise InputError(f"{side}_p1 is {list(scores.shape)}, not {list(truth.shape)}")
-        units = units_of(arrays, side, unit_of(self.calibration), self.calibration.get("pool", "max"))
+        units = self._units(arrays, side)
         files, patients, truth = files[units.first], units.whose, units.truth(truth)
         scores = units.scores(scores)
         probabilities = units.scores(self.task.scaled_scores(logits, self.calibration))
@@ -171,6 +176,24 @@ class Entry:
         order = np.argsort(files, kind="stable")
         columns = files, patients, truth, scores, probabilities
         return Column(*(c[order] for c in columns))
+
+    def _units(self, arrays, side):
+        """What the images of a side are put together to (pooling.Units)."""
+        return units_of(arrays, side, unit_of(self.calibration), self.calibration.get("pool", "max"))
+
+    def _cohort(self, arrays, side):
+        """{name: array} of what is known of patients and exposures, in the order of `columns`. InputError."""
+        units, known = self._units(arrays, side), who.columns_of(arrays, side)
+        if units.by != "image":
+            known = who.of_units(known, units.numbers)
+        return cohort_of(known, np.argsort(arrays[f"{side}_files"][units.first], kind="stable"))
+
+    def _people(self, arrays, side):
+        """Who is on a side: who.summary of its images, with the prevalence of each finding."""
+        files, patients = arrays[f"{side}_files"], arrays[f"{side}_patients"]
+        truth = self.task.truth(arrays[f"{side}_labels"])
+        found = who.summary(files, patients, who.columns_of(arrays, side))
+        return found | {"findings": who.prevalences(self.findings, truth)}
 
     def _family(self):
         """A checksum of all that the runs of a family share: everything but the seed."""

@@ -25,6 +25,7 @@ from report.cells import (
     unique,
     with_interval,
 )
+from report.cohort import cohort_blocks, group_blocks
 from report.evidence import batch_blocks, map_blocks
 from report.method import method_blocks, split_blocks
 from report.pairs import pair_blocks
@@ -39,12 +40,14 @@ NAMED |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
-def section(entries, shown):
-    """The blocks of one test set: long tables of `shown`, where an ensemble stands for its members."""
+def section(entries, shown, asked):
+    """The blocks of one test set: long tables of `shown`, where an ensemble stands for its members; `asked`:
+    the groups of patients (who.Asked)."""
     detailed = entries if alone(entries) else shown
     blocks = main_blocks(entries, detailed) + promise_blocks(detailed)
     blocks += interval_blocks(shown) + class_blocks(shown) + pair_blocks(shown)
     blocks += probability_blocks(shown) + predictive_blocks(shown) + subgroup_blocks(shown)
+    blocks += group_blocks(shown, asked)
     return blocks + batch_blocks(entries) + map_blocks(entries) + method_blocks(entries)
 
 
@@ -91,7 +94,8 @@ def main_blocks(entries, detailed):
     how to make the ensembles that are missing."""
     first = entries[0]
     warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
-    blocks = [Heading(2, warning + first.set), *split_blocks(entries), Paragraph(main_text(entries))]
+    blocks = [Heading(2, warning + first.set), *split_blocks(entries), *cohort_blocks(entries)]
+    blocks += [Heading(3, "Figures on test"), Paragraph(main_text(entries))]
     if not alone(entries):  # fourteen rows a model hide which model is better, so means come first
         blocks += [means_table(entries), Heading(3, "Finding by finding"), Paragraph(findings_text(entries))]
     blocks.append(Table(HEADER, main_rows(detailed)))

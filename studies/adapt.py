@@ -69,7 +69,7 @@ def held_out(run, place, table, device):
     hospital."""
     root, index = other_hospitals.read(f"{place}:{table}", run.config)
     subset = load(run.config, root, index, "held-out")[0]
-    truth, scores, shipped = site.scored(run, subset, device, None, 64)
+    _, (truth, scores, shipped), _ = site.scored(run, subset, device, None, 64)
     head, rows = open_table(table)
     group = {row[head.index("path")]: row[head.index("group")] for row in rows}
     groups = np.array([group[f] for f in subset.files])

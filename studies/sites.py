@@ -54,7 +54,7 @@ def official_test(run):
 def another_hospital(run, folder, device):
     """The same of the images of nih.load_nih."""
     site = load_nih(folder, run.config)
-    truth, scores, shipped = site_module.scored(run, site, device, None, 64)
+    _, (truth, scores, shipped), _ = site_module.scored(run, site, device, None, 64)
     return truth[:, 0].astype(int), scores[:, 0], np.asarray(site.patients), next(iter(shipped.values()))
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 import compare
 import metrics
 from calibration.operating_point import Rule, evaluate
+from cohort.who import Asked, age_bands
 from common.console import printable
 from common.files import FORMAT, write_json
 from common.task import Task
@@ -49,6 +50,7 @@ from tests.shared import (
 from vit import CONFIGS
 
 NASTY = "a$b_c|d`e<img src=x>*f*](g)\\h\ni\x1bj\udcff"  # matplotlib, markdown, HTML, terminals, UTF-8
+ASKED = Asked(age_bands())
 RULE = Rule(min_recall=0.9, confidence=0.9, bootstrap=100)
 SCRATCH = dict(kind="vit", embed_dim=256, depth=6, num_heads=8, patch_size=16)
 
@@ -247,7 +249,7 @@ def test_patients_unknown(tmp_path):
     unknown = noisy_scores(0, known=False)
     for name, split in (("old", {}), ("new", {"unknown_patients": 260})):
         entry = Entry(write_run(tmp_path / name, scores=unknown, split=split))
-        text = to_markdown(tables_module.section([entry], [entry]))
+        text = to_markdown(tables_module.section([entry], [entry], ASKED))
         assert shared_text(entry) == say_shared({**entry.results["split"], "unknown_patients": 260})
         assert "patients unknown, so images of one patient may be on both sides" in text
         assert "single images (patients unknown)" in text and "unknown validation, unknown test" in text
@@ -285,8 +287,8 @@ def test_seeds_ensembles_and_who_stands_for_whom(tmp_path):
     [group] = rows_module.load_entries(tmp_path / "outputs")
     assert [e.name for e in rows_module.without_members(group)] == ["ViT scratch, ensemble of 3 (all)"]
     assert not rows_module.missing_ensembles(group) and len(rows_module.families(group)) == 1
-    text = to_markdown(tables_module.section(group, rows_module.without_members(group)))
-    main, shift, intervals = tables(text)[:3]
+    text = to_markdown(tables_module.section(group, rows_module.without_members(group), ASKED))
+    main, shift, intervals = tables(text)[1:4]  # after who took part
     assert len(main) - 1 == 2 * (4 + 1) and len(shift) - 1 >= 4
     assert all("ensemble of 3" in row[0] for row in intervals[1:])
     assert "--ensemble" not in text and "Which model is better" not in text
@@ -345,7 +347,7 @@ def test_classes_are_those_of_the_run(tmp_path):
     """Nothing in the report is called NORMAL or PNEUMONIA unless the run's classes are."""
     made = {"data": {"classes": ["clear", "effusion"]}}
     rows = [Entry(write_run(tmp_path / f"run{i}", i, **made)) for i in range(2)]
-    blocks = tables_module.section(rows, rows)
+    blocks = tables_module.section(rows, rows, ASKED)
     for text in (to_markdown(blocks), to_html(blocks, False)):
         assert "48 images (24 clear, 24 effusion)" in text and "effusion: validation" in text
         assert not re.search("PNEUMONIA|[Pp]neumonia|NORMAL", text)
@@ -471,7 +473,7 @@ def test_nasty_names(tmp_path, pictures_drawn):
     loads = Loads((tmp_path / "r.html").read_text("utf-8"))
     assert loads.found == [] and loads.pictures == 7
     shapes = [{len(row) for row in table} for table in tables(done.out.replace("\\|", ""))]
-    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 8
+    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 9
     plain = re.sub("(`+).*?\\1", "", done.out)  # outside code
     assert "<" not in plain.replace("&lt;", "") and not re.search(r"(?<!\\)\*", plain)
     links = re.findall(LINK, done.out)
@@ -687,7 +689,7 @@ def test_report_has_every_section_and_html_stands_alone(bench, tmp_path):
     both = metrics.roc_auc_score(y, (a["test_p1"] + b["test_p1"]) / 2)
     mean_row = next(line for line in text.splitlines() if "mean ± sd of 2 seeds @Rec" in line)
     assert f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f}" in mean_row
-    [row] = [line for line in tables(text)[0] if "ensemble of 2" in line[0] and line[0].endswith("@Rec")]
+    [row] = [line for line in tables(text)[1] if "ensemble of 2" in line[0] and line[0].endswith("@Rec")]
     assert row[8] == f"{both:.3f}"
     page = Loads((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.found == [] and page.pictures == len(re.findall(LINK, text)) == 6

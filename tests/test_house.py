@@ -12,7 +12,7 @@ from tests.shared import REPO
 
 FLOORS = [  # from the ground up; a folder stands for all of its files
     {"common", "metrics"},
-    {"images", "layouts", "lungs", "vit"},
+    {"images", "layouts", "lungs", "cohort", "vit"},
     {"npz_loader", "models"},
     {"data", "records"},
     {"training", "calibration"},

@@ -10,6 +10,7 @@ import scipy.fft
 from PIL import Image
 
 import data
+from cohort.who import Asked, age_bands
 from common.console import InputError
 from common.task import CLASSES, Task
 from data import load_train_val, read_listing
@@ -267,7 +268,7 @@ def write_set(root, seed=0, train=20, test=10, side=32):
 def report_of(folder):
     """The report of compare.py without its pictures, which take most of its time."""
     (entries,) = load_entries(folder / "outputs")
-    return to_markdown(tables.section(entries, entries))
+    return to_markdown(tables.section(entries, entries, Asked(age_bands())))
 
 
 def test_copies_are_said_from_training_to_the_report(tmp_path):
