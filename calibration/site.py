@@ -25,10 +25,6 @@ from cohort.who import Asked, check_columns, of_units
 from common import scaling
 from common.console import InputError, command_line, say
 from common.proportions import reported_interval
-from data import load_train_val
-from images import twins
-from images.dicom import KEYED
-from images.subset import same_images
 from metrics import (
     can_guarantee,
     choose_threshold_by_min_recall,
@@ -39,7 +35,7 @@ from metrics import (
     positives_needed,
 )
 from models.inputs import Inputs
-from training import other_hospitals
+from training import other_hospitals, seen
 from training.evaluate import predict
 
 SHOWN = ("recall", "specificity")
@@ -254,7 +250,7 @@ def calibrate(args, rule, device, tta):
         unit_rule = of_calibration(rule, calibration, run, (args.by, args.pool))
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
-        refuse_seen(run, site, args.site, moved)
+        seen.refuse_seen(run, site, args.site, moved)
         check_columns(asked, site.cohort or {}, f"--site {args.site}")
         return *scored(run, site, device, tta, args.batch_size), unit_rule
 
@@ -266,42 +262,6 @@ def calibrate(args, rule, device, tta):
             calibration = run.calibration(scaling.calibration_name(tta))
             print("\n".join(console_lines(f"{run} at {args.name}", images, calibration, asked)), flush=True)
         promise(run, args.name, patients, scored_images, unit_rule, tta=tta, report=args.report)
-
-
-def refuse_seen(run, site, folder, moved):
-    """InputError if the Subset `site` holds images that the run, or one it was made from, was trained or
-    validated on. `moved`: settings of the data that are not as they were trained."""
-    for name, other in [(str(run), run), *run.forebears()]:
-        if other is None:
-            say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
-            continue
-        # Images of other hospitals that joined training were learnt from, too.
-        config = replace(other.config, **moved)
-        train, val, _ = load_train_val(config, say)
-        train = other_hospitals.join(config, train, val, say)[0]
-        say_seen_patients(site, folder, name, {*train.patients, *val.patients})
-        if known := same_images(site, (train, val)):
-            trained = str(run) if other is run else f"{name}, from which {run} was made,"
-            raise InputError(
-                f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
-                f"that {trained} was trained and validated on: they can promise nothing"
-            )
-        pairs = [*twins.alike(site, train), *twins.alike(site, val)]
-        if pairs:
-            say(
-                f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
-                f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
-            )
-
-
-def say_seen_patients(site, folder, name, seen):
-    """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
-    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
-    if shared:
-        say(
-            f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "
-            "validated (DICOM headers): leave them out, or the promises are too good"
-        )
 
 
 def held_out_lines(figures, floor):

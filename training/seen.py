@@ -9,6 +9,7 @@ from common.console import InputError, say
 from common.files import sha256
 from data import load, load_train_val, read_listing
 from images import twins
+from images.dicom import KEYED
 from images.split import cut
 from images.subset import same_images
 from layouts import tables
@@ -184,3 +185,42 @@ def _learnt(text, labelled, settings):
         return root, subset
     train, _ = cut(readable, settings.task, True, settings.val_share, settings.split_seed)
     return root, subset.take(np.asarray(train))
+
+
+# ---------------------------------------------------------------- the images of a site
+
+
+def refuse_seen(run, site, folder, moved):
+    """InputError if the Subset `site` holds images that the run, or one it was made from, was trained or
+    validated on. `moved`: settings of the data that are not as they were trained."""
+    for name, other in [(str(run), run), *run.forebears()]:
+        if other is None:
+            say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
+            continue
+        # Images of other hospitals that joined training were learnt from, too.
+        config = replace(other.config, **moved)
+        train, val, _ = load_train_val(config, say)
+        train = other_hospitals.join(config, train, val, say)[0]
+        say_seen_patients(site, folder, name, {*train.patients, *val.patients})
+        if known := same_images(site, (train, val)):
+            trained = str(run) if other is run else f"{name}, from which {run} was made,"
+            raise InputError(
+                f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
+                f"that {trained} was trained and validated on: they can promise nothing"
+            )
+        pairs = [*twins.alike(site, train), *twins.alike(site, val)]
+        if pairs:
+            say(
+                f"note: --site {folder}: {len(pairs)} images look like images that {name} was trained or "
+                f"validated on, such as {' and '.join(pairs[0])}: if they were saved anew, leave them out"
+            )
+
+
+def say_seen_patients(site, folder, name, seen):
+    """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
+    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
+    if shared:
+        say(
+            f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "
+            "validated (DICOM headers): leave them out, or the promises are too good"
+        )
