@@ -85,15 +85,22 @@ def auroc_interval(y, p, whose, level):
     """AUROC and its interval -> (auroc, lo, hi). InputError: none; both classes must be there.
 
     The logit of AUROC plus and minus Student's t times its standard error, with one degree of freedom less
-    than the fewer of sick and healthy patients. An AUROC without variance (1, say) has `alike_interval`."""
-    fewer = min(len(np.unique(whose[y == k])) for k in (0, 1))
+    than the fewer of sick and healthy patients (their effective number). An AUROC without variance (1, say)
+    has `alike_interval`."""
+    fewer = min(effective_number(whose[y == k]) for k in (0, 1))
     auroc, influences = auroc_by_patient(y, p, whose)
-    people = len(influences)
-    variance = np.sum(influences**2) * people / max(1, people - 1)
+    variance = np.sum(influences**2) * fewer / max(1.0, fewer - 1)
     if fewer < 2 or not 0 < auroc < 1 or variance <= 1e-18:
         return auroc, *map(float, alike_interval(auroc, fewer, level))
     half = t.isf((1 - level) / 2, fewer - 1) * np.sqrt(variance) / (auroc * (1 - auroc))
     return auroc, float(expit(logit(auroc) - half)), float(expit(logit(auroc) + half))
+
+
+def effective_number(whose):
+    """The effective number of patients (Kish 1965), from whose images these are [n]: n^2 / (sum of squares of
+    their images). With as many images each it is their number."""
+    sizes = np.unique(whose, return_counts=True)[1].astype(float)
+    return float(np.sum(sizes) ** 2 / np.sum(sizes**2))
 
 
 class _Scored:
