@@ -112,9 +112,12 @@ def select(reading, choices):
         index = index.take(np.flatnonzero(labelled))
     flow.append(["labelled", len(index.files)])
     if not index.files:
+        count, seen = flow[1][1], flow[2][1]
+        why = (
+            "none of these has a label of a finding that is asked" if seen else "--views all uses every view"
+        )
         raise InputError(
-            f"no image is left: {flow[1][1]} were found, {flow[2][1]} are of the views --views "
-            f"{choices.views}, and none of these has a label of a finding that is asked"
+            f"no image is left of {count}: {seen} are of the views --views {choices.views}; {why}"
         )
     return index, flow
 

@@ -97,6 +97,8 @@ def _open_sheet(path, size, changed):
     """`open_sheet` of a file of this size and time of change."""
     text = _text(path)
     text, separator = _separator(text)
+    if not separator.isascii():
+        raise InputError(f"{path} is separated by {separator!r}, which is not read: save it with commas")
     try:
         first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
     except (csv.Error, TypeError, ValueError) as error:

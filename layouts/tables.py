@@ -134,8 +134,11 @@ def table_findings(path, findings=(), layout=""):
     InputError for a name that the table does not have."""
     found = find_layout(path, layout)
     if not findings and found.usual:
-        return found.usual(path)
-    known = found.findings(path)
+        known = found.usual(path)
+    else:
+        known = found.findings(path)
+    if not known:
+        raise InputError(f"{path} names no finding at all: it has nothing that could be learnt or measured")
     if absent := [name for name in findings if name not in known]:
         raise InputError(f"--findings: {path} has no {', '.join(absent)}; it has {', '.join(known)}")
     return tuple(findings) or known
