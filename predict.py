@@ -279,7 +279,7 @@ def count_of_notes(count, notes, typicality):
         "lungs": "without lungs, though the model needs them",
     }
     # Kinds that do not occur are not listed; that one could not be looked for is.
-    counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes[kind]]
+    counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes.get(kind)]
     if not typicality:
         counts.append("which are odd cannot be told")
     text = f"{count} files, {notes['noted']} with a note"

@@ -289,7 +289,7 @@ def damage_some(folder):
     results = read_json(folder, "elsewhere/results.json")
     elsewhere = {**results, "data": {**results["data"], "data_dir": "gone"}}
     write_json(folder / "elsewhere/results.json", elsewhere)
-    return {"scratch": "is gone", "cut": "JSON", "weights": "checkpoint.pth", "elsewhere": "gone"}
+    return {"scratch": "is gone", "cut": "JSON", "weights": "checkpoint", "elsewhere": "gone"}
 
 
 @pytest.mark.parametrize("site", [False, True])
