@@ -170,7 +170,9 @@ def groups_of(cohort, patients, asked):
         if not known.any():
             continue
         if not known.all():
-            notes.append(f"{name} unknown: {(~known).sum()} images, in no group of it")
+            notes.append(
+                f"{name} unknown: {len(set(np.asarray(patients)[~known]))} patients, in no group of it"
+            )
         values, left_out = _large_enough(labels, order, np.asarray(patients))
         notes += [f"{name}: {text}" for text in left_out]
         groups += [Group(name, value, labels == value, known) for value in values]

@@ -188,7 +188,7 @@ def test_a_broken_group_is_found_and_named(tmp_path):
     found, notes = groups_on(Entry(run), "PNEUMONIA", "test", ASKED)
     names = [" ".join(group) for group in found["groups"]]
     assert names[:2] == ["sex F", "sex M"] and names[-1] == "view PA"
-    assert "age 0-1" not in names and "age unknown: 30 images, in no group of it" in notes
+    assert "age 0-1" not in names and "age unknown: 30 patients, in no group of it" in notes
     assert "machine: fewer than 10 patients, so no group" in "; ".join(notes)
     women, men = found["figures"]["recall @Rec"][:2]
     assert women["value"] == 0 and women["broken"] and women["adjusted"] < 0.01
@@ -208,7 +208,7 @@ def test_groups_of_studies_and_of_other_columns(tmp_path):
     done = succeed("compare", "--subgroups", "ward, sex", "--age-bands", "0-18,18+", cwd=tmp_path)
     groups = {row[0]: row[1] for table in tables(done.out) if table[0][0] == "Group" for row in table[1:]}
     assert set(groups) == {"sex F", "sex M", "age 0-18", "age 18+", "view PA", "ward north"}
-    assert groups["ward north"] == "20 / 20" and "ward unknown: 80 images" in done.out
+    assert groups["ward north"] == "20 / 20" and "ward unknown: 40 patients" in done.out
 
 
 def test_groups_of_a_run_that_decides_by_patient(tmp_path):
@@ -224,7 +224,7 @@ def test_groups_of_a_run_that_decides_by_patient(tmp_path):
     assert len(entry.cohort["test"]["sex"]) == 80
     found, notes = groups_on(entry, "PNEUMONIA", "test", ASKED)
     assert found["groups"] == [["sex", "F"], ["sex", "M"], ["view", "PA"]]
-    assert found["patients"][2] == [20, 40] and notes == ["view unknown: 20 images, in no group of it"]
+    assert found["patients"][2] == [20, 40] and notes == ["view unknown: 20 patients, in no group of it"]
 
 
 def test_groups_of_a_site_on_the_console():

@@ -239,7 +239,9 @@ def test_children_are_in_the_band_of_their_fraction_of_a_year():
     ages = np.repeat([0.0, 0.999, 1.0, 4.99, 65.0, 110.0, np.nan, -1.0, np.inf], 10)
     groups, notes = groups_of({"age": ages}, np.arange(90).astype(str), Asked(age_bands()))
     assert {g.value: int(g.inside.sum()) for g in groups} == {"0-1": 20, "1-5": 20, "65+": 20}
-    assert all(g.known.sum() == 60 for g in groups) and notes == ["age unknown: 30 images, in no group of it"]
+    assert all(g.known.sum() == 60 for g in groups) and notes == [
+        "age unknown: 30 patients, in no group of it"
+    ]
 
 
 def test_small_and_many_values_are_counted_not_shown():
