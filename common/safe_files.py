@@ -271,8 +271,9 @@ def load_arrays(path):
         ) from None
 
 
-def _read_array(archive, member):
-    """One array of the archive; ValueError unless its shape and type account for every byte."""
+def array_header(archive, member):
+    """(shape, dtype) of an array of an open .npz. ValueError unless they account for every byte of its part,
+    or if it holds Python objects (a pickle). Nothing is allocated."""
     name = member.filename
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that NumPy never uses")
@@ -285,9 +286,15 @@ def _read_array(archive, member):
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects")
         held = member.file_size - file.tell()
-        if min(shape, default=1) < 0 or dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != held:
-            raise ValueError(f"{name} claims the shape {_cut(str(shape))} of {dtype} in {held} bytes")
-        file.seek(0)
+    if min(shape, default=1) < 0 or dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{name} claims the shape {_cut(str(shape))} of {dtype} in {held} bytes")
+    return shape, dtype
+
+
+def _read_array(archive, member):
+    """One array of the archive; ValueError as of `array_header`."""
+    array_header(archive, member)
+    with archive.open(member) as file:
         array = npy.read_array(file, allow_pickle=False)
         file.read(1)  # at the end of the data the check sum is verified
     return array

@@ -3,16 +3,15 @@
 The headers of the arrays are read and checked before anything is allocated; no pickle is read.
 """
 
-import math
 import os
 import re
 import zipfile
 from functools import lru_cache
 
 import numpy as np
-from numpy.lib import format as npy
 
 from common.console import InputError
+from common.safe_files import array_header
 
 NAME = re.compile(r"(.*\.npz)#(train|val|test)/(\d{1,9})", re.IGNORECASE | re.DOTALL)
 LARGEST = 16 << 30  # bytes of an array, unpacked: ChestMNIST at 224 px has 6 GB
@@ -43,24 +42,10 @@ def shapes(path):
 
 
 def _header(archive, member):
-    """(shape, dtype) of an array; ValueError unless they account for every byte of its part."""
-    name = member.filename
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed in a way that NumPy never uses")
+    """safe_files.array_header of an array; ValueError also where it would unpack to more than it can hold."""
     if member.file_size > min(LARGEST, GROWTH * max(member.compress_size, 1)):
-        raise ValueError(f"{name} would unpack to {member.file_size >> 20} MiB")
-    with archive.open(member) as file:
-        headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        version = npy.read_magic(file)
-        if version not in headers:
-            raise ValueError(f"{name} has the unknown .npy version {version}")
-        shape, _, dtype = headers[version](file)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects")
-        held = member.file_size - file.tell()
-    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != held:
-        raise ValueError(f"{name} claims the shape {str(shape)[:60]} of {dtype} in {held} bytes")
-    return shape, dtype
+        raise ValueError(f"{member.filename} would unpack to {member.file_size >> 20} MiB")
+    return array_header(archive, member)
 
 
 def stamp(path):
