@@ -11,6 +11,7 @@ Whatever is wrong with a file is an InputError of one line. PyTorch is imported 
 reading an .npz does without it.
 """
 
+import contextlib
 import math
 import os
 import pickletools
@@ -254,16 +255,23 @@ def load_arrays(path):
     arrays of one name, or if it would unpack to more than both ROOM bytes and GROWTH times its size.
     """
     limit = max(ROOM, GROWTH * _file_size(path))
+    with opened_npz(path) as archive:
+        members = archive.infolist()
+        names = [m.filename.removesuffix(".npy") for m in members]
+        unpacked = sum(m.file_size for m in members)
+        if unpacked > limit:
+            raise ValueError(f"it would unpack to {unpacked >> 20} MiB, over {limit >> 20} MiB")
+        if len(set(names)) < len(names):
+            raise ValueError("two arrays have the same name")
+        return {name: _read_array(archive, member) for name, member in zip(names, members)}
+
+
+@contextlib.contextmanager
+def opened_npz(path):
+    """The zip archive of an .npz. Whatever goes wrong while it is open is an InputError naming the file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            names = [m.filename.removesuffix(".npy") for m in members]
-            unpacked = sum(m.file_size for m in members)
-            if unpacked > limit:
-                raise ValueError(f"it would unpack to {unpacked >> 20} MiB, over {limit >> 20} MiB")
-            if len(set(names)) < len(names):
-                raise ValueError("two arrays have the same name")
-            return {name: _read_array(archive, member) for name, member in zip(names, members)}
+            yield archive
     except Exception as error:  # damage shows as almost any exception
         raise InputError(
             f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({_reason(error)}); "

@@ -24,5 +24,6 @@ In the order to read them:
     headers.py     patients and exposures from DICOM headers
     patients.py    names of patients
     sheets.py      how tables are spelt
+    lookup.py      which image a name in a table means
     download.py    a set from Kaggle
 """

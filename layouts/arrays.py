@@ -5,13 +5,12 @@ The headers of the arrays are read and checked before anything is allocated; no 
 
 import os
 import re
-import zipfile
 from functools import lru_cache
 
 import numpy as np
 
 from common.console import InputError
-from common.safe_files import array_header
+from common.safe_files import array_header, opened_npz
 
 NAME = re.compile(r"(.*\.npz)#(train|val|test)/(\d{1,9})", re.IGNORECASE | re.DOTALL)
 LARGEST = 16 << 30  # bytes of an array, unpacked: ChestMNIST at 224 px has 6 GB
@@ -30,15 +29,8 @@ def parts_of(path):
 def shapes(path):
     """{name: (shape, dtype)} of the arrays of an .npz, from their headers. InputError if it is damaged, holds
     Python objects (a pickle), or an array claims more than its bytes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {m.filename.removesuffix(".npy"): _header(archive, m) for m in archive.infolist()}
-    except Exception as error:  # damage shows as almost any exception
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(
-            f"{path} is not a plain .npz of arrays: truncated, pickled or damaged ({reason}); copy it again "
-            "from where it came"
-        ) from None
+    with opened_npz(path) as archive:
+        return {m.filename.removesuffix(".npy"): _header(archive, m) for m in archive.infolist()}
 
 
 def _header(archive, member):

@@ -5,7 +5,8 @@ import re
 import numpy as np
 
 from common.console import InputError, say_once
-from layouts.sheets import Listed, columns, open_sheet
+from layouts.lookup import Listed
+from layouts.sheets import columns, open_sheet
 
 
 def clean_patient(text):
@@ -32,7 +33,7 @@ def patients_of(sheet, name):
 def read_patients(path, index, root=""):
     """The Index with the patients of a table `path,patient`; files it does not list keep none.
 
-    Paths are relative to the data folder `root`, or understood as sheets.Listed does. InputError if a path
+    Paths are relative to the data folder `root`, or understood as lookup.Listed does. InputError if a path
     has two patients, or no path is known."""
     sheet = open_sheet(path)
     if not (sheet.find("path") and sheet.find("patient")):

@@ -1,6 +1,7 @@
 """A plain table: path, patient, and a column a finding with 1, 0, -1 (uncertain) or nothing."""
 
 import re
+from functools import partial
 
 import numpy as np
 
@@ -38,21 +39,21 @@ def labels_of(sheet, asked):
     if absent := [name for name in asked if name not in sheet.head]:
         raise InputError(f"{sheet.path} has no column {', '.join(absent)}; {columns(sheet.head)}")
 
-    def wrong_in(name):
-        def wrong(number, text):
-            comma = ". A decimal comma is not read" if re.fullmatch(r"-?\d+,\d+", text) else ""
-            return (
-                f"{sheet.path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}"
-                + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
-            )
-
-        return wrong
-
     labels = np.empty((len(sheet), len(asked)), dtype=np.int8)
     for k, name in enumerate(asked):
-        labels[:, k] = coded(sheet, name, WORDS, wrong_in(name))
+        labels[:, k] = coded(sheet, name, WORDS, partial(_no_label, sheet.path, name))
     _refuse_both(sheet, asked)
     return labels
+
+
+def _no_label(path, name, number, text):
+    """What is wrong with a cell that holds no label."""
+    comma = ""
+    if re.fullmatch(r"-?\d+,\d+", text):
+        comma = ". A decimal comma is not read"
+    return f"{path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}" + advice(
+        "--findings", ". If it is no finding, name those that are with --findings A,B,C"
+    )
 
 
 def _refuse_both(sheet, asked):

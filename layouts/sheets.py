@@ -1,5 +1,4 @@
-"""Tables as programs write them -> a Sheet: column names and columns of text; and which image a name in a
-table means.
+"""Tables as programs write them -> a Sheet: column names and columns of text.
 
 Read are UTF-8, UTF-16 and UTF-32 with their mark, else Latin-1; compressed by gzip, too. Columns are
 separated by commas, semicolons or tabs. pandas splits the text; no value is guessed to be a number or NaN.
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import InputError, say, say_once
+from common.console import InputError, say_once
 from common.files import check_regular
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -288,99 +287,3 @@ def columns(head):
     named = [name for name in head if name]
     more = f" and {len(named) - 20} more" if len(named) > 20 else ""
     return f"it has {', '.join(named[:20]) or 'no column'}{more}"
-
-
-# ---------------------------------------------------------------- which image a name means
-
-
-class Listed:
-    """Finds the images that the names in a table mean.
-
-    `files`: {name in a table: path relative to `root`}. A name that is none of these is understood where only
-    one image can be meant: an absolute path, or one from another folder, by its ending; a name of a file in a
-    folder below; upper case for lower; a name without its extension. Nothing outside `root` is ever found.
-    `by_id`: the names are none of files, but ids, so that nothing need be said of it.
-    """
-
-    def __init__(self, path, root, files, by_id=False):
-        self.path, self.files, self.by_id = path, files, by_id
-        self.roots = [Path(root).as_posix(), Path(root).resolve().as_posix()]
-        self.claimed = {}  # {file: the name that means it}
-        self.examples, self.guessed = [], 0
-        self._by_end = None
-
-    def clean(self, name):
-        """A name with forward slashes, relative to `root` if it lies there."""
-        if name in self.files:
-            return name
-        name = re.sub(r"/{2,}", "/", name.replace("\\", "/"))
-        name = re.sub(r"^(\./)+", "", name)
-        if name in self.files:
-            return name
-        below = [name.removeprefix(f"{root}/") for root in self.roots if name.startswith(f"{root}/")]
-        return below[0] if below else name
-
-    def find(self, name, number):
-        """The file that a clean name in row `number` means; None if there is none. InputError if several
-        could be meant, or if another name means it too."""
-        file = self.files.get(name)
-        if file is None:
-            possible = self._possible(name)
-            if len(possible) > 1:
-                some = " or ".join(sorted(possible)[:3])
-                raise InputError(
-                    f"{self.path}, row {number}: {name} could be {some}: write the path relative to "
-                    f"{self.roots[0]}"
-                )
-            if not possible:
-                return None
-            file = possible.pop()
-            self.guessed += 1
-            self.examples = self.examples or [name, file]
-        other = self.claimed.setdefault(file, name)
-        if other != name:
-            raise InputError(
-                f"{self.path}, row {number}: {name} and, in an earlier row, {other} could both be {file}: "
-                f"write the paths relative to {self.roots[0]}"
-            )
-        return file
-
-    def _possible(self, name):
-        """The files that a name which is not one of `files` could mean: set, of the nearest kind that has
-        any."""
-        *folders, last = name.casefold().split("/")
-        if not last or ".." in folders:
-            return set()
-        if self._by_end is None:
-            self._by_end = self._endings()
-        written = name.rpartition("/")[2]
-        near = [c for c in self._by_end.get(last, ()) if _one_ends_other(folders, c[0])]
-        same = {file for _, end, file in near if end == written}
-        any_case = {file for _, end, file in near if end.casefold() == last}
-        return same or any_case or {file for _, _, file in near}
-
-    def _endings(self):
-        """{last part of a path, with and without its extension, in lower case: [(its folders, in lower case;
-        the last part; file)]}."""
-        found = {}
-        for name, file in self.files.items():
-            end = name.rpartition("/")[2]
-            entry = name.casefold().split("/")[:-1], end, file
-            for key in {end.casefold(), Path(end).stem.casefold()}:
-                found.setdefault(key, []).append(entry)
-        return found
-
-    def say_guessed(self):
-        """A note on the names that were understood by their ending, if there were any."""
-        if self.guessed and not self.by_id:
-            name, file = self.examples
-            say(
-                f"note: {self.path}: {self.guessed} names are no paths in the data folder; {name} is read "
-                f"as {file}"
-            )
-
-
-def _one_ends_other(a, b):
-    """Whether one of two lists is the end of the other, or one is empty."""
-    n = min(len(a), len(b))
-    return a[len(a) - n :] == b[len(b) - n :]

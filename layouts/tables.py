@@ -18,9 +18,10 @@ from images.find import Search
 from layouts import chexpert, google_nih, medmnist, mimic, nih, padchest, plain, rsna, vindr
 from layouts.choices import BLANK, OLDER, Choices, select
 from layouts.listing import Index, Reading, joined_cohorts
+from layouts.lookup import Listed
 from layouts.rows import BLANK as EMPTY
 from layouts.rows import UNCERTAIN, UNUSABLE, Source, infer_healthy, refuse_contradiction
-from layouts.sheets import Listed, columns, head_of, open_sheet
+from layouts.sheets import columns, head_of, open_sheet
 
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 ROOMS = (chexpert, mimic, rsna, vindr, padchest, medmnist, google_nih, nih, plain)
@@ -168,7 +169,7 @@ def read_set(table, data_dir, findings, choices=None, *, published=False, pooled
 def read_table(path, root, findings, choices=None):
     """The Index of the images of a table that lie under `root` and are used; says what is left out.
 
-    Names of images are understood as sheets.Listed does. InputError if the table contradicts itself or no
+    Names of images are understood as lookup.Listed does. InputError if the table contradicts itself or no
     row has an image."""
     choices = choices or Choices()
     return select(read(path, root, findings, choices), choices)[0]

@@ -518,7 +518,7 @@ def test_medmnist_files_that_are_refused(tmp_path):
         ({"train_labels": np.array([[0]])}, "train_labels is"),
         ({"test_images": np.zeros((2, 8), np.uint8)}, "test_images is uint8"),
     ):
-        np.savez(path, **{**good, **changes}, allow_pickle=True)
+        np.savez(path, **{**good, **changes})  # an array of objects is pickled
         refused(cli(*argv, "--split", "image", cwd=tmp_path), message)
     np.savez(path, **{name: value for name, value in good.items() if "val" not in name})
     refused(cli(*argv, cwd=tmp_path), "no table of findings", "medmnist: it lacks val_images, val_labels")
