@@ -19,10 +19,10 @@ from cohort import who
 from common.cli import Parser
 from common.console import InputError, say, start
 from common.files import check_output
-from report import tables
 from report.plots import draw_all
 from report.render import TITLE, Heading, Image, to_html, to_markdown, write_text
 from report.rows import load_entries, without_members
+from report.tables import main as tables
 
 
 def parse():

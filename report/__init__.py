@@ -2,14 +2,9 @@
 
 In the order to read them:
 
-    rows.py           what is compared with what
-    cohort.py         who took part, and groups of patients
-    tables.py         the main tables
-    pairs.py          which of two models is better
-    probabilities.py  are the scores probabilities?
-    evidence.py       other images, and tests of maps
-    method.py         how it was done
-    cells.py          what tables are made of
-    plots.py          pictures
-    render.py         markdown and HTML
+    rows.py    what is compared with what
+    tables/    text and tables
+    cells.py   what tables are made of
+    plots.py   pictures
+    render.py  markdown and HTML
 """

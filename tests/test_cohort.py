@@ -11,9 +11,9 @@ from common.console import InputError
 from common.task import Task
 from images.describe import of_sides
 from layouts.listing import Index
-from report.cohort import cohort_blocks, flow_rows, group_blocks, groups_on
 from report.render import to_markdown
 from report.rows import Entry
+from report.tables.cohort import cohort_blocks, flow_rows, group_blocks, groups_on
 from tests.shared import cli, refused, succeed, tables
 from tests.test_compare import RULE, edit_results, write_run
 

@@ -27,13 +27,13 @@ from records import curves
 from records.curves import label, panels
 from records.run import Run
 from report import rows as rows_module
-from report import tables as tables_module
-from report.evidence import map_blocks
-from report.method import shared_text
-from report.pairs import pair_blocks
-from report.probabilities import predictive_blocks, subgroup_blocks
 from report.render import Code, Table, markdown_text, to_html, to_markdown
 from report.rows import Entry
+from report.tables import main as tables_module
+from report.tables.evidence import map_blocks
+from report.tables.method import shared_text
+from report.tables.pairs import pair_blocks
+from report.tables.probabilities import predictive_blocks, subgroup_blocks
 from tests.fixtures import FLOOR
 from tests.shared import (
     HEADER,

@@ -19,9 +19,9 @@ from images.drawn import draw_radiograph
 from images.subset import Subset
 from layouts.folders import read_folders
 from layouts.listing import Index
-from report import tables
 from report.render import to_markdown
 from report.rows import load_entries
+from report.tables import main as tables
 from tests.shared import SHARED, cli, read_json, smooth_picture, succeed
 from training import other_hospitals
 

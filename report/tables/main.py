@@ -25,13 +25,13 @@ from report.cells import (
     unique,
     with_interval,
 )
-from report.cohort import cohort_blocks, group_blocks
-from report.evidence import batch_blocks, map_blocks
-from report.method import method_blocks, split_blocks
-from report.pairs import pair_blocks
-from report.probabilities import predictive_blocks, probability_blocks, subgroup_blocks
 from report.render import Code, Heading, Paragraph, Table
 from report.rows import POINTS, families, missing_ensembles
+from report.tables.cohort import cohort_blocks, group_blocks
+from report.tables.evidence import batch_blocks, map_blocks
+from report.tables.method import method_blocks, split_blocks
+from report.tables.pairs import pair_blocks
+from report.tables.probabilities import predictive_blocks, probability_blocks, subgroup_blocks
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")

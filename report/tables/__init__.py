@@ -1,0 +1,11 @@
+"""The text and tables of the report, as blocks for render.py. No torch, no drawing.
+
+In the order to read them:
+
+    main.py           one test set: its figures, promises and intervals
+    cohort.py         who took part, and groups of patients
+    pairs.py          which of two models is better
+    probabilities.py  are the scores probabilities?
+    evidence.py       other images, and tests of maps
+    method.py         how it was done
+"""
