@@ -146,7 +146,9 @@ def markdown_text(value, leads=None):
     """Text for a paragraph or table cell of markdown. `leads`: see `destinations`."""
 
     def linked(part):
-        target = (leads or {}).get(part.target, part.target)
+        target = (leads or {}).get(part.target)
+        if target is None:  # a section that this report does not have
+            return escaped(printable(part.text))
         # A bracket in the text would end it.
         text = re.sub(r"[\[\]]", r"\\\g<0>", escaped(printable(part.text)))
         return f"[{text}]({quote(target, safe='#-_')})"
@@ -213,8 +215,10 @@ def html_text(value, leads=None):
     """Text for a paragraph or table cell of HTML. `leads`: see `destinations`."""
 
     def linked(part):
-        target = html.escape((leads or {}).get(part.target, part.target))
-        return f'<a href="{target}">{html.escape(printable(part.text))}</a>'
+        text, target = html.escape(printable(part.text)), (leads or {}).get(part.target)
+        if target is None:  # a section that this report does not have
+            return text
+        return f'<a href="{html.escape(target)}">{text}</a>'
 
     show = {str: html.escape, Link: linked, Code: lambda text: f"<code>{html.escape(text)}</code>"}
     show |= {Best: lambda text: f"<b>{html.escape(text)}</b>"}
