@@ -9,7 +9,7 @@ from common.console import InputError, printable
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
-from report.answers.threshold import FEW_HEALTHY, VERDICTS, calls, floor_verdict
+from report.answers.threshold import EVERYBODY, FEW_HEALTHY, VERDICTS, calls, floor_verdict
 from report.cells import alone, points, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
@@ -18,11 +18,6 @@ FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
-LEGEND = (
-    "Bold: the best of a column; models that break the floor or call everybody sick are not eligible. ✗: the "
-    f'95% interval of recall lies below the floor, or the model "calls everybody sick", which is said where '
-    f"specificity is below {FEW_HEALTHY:g}."
-)
 
 
 class Column(NamedTuple):
@@ -79,7 +74,7 @@ def means_columns(entries):
         if all(key in e.summary["test"] for e in entries):
             found.append(Column(f"{head} test", "", mean("test", key)))
     for verdict in VERDICTS:
-        found.append(Column(verdict, "floors @Rec", counted(verdict), 0, False))
+        found.append(Column(verdict.capitalize(), "floors @Rec", counted(verdict), 0, False))
     return found
 
 
@@ -146,6 +141,21 @@ def models_table(candidates):
         groups[-1][1] += 1
     head = ["Model", *(column.head for column in columns)]
     return Table(head, rows, groups=tuple(map(tuple, groups)))
+
+
+def legend(view):
+    """What the marks in the main table mean, as text: of those that it can have."""
+    text = ""
+    if len(view.candidates) > 1:
+        text = "Bold: the best of a column. "
+        if alone(view.entries):
+            text += "Models that break the floor or call everybody sick are not eligible. "
+    if alone(view.entries):
+        text += "✗: the 95% interval of recall lies below the floor. "
+        text += f'"{EVERYBODY}": specificity is below {FEW_HEALTHY:g}.'
+    else:
+        text += "A floor is kept, not refuted or broken as under In short."
+    return text
 
 
 def best_of(candidates, column):
