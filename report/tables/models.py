@@ -183,7 +183,9 @@ def cell_of(candidate, column, is_best):
         text += f" ± {np.std(values, ddof=1):.{column.digits}f}"
     said = remark(candidate, column)
     if said:
-        return (Bad(text), f" {said}".rstrip())
+        return Bad(text), f" {said}"
+    if said is not None:
+        return Bad(text)
     return Best(text) if is_best else text
 
 
