@@ -303,7 +303,7 @@ def test_mark_of_groups(tmp_path):
     scores, verdicts = many(4, count=800, strength=2.0, test_strength=6.0), []
     for name, weak in (("kept", 0.0), ("open", None), ("broken", 8.0)):
         changed = {**scores, "test_logits": scores["test_logits"].copy()}
-        sexes = np.where(np.arange(800) // 2 % 4 == 0, "F", "M")
+        sexes = np.where(np.arange(800) // 2 % 3 == 0, "F", "M")
         if weak is not None:
             changed |= {"test_cohort_sex": sexes, "val_cohort_sex": sexes}
             changed["test_logits"][sexes == "F", 1] -= weak

@@ -1,6 +1,7 @@
 """The main table: a row a model, the chosen first; the same as CSV. No torch, no drawing."""
 
 import csv
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
 from report.answers.threshold import EVERYBODY, FEW_HEALTHY, VERDICTS, calls, floor_verdict
-from report.cells import alone, points, size_and_time, title
+from report.cells import alone, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
 
@@ -244,11 +245,11 @@ MORE = ("Run", "Finding", "Point", "Seed", "Recall low", "Recall high", "Spec va
 def main_rows(entries):
     """Rows of the CSV, lists of str in the order of HEADER and MORE: a run, a finding and an operating point
     each, then the mean and standard deviation of runs that differ in the seed alone."""
-    rows = []
-    for point in points(entries):
-        for finding in entries[0].findings:
-            if point != "at_guaranteed":  # in the table of promises
-                rows += rows_at(entries, finding, point)
+    rows, shown = [], ("at_rec",)
+    if alone(entries):  # of several findings decisions at 0.5 would fill pages
+        shown = ("at_rec", "at_0.5")
+    for point, finding in itertools.product(shown, entries[0].findings):
+        rows += rows_at(entries, finding, point)
     return rows
 
 
