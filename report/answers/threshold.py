@@ -55,8 +55,8 @@ def threshold_blocks(remaining):
         return []
     entries = [e for c in remaining for e in c.entries]
     text = (
-        f"@Rec meets the recall floor ({floors(entries)}) on validation. Take @Guar where it must hold for new "
-        "patients like those: it costs specificity. On test the floor is kept (the 95% interval by "
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. Take @Guar where it must hold for "
+        "new patients like those: it costs specificity. On test the floor is kept (the 95% interval by "
         "patients lies above it), not refuted (the interval holds it) or broken (it lies below)."
     )
     items = []
