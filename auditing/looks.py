@@ -16,9 +16,8 @@ from lungs.show import plausible
 # ---------------------------------------------------------------- 1. the border
 
 
-def border_changes(side, reader):
-    """Every image with the border of another class's image, and with that of another patient of its own.
-    [] where some image has no donor."""
+def border_changes(side):
+    """Every image with the border of another class's image, and with that of another patient of its own."""
     changes = []
     for name, other in (("other", True), ("same", False)):
         rng = np.random.default_rng(0)
@@ -64,7 +63,9 @@ class Lungs:
         self.of_images, self.why_not = len(subset), ""
         left_out = len(subset) - len(self.positions)
         if left_out:
-            say(f"note: no lungs found on {left_out} of {len(subset)} images: left out where lungs are greyed")
+            say(
+                f"note: no lungs found on {left_out} of {len(subset)} images: left out where lungs are greyed"
+            )
         everybody = np.ones(len(self.positions), bool)
         rng = np.random.default_rng(0)
         self.lenders = donors(side.patients[self.positions], lambda i: everybody, rng)
@@ -106,9 +107,7 @@ def lung_figures(side, lungs, scores):
 
 def corruption_changes(positions):
     """These images under each of the thirteen changes."""
-    return [
-        Change(("corruptions", name), positions, _each(change)) for name, change in corruptions().items()
-    ]
+    return [Change(("corruptions", name), positions, _each(change)) for name, change in corruptions().items()]
 
 
 def _each(change):

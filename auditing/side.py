@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.console import say
-from common.proportions import count_of, fewer_patients
+from common.proportions import count_of
 
 LEAST = 10  # patients with the finding, and without, for a figure of both
 
@@ -26,21 +26,13 @@ class Side:
     def __post_init__(self):
         self.patients = np.asarray(self.subset.patients)
 
-    @property
-    def too_few(self):
-        """Why there are too few patients for an AUROC, as text; "" if there are enough."""
-        counts = [count_of(self.patients[self.y == label]) for label in (1, 0)]
-        if min(counts) >= LEAST:
-            return ""
-        return (
-            f"{counts[0]} patients with the finding and {counts[1]} without are too few: {LEAST} of each are "
-            "needed"
-        )
 
-    @property
-    def people(self):
-        """The fewer of the patients with the finding and those without."""
-        return fewer_patients(self.y, self.patients)
+def too_few(y, patients):
+    """Why there are too few patients for an AUROC, as text; "" if there are enough. y, patients: [N]."""
+    counts = [count_of(patients[y == label]) for label in (1, 0)]
+    if min(counts) >= LEAST:
+        return ""
+    return f"{counts[0]} patients with the finding and {counts[1]} without; {LEAST} of each are needed"
 
 
 def side_of(subset, task, finding, name, most):

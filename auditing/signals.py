@@ -13,6 +13,7 @@ from auditing.figures import ERROR, Curve
 from cohort.who import known_ages
 from common.console import say
 from common.proportions import count_of
+from data import read_listing
 from images.decode import read_image
 
 FOLDS, LEAST = 5, 20  # patients with a signal, and without, for a probe
@@ -50,16 +51,18 @@ def signals_of(cohort, sizes):
     return found
 
 
-def original_sizes(root, files, results, size):
-    """(width, height) of the original of each file, float [N, 2]; NaN where a file cannot be read, or where
-    all originals of the training have one size, which was given them before."""
+def original_sizes(config, files, results):
+    """(width, height) of the original of each file of a DataConfig, float [N, 2]; NaN where a file cannot be
+    read, or where all originals of the training have one size, which was given them before."""
     ranges = results["split"].get("original_size", {})
     if ranges and all(low == high for low, high in ranges.values()):
         return np.full((len(files), 2), np.nan)
 
+    root = read_listing(config).root
+
     def read(file):
         try:
-            return read_image(os.path.join(root, file), size)[1]
+            return read_image(os.path.join(root, file), config.img_size)[1]
         except OSError:
             return np.nan, np.nan
 
@@ -79,9 +82,9 @@ def probe(x, signal, patients):
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
     for rest, held_out in folds.split(x, signal, patients):
         model = LogisticRegression(C=SPREAD / x.shape[1], max_iter=2000)
-        told[held_out] = make_pipeline(StandardScaler(), model).fit(x[rest], signal[rest]).predict_proba(
-            x[held_out]
-        )[:, 1]
+        told[held_out] = (
+            make_pipeline(StandardScaler(), model).fit(x[rest], signal[rest]).predict_proba(x[held_out])[:, 1]
+        )
     return told
 
 
