@@ -7,9 +7,9 @@ lungs needed? What else do the features tell? Does the threshold hold under thir
 sharpness and framing? Are the false alarms of one kind of patients? Each ends in a verdict, kept, open or
 broken, and a sentence with its figures; docs/AUDIT.md has the rules.
 
-Writes audit.json into the run folder, which compare.py shows, and audit-SIDE-clusters.png: typical patients of
-the group with the most false alarms. What an earlier call found of other sections, of the other side and of
-other findings stays. About ten minutes on two cores for a ViT-Ti/16 and 1,000 images.
+Writes audit.json into the run folder, which compare.py shows, and audit-SIDE-clusters.png: typical patients
+of the group with the worst specificity. What an earlier call found of other sections, of the other side and
+of other findings stays. About ten minutes on two cores for a ViT-Ti/16 and 1,000 images.
 
 Any classifier can be audited; sections 4 and 5 need a threshold (calibrate.py). An audit can find a shortcut,
 not prove that there is none.
@@ -252,10 +252,8 @@ def main():
 
     moved = moved_settings(args, run)
     reader.config = replace(run.config, **moved)
-    subset = load_split(run, args.side, moved)
-    audit = Audit(
-        side_of(subset, run.task, finding, args.side, args.most_images), reader, asked, args.most_images
-    )
+    subset, most = load_split(run, args.side, moved), args.most_images
+    audit = Audit(side_of(subset, run.task, finding, args.side, most), reader, asked, most)
     audit.score(args.batch_size)
     found = audit.answers()
     if "clusters" in asked:

@@ -8,7 +8,8 @@ from auditing.figures import by_patient, difference_of_shares, share
 from common.proportions import count_of
 
 SIZE = 25  # patients of a group, about
-MOST_GROUPS, LEAST = 12, 40  # patients without the finding for the section
+MOST_GROUPS, LEAST = 12, 40  # groups; patients without the finding for the section
+LEAST_IN_GROUP = 10  # patients: a group of one outlier is no kind
 FOLDS, PERMUTATIONS, SHOWN = 5, 10_000, 6
 
 
@@ -21,7 +22,7 @@ class Kind:
         self.scaler = StandardScaler().fit(x)
         self.means = KMeans(count, n_init=5, random_state=0).fit(self.scaler.transform(x))
         self.groups, self.count = self.means.labels_, count
-        found = excesses(alarms[None], self.groups, count)[0]
+        found = excesses(alarms[None], self.groups, count)[0]  # -inf of groups that are too small
         self.worst, self.excess = int(found.argmax()), float(found.max())
 
     def of(self, x):
@@ -36,7 +37,7 @@ class Kind:
 
 def excesses(alarms, groups, count):
     """How many standard deviations the alarms of each group lie above chance: alarms [B, P], groups [P] ->
-    [B, count].
+    [B, count]; -inf of groups of fewer than LEAST_IN_GROUP patients.
 
     Chance is a draw without replacement of as many patients as the group has."""
     people = len(groups)
@@ -44,7 +45,8 @@ def excesses(alarms, groups, count):
     sums = alarms @ np.eye(count)[groups]
     mean, variance = alarms.mean(axis=1, keepdims=True), alarms.var(axis=1, ddof=1)[:, None]
     spread = np.sqrt(variance * sizes * (1 - sizes / people))
-    return (sums - sizes * mean) / np.maximum(spread, 1e-12)
+    found = (sums - sizes * mean) / np.maximum(spread, 1e-12)
+    return np.where(sizes >= LEAST_IN_GROUP, found, -np.inf)
 
 
 def p_of_worst(kind, alarms, seed=0):

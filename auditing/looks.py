@@ -8,7 +8,7 @@ from auditing.changes import corruptions, donors, framed, greyed
 from auditing.figures import ERROR, Curve, falls, minus, plus, share
 from auditing.reader import Change
 from auditing.rules import FALLS
-from common.console import say
+from common.console import progress, say
 from common.proportions import count_of
 from lungs import masks as lung_masks
 from lungs.show import plausible
@@ -18,10 +18,10 @@ from lungs.show import plausible
 
 def border_changes(side):
     """Every image with the border of another class's image, and with that of another patient of its own."""
+    allowed = {"other": lambda i: side.y != side.y[i], "same": lambda i: side.y == side.y[i]}
     changes = []
-    for name, other in (("other", True), ("same", False)):
-        rng = np.random.default_rng(0)
-        lenders = donors(side.patients, lambda i: (side.y != side.y[i]) == other, rng)
+    for name, may_lend in allowed.items():
+        lenders = donors(side.patients, may_lend, np.random.default_rng(0))
         changes.append(Change(("border", name), np.arange(len(side.y)), _framed_by(side.subset, lenders)))
     return changes
 
@@ -54,7 +54,8 @@ class Lungs:
         subset, source = side.subset, reader.config.lungs
         find = lung_masks.open_source(source, subset.images.shape[-1], subset.files, f"{side.name} images")
         packed, good = [], []
-        for some in np.array_split(np.arange(len(subset)), max(1, len(subset) // 64)):
+        batches = np.array_split(np.arange(len(subset)), max(1, len(subset) // 64))
+        for some in progress(batches, len(subset), "finding lungs", "images", size=len):
             masks = find(subset.pixels(some), [subset.files[i] for i in some])
             packed.append(lung_masks.pack(masks))
             good.append(plausible(masks))
@@ -63,9 +64,7 @@ class Lungs:
         self.of_images, self.why_not = len(subset), ""
         left_out = len(subset) - len(self.positions)
         if left_out:
-            say(
-                f"note: no lungs found on {left_out} of {len(subset)} images: left out where lungs are greyed"
-            )
+            say(f"note: no lungs found on {left_out} of {len(subset)} images: section 2 leaves them out")
         everybody = np.ones(len(self.positions), bool)
         rng = np.random.default_rng(0)
         self.lenders = donors(side.patients[self.positions], lambda i: everybody, rng)

@@ -16,10 +16,10 @@ MOST_IMAGES_OF_HEAD = 256  # of which the head's directions are taken
 
 
 class Change(NamedTuple):
-    """Images to be scored. `key`: (section, name); `positions`: int64 [n], which images of the Subset; `make`:
-    function: (pixels uint8 [B, S, S], their places in `positions`, int64 [B]) -> changed pixels, or None for
-    images as they are; `finds_anew`: whether the lungs are found on the changed images, where the model needs
-    them (else those of the unchanged ones are taken)."""
+    """Images to be scored. `key`: (section, name); `positions`: int64 [n], which images of the Subset;
+    `make`: function: (pixels uint8 [B, S, S], their places in `positions`, int64 [B]) -> changed pixels, or
+    None for images as they are; `finds_anew`: whether the lungs are found on the changed images, where the
+    model needs them (else those of the unchanged ones are taken)."""
 
     key: tuple
     positions: np.ndarray
