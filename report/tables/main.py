@@ -27,6 +27,7 @@ from report.cells import (
 )
 from report.render import Code, Heading, Paragraph, Table
 from report.rows import POINTS, families, missing_ensembles
+from report.tables.audit import audit_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
 from report.tables.evidence import batch_blocks, map_blocks
 from report.tables.method import method_blocks, split_blocks
@@ -48,6 +49,7 @@ def section(entries, shown, asked):
     blocks += interval_blocks(shown) + class_blocks(shown) + pair_blocks(shown)
     blocks += probability_blocks(shown) + predictive_blocks(shown) + subgroup_blocks(shown)
     blocks += group_blocks(shown, asked)
+    blocks += audit_blocks(shown)
     return blocks + batch_blocks(entries) + map_blocks(entries) + method_blocks(entries)
 
 
