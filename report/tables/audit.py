@@ -41,10 +41,10 @@ def of(audit, side):
 def audit_text(found):
     """What was done, as text."""
     text = (
-        "From audit.py. Broken: the effect is larger than its margin with 95% confidence; kept: smaller; open: "
-        "these images cannot tell, or the section could not be run. Intervals are 95%, of whole patients. "
-        "Shortcut puts border, lungs and other signals together. An audit can find a shortcut, not prove that "
-        "there is none. The rules are in docs/AUDIT.md."
+        "From audit.py. Broken: the effect is larger than its margin with 95% confidence. Kept: it is "
+        "smaller. Open: these images cannot tell, or the section could not be run. Intervals are 95%, of "
+        "whole patients. Shortcut puts border, lungs and other signals together. An audit can find a "
+        "shortcut; it cannot prove that there is none. docs/AUDIT.md has the rules."
     )
     partly = [(e, side, each) for e, side, each in found if each["images"] < each["of_images"]]
     for entry, side, each in partly:
