@@ -2,7 +2,7 @@
 
 from auditing.record import KEYS, TITLES, audit_of
 from report.cells import unique
-from report.render import Code, Heading, Paragraph, Table
+from report.render import Bad, Code, Heading, Paragraph, Table
 
 SIDES = {"val": "validation", "test": "test"}
 
@@ -20,7 +20,7 @@ def audit_blocks(entries):
     if not found:
         return []
     blocks = [
-        Heading(3, "Audit: does it look at the lungs, or at the machine?"),
+        Heading(3, "Does it read the lungs or the machine?"),
         Paragraph(audit_text(found)),
         Table(["Model", "Images", "Shortcut", *TITLES.values()], [verdict_row(*each) for each in found]),
         Table(["Model", "Section", "Verdict", "What follows"], sentence_rows(found), prose=True),
@@ -63,8 +63,13 @@ def name_of(entry, side, found):
 def verdict_row(entry, side, found):
     """The verdicts of a side, a dash for sections that were not run."""
     verdicts = {line["key"]: line["verdict"] for line in found["lines"]}
-    cells = [verdicts.get(key, "-") for key in KEYS]
-    return [name_of(entry, side, found), str(found["images"]), found["shortcut"]["verdict"], *cells]
+    verdicts = [found["shortcut"]["verdict"], *(verdicts.get(key, "-") for key in KEYS)]
+    return [name_of(entry, side, found), str(found["images"]), *map(marked, verdicts)]
+
+
+def marked(verdict):
+    """A verdict as a cell: a broken one is marked."""
+    return Bad(verdict) if verdict == "broken" else verdict
 
 
 def sentence_rows(found):
@@ -72,6 +77,6 @@ def sentence_rows(found):
     rows = []
     for entry, side, each in found:
         name = name_of(entry, side, each)
-        rows.append([name, "Shortcut", each["shortcut"]["verdict"], each["shortcut"]["text"]])
-        rows += [[name, TITLES[line["key"]], line["verdict"], line["text"]] for line in each["lines"]]
+        rows.append([name, "Shortcut", marked(each["shortcut"]["verdict"]), each["shortcut"]["text"]])
+        rows += [[name, TITLES[line["key"]], marked(line["verdict"]), line["text"]] for line in each["lines"]]
     return rows
