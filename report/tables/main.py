@@ -24,8 +24,9 @@ from report.cells import (
 )
 from report.render import Bad, Code, Heading, Paragraph, Table
 from report.rows import POINTS, missing_ensembles
+from report.tables.audit import audit_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
-from report.tables.evidence import audit_blocks, batch_blocks, map_blocks
+from report.tables.evidence import batch_blocks, map_blocks
 from report.tables.method import method_blocks, split_blocks
 from report.tables.models import behind_table, legend, models_table
 from report.tables.pairs import pair_blocks
