@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binom, norm
 
-from auditing.record import audit_of
 from calibration.shift import one_each
 from cohort.who import LEAST
 from common import scaling
 from common.proportions import reported_interval
 from common.scaling import SIDES
 from metrics import positives_needed
+from report.answers.standing import shortcut_of
 from report.answers.threshold import floor_verdict, recall_text
 from report.cells import alone, named
 from report.render import Code
@@ -180,11 +180,9 @@ def least_of(rows):
 
 def shortcut_mark(entry, asked):
     """What audit.py says of shortcuts."""
-    sides = (audit_of(entry.run) or {"sides": {}})["sides"]
-    for side in ("val", "test"):  # what a choice may rest on comes first
-        if side in sides:
-            shortcut = sides[side]["shortcut"]
-            return Mark(shortcut["verdict"], shortcut["text"], f"its audit says why (on {SIDES[side]})")
+    for side, word in SIDES.items():  # validation first: a choice may rest on it
+        if shortcut := shortcut_of(entry, side):
+            return Mark(shortcut["verdict"], shortcut["text"], f"its audit says why (on {word})")
     return Mark("open", "not audited", Code(f"python audit.py --run {entry.run.folder.as_posix()}"))
 
 
