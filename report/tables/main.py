@@ -59,7 +59,7 @@ def main_rows(entries):
     finding."""
     rows = []
     for point, finding in itertools.product(points(entries), entries[0].findings):
-        if point == "at_guaranteed":  # in the table of promises
+        if point in ("at_guaranteed", "at_in"):  # in the tables of promises and of the triage
             continue
         with_row = [e for e in entries if e.row(finding, "test", point)]
         for e in with_row:
