@@ -6,10 +6,13 @@ PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF
 bits or more, grey or colour. In folders, files are recognised by name, or else by content; a line on stderr
 counts what is passed over.
 
-Stdout is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with --site also
-decision@Guar), typicality, note. Several findings have p_FINDING and decision@Rec_FINDING each (yes or no,
-empty without a threshold); several classes also top_class, the most probable one. Of a run calibrated --by
-study, study, study_p_... and study_decision... replace the decisions on images, and rows come last.
+Stdout, or -o FILE, is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with
+--site also decision@Guar), threshold@Rec, typicality, note. Several findings have p_FINDING,
+decision@Rec_FINDING (yes or no, empty without a threshold) and threshold@Rec_FINDING each; several classes
+also top_class, the most probable one. Of a run calibrated --by study, study, study_p_..., study_decision...
+and study_threshold... replace the decisions on images, and rows come last. --sort score puts the most
+suspicious first. --threshold X decides at X, in columns decision@hand and threshold@hand. Numbers have six
+digits, or as many as it takes for score >= threshold to be the decision. Python: docs/PYTHON.md.
 Preprocessing, precision, scaling and thresholds come from the run's calibration, so the test folder gives
 calibrate.py's scores. A line on stderr says where scores are no probabilities (a run trained with class
 weights).
@@ -32,10 +35,6 @@ device.
 
 import common.prelude  # noqa: F401  (first: see there)
 
-import csv
-import json
-import sys
-
 from calibration import shift
 from common.cli import COUNT, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
@@ -43,6 +42,7 @@ from common.device import add_device_argument
 from common.files import check_output, write_json
 from images.find import Search, find_files
 from layouts.choices import VIEWS
+from prediction.output import most_suspicious_first, opened, read_thresholds, sort_column, write_rows
 from prediction.scorer import Scorer
 from records.onnx import export
 
@@ -53,7 +53,19 @@ def parse():
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="images to score: files, folders or globs")
     add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="average over views, as calibrate.py --tta did")
-    parser.add_argument("--jsonl", action="store_true", help="print JSON lines instead of CSV")
+    parser.add_argument("-o", "--out", metavar="FILE", help="write the rows to this file instead of stdout")
+    parser.add_argument("--jsonl", action="store_true", help="write JSON lines instead of CSV")
+    parser.add_argument(
+        "--sort",
+        metavar="score",
+        help="most suspicious first, after the last file; of several findings also --sort FINDING",
+    )
+    parser.add_argument(
+        "--threshold",
+        action="append",
+        metavar="X",
+        help="decide at X, by hand, instead of at the run's @Rec; of several findings FINDING=X, repeated",
+    )
     parser.add_argument(
         "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
     )
@@ -78,12 +90,28 @@ def parse():
     args = parser.parse_args()
     check_name("--keep", args.keep)
     check_name("--site", args.site)
-    for flag, path in (("--summary", args.summary), ("--export", args.export)):
+    for flag, path in (("--summary", args.summary), ("--export", args.export), ("--out", args.out)):
         if path:
             check_output(flag, path)
     if bool(args.paths) == bool(args.export):  # both, or neither
         raise InputError("give either PATHS to score or --export FILE.onnx")
+    refuse_contradictions(args)
+    args.threshold = read_thresholds(args.threshold)
     return args
+
+
+def refuse_contradictions(args):
+    """InputError for flags that have no meaning together."""
+    for flag, value in (("--threshold", args.threshold), ("--sort", args.sort), ("--out", args.out)):
+        if value and args.export:
+            raise InputError(f"{flag} is for scoring, --export writes a model: leave one of them out")
+    if args.threshold and args.site:
+        raise InputError(f"--threshold replaces the thresholds of --site {args.site}: leave one of them out")
+    if args.threshold and args.keep:
+        raise InputError(
+            "--keep is for a report on the run's own thresholds: leave --threshold out, or write the verdict "
+            "with --summary"
+        )
 
 
 def count_of_notes(count, notes, typicality):
@@ -137,6 +165,8 @@ def report(scorer, args, counts):
         say(next_step)
     # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
+    if scorer.by_hand:
+        origin["thresholds_by_hand"] = scorer.by_hand
     summary = {**origin, **counts, **verdict}
     if args.summary:
         write_json(args.summary, summary)
@@ -158,24 +188,22 @@ def say_no_verdict(scorer, tta):
 
 def main():
     args = parse()
-    scorer = Scorer(args.run, args.device, tta=args.tta, site=args.site, views=args.views)
+    choices = {"tta": args.tta, "site": args.site, "views": args.views, "threshold": args.threshold}
+    scorer = Scorer(args.run, args.device, **choices)
     if args.export:
         return export(scorer, args.export)
-    # A row is printed as soon as it is known: there may be more files than fit into memory. By study or
-    # patient that is after the last file.
-    search, count = Search(), 0
-    rows = scorer.finished(scorer.rows(find_files(args.paths, search), args.batch_size), args.patients)
-    writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
-    if not args.jsonl:
-        writer.writeheader()
-    for _, row in rows:
-        count += 1
-        if args.jsonl:
-            print(json.dumps(row))
-        else:
-            writer.writerow(row)
-    if not count:
-        raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
+    column = args.sort and sort_column(scorer, args.sort)
+    # A row is written as soon as it is known: there may be more files than fit into memory. By study or
+    # patient, or sorted, that is after the last file.
+    with opened(args.out) as (stream, not_input):
+        search = Search(not_input)
+        rows = scorer.rows(find_files(args.paths, search), args.batch_size)
+        rows = scorer.finished(rows, args.patients)
+        if column:
+            rows = most_suspicious_first(rows, scorer, column)
+        count = write_rows(rows, scorer, stream, args.jsonl)
+        if not count:
+            raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
 
     # What was passed over, what was odd, and the verdict come last, where they are seen.
     search.tell(", ".join(args.paths[:3]))

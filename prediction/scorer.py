@@ -26,6 +26,7 @@ from lungs.show import plausible
 from models.inputs import Inputs
 from records.run import Run
 
+BY_HAND = "@hand"  # the operating point of a threshold by hand
 NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
 
 
@@ -45,6 +46,36 @@ class File(NamedTuple):
         return self.told["patient"] or patient_id(self.name)
 
 
+# ---------------------------------------------------------------- thresholds by hand
+
+
+def thresholds_by_hand(task, threshold):
+    """{finding: number} of a threshold by hand: None, a number where there is one finding, or a dict.
+    InputError for a finding that is not there or not said, and a number outside [0, 1]."""
+    if threshold is None:
+        return {}
+    if not isinstance(threshold, dict):
+        if not task.alone:
+            raise InputError(f"threshold {threshold}: FINDING=X, for which of {', '.join(task.findings)}?")
+        threshold = {task.findings[0]: threshold}
+    for finding, number in threshold.items():
+        task.chosen_finding(finding, "threshold of")
+        if not 0 <= number <= 1:  # NaN is not
+            raise InputError(f"threshold {number} of {finding}: scores lie between 0 and 1")
+    return dict(threshold)
+
+
+def decision_by_hand(decision, by_hand):
+    """A Decision at the threshold by hand of its finding, if that has one; that at 0.5 stays as it is."""
+    if decision.point != "@Rec" or decision.finding not in by_hand:
+        return decision
+    column = decision.column.replace(decision.point, BY_HAND, 1)
+    return decision._replace(column=column, point=BY_HAND, threshold=by_hand[decision.finding])
+
+
+# ---------------------------------------------------------------- the scorer
+
+
 class Scorer:
     """A calibrated run, ready to score new images.
 
@@ -53,13 +84,14 @@ class Scorer:
 
     `run`: a run folder, or a Run; `device`: "auto" (cuda > mps > cpu), "cuda:1", "cpu" or a torch.device;
     `tta`: average over views, as calibrate.py --tta did; `site`: a name of calibrate.py --site, for its
-    thresholds; `views`: one of choices.VIEWS (default: those of the training).
+    thresholds; `views`: one of choices.VIEWS (default: those of the training); `threshold`: one by hand in
+    place of the run's, of several findings {finding: number}.
 
     `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image; `task`,
     `config`, `results`, `calibration`: of the run. InputError for a run that is absent, damaged or not
     calibrated (so), and for a device that is not there."""
 
-    def __init__(self, run, device="auto", *, tta=False, site=None, views=None):
+    def __init__(self, run, device="auto", *, tta=False, site=None, views=None, threshold=None):
         run = run if isinstance(run, Run) else Run(run)
         check_name("site", site)
         if views not in (None, *VIEWS):
@@ -75,6 +107,10 @@ class Scorer:
             guaranteed = source["findings"][self.task.findings[0]].get("guaranteed")
         thresholds = {finding: source["findings"][finding].get("threshold") for finding in self.task.findings}
         self.decisions = self.task.decisions(thresholds, guaranteed)
+        self.by_hand = thresholds_by_hand(self.task, threshold)
+        if self.by_hand and site:
+            raise InputError(f"a threshold by hand replaces those of the site {site}: leave one of them out")
+        self.decisions = [decision_by_hand(decision, self.by_hand) for decision in self.decisions]
 
         # What is missing is found now, not in the middle of a thousand files.
         try:
@@ -97,6 +133,7 @@ class Scorer:
     def _columns(self):
         """The names of the columns of a row, in order."""
         scores, decided = list(self.task.score_columns.values()), [d.column for d in self.decisions]
+        decided += self.threshold_cells()
         if self.unit == "image":
             columns = ["path", *scores, *decided]
         else:  # thresholds decide on studies: none is printed that would decide on an image
@@ -106,12 +143,33 @@ class Scorer:
             columns.insert(1, "top_class")
         return columns
 
+    def column_of_unit(self, column):
+        """What a column of scores or decisions is called where thresholds decide: on images, or on studies or
+        patients."""
+        return column if self.unit == "image" else columns_of(self.unit, [column])[0]
+
+    def threshold_cells(self):
+        """{column: the threshold}, of all decisions but those at 0.5; None where a finding has none."""
+        cells = {}
+        for decision in self.decisions:
+            if decision.point != "@0.5":
+                cells[decision.column.replace("decision", "threshold", 1)] = decision.threshold
+        return cells
+
     def _say_what_scores_are(self):
-        """A note where scores mean nothing for patients, and one where they are no probabilities."""
+        """A note where scores mean nothing for patients, where they are no probabilities, and where the
+        threshold is one by hand."""
         if self.results["synthetic"]:
             say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
         if line := scaling.remark(self.calibration, self.run):
             say(line)
+        for finding, number in self.by_hand.items():
+            chosen = self.calibration["findings"][finding].get("threshold")
+            instead = "" if chosen is None else f", not at the run's @Rec of {chosen:.6g}"
+            say(
+                f"note: {finding} is decided at {number:g}, a threshold by hand{instead}: no recall is "
+                "promised; calibrate.py --min-recall chooses one that keeps a floor"
+            )
 
     def __call__(self, paths, *, batch_size=64, patients=None):
         """Score images -> list of dicts, one a file, in the order of predict.py. Keys: `columns`.
@@ -152,7 +210,7 @@ class Scorer:
 
     def called(self, scores):
         """Whom the model calls sick by its first finding, bool [N]: scores [N, F]."""
-        first = next(decision for decision in self.decisions if decision.point == "@Rec")
+        first = next(decision for decision in self.decisions if decision.point in ("@Rec", BY_HAND))
         threshold = 0.5 if first.threshold is None else first.threshold
         return scores[:, 0] >= threshold
 
@@ -177,6 +235,7 @@ class Scorer:
     def answers(self, scores, top):
         """{column: cell} of one image, its top class, scores [F] and, by image, decisions."""
         cells = dict(zip(self.task.score_columns.values(), scores.tolist()))
+        cells |= {self.column_of_unit(column): at for column, at in self.threshold_cells().items()}
         if self.unit == "image":
             cells |= {decision.column: decision.answer(scores) for decision in self.decisions}
         if self.task.one_of_many:
