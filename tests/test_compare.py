@@ -27,7 +27,19 @@ from records import curves
 from records.curves import label, panels
 from records.run import Run
 from report import rows as rows_module
-from report.render import Code, Table, markdown_text, to_html, to_markdown
+from report.render import (
+    Bad,
+    Best,
+    Bullets,
+    Code,
+    Heading,
+    Link,
+    Table,
+    markdown_text,
+    slug,
+    to_html,
+    to_markdown,
+)
 from report.rows import Entry
 from report.tables import main as tables_module
 from report.tables.evidence import map_blocks
@@ -413,6 +425,52 @@ def test_markdown_escapes():
     assert to_markdown([block]) == "| Item | Answer |\n| --- | --- |\n| x\\|y | z |"
 
 
+def test_blocks_of_a_report():
+    """Best, Bad, links, bullets and groups of columns, in markdown and in HTML."""
+    table = Table(
+        ["Model", "Recall", "Recall", "Time"],
+        [["a", Best("0.9"), (Bad("0.8"), " [0.7, 0.85]"), "1"]],
+        groups=(("", 1), ("@Rec", 1), ("@0.5", 1), ("", 1)),
+    )
+    assert to_markdown([table]).splitlines() == [
+        "| Model | Recall @Rec | Recall @0.5 | Time |",
+        "| --- | ---: | ---: | ---: |",
+        "| a | **0.9** | **0.8 ✗** [0.7, 0.85] | 1 |",
+    ]
+    page = to_html([table], False)
+    assert '<th colspan="1">@Rec</th>' in page and "<b>0.9</b>" in page and ">0.8 ✗</b> [0.7" in page
+    # Two test sets have headings of the same text: a link leads to that of its own set.
+    link, lost = Link("see [it]", "#are-they-right"), Link("top", "#results")
+    blocks = [
+        Heading(1, "Results"),
+        *[Heading(2, "Set"), Bullets([(link, "."), lost]), Heading(3, "Are they right?")] * 2,
+    ]
+    text = to_markdown(blocks)
+    assert re.findall(r"\]\((.*?)\)", text) == [
+        "#are-they-right",
+        "#results",
+        "#are-they-right-1",
+        "#results",
+    ]
+    assert "- [see \\[it\\]](#are" in text
+    page = Loads(to_html(blocks, False))
+    assert page.ids == ["results", "set", "are-they-right", "set-1", "are-they-right-1"]
+    assert page.links == ["#are-they-right", "#results", "#are-they-right-1", "#results"] and not page.found
+
+
+@pytest.mark.parametrize(
+    "text, anchor",
+    [
+        ("In short", "in-short"),
+        ("Other images: are they like validation?", "other-images-are-they-like-validation"),
+        ("@Rec 0.5, a_b - c", "rec-05-a_b---c"),
+        ("Über 95% (of 3)", "über-95-of-3"),
+    ],
+)
+def test_slugs_are_those_of_github(text, anchor):
+    assert slug(text) == anchor
+
+
 def test_printable_is_one_line_of_valid_unicode():
     text = printable("".join(map(chr, range(0x3000))) + "\udc80\ud800\U0010ffff")
     text.encode("utf-8")
@@ -424,7 +482,7 @@ class Loads(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.found, self.pictures, self.style = [], 0, False
+        self.found, self.pictures, self.style, self.links, self.ids = [], 0, False, [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -432,8 +490,11 @@ class Loads(HTMLParser):
         if tag in ("script", "link", "iframe", "object", "embed", "base", "form"):
             self.found.append(tag)
         for name, value in attrs:
+            self.ids += [value] if name == "id" else []
             if name == "src" and (value or "").startswith("data:image/png;base64,"):
                 self.pictures += 1
+            elif name == "href" and tag == "a" and (value or "").startswith("#"):
+                self.links.append(value)
             elif name in ("src", "href", "srcset", "action", "data") or name.startswith("on"):
                 self.found.append(f"{name}={value}")
             elif name == "style" or name == "http-equiv":
