@@ -64,6 +64,11 @@ class Decision(NamedTuple):
     threshold: float | None
     words: tuple
 
+    @property
+    def threshold_column(self):
+        """The name of a column that holds the threshold."""
+        return "threshold" + self.column.removeprefix("decision")
+
     def answer(self, scores):
         """Scores [F] of one image -> one of `words`, None without a threshold."""
         if self.threshold is None:
@@ -89,6 +94,11 @@ class Triage(NamedTuple):
     k: int
     at_rec: float | None
     threshold: float | None
+
+    @property
+    def threshold_column(self):
+        """The name of a column that holds the threshold."""
+        return f"threshold{self.point}" + self.column.removeprefix("triage")
 
     def answer(self, scores):
         """Scores [F] of one image -> one of ANSWERS, None without a threshold @Rec."""
