@@ -15,6 +15,10 @@ If the data refute a recall at the floor or above, it says when, and the exit co
 the floor, that ever happens with a chance of at most 5%, however long one watches
 (monitoring/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
 thresholds of calibrate.py --site; --tta takes those of calibrate.py --tta, for scores of predict.py --tta.
+
+Of three answers (calibrate.py --min-specificity) only "negative" is a miss: the unsure are read, so they
+count as found. --point in or inguar watches the other promise, the specificity of "positive", on patients
+without the finding.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
@@ -22,15 +26,18 @@ import common.prelude  # noqa: F401  (first: see there)
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 
 from calibration.pooling import columns_of, unit_of
+from calibration.triage import answers
 from common import scaling
 from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
+from common.task import ANSWERS, effective_rule_in
 from monitoring import sequential
 from monitoring.log import read_log, say_counts, truths
 from records.run import Run
@@ -39,11 +46,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 POINTS = {"rec": "threshold", "mean": "mean", "guar": "guaranteed"}
+RULE_IN = {"in": "@In", "inguar": "@InGuar"}  # whose promise is a specificity
 REFUTED = 3  # exit code
 POINTS_DRAWN = 1000  # of a curve, at most
 
 
-def draw(path, log, floor, alarm, title):
+class Watched(NamedTuple):
+    """The promise that is watched: of `figure`, recall or specificity, at least `floor` at `threshold`, for
+    patients `which` ("with" or "without") the finding. `triage`: (@Rec, @In or None), () where there is no
+    such calibration."""
+
+    finding: str
+    threshold: float
+    floor: float
+    figure: str = "recall"
+    which: str = "with"
+    triage: tuple = ()
+
+
+def draw(path, log, watched, alarm, title):
     """Write a picture of recall and specificity over time, with confidence sequences."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
@@ -60,7 +81,8 @@ def draw(path, log, floor, alarm, title):
         low, high = sequential.confidence_interval(right, count - right).T
         ax.fill_between(count, low, high, alpha=0.25, step="mid", label="95% confidence sequence")
         ax.plot(count, right / count, label=f"{name} so far")
-        if name == "recall":
+        if name == watched.figure:
+            floor = watched.floor
             ax.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:g}")
             if alarm:
                 ax.axvline(alarm, color="red", label=f"floor refuted, patient {alarm}")
@@ -71,25 +93,50 @@ def draw(path, log, floor, alarm, title):
     plt.close(figure)
 
 
-def threshold_of(run, args):
-    """(finding, threshold, recall floor) of the operating point that is watched. InputError where there is
-    none."""
+def watched_of(run, args):
+    """The Watched that the command line asks for. InputError where there is no such threshold or floor."""
     finding, name = run.task.chosen_finding(args.finding), scaling.calibration_name(args.tta)
     if args.site:
-        source = run.site(args.site, name)
+        source, where = run.site(args.site, name), f" at {args.site}"
         thresholds = source["findings"][finding]
     else:
-        source = run.calibration(name)
+        source, where = run.calibration(name), ""
         thresholds = source["findings"][finding]
         # A calibration.json keeps @Guar elsewhere than a site does.
         thresholds = {**thresholds, "guaranteed": thresholds.get("guarantee", {}).get("threshold")}
+    if args.point in RULE_IN:
+        absent = f"{run} has no threshold {RULE_IN[args.point]} for {finding}{where}"
+        return rule_in_watched(absent, finding, thresholds, args)
     threshold, floor = thresholds.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:
-        where = f" at {args.site}" if args.site else ""
         raise InputError(f"{run} has no threshold @{args.point.title()} for {finding}{where}")
     if not floor or not 0 < floor < 1:
         raise InputError(f"a recall floor of {floor} cannot be watched: name one below 1 with --min-recall")
-    return finding, threshold, floor
+    triage = ()
+    if "rule_in" in thresholds:
+        triage = thresholds["threshold"], thresholds["rule_in"]["threshold"]
+    return Watched(finding, threshold, floor, triage=triage)
+
+
+def rule_in_watched(absent, finding, thresholds, args):
+    """The Watched of --point in or inguar: `thresholds` of a finding; `absent`: the error where there is
+    none."""
+    if args.min_recall:
+        raise InputError(f"--min-recall: --point {args.point} watches the specificity of calibrate.py")
+    rule_in = thresholds.get("rule_in")
+    if not rule_in:
+        raise InputError(f"{absent}: calibrate.py --min-specificity chooses it")
+    place, lower = rule_in, thresholds["threshold"]
+    if args.point == "inguar":
+        place, lower = rule_in["guarantee"], thresholds["guaranteed"]
+    if place["threshold"] is None:
+        raise InputError(f"{absent}: {place['why_not']}")
+    threshold, floor = place["threshold"], rule_in["min_specificity"]
+    if lower is not None:
+        threshold = effective_rule_in(lower, threshold)
+    if floor == 1:
+        raise InputError("a specificity of 1 cannot be watched: calibrate with --min-specificity below 1")
+    return Watched(finding, threshold, floor, "specificity", "without")
 
 
 def parse():
@@ -102,9 +149,10 @@ def parse():
     parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
     parser.add_argument(
         "--point",
-        choices=tuple(POINTS),
+        choices=(*POINTS, *RULE_IN),
         default="rec",
-        help="threshold in use: recall-first, of the mean, or guaranteed",
+        help="threshold in use: recall-first, of the mean, or guaranteed; in, inguar: watch the specificity "
+        "of @In or @InGuar",
     )
     parser.add_argument(
         "--finding", metavar="NAME", help="finding to watch, of several (default: the only one)"
@@ -141,15 +189,16 @@ def picture_name(args, task, finding):
     return re.sub(r"[^\w. -]+", "-", "-".join(words)) + ".png"
 
 
-def say_verdict(alarm, patients, finding, floor):
+def say_verdict(alarm, patients, watched):
     """The last line: refuted (exit code 3), not refuted, or too few patients to tell."""
+    figure, floor, who = watched.figure, watched.floor, f"{watched.which} {watched.finding}"
     if alarm:
         say(
-            f"ALARM: recall >= {floor:g} was refuted at patient {alarm} with {finding}: stop relying "
-            "on this threshold, and choose another with calibrate.py --site"
+            f"ALARM: {figure} >= {floor:g} was refuted at patient {alarm} {who}: stop relying on this "
+            "threshold, and choose another with calibrate.py --site"
         )
         sys.exit(REFUTED)
-    say(f"recall >= {floor:g} is not refuted so far")
+    say(f"{figure} >= {floor:g} is not refuted so far")
     # "Not refuted" may only mean "too few": so what could be noticed by now is said.
     lower = floor - 0.05 if floor > 0.1 else floor / 2
     usual = sequential.noticed_after(lower, floor)
@@ -157,15 +206,31 @@ def say_verdict(alarm, patients, finding, floor):
         after = "more than 100,000" if usual is None else f"about {usual}"
         text = f"{lower:.3f}".removesuffix("0")
         say(
-            f"note: {patients} patients with {finding} cannot tell yet: a recall of {text} would be noticed "
-            f"after {after} of them (in half of all cases)"
+            f"note: {patients} patients {who} cannot tell yet: a {figure} of {text} would be noticed after "
+            f"{after} of them (in half of all cases)"
         )
+
+
+def triage_lines(log, triage):
+    """Who had which answer so far, as lines; none without three answers. `triage`: (@Rec, @In or None)."""
+    if not triage:
+        return []
+    given, counts = answers(log.scores, *triage), []
+    for name, members in (("sick", log.sick), ("healthy", ~log.sick)):
+        counted = np.bincount(given[members], minlength=len(ANSWERS))
+        counts.append(f"{name} " + ", ".join(f"{n} {word}" for n, word in zip(counted, ANSWERS)))
+    return [
+        f"  triage      {'; '.join(counts)} patients",
+        "  the unsure are read, so for recall they count as found; --point in watches the specificity of "
+        "positive",
+    ]
 
 
 def main():
     args = parse()
     run = Run(args.run)
-    finding, threshold, floor = threshold_of(run, args)
+    watched = watched_of(run, args)
+    finding, threshold = watched.finding, watched.threshold
     calibration = run.calibration(scaling.calibration_name(args.tta))
     if scaling.applied(calibration):
         say(
@@ -179,13 +244,14 @@ def main():
     log = read_log(args.log, threshold, truths(run.task, finding), column)
     say_counts(args.log, log)
 
-    # Only the floor of the recall is tested: specificity is shown, and nothing is promised of it.
+    # One floor is tested: the other figure is shown, and nothing is promised of it.
     hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
-    alarm = sequential.refuted_at(hits, floor)
+    outcomes_watched = hits if watched.figure == "recall" else rightly_cleared
+    alarm = sequential.refuted_at(outcomes_watched, watched.floor)
     title = title_of(run, args, threshold)
     path = run.folder / "monitor" / picture_name(args, run.task, finding)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(path, log, floor, alarm, title)
+    draw(path, log, watched, alarm, title)
 
     print(f"{title}, of the column {log.score}")
     print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
@@ -194,8 +260,10 @@ def main():
             low, high = sequential.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
             counted = f"of {len(outcomes)} patients {which} {finding}"
             print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
+    for line in triage_lines(log, watched.triage):
+        print(line)
     print(f"wrote {path}", flush=True)
-    say_verdict(alarm, len(hits), finding, floor)
+    say_verdict(alarm, len(outcomes_watched), watched)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from layouts.sheets import numbered, open_table
 
 
 class Log(NamedTuple):
-    """One image a patient, in order. sick, called: bool [N]."""
+    """One image a patient, in order. sick, called: bool [N]; scores: float [N]."""
 
     sick: np.ndarray
     called: np.ndarray
+    scores: np.ndarray
     images: int  # that were looked at
     left_out: int  # further images of patients
     unnamed: int  # images that count as a patient each, because nothing tells whose they are
@@ -91,7 +92,7 @@ def read_log(path, threshold, words, column="score"):
     score = "score" if "score" in head else column
     check_columns(path, head, score)
     images, patients, last = set(), set(), ""
-    sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
+    sick, scores, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
     for number, values in numbered(rows):
         padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
         where = f"{path}, row {number}"
@@ -120,9 +121,11 @@ def read_log(path, threshold, words, column="score"):
             continue
         patients.add(patient)
         sick.append(row.sick)
-        called.append(row.score >= threshold)
-    outcomes = np.array(sick, bool), np.array(called, bool)
-    return Log(*outcomes, **counts, score=score, named="patient" in head)
+        scores.append(row.score)
+    scores = np.array(scores, float)
+    return Log(
+        np.array(sick, bool), scores >= threshold, scores, **counts, score=score, named="patient" in head
+    )
 
 
 def say_counts(path, log):

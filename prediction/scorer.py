@@ -88,8 +88,9 @@ class Scorer:
     place of the run's, of several findings {finding: number}.
 
     `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image, and of
-    task.Triage where the thresholds have @In (not with a threshold by hand); `task`, `config`, `results`, `calibration`: of the run. InputError for a run that is absent, damaged or not
-    calibrated (so), and for a device that is not there."""
+    task.Triage where the thresholds have @In and none is by hand; `task`, `config`, `results`,
+    `calibration`: of the run. InputError for a run that is absent, damaged or not calibrated (so), and for a
+    device that is not there."""
 
     def __init__(self, run, device="auto", *, tta=False, site=None, views=None, threshold=None):
         run = run if isinstance(run, Run) else Run(run)
