@@ -90,9 +90,11 @@ EVERYDAY = (  # what --help shows; --help-all shows the rest
 )
 
 
+BETWEEN = Number(float, 0, 1, above=True, below=True)
+
+
 def add_rule_arguments(parser):
     """The flags of the operating point."""
-    between = Number(float, 0, 1, above=True, below=True)
     group = parser.add_argument_group("threshold")
     group.add_argument(
         "--min-recall",
@@ -110,7 +112,7 @@ def add_rule_arguments(parser):
     )
     group.add_argument(
         "--guarantee",
-        type=between,
+        type=BETWEEN,
         default=None,
         metavar="CONFIDENCE",
         help="confidence, in (0, 1), that the guaranteed threshold keeps --min-recall (and another "
@@ -123,6 +125,11 @@ def add_rule_arguments(parser):
         help="all guaranteed floors, of several findings or of recall and specificity, hold at once with the "
         "confidence of --guarantee",
     )
+    add_score_arguments(group)
+
+
+def add_score_arguments(group):
+    """The flags of what thresholds apply to, and of the figures."""
     group.add_argument(
         "--by",
         choices=BY,
@@ -154,7 +161,7 @@ def add_rule_arguments(parser):
     )
     group.add_argument(
         "--prevalence",
-        type=between,
+        type=BETWEEN,
         default=0.1,
         metavar="X",
         help="share of the sick assumed for PPV and NPV, in (0, 1)",
