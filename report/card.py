@@ -139,9 +139,9 @@ def summary_line(entry, finding, row):
     """The figures that matter most, of one finding."""
     sick, healthy = row["tp"] + row["fn"], row["tn"] + row["fp"]
     return (
-        f"{finding} @Rec {row['thr']:.4f}: on test recall {with_interval(row, 'recall')} ({row['fn']} of {sick} "
-        f"missed), specificity {with_interval(row, 'specificity')} ({row['fp']} of {healthy} called sick), "
-        f"AUROC {with_interval(row, 'auroc')}"
+        f"{finding} @Rec {row['thr']:.4f}: on test recall {with_interval(row, 'recall')} ({row['fn']} of "
+        f"{sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} of {healthy} called "
+        f"sick), AUROC {with_interval(row, 'auroc')}"
     )
 
 
