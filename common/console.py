@@ -146,13 +146,13 @@ class TimeLeft:
 
 def progress(items, total, title, unit="steps", *, size=None, begin=0, status=None, left=None):
     """Pass `items` on and say how far the work on them is: by a bar on a terminal, else by a line every half
-    minute on what remains. Under torchrun only the first process says it.
+    minute on what remains; of a single unit nothing. Under torchrun only the first process says it.
 
     `total`: how many `unit` there are in all, `begin` of them done before; `size`: a function item -> how
     many it is (default: 1); `title`: what is done, None: nothing is said; `status`: a function without
     arguments -> a few words on the last item; `left`: a function of the seconds that remain of these items
     -> what remains of the whole, as text, where they are a part of something longer."""
-    if title is None or sys.stderr is None or os.environ.get("RANK", "0") != "0":
+    if title is None or total == 1 or sys.stderr is None or os.environ.get("RANK", "0") != "0":
         yield from items
         return
     bar = None
