@@ -28,6 +28,7 @@ from report.tables.method import method_blocks, split_blocks
 from report.tables.models import LEGEND, behind_table, models_table
 from report.tables.pairs import pair_blocks
 from report.tables.probabilities import predictive_blocks, probability_blocks, subgroup_blocks
+from report.tables.triage import triage_blocks
 
 NAMED = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "Accuracy": "acc"}
 NAMED |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
@@ -46,7 +47,8 @@ def section(view, pictures=None):
     blocks = [Heading(2, warning + first.set), *split_blocks(entries), *in_short(view)]
     blocks += [*models_blocks(view), *drawn_here("roc", "pr")]
     blocks += [*class_blocks(detailed), *drawn_here("confusion")]
-    blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *interval_blocks(detailed)]
+    blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *triage_blocks(detailed)]
+    blocks += interval_blocks(detailed)
     blocks += pair_blocks(shown)
     blocks += [*probability_blocks(detailed), *drawn_here("reliability")]
     blocks += [*predictive_blocks(detailed), *drawn_here("decision")]
