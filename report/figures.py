@@ -38,7 +38,7 @@ def styles_of(view):
     coloured = [c for s in view.standings for c in s.candidates]
     if len(coloured) > len(COLOURS):
         coloured = view.remaining[: len(COLOURS)]
-    styles = {e: {"color": GREY, "linestyle": "-", "zorder": 1} for e in view.entries}
+    styles = {e: {"color": GREY, "linestyle": "-", "lw": 0.9, "zorder": 1} for e in view.entries}
     for colour, candidate in zip(COLOURS, coloured):
         for k, e in enumerate((*candidate.entries, *candidate.again)):
             styles[e] = {"color": colour, "linestyle": DASHES[k % len(DASHES)], "zorder": 2}

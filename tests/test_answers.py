@@ -114,7 +114,7 @@ def test_who_remains_is_what_an_independent_bootstrap_says(tmp_path):
         assert behind.difference == pytest.approx(means[best] - means[k], abs=1e-9)
         assert behind.error == pytest.approx(errors[k], rel=0.25, abs=1e-9)  # 100 draws against 400
     text = to_markdown(which_blocks([standing]))
-    assert "No winner" not in text and "no winner is named" in text and "2 of 3 models" in text
+    assert "**Validation cannot tell**" in text and "no winner is named" in text and "2 of 3 models" in text
     assert "calibrate.py --site" in text and "audit.py --run" in text
 
 
@@ -125,7 +125,7 @@ def test_one_that_validation_prefers_is_named_with_its_distance(tmp_path):
     [standing] = standings([b, a])
     text = to_markdown(which_blocks([standing]))
     ratio = standing.behind[1].difference / standing.behind[1].error
-    assert ratio > 1 and f"{a.name}: AUROC" in text and f"{ratio:.1f} standard errors" in text
+    assert ratio > 1 and f"**{a.name}**: AUROC" in text and f"{ratio:.1f} standard errors" in text
     assert "not used to choose" in text
     alone = to_markdown(which_blocks(standings([a])))
     assert "nothing was compared" in alone
