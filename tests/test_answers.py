@@ -430,6 +430,7 @@ def test_list_of_runs(tmp_path):
     one = succeed("compare", "--list", "--run", "outputs/new", cwd=tmp_path).out
     assert "outputs/new" in one and "outputs/done" not in one and "no last.pth" in one
     refused(cli("compare", "--list", "--runs-dir", "nowhere", cwd=tmp_path), "no run folders")
+    refused(cli("compare", "--list", "--top", 2, cwd=tmp_path), "--list", "--top")
     refused(cli("compare", "--list", "--run", "outputs/figures", cwd=tmp_path), "outputs/figures")
 
 
