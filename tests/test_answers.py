@@ -125,7 +125,11 @@ def test_one_that_validation_prefers_is_named_with_its_distance(tmp_path):
     [standing] = standings([b, a])
     text = to_markdown(which_blocks([standing]))
     ratio = standing.behind[1].difference / standing.behind[1].error
-    assert ratio > 1 and f"**{a.name}**: AUROC" in text and f"{ratio:.1f} standard errors" in text
+    assert (
+        ratio > 1
+        and f"**Validation prefers {a.name}**: AUROC" in text
+        and f"{ratio:.1f} standard errors" in text
+    )
     assert "not used to choose" in text
     alone = to_markdown(which_blocks(standings([a])))
     assert "nothing was compared" in alone

@@ -68,9 +68,15 @@ def cell(mark):
 
 def settled_by(found):
     """What would settle the open marks, each thing once, with the marks that it settles."""
-    by_means = {}
+    by_means, by_names = {}, {}
     for name, each in found.items():
         for mark in each:
             if mark.verdict == "open":
-                by_means.setdefault(mark.settle, []).append(name)
-    return [(f"{', '.join(dict.fromkeys(names))}: ", means, ".") for means, names in by_means.items()]
+                by_means.setdefault(mark.settle, {})[name] = True
+    for means, names in by_means.items():
+        by_names.setdefault(", ".join(names), []).append(means)
+    items = []
+    for names, every in by_names.items():
+        parts = [part for means in every for part in ("; ", means)]
+        items.append((f"{names}: ", *parts[1:], "."))
+    return items

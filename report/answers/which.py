@@ -59,7 +59,7 @@ def one_text(standing):
         f"{what} The next, {second.candidate.name}, is {second.difference:.4f} behind: {how_far} (paired "
         f"bootstrap of {people(standing)}; up to 1, it would stay in the choice). {test_text(standing)}"
     )
-    return name, support
+    return f"Validation prefers {name}", support
 
 
 def figure(standing):
