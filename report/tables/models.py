@@ -18,6 +18,7 @@ from report.rows import POINTS, families
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
+POINT_OF = {mark: key for key, mark in POINTS.items()}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
@@ -167,7 +168,7 @@ def best_of(candidates, column):
     values = {}
     for k, c in enumerate(candidates):
         value = value_of(c, column)
-        if value is not None and not remark(c, column, every=True):
+        if value is not None and not faults(c, column):
             values[k] = f"{value:.{column.digits}f}"
     return {k for k, text in values.items() if text == max(values.values())}
 
@@ -190,27 +191,34 @@ def cell_of(candidate, column, is_best):
     return Best(text) if is_best else text
 
 
-def remark(candidate, column, every=False):
-    """What is bad about a Candidate at the operating point of a column: None if nothing. It is said in the
-    column that shows it (recall of a broken floor, specificity of a model that calls everybody sick), or in
-    `every` column of the point."""
-    point = {mark: key for key, mark in POINTS.items()}.get(column.group)
+def faults(candidate, column):
+    """What is bad about the seeds of a Candidate at the operating point of a column: [(head of the column
+    that shows it, what to say there)]."""
+    point, found = POINT_OF.get(column.group), []
     if point is None:
-        return None
-    found = []
+        return found
     for e in candidate.entries:
-        row = e.row(e.findings[0], "test", point)
-        broken = point == "at_rec" and floor_verdict(e, e.findings[0], row) == "broken"
-        if broken and (every or column.head == "Recall"):
-            found.append("")
-        if calls(row) and (every or column.head == ("Recall" if row["fp"] + row["tp"] == 0 else "Spec")):
-            found.append(calls(row))
-    if not found:
+        finding = e.findings[0]
+        row = e.row(finding, "test", point)
+        said = calls(row)
+        if said == EVERYBODY:
+            found.append(("Spec", said))
+        elif said:
+            found.append(("Recall", said))
+        elif point == "at_rec" and floor_verdict(e, finding, row) == "broken":
+            found.append(("Recall", ""))
+    return found
+
+
+def remark(candidate, column):
+    """What a cell says of its faults; None where it has none."""
+    here = [said for head, said in faults(candidate, column) if head == column.head]
+    if not here:
         return None
-    said = max(found, key=len)
-    if len(found) < len(candidate.entries):
-        said += f" ({len(found)} of {len(candidate.entries)} seeds)"
-    return said
+    said = max(here, key=len)
+    if len(here) < len(candidate.entries):
+        said += f" ({len(here)} of {len(candidate.entries)} seeds)"
+    return said.strip()
 
 
 def behind_table(view):
