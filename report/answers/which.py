@@ -51,15 +51,22 @@ def one_text(standing):
         return name, f"{what} It is the only model here, so nothing was compared."
     if not others:
         return name, f"{what} It is the only one that the audit does not call a shortcut reader."
-    second = others[0]
-    how_far = "in every draw"
+    return f"Validation prefers {name}", f"{what} {distance_text(standing)} {test_text(standing)}"
+
+
+def distance_text(standing):
+    """How far the next model is behind the only one that remains."""
+    second, how_far, chance = standing.behind[1], "in every draw", ""
     if second.error > ROUNDING:
-        how_far = f"{second.difference / second.error:.1f} standard errors of the difference"
-    support = (
-        f"{what} The next, {second.candidate.name}, is {second.difference:.4f} behind: {how_far} (paired "
-        f"bootstrap of {people(standing)}; up to 1, it would stay in the choice). {test_text(standing)}"
+        ratio = second.difference / second.error
+        how_far = f"{ratio:.1f} standard errors of the difference"
+        if ratio < 1.96:
+            chance = " Less than 2 may still be chance."
+    name = second.candidate.name
+    return (
+        f"The next, {name}, is {second.difference:.4f} behind: {how_far} (paired bootstrap of "
+        f"{people(standing)}; up to 1, it would stay in the choice).{chance}"
     )
-    return f"Validation prefers {name}", support
 
 
 def figure(standing):
