@@ -206,8 +206,9 @@ def test_what_is_left_of_a_floor(low, high, verdict):
 
 
 def test_who_calls_everybody_sick():
-    assert calls(row_with(0.9, 1, specificity=0.049)) == EVERYBODY
-    assert calls(row_with(0.9, 1, specificity=0.05)) == ""
+    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.951)) == EVERYBODY
+    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.95)) == "calls the healthy sick"
+    assert calls(row_with(0.9, 1, specificity=0.05, recall=1.0)) == ""
     assert calls(row_with(0, 0.1, tp=0, fp=0, specificity=1.0)) == "calls nobody sick"
 
 

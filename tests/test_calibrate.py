@@ -222,7 +222,8 @@ def test_bad_figures_are_warned_of_in_print_and_report(own_runs):
     nobody = "test @Rec: calls every healthy image sick: specificity 0"
     assert f"warning: {missed}" in done.out and f"warning: {nobody}" in done.out
     report = succeed("compare", "--run", run, cwd=own_runs).out
-    assert f"{missed}; {nobody}" in report and "half the time" not in report
+    assert "recall 0.800 [" in report and "**calls the healthy sick ✗**" in report
+    assert "**0.000 [" in report and "half the time" not in report
 
 
 def test_a_finding_that_is_rare_on_test_has_a_threshold(tmp_path):

@@ -10,8 +10,8 @@ from report.rows import POINTS
 
 HEADING = Heading(4, "Which threshold?")
 SHOWN = 4  # models whose thresholds and marks "In short" shows
-FEW_HEALTHY = 0.05  # a specificity below it: the model calls everybody sick
-EVERYBODY = "calls everybody sick"
+FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
+EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
 VERDICTS = ("kept", "not refuted", "broken")
 
 
@@ -42,11 +42,14 @@ def recall_text(entry, finding, row):
 
 
 def calls(row):
-    """ "calls everybody sick" where the specificity is below FEW_HEALTHY, "calls nobody sick" where no image
-    is called sick, else ""."""
+    """What a `row` of figures is worth nothing for: it "calls nobody sick" (no image), or, with a specificity
+    below FEW_HEALTHY, "calls everybody sick" (and misses fewer than that share of the sick) or "calls the
+    healthy sick" (and misses more); else ""."""
     if row["tp"] + row["fp"] == 0:
-        return "calls nobody sick"
-    return EVERYBODY if row["specificity"] < FEW_HEALTHY else ""
+        return NOBODY
+    if row["specificity"] >= FEW_HEALTHY:
+        return ""
+    return EVERYBODY if row["recall"] > 1 - FEW_HEALTHY else "calls the healthy sick"
 
 
 def threshold_blocks(remaining):

@@ -7,7 +7,7 @@ from calibration.operating_point import LEAST
 from calibration.wording import new_patients
 from common.proportions import no_width
 from report.answers.short import in_short
-from report.answers.threshold import EVERYBODY, calls, floor_verdict
+from report.answers.threshold import NOBODY, calls, floor_verdict
 from report.cells import (
     alone,
     drawn,
@@ -235,7 +235,7 @@ def marked_figure(entry, finding, row, key):
     said = calls(row)
     if key == "recall" and floor_verdict(entry, finding, row) == "broken":
         return Bad(text)
-    if said and (key == "specificity") == (said == EVERYBODY):
+    if said and (key == "recall") == (said == NOBODY):
         return Bad(text), f" {said}"
     return text
 

@@ -10,7 +10,7 @@ from common.console import InputError, printable
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
-from report.answers.threshold import EVERYBODY, FEW_HEALTHY, VERDICTS, calls, floor_verdict
+from report.answers.threshold import EVERYBODY, FEW_HEALTHY, NOBODY, VERDICTS, calls, floor_verdict
 from report.cells import alone, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
@@ -201,11 +201,11 @@ def faults(candidate, column):
         finding = e.findings[0]
         row = e.row(finding, "test", point)
         said = calls(row)
-        if said == EVERYBODY:
-            found.append(("Spec", said))
-        elif said:
+        if said == NOBODY:
             found.append(("Recall", said))
-        elif point == "at_rec" and floor_verdict(e, finding, row) == "broken":
+        elif said:
+            found.append(("Spec", said))
+        if said != NOBODY and point == "at_rec" and floor_verdict(e, finding, row) == "broken":
             found.append(("Recall", ""))
     return found
 
