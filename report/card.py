@@ -17,6 +17,7 @@ from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdo
 from report.rows import POINTS, Entry
 from report.tables import evidence, main, method, probabilities
 from report.tables.cohort import cohort_blocks, group_blocks
+from report.tables.triage import triage_blocks
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
 FIGURES = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "AUROC": "auroc"}
@@ -68,7 +69,7 @@ def contents(entry, asked):
         "training": [table([*training_rows(entry), *pick(by_name, OF_TRAINING)])],
         "evaluation": [table(pick(by_name, ("Threshold rule", "Intervals")))],
         "results": result_blocks(entries),
-        "promise": without_heading(main.promise_blocks(entries)),
+        "promise": without_heading(main.promise_blocks(entries)) + triage_blocks(entries),
         "groups": group_parts(entries, asked),
         "looks": look_blocks(entry),
         "elsewhere": elsewhere or [Paragraph("No images of another place are on record.")],
