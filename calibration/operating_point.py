@@ -90,6 +90,7 @@ class Rule:
 
 
 LEAST = 5  # images with and without a finding, of several, that figures of it need on each side (`least_of`)
+LONG = 50_000_000  # draws times images from which on a bootstrap says how far it is
 
 
 class Side(NamedTuple):
@@ -281,7 +282,8 @@ def _choose_thresholds(y, p, patients, rule):
 def summarize(side, everyone, thresholds, rule):
     """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
     y, p, values = side.truth, side.p1, list(thresholds.values())
-    weights = bootstrap_weights(everyone, rule.bootstrap)
+    title = "bootstrap of one side" if rule.bootstrap * len(everyone) > LONG else None
+    weights = progress(bootstrap_weights(everyone, rule.bootstrap), rule.bootstrap, title, "draws", size=len)
     draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
     intervals, rows = intervals_of_draws(y, p, values, draws, side.patients), {}
     for (name, thr), interval in zip(thresholds.items(), intervals):
