@@ -95,10 +95,29 @@ def print_card(args):
         print(card)
 
 
+def print_list(args):
+    """The runs of --list. InputError for flags of a report."""
+    for flag in ("out", "html", "csv", "sort", "top"):
+        if getattr(args, flag):
+            raise InputError(
+                f"--list prints which runs there are, --{flag} is for reports: leave one of them out"
+            )
+    print(list_runs(args.runs_dir, args.run))
+
+
+def wanted(view, args):
+    """A View as --sort and --top ask for it. InputError: no such column."""
+    if args.sort:
+        view = in_order_of(view, args.sort)
+    if args.top:
+        view = only_top(view, args.top)
+    return view
+
+
 def main():
     args = parse()
     if args.list:
-        print(list_runs(args.runs_dir, args.run))
+        print_list(args)
         return
     if args.card:
         print_card(args)
@@ -109,13 +128,9 @@ def main():
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
-    for entries in groups:
-        view = view_of(entries, asked)
-        if args.sort:
-            view = in_order_of(view, args.sort)
-        if args.top:
-            view = only_top(view, args.top)
-        pictures = draw_all(view, args.figures, file_stem(entries[0].set, used))
+    views = [wanted(view_of(entries, asked), args) for entries in groups]
+    for view in views:
+        pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))
         blocks += tables.section(view, pictures)
         count += len(pictures)
     if args.csv:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from common.console import InputError, printable
+from common.files import check_regular
 from records import lock
 from records.run import WITHOUT_CLASSES, Run
 from report.rows import architecture, ensemble_name, set_name
@@ -50,6 +51,7 @@ def row_of(folder):
     if who := lock.holder(folder):
         return [str(folder), "-", "-", "-", f"being trained by {who}", size], False
     try:
+        check_regular(folder / "results.json")  # to read from a pipe would wait for ever
         results = run.results
         model = architecture(results["model"], results["model_config"])
         if run.kind in WITHOUT_CLASSES:

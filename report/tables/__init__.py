@@ -8,6 +8,7 @@ In the order to read them:
     cohort.py         who took part, and groups of patients
     pairs.py          which of two models is better
     probabilities.py  are the scores probabilities?
+    audit.py          audits: verdicts, and what follows
     evidence.py       other images, and tests of maps
     method.py         how it was done
 """

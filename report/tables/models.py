@@ -1,6 +1,7 @@
 """The main table: a row a model, the chosen first; the same as CSV. No torch, no drawing."""
 
 import csv
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,20 +10,16 @@ from common.console import InputError, printable
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
-from report.answers.threshold import FEW_HEALTHY, VERDICTS, calls, floor_verdict
-from report.cells import alone, points, size_and_time, title
+from report.answers.threshold import EVERYBODY, FEW_HEALTHY, VERDICTS, calls, floor_verdict
+from report.cells import alone, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
 
 FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
+POINT_OF = {mark: key for key, mark in POINTS.items()}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
-LEGEND = (
-    "Bold: the best of a column; models that break the floor or call everybody sick are not eligible. ✗: the "
-    f'95% interval of recall lies below the floor, or the model "calls everybody sick", which is said where '
-    f"specificity is below {FEW_HEALTHY:g}."
-)
 
 
 class Column(NamedTuple):
@@ -79,7 +76,7 @@ def means_columns(entries):
         if all(key in e.summary["test"] for e in entries):
             found.append(Column(f"{head} test", "", mean("test", key)))
     for verdict in VERDICTS:
-        found.append(Column(verdict, "floors @Rec", counted(verdict), 0, False))
+        found.append(Column(verdict.capitalize(), "floors @Rec", counted(verdict), 0, False))
     return found
 
 
@@ -148,6 +145,21 @@ def models_table(candidates):
     return Table(head, rows, groups=tuple(map(tuple, groups)))
 
 
+def legend(view):
+    """What the marks in the main table mean, as text: of those that it can have."""
+    text = ""
+    if len(view.candidates) > 1:
+        text = "Bold: the best of a column. "
+        if alone(view.entries):
+            text += "Models that break the floor or call everybody sick are not eligible. "
+    if alone(view.entries):
+        text += "✗: the 95% interval of recall lies below the floor. "
+        text += f'"{EVERYBODY}": specificity is below {FEW_HEALTHY:g}.'
+    else:
+        text += "A floor is kept, not refuted or broken as under In short."
+    return text
+
+
 def best_of(candidates, column):
     """The positions of the candidates with the best value of a column, as it is shown; none where there is
     only one."""
@@ -156,7 +168,7 @@ def best_of(candidates, column):
     values = {}
     for k, c in enumerate(candidates):
         value = value_of(c, column)
-        if value is not None and not remark(c, column, every=True):
+        if value is not None and not faults(c, column):
             values[k] = f"{value:.{column.digits}f}"
     return {k for k, text in values.items() if text == max(values.values())}
 
@@ -173,31 +185,40 @@ def cell_of(candidate, column, is_best):
         text += f" ± {np.std(values, ddof=1):.{column.digits}f}"
     said = remark(candidate, column)
     if said:
-        return (Bad(text), f" {said}".rstrip())
+        return Bad(text), f" {said}"
+    if said is not None:
+        return Bad(text)
     return Best(text) if is_best else text
 
 
-def remark(candidate, column, every=False):
-    """What is bad about a Candidate at the operating point of a column: None if nothing. It is said in the
-    column that shows it (recall of a broken floor, specificity of a model that calls everybody sick), or in
-    `every` column of the point."""
-    point = {mark: key for key, mark in POINTS.items()}.get(column.group)
+def faults(candidate, column):
+    """What is bad about the seeds of a Candidate at the operating point of a column: [(head of the column
+    that shows it, what to say there)]."""
+    point, found = POINT_OF.get(column.group), []
     if point is None:
-        return None
-    found = []
+        return found
     for e in candidate.entries:
-        row = e.row(e.findings[0], "test", point)
-        broken = point == "at_rec" and floor_verdict(e, e.findings[0], row) == "broken"
-        if broken and (every or column.head == "Recall"):
-            found.append("")
-        if calls(row) and (every or column.head == ("Recall" if row["fp"] + row["tp"] == 0 else "Spec")):
-            found.append(calls(row))
-    if not found:
+        finding = e.findings[0]
+        row = e.row(finding, "test", point)
+        said = calls(row)
+        if said == EVERYBODY:
+            found.append(("Spec", said))
+        elif said:
+            found.append(("Recall", said))
+        elif point == "at_rec" and floor_verdict(e, finding, row) == "broken":
+            found.append(("Recall", ""))
+    return found
+
+
+def remark(candidate, column):
+    """What a cell says of its faults; None where it has none."""
+    here = [said for head, said in faults(candidate, column) if head == column.head]
+    if not here:
         return None
-    said = max(found, key=len)
-    if len(found) < len(candidate.entries):
-        said += f" ({len(found)} of {len(candidate.entries)} seeds)"
-    return said
+    said = max(here, key=len)
+    if len(here) < len(candidate.entries):
+        said += f" ({len(here)} of {len(candidate.entries)} seeds)"
+    return said.strip()
 
 
 def behind_table(view):
@@ -232,11 +253,11 @@ MORE = ("Run", "Finding", "Point", "Seed", "Recall low", "Recall high", "Spec va
 def main_rows(entries):
     """Rows of the CSV, lists of str in the order of HEADER and MORE: a run, a finding and an operating point
     each, then the mean and standard deviation of runs that differ in the seed alone."""
-    rows = []
-    for point in points(entries):
-        for finding in entries[0].findings:
-            if point != "at_guaranteed":  # in the table of promises
-                rows += rows_at(entries, finding, point)
+    rows, shown = [], ("at_rec",)
+    if alone(entries):  # of several findings decisions at 0.5 would fill pages
+        shown = ("at_rec", "at_0.5")
+    for point, finding in itertools.product(shown, entries[0].findings):
+        rows += rows_at(entries, finding, point)
     return rows
 
 
