@@ -13,6 +13,7 @@ import common.prelude  # noqa: F401  (first: see there)
 
 import itertools
 import re
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from cohort import who
@@ -20,7 +21,9 @@ from common.cli import Parser
 from common.console import InputError, say, start
 from common.files import check_output
 from report.plots import draw_all
-from report.render import TITLE, Heading, Image, to_html, to_markdown, write_text
+from report.page.build import interactive, to_html
+from report.page.numbers import Store
+from report.render import TITLE, Heading, Image, to_markdown, write_text
 from report.rows import load_entries, without_members
 from report.tables import main as tables
 
@@ -37,6 +40,12 @@ def parse():
     who.add_arguments(parser)
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
+    parser.add_argument(
+        "--gallery",
+        action=BooleanOptionalAction,
+        default=True,
+        help="--html: show the images that models are wrong about; the page then holds patients' pictures",
+    )
     args = parser.parse_args()
     # What cannot be written is said before the work, not after it.
     given = args.figures is not None
@@ -69,18 +78,22 @@ def main():
     synthetic = any(entry.synthetic for entry in itertools.chain(*groups))
     # One section a test set: figures on different images are not to be compared.
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
+    page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
     for entries in groups:
         shown = without_members(entries)
-        blocks += tables.section(entries, shown, asked)
+        of_set = tables.section(entries, shown, asked)
         pictures = draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
-        blocks += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
+        of_set += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
+        blocks += of_set
         count += len(pictures)
+        if args.html:
+            page += interactive(of_set, shown, asked, store, args.gallery)
     if args.csv:
         tables.write_csv(args.csv, groups)
     if args.html:
-        write_text(args.html, to_html(blocks, synthetic))
+        write_text(args.html, to_html(page, synthetic, store))
     if args.out:
         write_text(args.out, to_markdown(blocks, Path(args.out).parent) + "\n")
     else:
