@@ -291,12 +291,12 @@ function rangeOf(sides, marks) {
   const range = { lo: lo - room, hi: hi + room };
   const usual = [-8, -6, -4, -3, -2, -1].map((e) => 10 ** e);
   const places = [...usual, 0.5, ...usual.map((p) => 1 - p).reverse()];
-  const names = new Map(places.map((p) => [logOdds(p), p < 0.999 ? String(p) : `1−${Number((1 - p).toPrecision(1))}`]));
+  const names = places.map((p) => [logOdds(p), String(p)]);
   range.ticks = [];
   let last = -1;
-  for (const [z, name] of [...names].sort((a, b) => a[0] - b[0])) {
+  for (const [z, name] of names) {
     const at = (z - range.lo) / (range.hi - range.lo);
-    if (at < 0 || at > 1 || at - last < 0.16) continue;
+    if (at < 0 || at > 1 || at - last < 0.2) continue;
     range.ticks.push([at, name]);
     last = at;
   }
@@ -312,11 +312,11 @@ const ROWS = [
   ["NPV", (f, p) => withInterval(p.npv)],
   ["False alarms a 1,000 people", (f, p) => withInterval(p.alarms, one)],
   ["Missed a 1,000 people", (f, p) => withInterval(p.missed, one)],
-  ["Sick, called sick (true positives)", (f) => f.tp],
-  ["Sick, called healthy (false negatives)", (f) => f.fn],
-  ["Healthy, called healthy (true negatives)", (f) => f.tn],
-  ["Healthy, called sick (false positives)", (f) => f.fp],
-  ["Design effect of the patients: sick, healthy", (f) => `${f.recall.design.toFixed(2)}, ${f.specificity.design.toFixed(2)}`],
+  ["True positives", (f) => f.tp],
+  ["False negatives", (f) => f.fn],
+  ["True negatives", (f) => f.tn],
+  ["False positives", (f) => f.fp],
+  ["Design effect: sick, healthy", (f) => `${f.recall.design.toFixed(2)}, ${f.specificity.design.toFixed(2)}`],
 ];
 
 // What is left of the recall floor, in a word.
@@ -364,7 +364,9 @@ class Panel {
     const model = this.models[Number(this.part("model").value)];
     this.finding = model.findings[Number(this.part("finding").value)];
     this.sides = {};
-    for (const [key, places] of Object.entries(this.finding.sides)) this.sides[key] = sideOf(places);
+    for (const key of Object.keys(SIDES)) {
+      if (this.finding.sides[key]) this.sides[key] = sideOf(this.finding.sides[key]);
+    }
     this.part("absent").textContent = `${this.finding.absent} (% of them)`;
     this.part("present").textContent = `${this.finding.name} (% of them)`;
     this.drawCharts();
@@ -450,7 +452,7 @@ class Panel {
         if (figures[key]) cell.textContent = text(figures[key], atPrevalence(figures[key], this.prevalence));
         if (figures[key] && name === "Recall") {
           const [word, look] = floorWord(figures[key].recall, this.finding.floor);
-          cell.append(" ", element("span", { class: look }, `floor ${this.finding.floor} ${word}`));
+          cell.append(" ", element("span", { class: `floor-word ${look}` }, `floor ${this.finding.floor} ${word}`));
         }
         row.append(cell);
       }
