@@ -1,0 +1,75 @@
+"""The block "In short": three answers for one test set. No torch, no drawing."""
+
+from report.answers import marks
+from report.answers.standing import standings
+from report.answers.threshold import SHOWN, threshold_blocks
+from report.answers.which import which_blocks
+from report.render import Bad, Bullets, Code, Heading, Link, Paragraph, Table
+
+HEADING = Heading(3, "In short")
+TRUST = Heading(4, "Can I trust it?")
+PROMISES = "#what-the-threshold-promises-and-the-shift-from-validation-to-test"
+METHOD = "#how-this-was-evaluated"
+MARKS = {  # what is asked: (the section that answers it at length, the function that decides)
+    "Recall floor on test": (PROMISES, marks.floor_mark),
+    "Validation like test": (PROMISES, marks.transport_mark),
+    "Reads no shortcut": ("#does-it-read-the-lungs-or-the-machine", marks.shortcut_mark),
+    "Patients known and apart": (METHOD, marks.patients_mark),
+    "No image on two sides": (METHOD, marks.copies_mark),
+    "Scores are probabilities": ("#are-the-probabilities-right", marks.probability_mark),
+    "No group under the floor": ("#groups-of-patients", marks.group_mark),
+    "Enough patients for @Guar": (PROMISES, marks.promise_mark),
+}
+SETTLE = {  # what would settle an open mark
+    "Recall floor on test": ("More test patients, or another hospital's: ", "calibrate.py --site"),
+    "Validation like test": ("More test patients, or another hospital's: ", "calibrate.py --site"),
+    "Reads no shortcut": ("", "audit.py --run RUN"),
+    "Patients known and apart": ("A table of patients: ", "--patients"),
+    "No image on two sides": ("Compared when it is trained and calibrated again: ", "calibrate.py"),
+    "Scores are probabilities": ("Scaling fitted on validation: ", "calibrate.py --temperature platt"),
+    "No group under the floor": ("A table with age, sex, view or machine, or ", "--subgroups COLUMN"),
+    "Enough patients for @Guar": ("", "calibrate.py"),
+}
+
+
+def in_short(found, asked):
+    """The block of one test set; `found`: its Standings; `asked`: the groups of patients (who.Asked)."""
+    # On other validation images there is another choice; the first Standing has the most models.
+    remaining = [c for standing in found for c in standing.remaining]
+    if not remaining:
+        remaining = [c for standing in found for c in standing.readers]
+    blocks = [HEADING, *which_blocks(found), *threshold_blocks(remaining)]
+    return blocks + trust_blocks(remaining, asked)
+
+
+def trust_blocks(remaining, asked):
+    """The marks of those that remain (Candidates), models in columns."""
+    shown = remaining[:SHOWN]
+    found = {name: marks_of(decide, shown, asked) for name, (_, decide) in MARKS.items()}
+    rows = [[Link(name, MARKS[name][0]), *map(cell, each)] for name, each in found.items()]
+    text = "Kept: the figures show it. Broken: they show the contrary, beyond chance. Open: not looked at, or "
+    text += "too few patients to tell. No mark stands for the others, and none promises another hospital."
+    if len(remaining) > SHOWN:
+        text += f" Shown: the first {SHOWN} of {len(remaining)} that remain."
+    blocks = [TRUST, Paragraph(text), Table(["Mark", *(c.name for c in shown)], rows, prose=True)]
+    opened = [name for name, each in found.items() if any(mark.verdict == "open" for mark in each)]
+    if opened:
+        blocks += [Paragraph("What would settle the open marks:"), Bullets([settle(name) for name in opened])]
+    return blocks
+
+
+def marks_of(decide, candidates, asked):
+    """A Mark for each Candidate: that of its worst seed."""
+    return [marks.worst([decide(e, asked) for e in c.entries]) for c in candidates]
+
+
+def cell(mark):
+    """A Mark as a cell."""
+    verdict = Bad("broken") if mark.verdict == "broken" else mark.verdict
+    return verdict, f": {mark.text}"
+
+
+def settle(name):
+    """A line on what would settle an open mark."""
+    before, command = SETTLE[name]
+    return f"{name}. {before}", Code(command), "."
