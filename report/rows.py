@@ -108,7 +108,7 @@ class Entry:
         self.findings = self.task.findings
         self.calibrated, self.summary = self.calibration["findings"], self.calibration["summary"]
         # What a threshold decides is recomputed from the scores, so these must be right.
-        arrays = run.scores(suffix)
+        arrays = run.saved_scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
             self.cohort = {side: self._cohort(arrays, side) for side in ("val", "test")}
