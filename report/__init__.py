@@ -6,5 +6,6 @@ In the order to read them:
     tables/    text and tables
     cells.py   what tables are made of
     plots.py   pictures
-    render.py  markdown and HTML
+    render.py  markdown
+    page/      the report as a page, and the reading list of predict.py
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from common.console import printable
 from report.page.gallery import IN_VAIN, MISSED, MOST, Gallery, gallery
@@ -71,11 +72,15 @@ def shown_parts(value, leads):
     found = []
     for part in parts_of(value):
         if isinstance(part, Link):
-            found.append(("Link", printable(part.text), leads.get(part.target, part.target)))
+            found.append(("Link", part.text, leads.get(part.target, part.target)))
         else:
-            kind = type(part).__name__
-            found.append((kind, printable(part), ""))
+            found.append((type(part).__name__, part, ""))
     return found
+
+
+def short(score):
+    """A score with three decimals, or two digits if it is smaller than that."""
+    return f"{score:.3f}" if score >= 0.001 else f"{score:.1e}"
 
 
 def policy(style, script):
@@ -89,12 +94,24 @@ def policy(style, script):
     )
 
 
+def valid_text(value):
+    """What a template shows, as one line of valid Unicode; what is marked as safe stays as it is."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value)
+    return value
+
+
 def render(template, **values):
     """A template of this folder -> the text of a page."""
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=valid_text,
     )
     environment.globals |= {"embedded": embedded, "parts": shown_parts, "plain": plain_text}
+    environment.filters["short"] = short
     style, script = (FOLDER.joinpath(name).read_text("utf-8") for name in ("style.css", "page.js"))
     page = {"style": style, "script": script, "policy": policy(style, script)}
     return environment.get_template(template).render(**page, **values)
@@ -162,7 +179,7 @@ def gallery_words(found):
     if found.absent:
         words.append(
             f"{found.absent} of {len({card.path for card in found.cards})} image files cannot be read any more "
-            f"under {printable(found.root)}: their cards have no picture."
+            f"under {found.root}: their cards have no picture."
         )
     return words
 

@@ -1,5 +1,6 @@
 """Errors to look at: who was missed and who was called sick in vain, at @Rec, with pictures. No torch."""
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from scipy.special import logit
 
 from cohort import who
-from common.console import InputError, printable
+from common.console import InputError
 from common.scaling import SIDES
 from common.task import ANY_DISEASE, ANY_FINDING
 from layouts.folders import find_root
@@ -83,19 +84,24 @@ class Gallery:
 def gallery(entries, asked):
     """The Gallery of one test set; `asked`: the groups of patients (who.Asked)."""
     cards, counts, left_out = {}, Counter(), Counter()
-    for number, entry in enumerate(entries):
-        root, maps = root_of(entry), {side: maps_of(entry, side) for side in SIDES}
-        for k, finding in enumerate(entry.findings):
-            for side in SIDES:
-                for kind, positions in errors(entry, k, side).items():
-                    counts[kind] += len(positions)
-                    kept = positions if kind == MISSED else positions[:FALSE_POSITIVES]
-                    left_out[kind] += len(positions) - len(kept)
-                    for i in kept:
-                        key = side, finding, kind, str(entry.columns[side].files[i])
-                        if key not in cards:
-                            cards[key] = card_of(entry, k, side, kind, i, root, asked)
-                        add_call(cards[key], number, entry, k, i, maps[side])
+    roots = [root_of(entry) for entry in entries]
+    # First which images have a card, then every model that is wrong about one of them.
+    for number, entry, k, side, kind, positions in wrong_calls(entries):
+        counts[kind] += len(positions)
+        if kind == IN_VAIN:
+            positions = positions[:FALSE_POSITIVES]
+        for i in positions:
+            key = side, entry.findings[k], kind, str(entry.columns[side].files[i])
+            if key not in cards:
+                cards[key] = card_of(entry, k, side, kind, i, roots[number], asked)
+    maps = [{side: maps_of(entry, side) for side in SIDES} for entry in entries]
+    for number, entry, k, side, kind, positions in wrong_calls(entries):
+        for i in positions:
+            card = cards.get((side, entry.findings[k], kind, str(entry.columns[side].files[i])))
+            if card is None:
+                left_out[kind] += 1
+            else:
+                add_call(card, number, entry, k, i, maps[number][side])
     ordered = sorted(cards.values(), key=rank)
     for card in ordered[MOST:]:
         left_out[card.kind] += len(card.calls)
@@ -104,8 +110,17 @@ def gallery(entries, asked):
     for card in shown:
         card.picture = found[card.path]
     absent = sum(address is None for address in found.values())
-    roots = dict.fromkeys(str(root_of(entry)) for entry in entries)
-    return Gallery([e.name for e in entries], shown, counts, left_out, absent, ", ".join(roots))
+    places = ", ".join(dict.fromkeys(map(str, roots)))
+    return Gallery([e.name for e in entries], shown, counts, left_out, absent, places)
+
+
+def wrong_calls(entries):
+    """Yield (number of the entry, the entry, number of the finding, side, kind, positions of the images) of all
+    `errors`."""
+    for number, entry in enumerate(entries):
+        for k, side in itertools.product(range(len(entry.findings)), SIDES):
+            for kind, positions in errors(entry, k, side).items():
+                yield number, entry, k, side, kind, positions
 
 
 def rank(card):
@@ -173,8 +188,8 @@ def card_of(entry, k, side, kind, i, root, asked):
         side=side,
         finding=finding,
         kind=kind,
-        file=printable(file),
-        patient=printable(patient) if patient != file else "",
+        file=file,
+        patient=patient if patient != file else "",
         truth=truth_text(entry, k, column.truth[i]),
         path=Path(root, file),
         facts=facts,
@@ -188,8 +203,8 @@ def truth_text(entry, k, truth):
     shown = [name for name, value in zip(entry.findings, truth) if value == 1]
     named = [name for name in shown if name not in (ANY_DISEASE, ANY_FINDING)]
     if truth[k] == 1:
-        return printable(", ".join(named or [finding]))
-    return printable(", ".join([entry.absent(finding), *named]))
+        return ", ".join(named or [finding])
+    return ", ".join([entry.absent(finding), *named])
 
 
 def told_of(entry, side, i, asked):
@@ -200,11 +215,11 @@ def told_of(entry, side, i, asked):
         if values is None or str(values[i]) in ("", "nan"):
             continue
         value = values[i]
-        text = f"{value:g}" if name == "age" else printable(str(value))
+        text = f"{value:g}" if name == "age" else str(value)
         facts.append(f"{name} {text}")
         groups.append(f"{name} {who.label_of(name, value, asked.bands)}")
     for word, cause in CAUSES.items():
         if word in str(entry.columns[side].files[i]).lower():
             facts.append(cause)
             groups.append(cause)
-    return facts, [printable(group) for group in groups]
+    return facts, groups

@@ -12,6 +12,7 @@ import base64
 import numpy as np
 from scipy.stats import norm
 
+from common.console import printable
 from common.scaling import SIDES
 from report.cells import alone
 from report.rows import POINTS
@@ -45,7 +46,7 @@ def panel(entries, store):
         for finding in entry.findings:
             columns = {side: entry.column(finding, side) for side in SIDES}
             columns = {side: c for side, c in columns.items() if 0 < c.truth.sum() < len(c.truth)}
-            name = f"{entry.name}: {finding}"
+            name = printable(f"{entry.name}: {finding}")
             if "val" not in columns or not marks_of(entry, finding):
                 without.append(name)
             elif store.scores + sum(len(c.truth) for c in columns.values()) > MOST:
@@ -53,7 +54,7 @@ def panel(entries, store):
             else:
                 findings.append(_finding(entry, finding, columns, store))
         if findings:
-            models.append({"name": entry.name, "findings": findings})
+            models.append({"name": printable(entry.name), "findings": findings})
     notes = []
     if without:
         notes.append(f"No threshold, so not here: {', '.join(without)}.")
@@ -77,8 +78,8 @@ def _finding(entry, finding, columns, store):
             store.add(patients, "<i4"),
         ]
     return {
-        "name": finding,
-        "absent": entry.absent(finding),
+        "name": printable(finding),
+        "absent": printable(entry.absent(finding)),
         "unit": entry.unit,
         "floor": entry.min_recall,
         "marks": marks_of(entry, finding),

@@ -514,7 +514,7 @@ function enlarge(button, maps) {
     shown.push(figure);
   }
   dialog.querySelector('[data-role="picture"]').replaceChildren(...shown);
-  const about = button.parentElement.querySelector(".about");
+  const about = button.closest(".card, [data-row]").querySelector(".about");
   dialog.querySelector('[data-role="about"]').replaceChildren(about.cloneNode(true));
   dialog.showModal();
 }
