@@ -145,7 +145,9 @@ def markdown_text(value, leads=None):
     """Text for a paragraph or table cell of markdown. `leads`: see `destinations`."""
 
     def linked(part):
-        target = (leads or {}).get(part.target, part.target)
+        target = (leads or {}).get(part.target)
+        if target is None:  # a section that this report does not have
+            return escaped(printable(part.text))
         # A bracket in the text would end it.
         text = re.sub(r"[\[\]]", r"\\\g<0>", escaped(printable(part.text)))
         return f"[{text}]({quote(target, safe='#-_')})"

@@ -100,7 +100,8 @@ def transport_mark(entry, asked):
 
 def difference_span(val, test, key, wider):
     """The interval (lo, hi) of a figure of the row `test` minus that of `val`."""
-    (a, (a_low, a_high)), (b, (b_low, b_high)) = ((row[key], reported_interval(row, key)) for row in (test, val))
+    a, (a_low, a_high) = test[key], reported_interval(test, key)
+    b, (b_low, b_high) = val[key], reported_interval(val, key)
     below, above = np.hypot(a - a_low, b_high - b), np.hypot(a_high - a, b - b_low)
     return a - b - wider * below, a - b + wider * above
 

@@ -1,7 +1,6 @@
 """The block "In short": three answers for one test set. No torch, no drawing."""
 
 from report.answers import marks
-from report.answers.standing import standings
 from report.answers.threshold import SHOWN, threshold_blocks
 from report.answers.which import which_blocks
 from report.render import Bad, Bullets, Code, Heading, Link, Paragraph, Table
@@ -32,14 +31,21 @@ SETTLE = {  # what would settle an open mark
 }
 
 
-def in_short(found, asked):
-    """The block of one test set; `found`: its Standings; `asked`: the groups of patients (who.Asked)."""
-    # On other validation images there is another choice; the first Standing has the most models.
-    remaining = [c for standing in found for c in standing.remaining]
-    if not remaining:
-        remaining = [c for standing in found for c in standing.readers]
-    blocks = [HEADING, *which_blocks(found), *threshold_blocks(remaining)]
-    return blocks + trust_blocks(remaining, asked)
+def in_short(view):
+    """The block of one test set, a View."""
+    remaining = view.remaining
+    blocks = [HEADING, *which_blocks(view.standings), *transport_blocks(remaining, view.asked)]
+    return blocks + threshold_blocks(remaining) + trust_blocks(remaining, view.asked)
+
+
+def transport_blocks(remaining, asked):
+    """A sentence on what a choice by validation is worth, where validation is not like test."""
+    found = marks_of(marks.transport_mark, remaining, asked)
+    broken = [mark.text for mark in found if mark.verdict == "broken"]
+    if not broken:
+        return []
+    text = f"Validation is not like test here ({broken[0]}): what it prefers may not hold on other images."
+    return [Paragraph(text)]
 
 
 def trust_blocks(remaining, asked):
@@ -47,8 +53,10 @@ def trust_blocks(remaining, asked):
     shown = remaining[:SHOWN]
     found = {name: marks_of(decide, shown, asked) for name, (_, decide) in MARKS.items()}
     rows = [[Link(name, MARKS[name][0]), *map(cell, each)] for name, each in found.items()]
-    text = "Kept: the figures show it. Broken: they show the contrary, beyond chance. Open: not looked at, or "
-    text += "too few patients to tell. No mark stands for the others, and none promises another hospital."
+    text = (
+        "Kept: the figures show it. Broken: they show the contrary, beyond chance. Open: nobody looked, or "
+        "there are too few patients to tell. No mark stands for another, and none is about another hospital."
+    )
     if len(remaining) > SHOWN:
         text += f" Shown: the first {SHOWN} of {len(remaining)} that remain."
     blocks = [TRUST, Paragraph(text), Table(["Mark", *(c.name for c in shown)], rows, prose=True)]

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from common.proportions import reported_interval
 from cohort.figures import clustered_proportion
+from common.proportions import reported_interval
 from report.cells import floors, interval, title, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph
 from report.rows import POINTS
@@ -41,8 +41,8 @@ def recall_text(entry, finding, row):
 
 
 def calls(row):
-    """ "calls everybody sick" where the specificity is below FEW_HEALTHY, "calls nobody sick" where no image is
-    called sick, else ""."""
+    """ "calls everybody sick" where the specificity is below FEW_HEALTHY, "calls nobody sick" where no image
+    is called sick, else ""."""
     if row["tp"] + row["fp"] == 0:
         return "calls nobody sick"
     return "calls everybody sick" if row["specificity"] < FEW_HEALTHY else ""

@@ -37,16 +37,15 @@ class Errors(NamedTuple):
     gallery: Gallery
 
 
-def interactive(blocks, entries, asked, store, with_gallery):
-    """The blocks of one test set with the threshold by hand after "In short" and, `with_gallery`, the errors to
-    look at in the end. entries: those shown; `asked`: the groups of patients; `store`: numbers.Store of the
-    page."""
-    data, notes = panel(entries, store)
+def interactive(blocks, view, store, with_gallery):
+    """The blocks of one test set with the threshold by hand after "In short" and, `with_gallery`, the errors
+    to look at in the end. `view`: a report.view.View; `store`: the numbers.Store of the page."""
+    data, notes = panel(view.shown, store)
     by_hand = [Heading(3, BY_HAND), Panel(data, notes)] if data["models"] or notes else []
     place = end_of_part(blocks, IN_SHORT)
     found = [*blocks[:place], *by_hand, *blocks[place:]]
     if with_gallery:
-        found += [Heading(3, TO_LOOK_AT), Errors(gallery(entries, asked))]
+        found += [Heading(3, TO_LOOK_AT), Errors(gallery(view.detailed, view.asked))]
     return found
 
 
@@ -72,7 +71,8 @@ def shown_parts(value, leads):
     found = []
     for part in parts_of(value):
         if isinstance(part, Link):
-            found.append(("Link", part.text, leads.get(part.target, part.target)))
+            target = leads.get(part.target)  # None: a section that this report does not have
+            found.append(("Link" if target else "str", part.text, target))
         else:
             found.append((type(part).__name__, part, ""))
     return found
@@ -85,9 +85,7 @@ def short(score):
 
 def policy(style, script):
     """The Content-Security-Policy of a page: nothing is fetched, and no other style or script acts."""
-    hashes = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
-    ]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; "
         f"script-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
@@ -155,21 +153,20 @@ def pictures_text(galleries):
         return "This page holds no pictures of patients."
     with_maps = f", and {maps} with maps of explain.py" if maps else ""
     return (
-        f"This page holds {held} pictures of patients{with_maps}, with their file names: share it as you would "
-        "share the images. compare.py --no-gallery leaves them out."
+        f"This page holds {held} pictures of patients{with_maps}, with their file names: share it as you "
+        "would share the images. compare.py --no-gallery leaves them out."
     )
 
 
 def gallery_words(found):
     """What a gallery shows and what it leaves out, as a list of sentences."""
     counts, left_out = found.counts, found.left_out
+    models = "the model makes" if len(found.models) == 1 else f"these {len(found.models)} models make"
     words = [
-        f"At @Rec, {len(found.models)} models make {counts[MISSED]} {MISSED}s and {counts[IN_VAIN]} {IN_VAIN}s "
-        "on validation and test together. A card is one image and finding; it lists the models that are wrong "
-        "about it, with their score and how far it lies from their threshold, in log odds."
+        f"At @Rec, {models} {counts[MISSED]} {MISSED}s and {counts[IN_VAIN]} {IN_VAIN}s on validation and "
+        "test together. A card is one image and finding. It lists the models that are wrong about it, with "
+        "their score and, in brackets, how far it lies from their threshold, in log odds."
     ]
-    if len(found.models) == 1:
-        words[0] = words[0].replace("1 models make", "the model makes")
     missing = [f"{count} {kind}s" for kind, count in Counter(left_out).items() if count]
     if missing:
         words.append(
@@ -177,10 +174,9 @@ def gallery_words(found):
             f"highest score are shown, and at most {MOST} cards."
         )
     if found.absent:
+        files = len({card.path for card in found.cards})
         words.append(
-            f"{found.absent} of {len({card.path for card in found.cards})} image files cannot be read any more "
-            f"under {found.root}: their cards have no picture."
+            f"{found.absent} of {files} image files cannot be read any more under {found.root}: their cards "
+            "have no picture."
         )
     return words
-
-

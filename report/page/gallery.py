@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import logit
 
 from cohort import who
-from common.console import InputError
+from common.console import InputError, printable
 from common.scaling import SIDES
 from common.task import ANY_DISEASE, ANY_FINDING
 from layouts.folders import find_root
@@ -115,8 +115,8 @@ def gallery(entries, asked):
 
 
 def wrong_calls(entries):
-    """Yield (number of the entry, the entry, number of the finding, side, kind, positions of the images) of all
-    `errors`."""
+    """Yield (number of the entry, the entry, number of the finding, side, kind, positions of the images) of
+    all `errors`."""
     for number, entry in enumerate(entries):
         for k, side in itertools.product(range(len(entry.findings)), SIDES):
             for kind, positions in errors(entry, k, side).items():
@@ -222,4 +222,4 @@ def told_of(entry, side, i, asked):
         if word in str(entry.columns[side].files[i]).lower():
             facts.append(cause)
             groups.append(cause)
-    return facts, groups
+    return facts, [printable(group) for group in groups]

@@ -3,8 +3,8 @@
 The page computes with the same float64 scores as Python, so its figures are Python's at every threshold. An
 interval is Wilson's of n / D images. D, the design effect of the patients at that threshold, is the variance
 of the proportion by whole patients over that of n independent images, and at least 1. Where all images are
-right, or all wrong, the variance says nothing, and n / D is Kish's effective number of patients: n^2 / (sum of
-squares of their images).
+right, or all wrong, the variance says nothing, and n / D is Kish's effective number of patients: n^2 / (sum
+of squares of their images).
 """
 
 import base64

@@ -109,7 +109,9 @@ class Worklist:
         if self.passed:
             counts.append(f"Not scored: {self.passed}, listed at the end of this page.")
         if self.scored > listed:
-            counts.append(f"The {self.scored - listed} least suspicious are not listed here; the rows have them.")
+            counts.append(
+                f"The {self.scored - listed} least suspicious are not listed here; the rows have them."
+            )
         if listed > PICTURES:
             counts.append(f"Pictures are shown of the {PICTURES} most suspicious.")
         counts.append(

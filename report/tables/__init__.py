@@ -2,7 +2,8 @@
 
 In the order to read them:
 
-    main.py           one test set: its figures, promises and intervals
+    main.py           one test set: what stands where, promises and intervals
+    models.py         the main table, a row a model
     cohort.py         who took part, and groups of patients
     pairs.py          which of two models is better
     probabilities.py  are the scores probabilities?

@@ -3,34 +3,37 @@
 import itertools
 
 from calibration.intervals import compare_at_thresholds, difference_of_means, mean_auroc_draws
-from report.cells import alone, drawn, span, with_interval
+from report.cells import alone, drawn
 from report.render import Heading, Paragraph, Table
+from report.view import MANY
 
-HEADING = Heading(3, "Which model is better")
+HEADING = Heading(3, "Which model is better on test")
 
 
 def pair_blocks(entries):
-    """Every two models: an only finding by three figures, several by the mean of their AUROCs, because as
-    many tests as findings would find differences by chance."""
-    return decision_pairs(entries) if alone(entries) else mean_pairs(entries)
+    """Every two models; of more than MANY the first with each other one, because many pairs differ by chance
+    and nobody reads them. Of an only finding three figures, of several the mean of their AUROCs."""
+    pairs = list(itertools.combinations(entries, 2))
+    if not pairs:
+        return []
+    text = "A finding and no way to choose: choose on validation."
+    if len(entries) > MANY:
+        pairs = pairs[: len(entries) - 1]
+        text += f" Of {len(entries)} runs, the first in the table above is held against each other one."
+    found = decision_pairs(pairs) if alone(entries) else mean_pairs(pairs)
+    if not found:
+        return []
+    about, table = found
+    return [HEADING, Paragraph(f"{text} {about}"), table]
 
 
-def leader(figure, names, values, spans, tied):
-    """A sentence on which model is best: its names, values and their spans as text; tied: the pairs of
-    positions with a difference that may be 0."""
-    best = max(range(len(names)), key=lambda i: values[i])
-    level = [names[i] for i in range(len(names)) if (min(i, best), max(i, best)) in tied]
-    apart = f"not told apart from it: {'; '.join(level)}" if level else "it is told apart from every other"
-    text = f"Highest {figure} on test: {names[best]}, {spans[best]}; {apart}."
-    return f"{text} That is a finding and no way to choose: choose on validation."
-
-
-def decision_pairs(entries):
-    """Every two models, by AUROC, and by recall and specificity @Rec of the only finding."""
-    (finding,) = entries[0].findings
-    rows, tied = [], set()
+def decision_pairs(pairs):
+    """(what the table shows, Table) of pairs of Entries: AUROC, and recall and specificity @Rec of the only
+    finding."""
+    first, rows = pairs[0][0], []
+    (finding,) = first.findings
     tests = {"auroc": "delong", "recall": "mcnemar_recall", "specificity": "mcnemar_specificity"}
-    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
+    for a, b in pairs:
         # Both columns hold the same images in the same order, so the tests are paired.
         test, both = a.column(finding, "test"), []
         for e in (a, b):
@@ -41,26 +44,18 @@ def decision_pairs(entries):
             text = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}], p = {p:.2g}"
             cells.append(text.format(**d[figure], p=d[p_value]))
         rows.append([f"{a.name} minus {b.name}", *cells])
-        # Told apart means by both: by the interval of patients and by DeLong.
-        if d["auroc"]["lo"] <= 0 <= d["auroc"]["hi"] and d["delong"] > 0.05:
-            tied.add((i, j))
-    if not rows:
-        return []
     text = (
-        f"Differences on the same test {entries[0].unit}, recall and specificity @Rec. Intervals: 95%, "
-        f"paired bootstrap of {drawn(entries)}. p-values: DeLong for AUROC, exact McNemar for the others, "
-        "not corrected for the number of pairs."
+        f"Differences on the same test {first.unit}, recall and specificity @Rec. Intervals: 95%, paired "
+        f"bootstrap of {drawn([first])}. p-values: DeLong for AUROC, exact McNemar for the others, not "
+        "corrected for the number of pairs."
     )
-    points = [e.row(finding, "test", "at_rec") for e in entries]
-    spans = [with_interval(row, "auroc") for row in points]
-    best = leader("AUROC", [e.name for e in entries], [row["auroc"] for row in points], spans, tied)
-    head = ["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"]
-    return [HEADING, Paragraph(best), Paragraph(text), Table(head, rows)]
+    return text, Table(["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"], rows)
 
 
-def mean_pairs(entries):
-    """Every two models, by mean AUROC over the findings that both have figures of."""
-    rows, kept, tied = [], {}, set()
+def mean_pairs(pairs):
+    """(what the table shows, Table) of pairs of Entries: mean AUROC over the findings that both have figures
+    of; None where no pair has one."""
+    rows, kept = [], {}
 
     # A bootstrap of fourteen findings takes seconds, and each model is in several pairs.
     def mean_draws(entry, findings, draws):
@@ -71,29 +66,19 @@ def mean_pairs(entries):
             kept[key] = mean_auroc_draws(*arrays, test.patients, draws)
         return kept[key]
 
-    for (i, a), (j, b) in itertools.combinations(enumerate(entries), 2):
+    for a, b in pairs:
         both = [n for n in a.summary["test"]["findings"] if n in b.summary["test"]["findings"]]
         if not both:
             continue
         d = difference_of_means(*(mean_draws(e, both, a.calibration["bootstrap"]) for e in (a, b)))
-        told_apart = "yes"
-        if d["lo"] <= 0 <= d["hi"]:
-            told_apart = "no"
-            tied.add((i, j))
+        told_apart = "no" if d["lo"] <= 0 <= d["hi"] else "yes"
         cell = "{difference:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**d)
         rows.append([f"{a.name} minus {b.name}", str(len(both)), cell, told_apart])
     if not rows:
-        return []
+        return None
+    first = pairs[0][0]
     text = (
-        f"Difference of the mean AUROC on the same test {entries[0].unit}, 95% interval by a paired "
-        f"bootstrap of {drawn(entries)}; not corrected for the number of pairs."
+        f"Difference of the mean AUROC on the same test {first.unit}, 95% interval by a paired bootstrap of "
+        f"{drawn([first])}; not corrected for the number of pairs."
     )
-    head = ["Pair", "Findings", "Mean AUROC", "Interval without 0"]
-    blocks = [HEADING, Paragraph(text), Table(head, rows)]
-    averaged = [e.summary["test"]["findings"] for e in entries]
-    if all(names == averaged[0] for names in averaged):  # means of other findings cannot be ranked
-        aurocs = [e.summary["test"]["auroc"] for e in entries]
-        values, spans = [figure["value"] for figure in aurocs], list(map(span, aurocs))
-        best = leader("mean AUROC", [e.name for e in entries], values, spans, tied)
-        blocks.insert(1, Paragraph(best))
-    return blocks
+    return text, Table(["Pair", "Findings", "Mean AUROC", "Interval without 0"], rows)
