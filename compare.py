@@ -109,7 +109,7 @@ def main():
         blocks += of_set
         count += len(pictures)
         if args.html:
-            page += interactive(of_set, view.shown, asked, store, args.gallery)
+            page += interactive(of_set, view, store, args.gallery)
     if args.csv:
         write_csv(args.csv, groups)
     if args.html:

@@ -13,8 +13,8 @@ ROWS, PICTURES = 1000, 200  # listed, and with a picture
 
 
 class Worklist:
-    """Rows of predict.py on their way to the output: the ROWS most suspicious are kept, so memory does not grow
-    with the number of files.
+    """Rows of predict.py on their way to the output. The ROWS most suspicious are kept, so memory does not
+    grow with the number of files.
 
     `scorer`: a prediction.scorer.Scorer. A row is as suspicious as the score of any finding lies above its
     threshold, in log odds; without a threshold, above 0.5."""
@@ -115,7 +115,7 @@ class Worklist:
         if listed > PICTURES:
             counts.append(f"Pictures are shown of the {PICTURES} most suspicious.")
         counts.append(
-            f"This page holds {held} pictures of patients, with their file names: share it as you would share "
-            "the images."
+            f"This page holds {held} pictures of patients, with their file names: share it as you would "
+            "share the images."
         )
         return counts
