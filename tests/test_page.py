@@ -98,7 +98,8 @@ def test_figures_of_the_page_are_those_of_python(tmp_path):
     const out = {json.dumps(asked)}.map(([m, side, t]) => {{
       const figures = figuresAt(sideOf(DATA.sets[0].models[m].findings[0].sides[side]), t);
       const rest = atPrevalence(figures, {prevalence});
-      return [figures.recall, figures.specificity, rest.ppv, rest.npv, rest.alarms].map((f) => [f.value, f.lo, f.hi]);
+      const rows = [figures.recall, figures.specificity, rest.ppv, rest.npv, rest.alarms];
+      return rows.map((f) => [f.value, f.lo, f.hi]);
     }});
     document.body.append(element("pre", {{ id: "out" }}, JSON.stringify(out)));
     </script></body>"""
@@ -226,9 +227,9 @@ def test_page_says_how_many_pictures_it_holds(tmp_path):
     pages = [Loads(text) for text in texts]
     assert [page.found for page in pages] == [[], []]
     assert f"This page holds {pages[0].photographs} pictures of patients" in texts[0]
-    assert pages[0].photographs > 20 and "Errors to look at" in texts[0]
+    assert pages[0].photographs > 20 and ">Errors to look at<" in texts[0]
     assert pages[1].photographs == 0 and "This page holds no pictures of patients" in texts[1]
-    assert "Errors to look at" not in texts[1] and "Threshold by hand" in texts[1]
+    assert ">Errors to look at<" not in texts[1] and "Threshold by hand" in texts[1]
     # Every link of the contents has its heading.
     assert {link[1:] for link in pages[0].links} <= set(pages[0].ids)
 
@@ -265,11 +266,9 @@ def test_reading_list_holds_the_most_suspicious_only(runs, synthetic, tmp_path, 
     monkeypatch.setattr("report.page.worklist.ROWS", 7)
     argv = (synthetic / "test", "--run", runs.out / "linear", "--html", "list.html")
     done = succeed("predict", *argv, cwd=tmp_path)
-    scores = sorted(
-        (float(row["p_pneumonia"]) for row in csv.DictReader(done.out.splitlines())), reverse=True
-    )
+    by_name = {row["path"]: float(row["p_pneumonia"]) for row in csv.DictReader(done.out.splitlines())}
+    scores = sorted(by_name.values(), reverse=True)
     text = (tmp_path / "list.html").read_text("utf-8")
     listed = [html.unescape(name) for name in re.findall(r"<b>\d+</b> (.*?)\n", text)]
-    by_name = {row["path"]: float(row["p_pneumonia"]) for row in csv.DictReader(done.out.splitlines())}
     assert [by_name[name] for name in listed] == scores[:7]
     assert f"The {len(scores) - 7} least suspicious are not listed here" in text
