@@ -22,6 +22,8 @@ from cohort import who
 from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.files import check_output
+from records.run import Run
+from report.card import model_card
 from report.figures import draw_all
 from report.folders import list_runs
 from report.page.build import interactive, to_html
@@ -49,6 +51,9 @@ def parse():
     )
     parser.add_argument(
         "--top", type=Number(int, 1, 100_000), metavar="N", help="show the first N models alone"
+    )
+    parser.add_argument(
+        "--card", metavar="DIR", help="print a model card of this run, with room for what only people know"
     )
     parser.add_argument("--list", action="store_true", help="list the run folders, and what may be deleted")
     who.add_arguments(parser)
@@ -86,10 +91,26 @@ def file_stem(name, used):
     return stem if used[stem.lower()] == 1 else f"{stem}-{used[stem.lower()]}"
 
 
+def print_card(args):
+    """The model card of --card, on standard output or where --out says. InputError for flags of a report."""
+    for flag in ("run", "html", "csv", "sort", "top", "list"):
+        if getattr(args, flag):
+            raise InputError(f"--card is a page on one run, --{flag} is for reports: leave one of them out")
+    card = model_card(Run(args.card), who.Asked(args.age_bands, args.subgroups))
+    if args.out:
+        write_text(args.out, card + "\n")
+        say(f"model card: {args.out}")
+    else:
+        print(card)
+
+
 def main():
     args = parse()
     if args.list:
         print(list_runs(args.runs_dir, args.run))
+        return
+    if args.card:
+        print_card(args)
         return
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
     synthetic = any(entry.synthetic for entry in itertools.chain(*groups))

@@ -7,7 +7,8 @@ bits or more, grey or colour. In folders, files are recognised by name, or else 
 counts what is passed over.
 
 Stdout, or -o FILE, is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with
---site also decision@Guar), threshold@Rec, typicality, note. Several findings have p_FINDING,
+--site also decision@Guar), threshold@Rec, typicality, note; of a run calibrated with --min-specificity also
+triage (negative, unsure or positive) and threshold@In. Several findings have p_FINDING,
 decision@Rec_FINDING (yes or no, empty without a threshold) and threshold@Rec_FINDING each; several classes
 also top_class, the most probable one. Of a run calibrated --by study, study, study_p_..., study_decision...
 and study_threshold... replace the decisions on images, and rows come last. --sort score puts the most
@@ -42,7 +43,15 @@ from common.device import add_device_argument
 from common.files import check_output, write_json
 from images.find import Search, find_files
 from layouts.choices import VIEWS
-from prediction.output import most_suspicious_first, opened, read_thresholds, sort_column, write_rows
+from prediction.output import (
+    counting,
+    most_suspicious_first,
+    opened,
+    read_thresholds,
+    sort_column,
+    triage_text,
+    write_rows,
+)
 from prediction.scorer import Scorer
 from records.onnx import export
 from report.page.worklist import Worklist
@@ -210,7 +219,8 @@ def main():
             rows = worklist.watch(rows)
         if column:
             rows = most_suspicious_first(rows, scorer, column)
-        count = write_rows(rows, scorer, stream, args.jsonl)
+        triaged = {}
+        count = write_rows(counting(rows, scorer, triaged), scorer, stream, args.jsonl)
         if not count:
             raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
 
@@ -218,10 +228,14 @@ def main():
     search.tell(", ".join(args.paths[:3]))
     reference, unreadable = scorer.reference, scorer.notes["unreadable"]
     typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
-    say(notes := count_of_notes(count, scorer.notes, typicality))
-    lines = report(scorer, args, {"images": count, "unreadable": unreadable})
+    lines = [count_of_notes(count, scorer.notes, typicality)]
+    if triaged:
+        lines.append(triage_text(triaged))
+    for line in lines:
+        say(line)
+    lines = report(scorer, args, {"images": count, "unreadable": unreadable}) + lines
     if args.html:
-        write_text(args.html, worklist.page([*lines, notes]))
+        write_text(args.html, worklist.page(lines))
         say(f"reading list: {args.html}")
     if unreadable:
         raise InputError(f"{unreadable} of {count} files could not be read; their rows say why")

@@ -4,10 +4,11 @@ import contextlib
 import csv
 import json
 import sys
+from collections import Counter
 
 from common.console import InputError, say
 from common.files import atomic_path
-from common.task import ANY_DISEASE, ANY_FINDING
+from common.task import ANSWERS, ANY_DISEASE, ANY_FINDING, Triage
 
 DIGITS = (6, 9, 12, 17)  # significant digits of a score; 17 hold any float exactly
 
@@ -39,6 +40,32 @@ def write_rows(rows, scorer, stream, jsonl):
         else:
             writer.writerow(row)
     return count
+
+
+# ---------------------------------------------------------------- triage
+
+
+def counting(rows, scorer, counts):
+    """The same rows (File, dict); `counts`, {finding: Counter}, learns how many have which answer of the
+    triage. It is empty where the thresholds have no @In."""
+    columns = {}
+    for decision in scorer.decisions:
+        if isinstance(decision, Triage):
+            columns[decision.finding] = scorer.column_of_unit(decision.column)
+            counts[decision.finding] = Counter()
+    for file, row in rows:
+        for finding, column in columns.items():
+            if row[column] is not None:
+                counts[finding][row[column]] += 1
+        yield file, row
+
+
+def triage_text(counts):
+    """How many images have which answer of the triage, as text."""
+    texts = []
+    for finding, answers in counts.items():
+        texts.append(f"{finding} " + ", ".join(f"{answers[word]} {word}" for word in ANSWERS))
+    return f"triage of images (unsure: read them): {'; '.join(texts)}"
 
 
 # ---------------------------------------------------------------- digits

@@ -87,9 +87,10 @@ class Scorer:
     thresholds; `views`: one of choices.VIEWS (default: those of the training); `threshold`: one by hand in
     place of the run's, of several findings {finding: number}.
 
-    `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image; `task`,
-    `config`, `results`, `calibration`: of the run. InputError for a run that is absent, damaged or not
-    calibrated (so), and for a device that is not there."""
+    `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image, and of
+    task.Triage where the thresholds have @In and none is by hand; `task`, `config`, `results`,
+    `calibration`: of the run. InputError for a run that is absent, damaged or not calibrated (so), and for a
+    device that is not there."""
 
     def __init__(self, run, device="auto", *, tta=False, site=None, views=None, threshold=None):
         run = run if isinstance(run, Run) else Run(run)
@@ -111,6 +112,9 @@ class Scorer:
         if self.by_hand and site:
             raise InputError(f"a threshold by hand replaces those of the site {site}: leave one of them out")
         self.decisions = [decision_by_hand(decision, self.by_hand) for decision in self.decisions]
+        self.triage = self.task.triage(source["findings"])
+        if not self.by_hand:
+            self.decisions += self.triage
 
         # What is missing is found now, not in the middle of a thousand files.
         try:
@@ -153,7 +157,7 @@ class Scorer:
         cells = {}
         for decision in self.decisions:
             if decision.point != "@0.5":
-                cells[decision.column.replace("decision", "threshold", 1)] = decision.threshold
+                cells[decision.threshold_column] = decision.threshold
         return cells
 
     def _say_what_scores_are(self):
@@ -169,6 +173,13 @@ class Scorer:
             say(
                 f"note: {finding} is decided at {number:g}, a threshold by hand{instead}: no recall is "
                 "promised; calibrate.py --min-recall chooses one that keeps a floor"
+            )
+        if self.by_hand and self.triage:
+            say("note: no column triage: it is for the run's own thresholds @Rec and @In")
+        if self.site and not self.triage and self.task.triage(self.calibration["findings"]):
+            say(
+                f"note: no column triage: the run has @In, {self.site} has not; calibrate.py --site "
+                "--min-specificity chooses it there"
             )
 
     def __call__(self, paths, *, batch_size=64, patients=None):

@@ -10,6 +10,7 @@ In the order to read them:
     plots.py     pictures of one thing, on axes that are given
     figures.py   the pictures of the report
     folders.py   compare.py --list
+    card.py      compare.py --card, with the text of card.jinja
     render.py    markdown
     page/        the report as a page, and the reading list of predict.py
 """

@@ -64,6 +64,11 @@ def points(entries):
     return {point: mark for point, mark in POINTS.items() if point != "at_0.5"}
 
 
+def named(entry, finding, text):
+    """A text with the finding it is of, unless that is the only one."""
+    return text if alone([entry]) else f"{finding}: {text}"
+
+
 def questions(entries):
     """[(finding, entry)], finding by finding."""
     return list(itertools.product(entries[0].findings, entries))

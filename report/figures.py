@@ -38,7 +38,7 @@ def styles_of(view):
     coloured = [c for s in view.standings for c in s.candidates]
     if len(coloured) > len(COLOURS):
         coloured = view.remaining[: len(COLOURS)]
-    styles = {e: {"color": GREY, "linestyle": "-", "zorder": 1} for e in view.entries}
+    styles = {e: {"color": GREY, "linestyle": "-", "lw": 0.9, "zorder": 1} for e in view.entries}
     for colour, candidate in zip(COLOURS, coloured):
         for k, e in enumerate((*candidate.entries, *candidate.again)):
             styles[e] = {"color": colour, "linestyle": DASHES[k % len(DASHES)], "zorder": 2}
@@ -122,11 +122,11 @@ def draw_decision(entries, styles):
 
 def draw_confusion(entries, styles):
     """Test confusion matrices @Rec and @0.5."""
-    figure, axes = panels(2 * len(entries), 2.1, 2.2, columns=4)
+    figure, axes = panels(2 * len(entries), 2.5, 2.2, columns=4)
     every = itertools.product(zip(entries, styles), ("at_rec", "at_0.5"))
     for ax, ((e, style), point) in zip(axes, every):
         plots.confusion(ax, e, point=point, colour=style["color"])
-    return figure, "Confusion matrices on test"
+    return figure, "Confusion matrices on test (rows: truth, columns: decision)"
 
 
 def draw_class_confusion(entries, styles):
@@ -136,7 +136,7 @@ def draw_class_confusion(entries, styles):
     figure, axes = panels(len(entries), side, side * 0.9)
     for ax, e, style in zip(axes, entries, styles):
         plots.class_confusion(ax, e, style["color"])
-    return figure, "Confusion matrices on test"
+    return figure, "Confusion matrices on test (rows: truth, columns: most probable class)"
 
 
 def draw_scores(entries, styles):

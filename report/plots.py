@@ -134,23 +134,21 @@ def pale(colour):
 
 
 def confusion(ax, entry, finding=None, point="at_rec", colour=COLOURS[0]):
-    """The confusion matrix of a finding on test at an operating point."""
+    """The confusion matrix of a finding on test at an operating point: rows truth, columns decision."""
     finding = asked([entry], finding)
     row = entry.row(finding, "test", point)
     counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
     matrix(ax, counts, [label(name, 12) for name in (entry.absent(finding), finding)], colour)
-    ax.set(xlabel="decision", ylabel="truth")
-    ax.set_title(f"{label(entry.name, 30)} {POINTS[point]}\nthreshold {row['thr']:.4f}", fontsize=7)
+    ax.set_title(f"{label(entry.name, 34)}\n{POINTS[point]}, threshold {row['thr']:.4f}", fontsize=7)
     return ax
 
 
 def class_confusion(ax, entry, colour=COLOURS[0]):
-    """The K x K confusion matrix of the most probable class on test."""
+    """The K x K confusion matrix on test: rows truth, columns the most probable class."""
     summary = entry.summary["test"]
     counts = np.array(summary["confusion"])
     matrix(ax, counts, [label(name, 14) for name in entry.task.classes], colour)
     ax.tick_params(axis="x", labelrotation=30)
-    ax.set(xlabel="most probable class", ylabel="truth")
     accuracy = summary["accuracy"]["value"]
     ax.set_title(f"{label(entry.name, 40)}\nn = {counts.sum()}, accuracy {accuracy:.3f}", fontsize=7)
     return ax

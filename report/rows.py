@@ -20,7 +20,7 @@ from metrics import check_both_classes, check_scores
 from records.run import WITHOUT_CLASSES, find_runs
 from records.schema import NATURAL, REAL, mismatches
 
-POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
+POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar", "at_in": "@In"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
     "scratch": ("ViT scratch", (256, 6, 8, 16)),
     "ti16": ("ViT-Ti/16", (192, 12, 3, 16)),
@@ -202,6 +202,7 @@ class Entry:
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
         rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
+        rule.append(self.calibration.get("min_specificity"))
         return sha256([model, settings, data, rule])
 
     @property

@@ -8,45 +8,47 @@ nobody looked, or where there are too few patients to tell.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
-from auditing.record import audit_of
 from calibration.shift import one_each
 from cohort.who import LEAST
 from common import scaling
 from common.proportions import reported_interval
+from common.scaling import SIDES
 from metrics import positives_needed
+from report.answers.standing import shortcut_of
 from report.answers.threshold import floor_verdict, recall_text
-from report.cells import alone
+from report.cells import alone, named
+from report.render import Code
 from report.tables.cohort import groups_on
 
 FAR = 0.1  # a figure on test that is farther than this from validation is another figure
 POOR = 0.05  # a calibration error above it is one that people would notice
 DRAWS = 999  # simulated label sets
 ORDER = ("broken", "open", "kept")
+MORE = "more test patients, or another hospital's: calibrate.py --site"
+NAMES = "a table that names the patient of every image: --patients in training"
 
 
 class Mark(NamedTuple):
-    verdict: str  # one of ORDER
+    """verdict: one of ORDER; text: the figure; settle: what would settle an open mark, Code or text."""
+
+    verdict: str
     text: str
+    settle: str = ""
 
 
 def worst(marks):
     """The worst of the marks of several seeds."""
     found = min(marks, key=lambda mark: ORDER.index(mark.verdict))
-    if len({mark.verdict for mark in marks}) == 1 and len(marks) == 1:
+    if len(marks) == 1:
         return found
-    return Mark(found.verdict, f"{found.text} (worst of {len(marks)} seeds)")
+    return found._replace(text=f"{found.text} (worst of {len(marks)} seeds)")
 
 
 def on_both(entry):
     """The findings with a threshold and figures on validation and on test."""
     return [name for name in entry.findings if entry.row(name, "test", "at_rec")]
-
-
-def named(entry, finding, text):
-    """A text with the finding it is of, unless that is the only one."""
-    return text if alone([entry]) else f"{finding}: {text}"
 
 
 # ---------------------------------------------------------------- figures on test
@@ -59,7 +61,7 @@ def floor_mark(entry, asked):
         row = entry.row(name, "test", "at_rec")
         verdicts.setdefault(floor_verdict(entry, name, row), []).append((row["recall"], name, row))
     if not verdicts:
-        return Mark("open", "no threshold has figures on test")
+        return Mark("open", "no threshold has figures on test", MORE)
     verdict = "open" if "not refuted" in verdicts else "kept"
     if "broken" in verdicts:
         verdict = "broken"
@@ -69,7 +71,7 @@ def floor_mark(entry, asked):
     if not alone([entry]):
         total = sum(map(len, verdicts.values()))
         text = f"{len(verdicts[key])} of {total} findings {key}; lowest {text}"
-    return Mark(verdict, text)
+    return Mark(verdict, text, MORE)
 
 
 def transport_mark(entry, asked):
@@ -85,7 +87,7 @@ def transport_mark(entry, asked):
             text = named(entry, name, f"{word} {val[key]:.3f} → {test[key]:.3f}")
             found.append((abs(test[key] - val[key]), low, high, text))
     if not found:
-        return Mark("open", "no threshold has figures on both")
+        return Mark("open", "no threshold has figures on both", MORE)
     found.sort(key=lambda one: -one[0])
     differing = [text for _, low, high, text in found if low > 0 or high < 0]
     if differing:
@@ -94,7 +96,8 @@ def transport_mark(entry, asked):
     unsure = [(low, high, text) for _, low, high, text in found if low < -FAR or high > FAR]
     if unsure:
         low, high, text = max(unsure, key=lambda one: one[1] - one[0])
-        return Mark("open", f"{text}: too few patients to exclude a difference of {max(-low, high):.2f}")
+        text += f": too few patients to exclude a difference of {max(-low, high):.2f}"
+        return Mark("open", text, MORE)
     return Mark("kept", f"{found[0][3]}: no difference beyond {FAR:g}")
 
 
@@ -116,7 +119,7 @@ def probability_mark(entry, asked):
         if quality:
             found.append((quality[when]["ece"], name))
     if not found:
-        return Mark("open", "no finding has figures on test")
+        return Mark("open", "no finding has figures on test", MORE)
     ece, name = max(found)
     text = named(entry, name, f"calibration error {ece:.3f} on test")
     if ece <= POOR:
@@ -125,7 +128,7 @@ def probability_mark(entry, asked):
     smallest = min(1.0, min(p_values) * len(found))
     if smallest <= 0.05:
         return Mark("broken", f"{text}, more than chance")
-    return Mark("open", f"{text}, which chance could make of right probabilities (p {smallest:.2f})")
+    return Mark("open", f"{text}, which chance could make of right probabilities (p {smallest:.2f})", MORE)
 
 
 def chance_of_error(entry, finding, bins=15):
@@ -144,21 +147,26 @@ def chance_of_error(entry, finding, bins=15):
 
 def group_mark(entry, asked):
     """Whether a group of patients lies under the recall floor on test."""
-    rows = []
-    for name in on_both(entry):
+    rows, names = [], on_both(entry)
+    for name in names:
         found, _ = groups_on(entry, name, "test", asked)
         for (attribute, value), row in zip(found["groups"], found["figures"].get("recall @Rec", ())):
             if "hi" in row:
                 span = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
-                rows.append((row, named(entry, name, f"{attribute} {value} {span}")))
+                rows.append((row, named(entry, name, f"{attribute} {value} {span}"), name))
     if not rows:
-        return Mark("open", f"no group of {LEAST} patients is known: no age, sex, view or machine")
+        settle = "a table with age, sex, view or machine (docs/GROUPS.md)"
+        return Mark("open", f"no group of {LEAST} patients is known", settle)
     low = [one for one in rows if one[0]["broken"]]
-    if low:
+    # The intervals hold for all groups of a finding at once. Where all floors hold, so many findings have a
+    # broken group with a chance of 0.025 each.
+    by_chance = binom.sf(len({one[2] for one in low}) - 1, len(names), 0.025)
+    if low and by_chance <= 0.05:
         return Mark("broken", f"{len(low)} of {len(rows)} groups; {least_of(low)}")
     unsure = [one for one in rows if one[0]["lo"] < entry.min_recall]
     if unsure:
-        return Mark("open", f"{len(unsure)} of {len(rows)} groups could be under it; {least_of(unsure)}")
+        text = f"{len(unsure)} of {len(rows)} groups could be under it; {least_of(unsure)}"
+        return Mark("open", text, MORE)
     return Mark("kept", f"none of {len(rows)} groups; {least_of(rows)}")
 
 
@@ -172,11 +180,10 @@ def least_of(rows):
 
 def shortcut_mark(entry, asked):
     """What audit.py says of shortcuts."""
-    sides = (audit_of(entry.run) or {"sides": {}})["sides"]
-    for side in ("val", "test"):  # what a choice may rest on comes first
-        if side in sides:
-            return Mark(sides[side]["shortcut"]["verdict"], sides[side]["shortcut"]["text"])
-    return Mark("open", "not audited")
+    for side, word in SIDES.items():  # validation first: a choice may rest on it
+        if shortcut := shortcut_of(entry, side):
+            return Mark(shortcut["verdict"], shortcut["text"], f"its audit says why (on {word})")
+    return Mark("open", "not audited", Code(f"python audit.py --run {entry.run.folder.as_posix()}"))
 
 
 def patients_mark(entry, asked):
@@ -190,11 +197,12 @@ def patients_mark(entry, asked):
             text += f", {shared_test} test images with either"
         return Mark("broken", text)
     if not entry.columns["val"].patients_known or unknown >= split["train"] + split["val"]:
-        return Mark("open", "patients unknown")
+        return Mark("open", "patients unknown", NAMES)
     if unknown:
-        return Mark("open", f"unknown for {unknown} images; no other is on two sides")
+        return Mark("open", f"unknown for {unknown} images; no other is on two sides", NAMES)
     if shared_test is None:
-        return Mark("open", "apart in training and validation; those of test are named another way")
+        text = "apart in training and validation; those of test are numbered separately"
+        return Mark("open", text, NAMES)
     return Mark("kept", "no patient is on two sides")
 
 
@@ -210,7 +218,7 @@ def copies_mark(entry, asked):
         return Mark("broken", f"images {', '.join(pairs)}")
     if exact is None or alike is None:
         looked = "looks were not compared" if alike is None else "bytes were not compared"
-        return Mark("open", f"{looked} by the version that made it")
+        return Mark("open", f"{looked} by the version that made it", "training and calibrating it again")
     return Mark("kept", "none, by bytes and by looks")
 
 

@@ -3,7 +3,7 @@
 from report.answers import marks
 from report.answers.threshold import SHOWN, threshold_blocks
 from report.answers.which import which_blocks
-from report.render import Bad, Bullets, Code, Heading, Link, Paragraph, Table
+from report.render import Bad, Bullets, Heading, Link, Paragraph, Table
 
 HEADING = Heading(3, "In short")
 TRUST = Heading(4, "Can I trust it?")
@@ -18,16 +18,6 @@ MARKS = {  # what is asked: (the section that answers it at length, the function
     "Scores are probabilities": ("#are-the-probabilities-right", marks.probability_mark),
     "No group under the floor": ("#groups-of-patients", marks.group_mark),
     "Enough patients for @Guar": (PROMISES, marks.promise_mark),
-}
-SETTLE = {  # what would settle an open mark
-    "Recall floor on test": ("More test patients, or another hospital's: ", "calibrate.py --site"),
-    "Validation like test": ("More test patients, or another hospital's: ", "calibrate.py --site"),
-    "Reads no shortcut": ("", "audit.py --run RUN"),
-    "Patients known and apart": ("A table of patients: ", "--patients"),
-    "No image on two sides": ("Compared when it is trained and calibrated again: ", "calibrate.py"),
-    "Scores are probabilities": ("Scaling fitted on validation: ", "calibrate.py --temperature platt"),
-    "No group under the floor": ("A table with age, sex, view or machine, or ", "--subgroups COLUMN"),
-    "Enough patients for @Guar": ("", "calibrate.py"),
 }
 
 
@@ -60,9 +50,8 @@ def trust_blocks(remaining, asked):
     if len(remaining) > SHOWN:
         text += f" Shown: the first {SHOWN} of {len(remaining)} that remain."
     blocks = [TRUST, Paragraph(text), Table(["Mark", *(c.name for c in shown)], rows, prose=True)]
-    opened = [name for name, each in found.items() if any(mark.verdict == "open" for mark in each)]
-    if opened:
-        blocks += [Paragraph("What would settle the open marks:"), Bullets([settle(name) for name in opened])]
+    if settling := settled_by(found):
+        blocks += [Paragraph("What would settle the open marks:"), Bullets(settling)]
     return blocks
 
 
@@ -77,7 +66,11 @@ def cell(mark):
     return verdict, f": {mark.text}"
 
 
-def settle(name):
-    """A line on what would settle an open mark."""
-    before, command = SETTLE[name]
-    return f"{name}. {before}", Code(command), "."
+def settled_by(found):
+    """What would settle the open marks, each thing once, with the marks that it settles."""
+    by_means = {}
+    for name, each in found.items():
+        for mark in each:
+            if mark.verdict == "open":
+                by_means.setdefault(mark.settle, []).append(name)
+    return [(f"{', '.join(dict.fromkeys(names))}: ", means, ".") for means, names in by_means.items()]

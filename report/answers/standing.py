@@ -139,10 +139,20 @@ def findings_of(entry):
 def reader_of(entries):
     """What the audit on validation says of the first Entry that it calls a shortcut reader; "" if none."""
     for e in entries:
-        side = (audit_of(e.run) or {"sides": {}})["sides"].get("val")
-        if side is not None and side["shortcut"]["verdict"] == "broken":
-            return side["shortcut"]["text"]
+        shortcut = shortcut_of(e, "val")
+        if shortcut is not None and shortcut["verdict"] == "broken":
+            return shortcut["text"]
     return ""
+
+
+def shortcut_of(entry, side):
+    """What the audit says of shortcuts on a side, {"verdict", "text"}: the worst of the findings that were
+    asked for; None where it was not audited."""
+    found = (audit_of(entry.run) or {"sides": {}})["sides"].get(side)
+    if found is None:
+        return None
+    every = [found["shortcut"], *(other["shortcut"] for other in found["others"].values())]
+    return max(every, key=lambda shortcut: ("kept", "open", "broken").index(shortcut["verdict"]))
 
 
 def behind_best(best, candidate):

@@ -4,13 +4,14 @@ from collections import Counter
 
 from cohort.figures import clustered_proportion
 from common.proportions import reported_interval
-from report.cells import floors, interval, title, with_interval
+from report.cells import floors, interval, named, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph
 from report.rows import POINTS
 
 HEADING = Heading(4, "Which threshold?")
 SHOWN = 4  # models whose thresholds and marks "In short" shows
 FEW_HEALTHY = 0.05  # a specificity below it: the model calls everybody sick
+EVERYBODY = "calls everybody sick"
 VERDICTS = ("kept", "not refuted", "broken")
 
 
@@ -45,7 +46,7 @@ def calls(row):
     is called sick, else ""."""
     if row["tp"] + row["fp"] == 0:
         return "calls nobody sick"
-    return "calls everybody sick" if row["specificity"] < FEW_HEALTHY else ""
+    return EVERYBODY if row["specificity"] < FEW_HEALTHY else ""
 
 
 def threshold_blocks(remaining):
@@ -54,9 +55,9 @@ def threshold_blocks(remaining):
         return []
     entries = [e for c in remaining for e in c.entries]
     text = (
-        f"@Rec meets the recall floor ({floors(entries)}) on validation; @Guar promises it for new patients "
-        "like those, and costs specificity. On test the floor is kept (the 95% interval by patients lies "
-        "above it), not refuted (the interval holds it) or broken (it lies below)."
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. Take @Guar where it must hold for "
+        "new patients like those: it costs specificity. On test the floor is kept (the 95% interval by "
+        "patients lies above it), not refuted (the interval holds it) or broken (it lies below)."
     )
     items = []
     for c in remaining[:SHOWN]:
@@ -88,7 +89,7 @@ def rows_of(candidate, point):
 
 
 def missing(candidate, point):
-    """Why a Candidate has no figures at a point, as text."""
+    """Why a Candidate has no figures at a point, as text: the reason of the first finding stands for all."""
     reasons = {}
     for e in candidate.entries:
         for finding, of_finding in e.calibrated.items():
@@ -97,7 +98,10 @@ def missing(candidate, point):
                 reason = of_finding["guarantee"].get("why_not")
             if reason:
                 reasons.setdefault(reason, finding)
-    return "; ".join(f"{reason} ({finding})" for reason, finding in reasons.items())
+    if not reasons:
+        return "no figures on test"
+    reason, finding = next(iter(reasons.items()))
+    return named(candidate.entries[0], finding, reason)
 
 
 def verdict_part(verdict):
@@ -118,6 +122,14 @@ def one_line(entry, finding, row, point):
     return (*parts, ".")
 
 
+def of_several(candidate, entry, finding):
+    """What tells one threshold of a Candidate from the others: the finding, the seed, or both."""
+    if len(candidate.entries) == 1:
+        return finding
+    seed = f"seed {entry.results.get('seed')}"
+    return named(entry, finding, seed)
+
+
 def many_line(candidate, point, found):
     """The parts of a line on the thresholds of several seeds or findings."""
     counts = Counter(floor_verdict(*one) for one in found)
@@ -129,9 +141,12 @@ def many_line(candidate, point, found):
     ]
     for e, finding, row in found:
         if floor_verdict(e, finding, row) == "broken":
-            parts += ["; ", Bad(f"broken: {title(e, finding)}"), f" {recall_text(e, finding, row)}"]
+            parts += ["; ", Bad(f"broken: {of_several(candidate, e, finding)}")]
+            parts.append(f" {recall_text(e, finding, row)}")
         if told := calls(row):
-            parts += ["; ", Bad(f"{told}: {title(e, finding)}")]
-    if why := missing(candidate, point):
-        parts.append(f"; no threshold: {why}")
+            parts += ["; ", Bad(f"{told}: {of_several(candidate, e, finding)}")]
+    without = {finding for e in candidate.entries for finding in e.findings} - {name for _, name, _ in found}
+    if without:
+        names = ", ".join(sorted(without)[:3]) + (", ..." if len(without) > 3 else "")
+        parts.append(f"; none for {len(without)} others ({names}): too few patients")
     return (*parts, ".")

@@ -4,7 +4,7 @@ import numpy as np
 
 from report.answers.standing import ROUNDING, patients_needed
 from report.cells import alone, size_and_time, three
-from report.render import Bullets, Code, Heading, Paragraph, Table
+from report.render import Best, Bullets, Code, Heading, Paragraph, Table
 
 HEADING = Heading(4, "Which model?")
 MANY = 1_000_000  # patients; more than that nobody has
@@ -29,35 +29,37 @@ def answer_of(standing, where):
     """The answer for one set of validation images."""
     notes = [*repeated(standing), *shortcut_readers(standing)]
     if not standing.behind:
-        text, blocks = "None: the audit calls every model here a shortcut reader.", []
+        text, blocks = ("None", ": the audit calls every model here a shortcut reader."), []
     elif len(standing.remaining) == 1:
         text, blocks = one_text(standing), []
     else:
         text, blocks = several_text(standing), [remaining_table(standing), needed_bullets(standing)]
     if notes:
         blocks.append(Bullets(notes))
-    return [Paragraph(f"{where}{text}"), *blocks]
+    answer, rest = text
+    return [Paragraph((where, Best(answer), rest)), *blocks]
 
 
 # ---------------------------------------------------------------- one remains
 
 
 def one_text(standing):
-    """What supports the only one that remains."""
+    """(the only one that remains, what supports it)."""
     best, *others = standing.behind
-    what = f"{best.candidate.name}: {figure(standing)} {best.candidate.value:.4f} on validation."
+    name, what = best.candidate.name, f": {figure(standing)} {best.candidate.value:.4f} on validation."
     if not others and not standing.readers:
-        return f"{what} It is the only model here, so nothing was compared."
+        return name, f"{what} It is the only model here, so nothing was compared."
     if not others:
-        return f"{what} It is the only one that the audit does not call a shortcut reader."
+        return name, f"{what} It is the only one that the audit does not call a shortcut reader."
     second = others[0]
     how_far = "in every draw"
     if second.error > ROUNDING:
         how_far = f"{second.difference / second.error:.1f} standard errors of the difference"
-    return (
+    support = (
         f"{what} The next, {second.candidate.name}, is {second.difference:.4f} behind: {how_far} (paired "
         f"bootstrap of {people(standing)}; up to 1, it would stay in the choice). {test_text(standing)}"
     )
+    return name, support
 
 
 def figure(standing):
@@ -102,11 +104,11 @@ def test_text(standing):
 
 
 def several_text(standing):
-    """Why there is no winner."""
+    """(that there is no winner, why)."""
     count, total = len(standing.remaining), len(standing.candidates)
     which = f"These {count}" if count == total else f"{count} of {total} models"
-    return (
-        f"Validation cannot tell. {which} are within one standard error of the best {figure(standing)} there "
+    return "Validation cannot tell", (
+        f". {which} are within one standard error of the best {figure(standing)} there "
         f"(paired bootstrap of {people(standing)}), so no winner is named. {test_text(standing)}"
     )
 

@@ -3,31 +3,11 @@ drawing."""
 
 import itertools
 
-from auditing.record import TITLES, audit_of
 from common.console import say
 from common.proportions import in_short
-from common.scaling import SIDES
 from report.cells import unique
-from report.render import Bad, Heading, Paragraph, Table
+from report.render import Heading, Paragraph, Table
 from report.rows import METHODS
-
-
-def audit_blocks(entries):
-    """What audit.py found of the runs, a line a check."""
-    rows = []
-    for entry in {entry.run.folder: entry for entry in entries}.values():
-        for side, found in (audit_of(entry.run) or {"sides": {}})["sides"].items():
-            lines = [(TITLES[line["key"]], line) for line in found["lines"]]
-            for name, line in [("Shortcut", found["shortcut"]), *lines]:
-                verdict = Bad("broken") if line["verdict"] == "broken" else line["verdict"]
-                where = f"{entry.name}, {found['finding']}, {SIDES[side]}"
-                rows.append([where, name, verdict, line["text"]])
-    if not rows:
-        return []
-    text = "From audit.py; docs/AUDIT.md says what each verdict rests on. None of them says that all is well."
-    head = ["Model, finding, images", "Check", "Verdict", "What was found"]
-    heading = Heading(3, "Does it read the lungs or the machine?")
-    return [heading, Paragraph(text), Table(head, rows, prose=True)]
 
 
 def batch_blocks(entries):

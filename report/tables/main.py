@@ -4,9 +4,10 @@ drawing."""
 import itertools
 
 from calibration.operating_point import LEAST
-from calibration.wording import new_patients, warnings
+from calibration.wording import new_patients
 from common.proportions import no_width
 from report.answers.short import in_short
+from report.answers.threshold import EVERYBODY, calls, floor_verdict
 from report.cells import (
     alone,
     drawn,
@@ -16,18 +17,21 @@ from report.cells import (
     points,
     questions,
     span,
+    three,
     title,
     unique,
     with_interval,
 )
-from report.render import Code, Heading, Paragraph, Table
+from report.render import Bad, Code, Heading, Paragraph, Table
 from report.rows import POINTS, missing_ensembles
+from report.tables.audit import audit_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
-from report.tables.evidence import audit_blocks, batch_blocks, map_blocks
+from report.tables.evidence import batch_blocks, map_blocks
 from report.tables.method import method_blocks, split_blocks
-from report.tables.models import LEGEND, behind_table, models_table
+from report.tables.models import behind_table, legend, models_table
 from report.tables.pairs import pair_blocks
-from report.tables.probabilities import predictive_blocks, probability_blocks, subgroup_blocks
+from report.tables.probabilities import predictive_blocks, probability_blocks
+from report.tables.triage import triage_blocks
 
 NAMED = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "Accuracy": "acc"}
 NAMED |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
@@ -46,11 +50,12 @@ def section(view, pictures=None):
     blocks = [Heading(2, warning + first.set), *split_blocks(entries), *in_short(view)]
     blocks += [*models_blocks(view), *drawn_here("roc", "pr")]
     blocks += [*class_blocks(detailed), *drawn_here("confusion")]
-    blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *interval_blocks(detailed)]
+    blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *triage_blocks(detailed)]
+    blocks += interval_blocks(detailed)
     blocks += pair_blocks(shown)
     blocks += [*probability_blocks(detailed), *drawn_here("reliability")]
     blocks += [*predictive_blocks(detailed), *drawn_here("decision")]
-    blocks += [*subgroup_blocks(detailed), *group_blocks(detailed, view.asked)]
+    blocks += group_blocks(detailed, view.asked)
     blocks += audit_blocks(shown) + batch_blocks(shown) + map_blocks(shown)
     blocks += cohort_blocks(entries) + method_blocks(entries)
     if training := drawn_here("training"):
@@ -65,7 +70,7 @@ def models_blocks(view):
     """The main table, the seeds behind its means, and how to make the ensembles that are missing."""
     blocks = [Heading(3, "Figures on test"), Paragraph(main_text(view.entries))]
     blocks.append(models_table(view.candidates))
-    notes = [LEGEND]
+    notes = [legend(view)]
     if view.left_out:
         notes.append(f"Left out by --top: {view.left_out} of {view.left_out + len(view.candidates)} models.")
     if len(view.detailed) < len(view.shown):
@@ -133,6 +138,15 @@ def means_text(entries):
     return f"{text}Intervals: 95%, bootstrap of {drawn(entries)}."
 
 
+def refusals(refused):
+    """[(finding, why it has no @Guar)] as text: of many findings, the names and the reason of the first."""
+    named = dict(refused)
+    reasons = [f"{name} ({why})" for name, why in named.items()]
+    if len(named) <= 3:
+        return "; ".join(reasons)
+    return f"{len(named)} findings, for like reasons: {reasons[0]}, {', '.join(list(named)[1:])}"
+
+
 def missing_text(entries):
     """Which findings have no threshold, or no figures on test, with the reason; "" if none."""
     text = ""
@@ -191,12 +205,6 @@ def promise_blocks(entries):
     head.append("AUPRC test")
     heading = "What the threshold promises, and the shift from validation to test"
     blocks = [Heading(3, heading), Paragraph(promise_text(entries)), Table(head, rows)]
-    texts = []
-    for finding, e in questions(entries):
-        if concerns := warnings(e.calibrated[finding], e.min_recall):
-            texts.append(f"{title(e, finding)}: {'; '.join(concerns)}")
-    if texts:
-        blocks.append(Paragraph(f"Warning. {'. '.join(texts)}."))
     return blocks
 
 
@@ -210,13 +218,26 @@ def promise_row(e, finding, point):
     else:
         cells += ["-", "-"]
     for key in ("recall", "specificity"):
-        on_val = f"{val[key]:.3f}" if val else "-"
-        cells += [on_val, with_interval(test, key)]
+        cells += [three(val and val[key]), marked_figure(e, finding, test, key)]
     # A finding too rare for a threshold may still have curves, which need none.
     curves = e.calibrated[finding]["curves"]
     cells.append(three_digits(curves.get("val", {}).get("auroc")))
     on_test = curves.get("test")
     return cells + ["-" if on_test is None else span(on_test[key]) for key in ("auroc", "auprc")]
+
+
+def marked_figure(entry, finding, row, key):
+    """Recall or specificity of a `row` on test with its interval, marked where it breaks the floor or calls
+    everybody (nobody) sick; a dash where there is no row."""
+    text = with_interval(row, key)
+    if row is None:
+        return text
+    said = calls(row)
+    if key == "recall" and floor_verdict(entry, finding, row) == "broken":
+        return Bad(text)
+    if said and (key == "specificity") == (said == EVERYBODY):
+        return Bad(text), f" {said}"
+    return text
 
 
 def three_digits(figure):
@@ -234,7 +255,7 @@ def promise_text(entries):
             if guarantee.get("threshold") is not None:
                 promised.append(f"recall >= {e.min_recall:g} with confidence {guarantee['confidence']:.4g}")
             elif "why_not" in guarantee:
-                refused.append(f"{name} ({guarantee['why_not']})")
+                refused.append((name, guarantee["why_not"]))
     unit = entries[0].unit
     # What each point promises, then at what confidence, then what breaks the promise.
     text = f"@Rec meets the floor on the validation {unit}. For new patients like them, its true recall is "
@@ -257,7 +278,7 @@ def promise_text(entries):
         f"validation with the finding ({unit}, where patients are unknown)."
     )
     if refused:
-        text += f" Where @Guar is missing: {unique(refused)}."
+        text += f" Where @Guar is missing: {refusals(refused)}."
     return text + missing_text(entries)
 
 

@@ -1,6 +1,7 @@
 """The main table: a row a model, the chosen first; the same as CSV. No torch, no drawing."""
 
 import csv
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,8 @@ from common.console import InputError, printable
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
-from report.answers.threshold import FEW_HEALTHY, VERDICTS, calls, floor_verdict
-from report.cells import alone, points, size_and_time, title
+from report.answers.threshold import EVERYBODY, FEW_HEALTHY, VERDICTS, calls, floor_verdict
+from report.cells import alone, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
 
@@ -18,11 +19,6 @@ FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
-LEGEND = (
-    "Bold: the best of a column; models that break the floor or call everybody sick are not eligible. ✗: the "
-    f'95% interval of recall lies below the floor, or the model "calls everybody sick", which is said where '
-    f"specificity is below {FEW_HEALTHY:g}."
-)
 
 
 class Column(NamedTuple):
@@ -79,7 +75,7 @@ def means_columns(entries):
         if all(key in e.summary["test"] for e in entries):
             found.append(Column(f"{head} test", "", mean("test", key)))
     for verdict in VERDICTS:
-        found.append(Column(verdict, "floors @Rec", counted(verdict), 0, False))
+        found.append(Column(verdict.capitalize(), "floors @Rec", counted(verdict), 0, False))
     return found
 
 
@@ -148,6 +144,21 @@ def models_table(candidates):
     return Table(head, rows, groups=tuple(map(tuple, groups)))
 
 
+def legend(view):
+    """What the marks in the main table mean, as text: of those that it can have."""
+    text = ""
+    if len(view.candidates) > 1:
+        text = "Bold: the best of a column. "
+        if alone(view.entries):
+            text += "Models that break the floor or call everybody sick are not eligible. "
+    if alone(view.entries):
+        text += "✗: the 95% interval of recall lies below the floor. "
+        text += f'"{EVERYBODY}": specificity is below {FEW_HEALTHY:g}.'
+    else:
+        text += "A floor is kept, not refuted or broken as under In short."
+    return text
+
+
 def best_of(candidates, column):
     """The positions of the candidates with the best value of a column, as it is shown; none where there is
     only one."""
@@ -173,7 +184,9 @@ def cell_of(candidate, column, is_best):
         text += f" ± {np.std(values, ddof=1):.{column.digits}f}"
     said = remark(candidate, column)
     if said:
-        return (Bad(text), f" {said}".rstrip())
+        return Bad(text), f" {said}"
+    if said is not None:
+        return Bad(text)
     return Best(text) if is_best else text
 
 
@@ -232,11 +245,11 @@ MORE = ("Run", "Finding", "Point", "Seed", "Recall low", "Recall high", "Spec va
 def main_rows(entries):
     """Rows of the CSV, lists of str in the order of HEADER and MORE: a run, a finding and an operating point
     each, then the mean and standard deviation of runs that differ in the seed alone."""
-    rows = []
-    for point in points(entries):
-        for finding in entries[0].findings:
-            if point != "at_guaranteed":  # in the table of promises
-                rows += rows_at(entries, finding, point)
+    rows, shown = [], ("at_rec",)
+    if alone(entries):  # of several findings decisions at 0.5 would fill pages
+        shown = ("at_rec", "at_0.5")
+    for point, finding in itertools.product(shown, entries[0].findings):
+        rows += rows_at(entries, finding, point)
     return rows
 
 
