@@ -16,7 +16,7 @@ from calibration.intervals import (
 )
 from calibration.pooling import BY, PLURAL, POOLS, Units, units_of
 from calibration.triage import choose_rule_in, rule_in_points, shares
-from common.console import InputError
+from common.console import InputError, progress
 from common.proportions import curves_of
 from common.scaling import SIDES
 from common.task import Task
@@ -348,7 +348,7 @@ def _evaluate_findings(columns, scores, rule, task, units):
     each = shared_out(rule, len(usable))
     everyone = {side: unit.whose for side, unit in units.items()}
     findings, draws = {}, {}
-    for name, sides in columns.items():
+    for name, sides in progress(columns.items(), len(columns), "figures and intervals", "findings"):
         there = {side: s for side, s in sides.items() if _too_few(s, side, least) is None}
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name], "curves": {}}, {}
