@@ -21,7 +21,7 @@ class Worklist:
 
     def __init__(self, scorer):
         self.scorer = scorer
-        self.decisions = [d for d in scorer.decisions if d.point not in ("@0.5", "@Guar")]
+        self.decisions = [d for d in scorer.decisions if d.point in ("@Rec", "@hand")]
         self.listed, self.unscored = [], []
         self.scored, self.passed, self.called = 0, 0, 0
         self._number = itertools.count()
@@ -76,10 +76,21 @@ class Worklist:
             "patient": file.patient if file.patient != file.name else "",
             "unit": unit,
             "answers": sorted(answers, key=lambda answer: -answer["above"]),
-            "triage": [str(value) for key, value in row.items() if "triage" in key and value],
+            "triage": self._triage(row),
             "typicality": row["typicality"],
             "note": row["note"],
         }
+
+    def _triage(self, row):
+        """The answers of the triage, as texts; of several findings with their names, negative ones left out."""
+        found = []
+        for key, value in row.items():
+            _, triage, word = key.partition("triage")
+            if triage and value and self.scorer.task.alone:
+                found.append(value)
+            elif triage and value and value != "negative":
+                found.append(f"{word.removeprefix('_')} {value}")
+        return found
 
     def page(self, words):
         """The page as text. `words`: sentences on all images together, as predict.py says them."""
