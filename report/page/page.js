@@ -323,7 +323,7 @@ const ROWS = [
 function floorWord(recall, floor) {
   if (recall.lo >= floor) return ["kept", "good"];
   if (recall.hi < floor) return ["broken", "bad"];
-  return ["open", ""];
+  return ["not refuted", ""];
 }
 
 class Panel {

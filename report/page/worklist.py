@@ -82,7 +82,7 @@ class Worklist:
         }
 
     def _triage(self, row):
-        """The answers of the triage, as texts; of several findings with their names, negative ones left out."""
+        """The answers of the triage; of several findings with their names, negative ones left out."""
         found = []
         for key, value in row.items():
             _, triage, word = key.partition("triage")
