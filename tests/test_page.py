@@ -16,7 +16,7 @@ from common.proportions import wilson_interval
 from metrics import predictive_values
 from records.run import Run
 from report.page import gallery as gallery_module
-from report.page.build import Panel, to_html
+from report.page.build import FOLDER, Panel, to_html
 from report.page.gallery import MISSED, errors, gallery
 from report.page.numbers import Store, panel
 from report.render import Heading
@@ -124,11 +124,35 @@ def test_figures_of_the_page_are_those_of_python(tmp_path):
 def test_the_policy_lets_the_own_script_run_and_no_other(tmp_path):
     store = Store()
     block = Panel(*panel([Entry(write_run(tmp_path / "a"))], store))
-    page = to_html([Heading(1, "x"), block], False, store)
+    page = to_html([Heading(1, "data"), block], False, store)
     path = tmp_path / "page.html"
     path.write_text(page.replace("</body>", "<script>document.title = 'hit'</script></body>"), "utf-8")
     dom = dumped(path)
     assert '<td data-figure="PPV"' in dom and "<title>hit" not in dom
+
+
+def luminance(colour):
+    """Relative luminance of "#rrggbb", WCAG 2.1."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_text_has_the_contrast_of_wcag_aa():
+    style = (FOLDER / "style.css").read_text()
+    schemes = re.findall(r":root \{(.*?)\}", style, re.S)
+    light = dict(re.findall(r"--([\w-]+): (#\w+)", schemes[0]))
+    dark = light | dict(re.findall(r"--([\w-]+): (#\w+)", schemes[1]))
+    assert len(light) == 13
+    for colours in (light, dark):
+        pairs = [
+            (text, ground)
+            for text in ("text", "quiet", "link", "bad", "good", "sick")
+            for ground in ("ground", "raised")
+        ]
+        for text, ground in [*pairs, ("text", "warn-ground")]:
+            a, b = sorted(map(luminance, (colours[text], colours[ground])))
+            assert (b + 0.05) / (a + 0.05) >= 4.5, (text, ground)
 
 
 def test_every_mark_is_a_threshold_of_the_calibration(tmp_path):

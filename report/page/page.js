@@ -1,8 +1,9 @@
 "use strict";
-// The page's own script. It fetches nothing: what it needs stands in #data, written by report/page/build.py.
+// The page's own script. It fetches nothing: what it needs stands in the page, written by report/page/build.py.
+// Its ids have a dot, which the anchors of headings cannot have.
 
 document.documentElement.classList.add("js");
-const DATA = JSON.parse(document.getElementById("data").textContent);
+const DATA = JSON.parse(document.getElementById("page.data").textContent);
 const SIDES = { val: "Validation", test: "Test" };
 
 // ---------------------------------------------------------------- figures
@@ -504,7 +505,7 @@ function watchGallery(section) {
 
 // Show a picture large, with the maps that explain.py drew of it.
 function enlarge(button, maps) {
-  const dialog = document.getElementById("enlarged");
+  const dialog = document.getElementById("page.enlarged");
   const picture = button.querySelector("img");
   const shown = [element("img", { class: "large", src: picture.src, alt: picture.alt })];
   for (const [model, address] of maps) {
@@ -519,10 +520,17 @@ function enlarge(button, maps) {
   dialog.showModal();
 }
 
+// Only a table that does not fit is a stop of the tab key.
+function markScrollers() {
+  for (const box of document.querySelectorAll(".wide")) box.tabIndex = box.scrollWidth > box.clientWidth ? 0 : -1;
+}
+
 document.querySelectorAll(".panel").forEach((section) => {
   if (DATA.sets[Number(section.dataset.set)].models.length) new Panel(section);
 });
 document.querySelectorAll(".gallery").forEach(watchGallery);
-const dialog = document.getElementById("enlarged");
+markScrollers();
+addEventListener("resize", markScrollers);
+const dialog = document.getElementById("page.enlarged");
 dialog.querySelector('[data-role="close"]').addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
