@@ -15,6 +15,7 @@ import common.prelude  # noqa: F401  (first: see there)
 
 import itertools
 import re
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from cohort import who
@@ -25,7 +26,9 @@ from records.run import Run
 from report.card import model_card
 from report.figures import draw_all
 from report.folders import list_runs
-from report.render import TITLE, Heading, to_html, to_markdown, write_text
+from report.page.build import interactive, to_html
+from report.page.numbers import Store
+from report.render import TITLE, Heading, to_markdown, write_text
 from report.rows import load_entries
 from report.tables import main as tables
 from report.tables.models import in_order_of, write_csv
@@ -56,6 +59,12 @@ def parse():
     who.add_arguments(parser)
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
+    parser.add_argument(
+        "--gallery",
+        action=BooleanOptionalAction,
+        default=True,
+        help="--html: show the images that models are wrong about; the page then holds patients' pictures",
+    )
     args = parser.parse_args()
     # What cannot be written is said before the work, not after it.
     given = args.figures is not None
@@ -116,27 +125,31 @@ def wanted(view, args):
 
 def main():
     args = parse()
-    if args.list:
-        print_list(args)
-        return
     if args.card:
         print_card(args)
+        return
+    if args.list:
+        print_list(args)
         return
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
     synthetic = any(entry.synthetic for entry in itertools.chain(*groups))
     # One section a test set: figures on different images are not to be compared.
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
+    page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
     views = [wanted(view_of(entries, asked), args) for entries in groups]
     for view in views:
         pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))
-        blocks += tables.section(view, pictures)
+        of_set = tables.section(view, pictures)
+        blocks += of_set
         count += len(pictures)
+        if args.html:
+            page += interactive(of_set, view, store, args.gallery)
     if args.csv:
         write_csv(args.csv, groups)
     if args.html:
-        write_text(args.html, to_html(blocks, synthetic))
+        write_text(args.html, to_html(page, synthetic, store))
     if args.out:
         write_text(args.out, to_markdown(blocks, Path(args.out).parent) + "\n")
     else:

@@ -26,7 +26,7 @@ files.
 
 Stderr ends with the count of notes by kind, a verdict on all images together, and what to do next. The
 verdict: like validation, like validation at another share of sick people, or others (calibration/shift.py).
---summary writes it to a file, --keep to the run, for compare.py.
+--summary writes it to a file, --keep to the run, for compare.py. --html writes a reading list with pictures.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -54,6 +54,8 @@ from prediction.output import (
 )
 from prediction.scorer import Scorer
 from records.onnx import export
+from report.page.worklist import Worklist
+from report.render import write_text
 
 
 def parse():
@@ -74,6 +76,9 @@ def parse():
         action="append",
         metavar="X",
         help="decide at X, by hand, instead of at the run's @Rec; of several findings FINDING=X, repeated",
+    )
+    parser.add_argument(
+        "--html", metavar="PATH", help="write a reading list too: a page with pictures, most suspicious first"
     )
     parser.add_argument(
         "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
@@ -99,8 +104,8 @@ def parse():
     args = parser.parse_args()
     check_name("--keep", args.keep)
     check_name("--site", args.site)
-    for flag, path in (("--summary", args.summary), ("--export", args.export), ("--out", args.out)):
-        if path:
+    for flag in ("--summary", "--export", "--out", "--html"):
+        if path := getattr(args, flag[2:]):
             check_output(flag, path)
     if bool(args.paths) == bool(args.export):  # both, or neither
         raise InputError("give either PATHS to score or --export FILE.onnx")
@@ -111,8 +116,8 @@ def parse():
 
 def refuse_contradictions(args):
     """InputError for flags that have no meaning together."""
-    for flag, value in (("--threshold", args.threshold), ("--sort", args.sort), ("--out", args.out)):
-        if value and args.export:
+    for flag in ("--threshold", "--sort", "--out", "--html"):
+        if getattr(args, flag[2:]) and args.export:
             raise InputError(f"{flag} is for scoring, --export writes a model: leave one of them out")
     if args.threshold and args.site:
         raise InputError(f"--threshold replaces the thresholds of --site {args.site}: leave one of them out")
@@ -162,16 +167,16 @@ def advice(verdict, run, site):
 
 def report(scorer, args, counts):
     """Say the verdict on all images together and what to do next, and write it where --summary and --keep ask
-    for it."""
+    for it -> what was said, as lines."""
     run, verdict = scorer.run, scorer.verdict()
     if verdict is None:
-        say_no_verdict(scorer, args.tta)
+        say(line := no_verdict(scorer, args.tta))
         if args.summary or args.keep:
             raise InputError(f"--summary, --keep: {run} has nothing to hold images against")
-        return
-    say(shift.sentence(verdict))
-    if next_step := advice(verdict, run, args.site):
-        say(next_step)
+        return [line]
+    lines = list(filter(None, [shift.sentence(verdict), advice(verdict, run, args.site)]))
+    for line in lines:
+        say(line)
     # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
     if scorer.by_hand:
@@ -181,15 +186,16 @@ def report(scorer, args, counts):
         write_json(args.summary, summary)
     if args.keep:
         run.save_batch(args.keep, summary)
+    return lines
 
 
-def say_no_verdict(scorer, tta):
-    """Say what an older calibration lacks for a verdict, and how to get it."""
+def no_verdict(scorer, tta):
+    """What an older calibration lacks for a verdict, and how to get it, as text."""
     flags = " --tta" if tta else ""
     lacking = "typicality and a verdict on all images together"
     if scorer.reference is not None:
         lacking = "a verdict on all images together, which needs the true labels of validation"
-    say(
+    return (
         f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
         f"--run {scorer.run}{flags} for {lacking}"
     )
@@ -208,6 +214,9 @@ def main():
         search = Search(not_input)
         rows = scorer.rows(find_files(args.paths, search), args.batch_size)
         rows = scorer.finished(rows, args.patients)
+        if args.html:
+            worklist = Worklist(scorer)
+            rows = worklist.watch(rows)
         if column:
             rows = most_suspicious_first(rows, scorer, column)
         triaged = {}
@@ -219,10 +228,15 @@ def main():
     search.tell(", ".join(args.paths[:3]))
     reference, unreadable = scorer.reference, scorer.notes["unreadable"]
     typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
-    say(count_of_notes(count, scorer.notes, typicality))
+    lines = [count_of_notes(count, scorer.notes, typicality)]
     if triaged:
-        say(triage_text(triaged))
-    report(scorer, args, {"images": count, "unreadable": unreadable})
+        lines.append(triage_text(triaged))
+    for line in lines:
+        say(line)
+    lines = report(scorer, args, {"images": count, "unreadable": unreadable}) + lines
+    if args.html:
+        write_text(args.html, worklist.page(lines))
+        say(f"reading list: {args.html}")
     if unreadable:
         raise InputError(f"{unreadable} of {count} files could not be read; their rows say why")
 

@@ -16,7 +16,7 @@ from calibration.intervals import (
 )
 from calibration.pooling import BY, PLURAL, POOLS, Units, units_of
 from calibration.triage import choose_rule_in, rule_in_points, shares
-from common.console import InputError
+from common.console import InputError, progress
 from common.proportions import curves_of
 from common.scaling import SIDES
 from common.task import Task
@@ -90,6 +90,7 @@ class Rule:
 
 
 LEAST = 5  # images with and without a finding, of several, that figures of it need on each side (`least_of`)
+LONG = 50_000_000  # draws times images from which on a bootstrap says how far it is
 
 
 class Side(NamedTuple):
@@ -281,7 +282,8 @@ def _choose_thresholds(y, p, patients, rule):
 def summarize(side, everyone, thresholds, rule):
     """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
     y, p, values = side.truth, side.p1, list(thresholds.values())
-    weights = bootstrap_weights(everyone, rule.bootstrap)
+    title = "bootstrap of one side" if rule.bootstrap * len(everyone) > LONG else None
+    weights = progress(bootstrap_weights(everyone, rule.bootstrap), rule.bootstrap, title, "draws", size=len)
     draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
     intervals, rows = intervals_of_draws(y, p, values, draws, side.patients), {}
     for (name, thr), interval in zip(thresholds.items(), intervals):
@@ -348,7 +350,7 @@ def _evaluate_findings(columns, scores, rule, task, units):
     each = shared_out(rule, len(usable))
     everyone = {side: unit.whose for side, unit in units.items()}
     findings, draws = {}, {}
-    for name, sides in columns.items():
+    for name, sides in progress(columns.items(), len(columns), "figures and intervals", "findings"):
         there = {side: s for side, s in sides.items() if _too_few(s, side, least) is None}
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name], "curves": {}}, {}

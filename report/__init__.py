@@ -11,5 +11,6 @@ In the order to read them:
     figures.py   the pictures of the report
     folders.py   compare.py --list
     card.py      compare.py --card, with the text of card.jinja
-    render.py    markdown and HTML
+    render.py    markdown
+    page/        the report as a page, and the reading list of predict.py
 """

@@ -17,12 +17,13 @@ from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdo
 from report.rows import POINTS, Entry
 from report.tables import evidence, main, method, probabilities
 from report.tables.cohort import cohort_blocks, group_blocks
+from report.tables.triage import triage_blocks
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
 FIGURES = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "AUROC": "auroc"}
 OF_DATA = ("Data", "Reference standard", "Sizes", "Prevalence", "Partition", "Copies")
-OF_TRAINING = ("Model selection", "Other hospitals in training")
 UNSET = (None, False, 0, 0.0, "", "none", [])  # values of settings that do nothing
+FEW = 5  # with more findings, the tables of their groups would fill pages
 NEVER = (  # what no script here does
     "No reader study: nobody compared the model with radiologists, or watched one who uses it.",
     "No prospective study: all images were taken before the model was made.",
@@ -65,10 +66,10 @@ def contents(entry, asked):
         "data": [table(pick(by_name, OF_DATA) + data_rows(entry))],
         "cohort": without_heading(cohort_blocks(entries)),
         "model": [table([*model_rows(entry), *pick(by_name, ("Input", "Taught by"))])],
-        "training": [table([*training_rows(entry), *pick(by_name, OF_TRAINING)])],
+        "training": [table([*training_rows(entry), *pick(by_name, of_training(entry))])],
         "evaluation": [table(pick(by_name, ("Threshold rule", "Intervals")))],
         "results": result_blocks(entries),
-        "promise": without_heading(main.promise_blocks(entries)),
+        "promise": without_heading(main.promise_blocks(entries)) + triage_blocks(entries),
         "groups": group_parts(entries, asked),
         "looks": look_blocks(entry),
         "elsewhere": elsewhere or [Paragraph("No images of another place are on record.")],
@@ -140,8 +141,8 @@ def summary_line(entry, finding, row):
     sick, healthy = row["tp"] + row["fn"], row["tn"] + row["fp"]
     return (
         f"{finding} @Rec {row['thr']:.4f}: on test recall {with_interval(row, 'recall')} ({row['fn']} of "
-        f"{sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} of {healthy} called "
-        f"sick), AUROC {with_interval(row, 'auroc')}"
+        f"{sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} false "
+        f"alarms of {healthy}), AUROC {with_interval(row, 'auroc')}"
     )
 
 
@@ -195,6 +196,8 @@ def beginning(results):
     """Where the weights come from that training began with, as text."""
     if results.get("members"):
         return "the members, which were trained on their own"
+    if results["model_config"]["kind"] == "linear":
+        return "nothing: it is fitted in one step"
     parts = []
     if weights := results.get("weights"):
         parts.append(
@@ -203,6 +206,13 @@ def beginning(results):
     if init := results.get("init"):
         parts.append(f"the encoder of {init.get('run', '?')}, trained without labels")
     return "; ".join(parts) or "random weights"
+
+
+def of_training(entry):
+    """The rows of the report's method that are about training."""
+    if entry.run.kind == "linear":  # it has no epochs to choose from
+        return ("Other hospitals in training",)
+    return ("Model selection", "Other hospitals in training")
 
 
 def training_rows(entry):
@@ -267,7 +277,15 @@ def result_blocks(entries):
 def group_parts(entries, asked):
     """Figures of groups of patients, or that none are known."""
     blocks = without_heading(probabilities.subgroup_blocks(entries))
-    blocks += without_heading(group_blocks(entries, asked))
+    groups = without_heading(group_blocks(entries, asked))
+    if len(entries[0].findings) > FEW and len(groups) > 2:
+        more = (
+            "The tables of all findings and groups: ",
+            Code(f"python compare.py --run {entries[0].run}"),
+            ".",
+        )
+        groups = [*groups[:2], Paragraph(more)]
+    blocks += groups
     if not blocks:
         text = "No group is known: these data tell no age, sex, view or machine."
         blocks = [Paragraph(text)]

@@ -1,11 +1,10 @@
-"""Blocks of a report as markdown and HTML, and the one place where text is escaped. No torch, no drawing.
+"""Blocks of a report as markdown, and the one place where text of it is escaped. report/page/ makes a page of
+them. No torch, no drawing.
 
 A block is a Heading, Paragraph, Bullets, Table or Image. What it shows is plain text (str), Code, Best, Bad,
 a Link, or a tuple of these; it is escaped here and nowhere else, so names may hold anything.
 """
 
-import base64
-import html
 import os
 import re
 from pathlib import Path
@@ -193,78 +192,6 @@ def markdown_table(table, leads):
     rule = ["---"] + ["---" if table.prose else "---:"] * (len(table.head) - 1)
     lines = [[markdown_text(cell, leads) for cell in line] for line in (full_head(table), *table.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-
-
-# ---------------------------------------------------------------- HTML
-
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;color:#111;background:#fff}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
-th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:right;white-space:nowrap}
-td:first-child,th:first-child,.text td,.text th{text-align:left}.text td{white-space:normal}
-tr:hover{background:#f4f6f8}
-img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{color:#555;font-size:.85rem}
-b.bad{color:#a40000}.warn{background:#fff3cd;border:1px solid #c90;padding:.5rem 1rem}
-@media print{body{max-width:none;font-size:10px}table{font-size:7px}
-th,td{white-space:normal;padding:.1rem .2rem}
-figure,table{break-inside:avoid}}"""
-
-
-def html_text(value, leads=None):
-    """Text for a paragraph or table cell of HTML. `leads`: see `destinations`."""
-
-    def linked(part):
-        text, target = html.escape(printable(part.text)), (leads or {}).get(part.target)
-        if target is None:  # a section that this report does not have
-            return text
-        return f'<a href="{html.escape(target)}">{text}</a>'
-
-    show = {str: html.escape, Link: linked, Code: lambda text: f"<code>{html.escape(text)}</code>"}
-    show |= {Best: lambda text: f"<b>{html.escape(text)}</b>"}
-    show |= {Bad: lambda text: f'<b class="bad">{html.escape(text)} ✗</b>'}
-    return inline(value, show)
-
-
-def html_table(table, leads):
-    """A Table as HTML; groups of columns have a line of heads above the others."""
-    head = "".join(f"<th>{html_text(cell)}</th>" for cell in table.head)
-    above = "".join(f'<th colspan="{span}">{html_text(text)}</th>' for text, span in table.groups)
-    if above:
-        above = f"<tr>{above}</tr>"
-    rows = ["".join(f"<td>{html_text(cell, leads)}</td>" for cell in row) for row in table.rows]
-    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-    style = "text" if table.prose else "figures"
-    text = f'<table class="{style}"><thead>{above}<tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
-    return f'<div class="wide">{text}</div>'
-
-
-def html_block(block, anchor, leads):
-    """One block -> HTML; a picture is embedded."""
-    if isinstance(block, Table):
-        return html_table(block, leads)
-    if isinstance(block, Image):
-        data, caption = base64.b64encode(Path(block.path).read_bytes()).decode(), html_text(block.caption)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    if isinstance(block, Bullets):
-        items = "".join(f"<li>{html_text(item, leads)}</li>" for item in block.items)
-        return f"<ul>{items}</ul>"
-    if isinstance(block, Heading):
-        return f'<h{block.level} id="{html.escape(anchor)}">{html_text(block.text)}</h{block.level}>'
-    return f"<p>{html_text(block.text, leads)}</p>"
-
-
-def to_html(blocks, synthetic):
-    """Blocks -> one self-contained page: pictures embedded, nothing fetched."""
-    head = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{STYLE}</style></head><body>"
-    if synthetic:
-        head += '<p class="warn">Parts of this page come from SYNTHETIC drawings, not from patients.</p>'
-    named, leads = anchors(blocks), destinations(blocks)
-    shown = [html_block(block, named.get(i, ""), leads[i]) for i, block in enumerate(blocks)]
-    return head + "\n" + "\n".join(shown) + "\n</body></html>\n"
 
 
 def write_text(path, text):

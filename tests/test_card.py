@@ -43,7 +43,8 @@ def test_a_card_has_the_figures_of_its_run(tmp_path):
     summary = parts["Summary"]
     assert f"@Rec {threshold:.4f}: on test recall {called[sick].mean():.3f} [" in summary
     assert (
-        f"({missed} of {sick.sum()} missed)" in summary and f"({alarms} of {(~sick).sum()} called" in summary
+        f"({missed} of {sick.sum()} missed)" in summary
+        and f"({alarms} false alarms of {(~sick).sum()})" in summary
     )
     (row,) = [row for row in tables(parts["Results"])[0] if row[0] == "PNEUMONIA @Rec, test"]
     assert row[1] == f"{threshold:.4f}" and row[3].startswith(f"{(~called)[~sick].mean():.3f} [")

@@ -3,10 +3,12 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from calibration import intervals, operating_point
 from common import console
-from common.console import TimeLeft, in_minutes
+from common.console import Pace, TimeLeft, in_minutes
 from tests.shared import succeed
 from training import loop as loop_module
 
@@ -146,3 +148,20 @@ def test_a_bar_shows_the_whole_too(clock, monkeypatch):
     ):
         clock.pass_time(9)
     assert shown == ["loss 0.5, 18 s", "loss 0.5, 10 s", "loss 0.5, 0 s"]
+
+
+def test_a_long_bootstrap_says_how_far_it_is(monkeypatch, capsys):
+    """Draws are counted as they come; the intervals are those of a silent one."""
+    rng = np.random.default_rng(0)
+    y, p = np.arange(40) % 2, rng.random(40)
+    side = operating_point.Side(y, p, p, p, np.arange(40), np.ones(40, bool))
+    rule = operating_point.Rule(bootstrap=50)
+    quiet, _ = operating_point.summarize(side, side.patients, {"at_0.5": 0.5}, rule)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(operating_point, "LONG", 1000)
+    monkeypatch.setattr(intervals, "BLOCK", 400)
+    monkeypatch.setattr(console, "Pace", lambda: Pace(every=-1))
+    told, _ = operating_point.summarize(side, side.patients, {"at_0.5": 0.5}, rule)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [f" {done} of 50 draws" for done in (10, 20, 30, 40, 50)]
+    assert told == quiet

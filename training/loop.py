@@ -223,7 +223,8 @@ class Loop:
         """The epochs that are left; when they are over, the run is finished. Interrupted when asked to stop,
         after saving."""
         source = Batches(train, self.inputs, self.recipe.balance)
-        plan, before, may_end = self.plan, self.progress.head_seconds, "patience" in self.plan.used
+        plan, before = self.plan, self.progress.head_seconds
+        may_end = "patience" in plan.used and self.recipe.epochs > self.recipe.patience
         self.left = TimeLeft(self.steps, self.total, plan.seeds, plan.following, before, may_end)
         with stop_requests() as stop:
             # A linear probe has one epoch, which is over before the first step: see keep_head.
