@@ -6,7 +6,8 @@ For every finished run under outputs/ (or --run DIR ...), scores the validation 
 thresholds there. @Rec has the highest precision among thresholds with recall >= --min-recall. @Guar has a
 true recall >= --min-recall with probability --guarantee, for patients like the validation patients. Each
 lies in the middle between two validation scores, so that rounding changes no decision there. Of several
-findings, each gets both; --jointly asks that all guarantees hold at once.
+findings, each gets both; --jointly asks that all guarantees hold at once. --min-specificity 0.95 adds @In,
+of highest recall with that specificity: below @Rec negative, from @In on positive, between them unsure.
 
 Then scores the test images (no other script opens them for that) and prints both sides with intervals.
 Writes scores.npz, calibration.json and, for spreadsheets, predictions.csv into the run folder (with --tta:
@@ -81,16 +82,19 @@ class Sets:
 
 
 EVERYDAY = (  # what --help shows; --help-all shows the rest
-    *("--min-recall", "--guarantee", "--jointly", "--by", "--temperature", "--prevalence"),
+    *("--min-recall", "--min-specificity", "--guarantee", "--jointly"),
+    *("--by", "--temperature", "--prevalence"),
     *("--run", "--runs-dir", "--ensemble", "--out", "--overwrite"),
     *("--site", "--name", "--report", "--labels", "--patients"),
     *("--tta", "--tta-flip", "--data-dir", "--skip-bad", "--device"),
 )
 
 
+BETWEEN = Number(float, 0, 1, above=True, below=True)
+
+
 def add_rule_arguments(parser):
     """The flags of the operating point."""
-    between = Number(float, 0, 1, above=True, below=True)
     group = parser.add_argument_group("threshold")
     group.add_argument(
         "--min-recall",
@@ -100,18 +104,32 @@ def add_rule_arguments(parser):
         help="recall floor on validation, in (0, 1]",
     )
     group.add_argument(
+        "--min-specificity",
+        type=Number(float, 0, 1, above=True),
+        metavar="X",
+        help="also choose @In, of highest recall with this specificity on validation, in (0, 1]: from it on "
+        "positive, below @Rec negative, between them unsure (default: two answers)",
+    )
+    group.add_argument(
         "--guarantee",
-        type=between,
+        type=BETWEEN,
         default=None,
         metavar="CONFIDENCE",
-        help="confidence, in (0, 1), that the guaranteed threshold keeps --min-recall; if given, too few "
-        "patients are an error (default: 0.95, left out where there are too few)",
+        help="confidence, in (0, 1), that the guaranteed threshold keeps --min-recall (and another "
+        "--min-specificity); if given, too few patients are an error (default: 0.95, left out where there "
+        "are too few)",
     )
     group.add_argument(
         "--jointly",
         action="store_true",
-        help="several findings: the guaranteed floors hold all at once with the confidence of --guarantee",
+        help="all guaranteed floors, of several findings or of recall and specificity, hold at once with the "
+        "confidence of --guarantee",
     )
+    add_score_arguments(group)
+
+
+def add_score_arguments(group):
+    """The flags of what thresholds apply to, and of the figures."""
     group.add_argument(
         "--by",
         choices=BY,
@@ -143,7 +161,7 @@ def add_rule_arguments(parser):
     )
     group.add_argument(
         "--prevalence",
-        type=between,
+        type=BETWEEN,
         default=0.1,
         metavar="X",
         help="share of the sick assumed for PPV and NPV, in (0, 1)",
@@ -233,6 +251,7 @@ def parse():
         prevalence=args.prevalence,
         by=args.by or "image",
         pool=args.pool or "max",
+        min_specificity=args.min_specificity,
     )
     return args, rule
 
@@ -275,7 +294,7 @@ def run_all(args, rule):
         three = images(sets, args, run.results)
         return score(run, three, device=device, batch_size=args.batch_size, tta=tta)
 
-    promised = False
+    promised = set()
     try:
         for run, scores in each_run(args.runs_dir, args.run, scores_of):
             origin = {
@@ -291,12 +310,12 @@ def run_all(args, rule):
                 sets.tell(line)
             sets.tell("\n" + shared_text(result))
             show(title_of(run, tta), result)
-            promised = promised or has_guarantee(result)
+            promised |= guaranteed_points(result)
     finally:  # also where a run that was asked for by name is passed over
         if promised:
             print(
-                "\n@Guar holds for patients like the validation patients. It does not survive a shift: "
-                "compare the validation and test lines."
+                f"\n{' and '.join(sorted(promised))}: for patients like the validation patients. No "
+                "guarantee survives a shift: compare the validation and test lines."
             )
 
 
@@ -325,10 +344,15 @@ def calibrate_run(run, scores, rule, origin):
     return result
 
 
-def has_guarantee(calibration):
-    """Whether any finding of a calibration has the threshold @Guar."""
-    guarantees = [of_finding.get("guarantee", {}) for of_finding in calibration["findings"].values()]
-    return any(guarantee.get("threshold") is not None for guarantee in guarantees)
+def guaranteed_points(calibration):
+    """Those of "@Guar" and "@InGuar" that any finding of a calibration has: a set."""
+    points = set()
+    for of_finding in calibration["findings"].values():
+        if of_finding.get("guarantee", {}).get("threshold") is not None:
+            points.add("@Guar")
+        if of_finding.get("rule_in", {"guarantee": {}})["guarantee"].get("threshold") is not None:
+            points.add("@InGuar")
+    return points
 
 
 def title_of(run, tta):

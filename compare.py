@@ -2,7 +2,9 @@
 
     python compare.py --out results.md
 
-Reads every calibrated run under outputs/ (or --run DIR ...) as calibrate.py and explain.py left it. --out
+Reads every calibrated run under outputs/ (or --run DIR ...) as calibrate.py and explain.py left it, and
+answers first: which model, which threshold, can I trust it? docs/REPORT.md explains it. --list shows which
+runs there are, finished or not, and which files may be deleted. --out
 writes the markdown to a file; without it, standard output is the markdown alone. Plots go to
 outputs/figures/; --html writes the report as one page that needs no other file, --csv the main table. Runs
 on different test sets get sections of their own. Runs that differ only in the seed also get a row with their
@@ -13,16 +15,24 @@ import common.prelude  # noqa: F401  (first: see there)
 
 import itertools
 import re
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from cohort import who
-from common.cli import Parser
+from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.files import check_output
-from report import tables
-from report.plots import draw_all
-from report.render import TITLE, Heading, Image, to_html, to_markdown, write_text
-from report.rows import load_entries, without_members
+from records.run import Run
+from report.card import model_card
+from report.figures import draw_all
+from report.folders import list_runs
+from report.page.build import interactive, to_html
+from report.page.numbers import Store
+from report.render import TITLE, Heading, to_markdown, write_text
+from report.rows import load_entries
+from report.tables import main as tables
+from report.tables.models import in_order_of, write_csv
+from report.view import only_top, view_of
 
 
 def parse():
@@ -34,9 +44,27 @@ def parse():
     parser.add_argument(
         "--out", metavar="PATH", help="write the markdown there, in UTF-8 (default: standard output)"
     )
+    parser.add_argument(
+        "--sort",
+        metavar="COLUMN",
+        help='order of the models, as "Recall @Rec" (default: the chosen ones, then by validation)',
+    )
+    parser.add_argument(
+        "--top", type=Number(int, 1, 100_000), metavar="N", help="show the first N models alone"
+    )
+    parser.add_argument(
+        "--card", metavar="DIR", help="print a model card of this run, with room for what only people know"
+    )
+    parser.add_argument("--list", action="store_true", help="list the run folders, and what may be deleted")
     who.add_arguments(parser)
     parser.add_argument("--csv", metavar="PATH", help="write the main table as CSV too")
     parser.add_argument("--html", metavar="PATH", help="write the report as one self-contained page too")
+    parser.add_argument(
+        "--gallery",
+        action=BooleanOptionalAction,
+        default=True,
+        help="--html: show the images that models are wrong about; the page then holds patients' pictures",
+    )
     args = parser.parse_args()
     # What cannot be written is said before the work, not after it.
     given = args.figures is not None
@@ -63,24 +91,65 @@ def file_stem(name, used):
     return stem if used[stem.lower()] == 1 else f"{stem}-{used[stem.lower()]}"
 
 
+def print_card(args):
+    """The model card of --card, on standard output or where --out says. InputError for flags of a report."""
+    for flag in ("run", "html", "csv", "sort", "top", "list"):
+        if getattr(args, flag):
+            raise InputError(f"--card is a page on one run, --{flag} is for reports: leave one of them out")
+    card = model_card(Run(args.card), who.Asked(args.age_bands, args.subgroups))
+    if args.out:
+        write_text(args.out, card + "\n")
+        say(f"model card: {args.out}")
+    else:
+        print(card)
+
+
+def print_list(args):
+    """The runs of --list. InputError for flags of a report."""
+    for flag in ("out", "html", "csv", "sort", "top"):
+        if getattr(args, flag):
+            raise InputError(
+                f"--list prints which runs there are, --{flag} is for reports: leave one of them out"
+            )
+    print(list_runs(args.runs_dir, args.run))
+
+
+def wanted(view, args):
+    """A View as --sort and --top ask for it. InputError: no such column."""
+    if args.sort:
+        view = in_order_of(view, args.sort)
+    if args.top:
+        view = only_top(view, args.top)
+    return view
+
+
 def main():
     args = parse()
+    if args.card:
+        print_card(args)
+        return
+    if args.list:
+        print_list(args)
+        return
     groups, used, count = load_entries(args.runs_dir, args.run), {}, 0
     synthetic = any(entry.synthetic for entry in itertools.chain(*groups))
     # One section a test set: figures on different images are not to be compared.
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
+    page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
-    for entries in groups:
-        shown = without_members(entries)
-        blocks += tables.section(entries, shown, asked)
-        pictures = draw_all(entries, shown, args.figures, file_stem(entries[0].set, used))
-        blocks += [Heading(3, "Plots"), *(Image(*picture) for picture in pictures)]
+    views = [wanted(view_of(entries, asked), args) for entries in groups]
+    for view in views:
+        pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))
+        of_set = tables.section(view, pictures)
+        blocks += of_set
         count += len(pictures)
+        if args.html:
+            page += interactive(of_set, view, store, args.gallery)
     if args.csv:
-        tables.write_csv(args.csv, groups)
+        write_csv(args.csv, groups)
     if args.html:
-        write_text(args.html, to_html(blocks, synthetic))
+        write_text(args.html, to_html(page, synthetic, store))
     if args.out:
         write_text(args.out, to_markdown(blocks, Path(args.out).parent) + "\n")
     else:

@@ -140,18 +140,18 @@ def lowered_to_midpoint(thr, scores):
     below = scores[scores < thr]
     if len(below):
         lower = float(below.max())
-        middle = (_finite_logit(lower) + _finite_logit(thr)) / 2
+        middle = (finite_logit(lower) + finite_logit(thr)) / 2
     else:
         lower = -math.inf
-        middle = _finite_logit(thr) - 0.5
+        middle = finite_logit(thr) - 0.5
     # Near 0 and 1 the doubles are coarse in logits, so a rounded middle may land on an end.
     for candidate in (float(expit(middle)), (lower + thr) / 2):
         if lower < candidate < thr:
-            return candidate, float(np.abs(_finite_logit(scores) - _finite_logit(candidate)).min())
+            return candidate, float(np.abs(finite_logit(scores) - finite_logit(candidate)).min())
     return thr, 0.0
 
 
-def _finite_logit(p):
+def finite_logit(p):
     """log(p / (1 - p)) in float64; 0 and 1 count as the doubles next to them."""
     return logit(np.clip(p, np.nextafter(0.0, 1.0), np.nextafter(1.0, 0.0)))
 

@@ -13,13 +13,16 @@ confidence sequences, which hold at all times at once, and draws them over time 
 
 If the data refute a recall at the floor or above, it says when, and the exit code is 3. Where recall is at
 the floor, that ever happens with a chance of at most 5%, however long one watches
-(calibration/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
+(monitoring/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
 thresholds of calibrate.py --site; --tta takes those of calibrate.py --tta, for scores of predict.py --tta.
+
+Of three answers (calibrate.py --min-specificity) only "negative" is a miss: the unsure are read, so they
+count as found. --point in or inguar watches the other promise, the specificity of "positive", on patients
+without the finding.
 """
 
 import common.prelude  # noqa: F401  (first: see there)
 
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -28,154 +31,40 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from calibration import sequential
 from calibration.pooling import columns_of, unit_of
+from calibration.triage import answers
 from common import scaling
 from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.files import atomic_path
-from layouts.listing import patient_id
-from layouts.patients import clean_patient
-from layouts.sheets import numbered, open_table
+from common.task import ANSWERS, effective_rule_in
+from monitoring import sequential
+from monitoring.log import read_log, say_counts, truths
 from records.run import Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 POINTS = {"rec": "threshold", "mean": "mean", "guar": "guaranteed"}
+RULE_IN = {"in": "@In", "inguar": "@InGuar"}  # whose promise is a specificity
 REFUTED = 3  # exit code
 POINTS_DRAWN = 1000  # of a curve, at most
 
 
-class Log(NamedTuple):
-    """One image a patient, in order. sick, called: bool [N]."""
+class Watched(NamedTuple):
+    """The promise that is watched: of `figure`, recall or specificity, at least `floor` at `threshold`, for
+    patients `which` ("with" or "without") the finding. `triage`: (@Rec, @In or None), () where there is no
+    such calibration."""
 
-    sick: np.ndarray
-    called: np.ndarray
-    images: int  # that were looked at
-    left_out: int  # further images of patients
-    unnamed: int  # images that count as a patient each, because nothing tells whose they are
-    waiting: int  # rows without a diagnosis
-    unscored: int  # rows of files that predict.py could not read
-    score: str  # the column that the scores are from
-    named: bool  # whether there is a column patient
-
-
-class Row(NamedTuple):
-    """A row of the log, checked. score: None where predict.py could not read the file; sick: None where there
-    is no diagnosis yet; patient: "" where nothing tells."""
-
-    path: str
-    score: float | None
-    sick: bool | None
-    patient: str
-    time: str
+    finding: str
+    threshold: float
+    floor: float
+    figure: str = "recall"
+    which: str = "with"
+    triage: tuple = ()
 
 
-def truths(task, finding):
-    """What a diagnosis may say -> (words for the absence of a finding, for its presence), in lower case."""
-    absent, present = [f"no {finding}", "0"], [finding, "1"]
-    if task.kind == "softmax" and finding in task.classes:
-        absent += [name for name in task.classes if name != finding]
-    elif task.kind == "softmax":  # any disease
-        absent.append(task.classes[0])
-        present += task.classes[1:]
-    return tuple([word.lower() for word in words] for words in (absent, present))
-
-
-def check_row(cell, score, words, where):
-    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that is wrong."""
-    try:
-        value = float(cell[score])
-    except ValueError:
-        value = float("nan")
-    if not cell[score] and score != "score":  # predict.py leaves the score of an unreadable file empty
-        value = None
-    elif not 0 <= value <= 1:
-        raise InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
-    if not cell["path"]:
-        raise InputError(f"{where}: path is empty: each image is to have one row")
-    diagnosis, (absent, present) = cell["diagnosis"].lower(), words
-    if diagnosis and diagnosis not in (*absent, *present):
-        known = ", ".join((*absent, *present))
-        raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
-    sick = diagnosis in present if diagnosis else None
-    # Without a column patient the file name may tell, as in training.
-    patient = clean_patient(cell.get("patient", ""))
-    if not patient and patient_id(cell["path"]) != cell["path"]:
-        patient = patient_id(cell["path"])
-    return Row(cell["path"], value, sick, patient, cell.get("time", ""))
-
-
-def check_columns(path, head, score):
-    """InputError if a log with these columns lacks one; `score`: the column of scores."""
-    missing = [name for name in ("path", score, "diagnosis") if name not in head]
-    if not missing:
-        return
-    if score in missing and score != "score":
-        missing[missing.index(score)] = f"{score} (nor score)"
-    raise InputError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(head)}")
-
-
-def read_log(path, threshold, words, column="score"):
-    """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
-    is called score.
-
-    InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
-    diagnosis, an image or a time out of order that comes twice."""
-    head, rows = open_table(path)
-    score = "score" if "score" in head else column
-    check_columns(path, head, score)
-    images, patients, last = set(), set(), ""
-    sick, called, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
-    for number, values in numbered(rows):
-        padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
-        where = f"{path}, row {number}"
-        row = check_row(dict(zip(head, padded)), score, words, where)
-        # The sequential test counts patients in the order of their diagnoses, each image once.
-        if row.path in images:
-            raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")
-        if row.time < last:
-            raise InputError(
-                f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
-            )
-        images.add(row.path)
-        last = row.time
-        if row.score is None:
-            counts["unscored"] += 1
-            continue
-        if row.sick is None:
-            counts["waiting"] += 1
-            continue
-        counts["images"] += 1
-        counts["unnamed"] += not row.patient
-        # Images of one patient are no independent draws, so the first one counts.
-        patient = row.patient or row.path
-        if patient in patients:
-            counts["left_out"] += 1
-            continue
-        patients.add(patient)
-        sick.append(row.sick)
-        called.append(row.score >= threshold)
-    outcomes = np.array(sick, bool), np.array(called, bool)
-    return Log(*outcomes, **counts, score=score, named="patient" in head)
-
-
-def say_counts(path, log):
-    """Notes on rows that do not count, and on images that count as patients."""
-    if log.unscored:
-        say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
-    if log.waiting:
-        say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
-    if log.unnamed:
-        why = "the column patient is empty there" if log.named else f"{path} has no column patient"
-        say(
-            f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
-            "tell no patient. If some are of the same patient, name it in a column patient"
-        )
-
-
-def draw(path, log, floor, alarm, title):
+def draw(path, log, watched, alarm, title):
     """Write a picture of recall and specificity over time, with confidence sequences."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
@@ -192,7 +81,8 @@ def draw(path, log, floor, alarm, title):
         low, high = sequential.confidence_interval(right, count - right).T
         ax.fill_between(count, low, high, alpha=0.25, step="mid", label="95% confidence sequence")
         ax.plot(count, right / count, label=f"{name} so far")
-        if name == "recall":
+        if name == watched.figure:
+            floor = watched.floor
             ax.axhline(floor, color="black", linestyle="--", linewidth=1, label=f"floor {floor:g}")
             if alarm:
                 ax.axvline(alarm, color="red", label=f"floor refuted, patient {alarm}")
@@ -203,25 +93,50 @@ def draw(path, log, floor, alarm, title):
     plt.close(figure)
 
 
-def threshold_of(run, args):
-    """(finding, threshold, recall floor) of the operating point that is watched. InputError where there is
-    none."""
+def watched_of(run, args):
+    """The Watched that the command line asks for. InputError where there is no such threshold or floor."""
     finding, name = run.task.chosen_finding(args.finding), scaling.calibration_name(args.tta)
     if args.site:
-        source = run.site(args.site, name)
+        source, where = run.site(args.site, name), f" at {args.site}"
         thresholds = source["findings"][finding]
     else:
-        source = run.calibration(name)
+        source, where = run.calibration(name), ""
         thresholds = source["findings"][finding]
         # A calibration.json keeps @Guar elsewhere than a site does.
         thresholds = {**thresholds, "guaranteed": thresholds.get("guarantee", {}).get("threshold")}
+    if args.point in RULE_IN:
+        absent = f"{run} has no threshold {RULE_IN[args.point]} for {finding}{where}"
+        return rule_in_watched(absent, finding, thresholds, args)
     threshold, floor = thresholds.get(POINTS[args.point]), args.min_recall or source.get("min_recall")
     if threshold is None:
-        where = f" at {args.site}" if args.site else ""
         raise InputError(f"{run} has no threshold @{args.point.title()} for {finding}{where}")
     if not floor or not 0 < floor < 1:
         raise InputError(f"a recall floor of {floor} cannot be watched: name one below 1 with --min-recall")
-    return finding, threshold, floor
+    triage = ()
+    if "rule_in" in thresholds:
+        triage = thresholds["threshold"], thresholds["rule_in"]["threshold"]
+    return Watched(finding, threshold, floor, triage=triage)
+
+
+def rule_in_watched(absent, finding, thresholds, args):
+    """The Watched of --point in or inguar: `thresholds` of a finding; `absent`: the error where there is
+    none."""
+    if args.min_recall:
+        raise InputError(f"--min-recall: --point {args.point} watches the specificity of calibrate.py")
+    rule_in = thresholds.get("rule_in")
+    if not rule_in:
+        raise InputError(f"{absent}: calibrate.py --min-specificity chooses it")
+    place, lower = rule_in, thresholds["threshold"]
+    if args.point == "inguar":
+        place, lower = rule_in["guarantee"], thresholds["guaranteed"]
+    if place["threshold"] is None:
+        raise InputError(f"{absent}: {place['why_not']}")
+    threshold, floor = place["threshold"], rule_in["min_specificity"]
+    if lower is not None:
+        threshold = effective_rule_in(lower, threshold)
+    if floor == 1:
+        raise InputError("a specificity of 1 cannot be watched: calibrate with --min-specificity below 1")
+    return Watched(finding, threshold, floor, "specificity", "without")
 
 
 def parse():
@@ -234,9 +149,10 @@ def parse():
     parser.add_argument("--tta", action="store_true", help="the scores are of predict.py --tta")
     parser.add_argument(
         "--point",
-        choices=tuple(POINTS),
+        choices=(*POINTS, *RULE_IN),
         default="rec",
-        help="threshold in use: recall-first, of the mean, or guaranteed",
+        help="threshold in use: recall-first, of the mean, or guaranteed; in, inguar: watch the specificity "
+        "of @In or @InGuar",
     )
     parser.add_argument(
         "--finding", metavar="NAME", help="finding to watch, of several (default: the only one)"
@@ -273,15 +189,16 @@ def picture_name(args, task, finding):
     return re.sub(r"[^\w. -]+", "-", "-".join(words)) + ".png"
 
 
-def say_verdict(alarm, patients, finding, floor):
+def say_verdict(alarm, patients, watched):
     """The last line: refuted (exit code 3), not refuted, or too few patients to tell."""
+    figure, floor, who = watched.figure, watched.floor, f"{watched.which} {watched.finding}"
     if alarm:
         say(
-            f"ALARM: recall >= {floor:g} was refuted at patient {alarm} with {finding}: stop relying "
-            "on this threshold, and choose another with calibrate.py --site"
+            f"ALARM: {figure} >= {floor:g} was refuted at patient {alarm} {who}: stop relying on this "
+            "threshold, and choose another with calibrate.py --site"
         )
         sys.exit(REFUTED)
-    say(f"recall >= {floor:g} is not refuted so far")
+    say(f"{figure} >= {floor:g} is not refuted so far")
     # "Not refuted" may only mean "too few": so what could be noticed by now is said.
     lower = floor - 0.05 if floor > 0.1 else floor / 2
     usual = sequential.noticed_after(lower, floor)
@@ -289,15 +206,31 @@ def say_verdict(alarm, patients, finding, floor):
         after = "more than 100,000" if usual is None else f"about {usual}"
         text = f"{lower:.3f}".removesuffix("0")
         say(
-            f"note: {patients} patients with {finding} cannot tell yet: a recall of {text} would be noticed "
-            f"after {after} of them (in half of all cases)"
+            f"note: {patients} patients {who} cannot tell yet: a {figure} of {text} would be noticed after "
+            f"{after} of them (in half of all cases)"
         )
+
+
+def triage_lines(log, triage):
+    """Who had which answer so far, as lines; none without three answers. `triage`: (@Rec, @In or None)."""
+    if not triage:
+        return []
+    given, counts = answers(log.scores, *triage), []
+    for name, members in (("sick", log.sick), ("healthy", ~log.sick)):
+        counted = np.bincount(given[members], minlength=len(ANSWERS))
+        counts.append(f"{name} " + ", ".join(f"{n} {word}" for n, word in zip(counted, ANSWERS)))
+    return [
+        f"  triage      {'; '.join(counts)} patients",
+        "  the unsure are read, so for recall they count as found; --point in watches the specificity of "
+        "positive",
+    ]
 
 
 def main():
     args = parse()
     run = Run(args.run)
-    finding, threshold, floor = threshold_of(run, args)
+    watched = watched_of(run, args)
+    finding, threshold = watched.finding, watched.threshold
     calibration = run.calibration(scaling.calibration_name(args.tta))
     if scaling.applied(calibration):
         say(
@@ -311,13 +244,14 @@ def main():
     log = read_log(args.log, threshold, truths(run.task, finding), column)
     say_counts(args.log, log)
 
-    # Only the floor of the recall is tested: specificity is shown, and nothing is promised of it.
+    # One floor is tested: the other figure is shown, and nothing is promised of it.
     hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]
-    alarm = sequential.refuted_at(hits, floor)
+    outcomes_watched = hits if watched.figure == "recall" else rightly_cleared
+    alarm = sequential.refuted_at(outcomes_watched, watched.floor)
     title = title_of(run, args, threshold)
     path = run.folder / "monitor" / picture_name(args, run.task, finding)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw(path, log, floor, alarm, title)
+    draw(path, log, watched, alarm, title)
 
     print(f"{title}, of the column {log.score}")
     print(f"  {len(log.sick)} patients, {log.left_out} further images left out")
@@ -326,8 +260,10 @@ def main():
             low, high = sequential.confidence_interval([outcomes.sum()], [(~outcomes).sum()])[0]
             counted = f"of {len(outcomes)} patients {which} {finding}"
             print(f"  {name:12}{outcomes.mean():.3f} [{low:.3f}, {high:.3f}] {counted}")
+    for line in triage_lines(log, watched.triage):
+        print(line)
     print(f"wrote {path}", flush=True)
-    say_verdict(alarm, len(hits), finding, floor)
+    say_verdict(alarm, len(outcomes_watched), watched)
 
 
 if __name__ == "__main__":

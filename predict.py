@@ -6,10 +6,14 @@ PATHS are files, folders (searched recursively) or quoted globs: JPEG, PNG, TIFF
 bits or more, grey or colour. In folders, files are recognised by name, or else by content; a line on stderr
 counts what is passed over.
 
-Stdout is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with --site also
-decision@Guar), typicality, note. Several findings have p_FINDING and decision@Rec_FINDING each (yes or no,
-empty without a threshold); several classes also top_class, the most probable one. Of a run calibrated --by
-study, study, study_p_... and study_decision... replace the decisions on images, and rows come last.
+Stdout, or -o FILE, is CSV, or JSON lines with --jsonl: path, p_pneumonia, decision@0.5, decision@Rec (with
+--site also decision@Guar), threshold@Rec, typicality, note; of a run calibrated with --min-specificity also
+triage (negative, unsure or positive) and threshold@In. Several findings have p_FINDING,
+decision@Rec_FINDING (yes or no, empty without a threshold) and threshold@Rec_FINDING each; several classes
+also top_class, the most probable one. Of a run calibrated --by study, study, study_p_..., study_decision...
+and study_threshold... replace the decisions on images, and rows come last. --sort score puts the most
+suspicious first. --threshold X decides at X, in columns decision@hand and threshold@hand. Numbers have six
+digits, or as many as it takes for score >= threshold to be the decision. Python: docs/PYTHON.md.
 Preprocessing, precision, scaling and thresholds come from the run's calibration, so the test folder gives
 calibrate.py's scores. A line on stderr says where scores are no probabilities (a run trained with class
 weights).
@@ -22,7 +26,7 @@ files.
 
 Stderr ends with the count of notes by kind, a verdict on all images together, and what to do next. The
 verdict: like validation, like validation at another share of sick people, or others (calibration/shift.py).
---summary writes it to a file, --keep to the run, for compare.py.
+--summary writes it to a file, --keep to the run, for compare.py. --html writes a reading list with pictures.
 
     python predict.py --export model.onnx --run outputs/pretrained
 
@@ -32,201 +36,26 @@ device.
 
 import common.prelude  # noqa: F401  (first: see there)
 
-import csv
-import itertools
-import json
-import os
-import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
-
-import numpy as np
-import torch
-
 from calibration import shift
-from calibration.pooling import columns_of, fill_in, unit_of
-from common import scaling
 from common.cli import COUNT, Parser, add_calibrated_run_arguments, check_name
-from common.console import InputError, Pace, say, start
-from common.device import add_device_argument, pick_device
+from common.console import InputError, say, start
+from common.device import add_device_argument
 from common.files import check_output, write_json
-from images.decode import read_image
 from images.find import Search, find_files
-from layouts.choices import VIEWS, view_is_used
-from layouts.headers import key_of_call, of_file
-from layouts.listing import Index, patient_id
-from layouts.patients import read_patients
-from lungs import masks as lung_masks
-from lungs.show import plausible
-from models.inputs import Inputs
+from layouts.choices import VIEWS
+from prediction.output import (
+    counting,
+    most_suspicious_first,
+    opened,
+    read_thresholds,
+    sort_column,
+    triage_text,
+    write_rows,
+)
+from prediction.scorer import Scorer
 from records.onnx import export
-from records.run import Run
-
-NOTES = ("unlike", "odd", "lungs")  # the kinds of notes of an image that can be read
-
-
-class File(NamedTuple):
-    """A file that was looked at. `image`: what read_image gives, or None, and then `note` says why not and
-    `kind` what kind of note that is; `told`: what its DICOM header says (headers.of_file)."""
-
-    name: str
-    told: dict
-    image: tuple = None
-    note: str = ""
-    kind: str = ""
-
-    @property
-    def patient(self):
-        """The patient, by the header or else by the name; the name itself where neither tells."""
-        return self.told["patient"] or patient_id(self.name)
-
-
-class Scorer:
-    """A calibrated run, ready to score: model, preprocessing, precision, scaling, and the `decisions`
-    (task.Decision) that it gives of each image."""
-
-    def __init__(self, run, device, tta, site=None, views=None):
-        self.model, name = run.model(), scaling.calibration_name(tta)
-        self.calibration, self.site = run.calibration(name), site
-        self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
-        # A site has its own thresholds, and @Guar decides only there.
-        source, guaranteed = self.calibration, None
-        if site:
-            source = run.site(site, name)
-            guaranteed = source["findings"][self.task.findings[0]].get("guaranteed")
-        thresholds = {finding: source["findings"][finding].get("threshold") for finding in self.task.findings}
-        self.decisions = self.task.decisions(thresholds, guaranteed)
-
-        # What is missing is found now, not in the middle of a thousand files.
-        try:
-            self.inputs = Inputs.of_calibration(run, self.calibration, device)
-            shift.unlike(np.zeros((2, 2)), (1, 1), 0.0, self.results)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{run}: results.json or its calibration is incomplete ({error!r})") from None
-        scores, decided = list(self.task.score_columns.values()), [d.column for d in self.decisions]
-        self.unit = unit_of(self.calibration)
-        if self.unit == "image":
-            self.columns = ["path", *scores, *decided]
-        else:  # thresholds decide on studies: none is printed that would decide on an image
-            self.columns = ["path", self.unit, *scores, *columns_of(self.unit, [*scores, *decided])]
-        self.columns += ["typicality", "note"]
-        if self.task.one_of_many:
-            self.columns.insert(1, "top_class")
-        self.views = views or getattr(self.config, "views", "frontal")
-        self.key, self.key_stays = key_of_call(self.config.cache_dir if self.unit != "image" else "")
-
-        self.reference, self.batch = shift.reference_of(run, name), shift.Batch()
-        self.notes = Counter()  # files with a note, and by kind
-        self.finder = lung_masks.finder_of(self.config, device)
-        self.without_lungs = lung_masks.not_found(self.config)
-        self.model.to(device)
-
-    @torch.inference_mode()
-    def scores(self, images):
-        """uint8 [B, S, S] -> (probabilities float64 [B, F], logits [B, K], whether the image has no lungs
-        although they are needed, bool [B], features float32 [B, D])."""
-        masks = self.finder(images) if self.finder else None
-        whole = ~plausible(masks) if self.finder else np.zeros(len(images), bool)
-        outputs = self.inputs.logits_and_features(self.model, self.inputs.grey(images, masks)).cpu().numpy()
-        logits, features = outputs[:, : self.task.outputs], outputs[:, self.task.outputs :]
-        scores = self.task.scores_from(logits, self.calibration)
-        if not np.isfinite(scores).all():
-            raise InputError(
-                "the model gives NaN scores: its checkpoint is damaged, or its precision too low"
-            )
-        return scores, logits, whole, features
-
-    def called(self, scores):
-        """Whom the model calls sick by its first finding, bool [N]: scores [N, F]."""
-        first = next(decision for decision in self.decisions if decision.point == "@Rec")
-        threshold = 0.5 if first.threshold is None else first.threshold
-        return scores[:, 0] >= threshold
-
-    def typicalities(self, files, scores, logits, features):
-        """The typicality of every image, float [B], or None each without a reference; they join the batch."""
-        if self.reference is None:
-            return [None] * len(files)
-        typicality, places = self.reference.place(features)
-        names, patients = zip(*((file.name, file.patient) for file in files))
-        for image in zip(names, patients, typicality, places, logits, self.called(scores)):
-            self.batch.add(*image)
-        return typicality.tolist()
-
-    def verdict(self):
-        """Whether all images so far are like validation, as JSON; None without a reference that holds labels
-        (older versions kept none)."""
-        if self.reference is None or not self.reference.labelled:
-            return None
-        usual = self.called(self.task.scores_from(self.reference.logits, self.calibration))
-        return self.reference.judge(self.batch, usual, self.task)
-
-    def answers(self, scores, top):
-        """{column: cell} of one image, its top class, scores [F] and, by image, decisions."""
-        cells = dict(zip(self.task.score_columns.values(), scores.tolist()))
-        if self.unit == "image":
-            cells |= {decision.column: decision.answer(scores) for decision in self.decisions}
-        if self.task.one_of_many:
-            cells["top_class"] = self.task.classes[top]
-        return cells
-
-    def read(self, path):
-        """The File at a path."""
-        file = File(path, of_file(path, self.key))
-        view = file.told["view"]
-        if not view_is_used([view], self.views)[0]:
-            return file._replace(note=f"{view} view: not scored (--views all scores it)", kind="view")
-        try:
-            return file._replace(image=read_image(path, self.config.img_size, self.config.resize))
-        except OSError as error:
-            return file._replace(note=f"unreadable: {error}", kind="unreadable")
-
-    def rows(self, paths, batch_size):
-        """Yield (File without its image, dict of `columns`) for every path, in order; files that are not
-        scored have None for scores and decisions. What is of the study or patient is not filled in."""
-        paths = iter(paths)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            names = list(itertools.islice(paths, batch_size))
-            reading = pool.map(self.read, names)
-            while names:
-                files = list(reading)
-                names = list(itertools.islice(paths, batch_size))
-                reading = pool.map(self.read, names)  # the next batch is decoded while this one is scored
-                yield from self.rows_of_batch(files)
-
-    def rows_of_batch(self, files):
-        """The same of the Files of one batch."""
-        readable = [file for file in files if file.image is not None]
-        scored = self.scored(readable) if readable else iter(())
-        for file in files:
-            row = {**dict.fromkeys(self.columns), "path": file.name, "note": file.note}
-            if file.image is None:
-                self.notes.update([file.kind, "noted"])
-            else:
-                cells, row["typicality"], without_lungs = next(scored)
-                row |= cells
-                row["note"] = self.note(file.image, row["typicality"], without_lungs)
-            yield file._replace(image=None), row
-
-    def scored(self, files):
-        """Yield (`answers`, typicality, whether no lungs were found) of Files that could be read."""
-        scores, logits, whole, features = self.scores(np.stack([file.image[0] for file in files]))
-        typicality = self.typicalities(files, scores, logits, features)
-        cells = map(self.answers, scores, logits.argmax(axis=1))
-        yield from zip(cells, typicality, whole)
-
-    def note(self, image, typicality, without_lungs):
-        """What is to be said of an image that could be read, as text; counted in `notes` by kind."""
-        texts = dict.fromkeys(NOTES, "")
-        texts["unlike"] = shift.unlike(*image, self.results)
-        if typicality is not None and typicality <= shift.ODD:
-            texts["odd"] = f"odd: typicality {typicality:.4f}"
-        if without_lungs:
-            texts["lungs"] = self.without_lungs
-        said = {kind: text for kind, text in texts.items() if text}
-        self.notes.update(said.keys())
-        self.notes["noted"] += bool(said)
-        return "; ".join(said.values())
+from report.page.worklist import Worklist
+from report.render import write_text
 
 
 def parse():
@@ -235,7 +64,22 @@ def parse():
     parser.add_argument("paths", nargs="*", metavar="PATHS", help="images to score: files, folders or globs")
     add_calibrated_run_arguments(parser)
     parser.add_argument("--tta", action="store_true", help="average over views, as calibrate.py --tta did")
-    parser.add_argument("--jsonl", action="store_true", help="print JSON lines instead of CSV")
+    parser.add_argument("-o", "--out", metavar="FILE", help="write the rows to this file instead of stdout")
+    parser.add_argument("--jsonl", action="store_true", help="write JSON lines instead of CSV")
+    parser.add_argument(
+        "--sort",
+        metavar="score",
+        help="most suspicious first, after the last file; of several findings also --sort FINDING",
+    )
+    parser.add_argument(
+        "--threshold",
+        action="append",
+        metavar="X",
+        help="decide at X, by hand, instead of at the run's @Rec; of several findings FINDING=X, repeated",
+    )
+    parser.add_argument(
+        "--html", metavar="PATH", help="write a reading list too: a page with pictures, most suspicious first"
+    )
     parser.add_argument(
         "--export", default=None, metavar="FILE.onnx", help="write an ONNX model instead of scoring"
     )
@@ -260,12 +104,28 @@ def parse():
     args = parser.parse_args()
     check_name("--keep", args.keep)
     check_name("--site", args.site)
-    for flag, path in (("--summary", args.summary), ("--export", args.export)):
-        if path:
+    for flag in ("--summary", "--export", "--out", "--html"):
+        if path := getattr(args, flag[2:]):
             check_output(flag, path)
     if bool(args.paths) == bool(args.export):  # both, or neither
         raise InputError("give either PATHS to score or --export FILE.onnx")
+    refuse_contradictions(args)
+    args.threshold = read_thresholds(args.threshold)
     return args
+
+
+def refuse_contradictions(args):
+    """InputError for flags that have no meaning together."""
+    for flag in ("--threshold", "--sort", "--out", "--html"):
+        if getattr(args, flag[2:]) and args.export:
+            raise InputError(f"{flag} is for scoring, --export writes a model: leave one of them out")
+    if args.threshold and args.site:
+        raise InputError(f"--threshold replaces the thresholds of --site {args.site}: leave one of them out")
+    if args.threshold and args.keep:
+        raise InputError(
+            "--keep is for a report on the run's own thresholds: leave --threshold out, or write the verdict "
+            "with --summary"
+        )
 
 
 def count_of_notes(count, notes, typicality):
@@ -307,88 +167,76 @@ def advice(verdict, run, site):
 
 def report(scorer, args, counts):
     """Say the verdict on all images together and what to do next, and write it where --summary and --keep ask
-    for it."""
+    for it -> what was said, as lines."""
     run, verdict = scorer.run, scorer.verdict()
     if verdict is None:
-        say_no_verdict(scorer, args.tta)
+        say(line := no_verdict(scorer, args.tta))
         if args.summary or args.keep:
             raise InputError(f"--summary, --keep: {run} has nothing to hold images against")
-        return
-    say(shift.sentence(verdict))
-    if next_step := advice(verdict, run, args.site):
-        say(next_step)
+        return [line]
+    lines = list(filter(None, [shift.sentence(verdict), advice(verdict, run, args.site)]))
+    for line in lines:
+        say(line)
     # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
+    if scorer.by_hand:
+        origin["thresholds_by_hand"] = scorer.by_hand
     summary = {**origin, **counts, **verdict}
     if args.summary:
         write_json(args.summary, summary)
     if args.keep:
         run.save_batch(args.keep, summary)
+    return lines
 
 
-def say_no_verdict(scorer, tta):
-    """Say what an older calibration lacks for a verdict, and how to get it."""
+def no_verdict(scorer, tta):
+    """What an older calibration lacks for a verdict, and how to get it, as text."""
     flags = " --tta" if tta else ""
     lacking = "typicality and a verdict on all images together"
     if scorer.reference is not None:
         lacking = "a verdict on all images together, which needs the true labels of validation"
-    say(
+    return (
         f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
         f"--run {scorer.run}{flags} for {lacking}"
     )
 
 
-def pooled(scorer, rows, table):
-    """What Scorer.rows gives of all files, list of (File, row), with the columns of studies or patients;
-    `table`: of --patients, or None."""
-    names, patients = [file.name for file, _ in rows], [file.patient for file, _ in rows]
-    if table and rows:
-        nothing = np.zeros(len(names), dtype=int)
-        index = read_patients(table, Index(names, nothing, patients, nothing > 0, nothing.astype(str)))
-        patients = [new if known else old for new, known, old in zip(index.patients, index.known, patients)]
-    if scorer.unit == "study" and not scorer.key_stays:
-        say("note: no key in the run's cache folder: the names of studies are of this call only")
-    studies, columns = [file.told["study"] for file, _ in rows], list(scorer.task.score_columns.values())
-    fill_in([row for _, row in rows], patients, studies, scorer.calibration, columns, scorer.decisions)
-    return rows
-
-
 def main():
     args = parse()
-    scorer = Scorer(Run(args.run), pick_device(args.device), args.tta, args.site, args.views)
-    if args.patients and scorer.unit != "patient":
-        raise InputError(f"--patients: the thresholds of {scorer.run} are by {scorer.unit}, not by patient")
-    if scorer.results["synthetic"]:
-        say("note: this run was trained on SYNTHETIC images; its scores mean nothing for patients")
-    if line := scaling.remark(scorer.calibration, scorer.run):
-        say(line)
+    choices = {"tta": args.tta, "site": args.site, "views": args.views, "threshold": args.threshold}
+    scorer = Scorer(args.run, args.device, **choices)
     if args.export:
         return export(scorer, args.export)
-    # A row is printed as soon as it is known: there may be more files than fit into memory. By study or
-    # patient that is after the last file.
-    search, pace, count = Search(), Pace(), 0
-    rows = scorer.rows(find_files(args.paths, search), args.batch_size)
-    if scorer.unit != "image":
-        rows = pooled(scorer, list(rows), args.patients)
-    writer = csv.DictWriter(sys.stdout, scorer.columns, lineterminator="\n")
-    if not args.jsonl:
-        writer.writeheader()
-    for _, row in rows:
-        count += 1
-        if args.jsonl:
-            print(json.dumps(row))
-        else:
-            writer.writerow(row)
-        pace.count(count, "files")
-    if not count:
-        raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
+    column = args.sort and sort_column(scorer, args.sort)
+    # A row is written as soon as it is known: there may be more files than fit into memory. By study or
+    # patient, or sorted, that is after the last file.
+    with opened(args.out) as (stream, not_input):
+        search = Search(not_input)
+        rows = scorer.rows(find_files(args.paths, search), args.batch_size)
+        rows = scorer.finished(rows, args.patients)
+        if args.html:
+            worklist = Worklist(scorer)
+            rows = worklist.watch(rows)
+        if column:
+            rows = most_suspicious_first(rows, scorer, column)
+        triaged = {}
+        count = write_rows(counting(rows, scorer, triaged), scorer, stream, args.jsonl)
+        if not count:
+            raise InputError(f"no image files in {', '.join(args.paths)}: {search.nothing()}")
 
     # What was passed over, what was odd, and the verdict come last, where they are seen.
     search.tell(", ".join(args.paths[:3]))
     reference, unreadable = scorer.reference, scorer.notes["unreadable"]
     typicality = reference is not None and len(reference.distances) >= shift.ODD_NEEDS
-    say(count_of_notes(count, scorer.notes, typicality))
-    report(scorer, args, {"images": count, "unreadable": unreadable})
+    lines = [count_of_notes(count, scorer.notes, typicality)]
+    if triaged:
+        lines.append(triage_text(triaged))
+    for line in lines:
+        say(line)
+    lines = report(scorer, args, {"images": count, "unreadable": unreadable}) + lines
+    if args.html:
+        write_text(args.html, worklist.page(lines))
+        say(f"reading list: {args.html}")
     if unreadable:
         raise InputError(f"{unreadable} of {count} files could not be read; their rows say why")
 

@@ -3,6 +3,7 @@
 In the order to read them:
 
     operating_point.py  thresholds on validation, figures on both sides
+    triage.py           a second threshold, @In: three answers instead of two
     pooling.py          one score for all images of a study or patient
     intervals.py        how sure a figure is
     ensemble.py         several runs as one
@@ -10,6 +11,5 @@ In the order to read them:
     scores.py           scores of runs, one after the other
     shift.py            is a batch like validation?
     shares.py           the same at another share of the sick
-    sequential.py       tests that may be looked at daily
     wording.py          what is said of thresholds, and what calibrate.py prints
 """

@@ -15,6 +15,7 @@ from common.proportions import (
     alike_interval,
     check_level,
     count_of,
+    f1_of_patients,
     fewer_patients,
     no_width,
     proportion_of_patients,
@@ -302,3 +303,57 @@ def mean_of_defined(values):
     defined = np.isfinite(values)
     total = np.where(defined, values, 0).sum(axis=0)
     return np.where(defined.any(axis=0), total / np.maximum(defined.sum(axis=0), 1), np.nan)
+
+
+# ---------------------------------------------------------------- the most probable class
+
+
+def class_figures(labels, decided, classes, patients, rule):
+    """Figures of the most probable class: labels, decisions int [N] -> {"confusion": counts [K][K], rows the
+    truth; "accuracy", "macro_f1": {value, lo, hi} by patient bootstrap; "classes": {name: {n, precision,
+    recall, f1, recall_interval (patient bootstrap)}}}. Where every draw is the same, an interval is that of
+    so many patients. Precision and F1 are 0 where a class is never decided; macro F1 is over the classes that
+    occur."""
+    number = len(classes)
+    cells = np.zeros((len(labels), number * number))
+    cells[np.arange(len(labels)), labels * number + decided] = 1
+    confusion = cells.sum(axis=0).reshape(number, number)
+    drawn = np.concatenate([block @ cells for block in bootstrap_weights(patients, rule.bootstrap)])
+    drawn = drawn.reshape(-1, number, number)
+    right, truth, called = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    found = {"confusion": confusion.astype(int).tolist(), "classes": {}}
+    limits = []  # of the F1 of every class that occurs, by its patients alone
+    for k, name in enumerate(classes):
+        of_class, either = labels == k, (labels == k) | (decided == k)
+        span = None
+        if truth[k]:
+            hits = decided[of_class] == k
+            span = proportion_interval(hits, patients[of_class], rule.bootstrap)
+        f1 = float(2 * right[k] / max(truth[k] + called[k], 1))
+        if either.any():
+            limits.append(f1_of_patients(f1, count_of(patients[either])))
+        found["classes"][name] = {
+            "n": int(truth[k]),
+            "precision": float(right[k] / max(called[k], 1)),
+            "recall": float(right[k] / max(truth[k], 1)),
+            "f1": f1,
+            "recall_interval": span,
+        }
+    accuracy, macro_f1 = float(_accuracy(confusion[None])[0]), float(_macro_f1(confusion[None])[0])
+    by_patients = proportion_of_patients(accuracy, count_of(patients))
+    found["accuracy"] = span_of_draws(accuracy, _accuracy(drawn), by_patients)
+    found["macro_f1"] = span_of_draws(macro_f1, _macro_f1(drawn), np.mean(limits, axis=0))
+    return found
+
+
+def _accuracy(confusion):
+    """Confusion matrices [n, K, K] -> [n]."""
+    return np.trace(confusion, axis1=1, axis2=2) / np.maximum(confusion.sum(axis=(1, 2)), 1)
+
+
+def _macro_f1(confusion):
+    """Confusion matrices [n, K, K] -> [n]: the mean F1 of the classes that occur."""
+    right = np.diagonal(confusion, axis1=1, axis2=2)
+    occurring = confusion.sum(axis=1) + confusion.sum(axis=2)
+    f1 = 2 * right / np.maximum(occurring, 1)
+    return f1.sum(axis=1) / np.maximum((occurring > 0).sum(axis=1), 1)

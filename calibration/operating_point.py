@@ -9,14 +9,15 @@ from scipy.special import softmax
 from calibration.intervals import (
     bootstrap_summary,
     bootstrap_weights,
+    class_figures,
     intervals_of_draws,
     mean_of_defined,
-    proportion_interval,
     span_of_draws,
 )
 from calibration.pooling import BY, PLURAL, POOLS, Units, units_of
-from common.console import InputError
-from common.proportions import count_of, curves_of, f1_of_patients, proportion_of_patients
+from calibration.triage import choose_rule_in, rule_in_points, shares
+from common.console import InputError, progress
+from common.proportions import curves_of
 from common.scaling import SIDES
 from common.task import Task
 from metrics import (
@@ -48,6 +49,7 @@ class Rule:
     prevalence: fraction of sick people for which predictive values are reported, in (0, 1).
     by: whether thresholds and figures are those of an "image", a "study" or a "patient" (pooling.BY).
     pool: how the scores of a study's or patient's images become one, of pooling.POOLS.
+    min_specificity: the specificity that @In must reach on validation, in (0, 1]; None: no @In (triage.py).
 
     InputError: a number out of its range; both temperature and platt; another unit or pool.
     """
@@ -62,6 +64,7 @@ class Rule:
     platt: bool = False
     by: str = "image"
     pool: str = "max"
+    min_specificity: float | None = None
 
     def __post_init__(self):
         if self.temperature and self.platt:
@@ -72,14 +75,22 @@ class Rule:
             )
         if not 0 < self.min_recall <= 1:
             raise InputError(f"min_recall must lie in (0, 1], got {self.min_recall}")
+        if self.min_specificity is not None and not 0 < self.min_specificity <= 1:
+            raise InputError(f"min_specificity must lie in (0, 1], got {self.min_specificity}")
         for name in ("confidence", "prevalence"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
         if not 1 <= self.bootstrap <= 1_000_000:
             raise InputError(f"bootstrap must lie in 1..1,000,000, got {self.bootstrap}")
 
+    @property
+    def promises(self):
+        """How many guarantees a finding gets: of its recall and, with @In, of its specificity."""
+        return 1 if self.min_specificity is None else 2
+
 
 LEAST = 5  # images with and without a finding, of several, that figures of it need on each side (`least_of`)
+LONG = 50_000_000  # draws times images from which on a bootstrap says how far it is
 
 
 class Side(NamedTuple):
@@ -110,6 +121,8 @@ def evaluate(scores, rule, task=None):
     fitted = fit_temperature(scores["val_logits"], scores["val_labels"])
     calibration = {"min_recall": rule.min_recall, "bootstrap": rule.bootstrap}
     calibration |= {"by": rule.by, "pool": rule.pool}
+    if rule.min_specificity is not None:
+        calibration["min_specificity"] = rule.min_specificity
     calibration |= {"temperature": fitted, "temperature_applied": rule.temperature}
     if rule.platt:
         calibration["platt"] = _fit_platt(scores, task)
@@ -178,13 +191,17 @@ def _evaluate_finding(sides, everyone, rule):
     """(What calibration.json says of one finding, {side: its bootstrap draws}), on the sides given;
     `everyone`: {side: patients [N] of all images}, who are drawn."""
     val = sides["val"]
-    thresholds, gap, guarantee = _choose_thresholds(val.truth, val.p1, val.patients, rule)
-    found, draws = {"threshold": thresholds["at_rec"], "gap": gap}, {}
+    thresholds, chosen = _choose_thresholds(val.truth, val.p1, val.patients, rule)
+    guarantee, found, draws = (
+        chosen["guarantee"],
+        {"threshold": chosen["threshold"], "gap": chosen["gap"]},
+        {},
+    )
     for side, s in sides.items():
         found[side], draws[side] = summarize(s, everyone[side], thresholds, rule)
         if guarantee["threshold"] is not None:
             guarantee[side] = {"at_guaranteed": found[side]["at_guaranteed"]}
-    found["guarantee"] = guarantee
+    found |= chosen
     found["curves"] = {side: curves_of(found[side]["at_0.5"]) for side in sides}
     if rule.temperature or rule.platt:
         found["changed"] = _changed(sides, thresholds, rule)
@@ -195,7 +212,21 @@ def _evaluate_finding(sides, everyone, rule):
         }
         for side, s in sides.items()
     }
+    if rule.min_specificity is not None:
+        _add_triage(found, sides, rule)
     return found, draws
+
+
+def _add_triage(found, sides, rule):
+    """Add to what calibration.json says of a finding who gets which answer on the sides given (triage.py)."""
+    rule_in, promised = found["rule_in"], found["rule_in"]["guarantee"]
+    pairs = [(found, (found["threshold"], rule_in["threshold"]))]
+    if None not in (found["guarantee"]["threshold"], promised["threshold"]):
+        pairs.append((promised, (found["guarantee"]["threshold"], promised["threshold"])))
+    for place, pair in pairs:
+        place["triage"] = {}
+        for side, s in sides.items():
+            place["triage"][side] = shares(s.truth, s.p1, s.patients, pair, rule.bootstrap)
 
 
 def _changed(sides, thresholds, rule):
@@ -204,10 +235,13 @@ def _changed(sides, thresholds, rule):
     0.5 does not."""
     val = sides["val"]
     plain = _choose_thresholds(val.truth, val.before, val.patients, rule)[0]
-    return {
-        side: {n: int(((s.before >= plain[n]) != (s.p1 >= thr)).sum()) for n, thr in thresholds.items()}
-        for side, s in sides.items()
-    }
+    changed = {}
+    for side, s in sides.items():
+        changed[side] = {}
+        for name, threshold in thresholds.items():
+            before = s.before >= plain.get(name, np.inf)  # without @In nobody is positive there
+            changed[side][name] = int((before != (s.p1 >= threshold)).sum())
+    return changed
 
 
 def _probability_figures(y, p):
@@ -217,34 +251,39 @@ def _probability_figures(y, p):
 
 
 def _choose_thresholds(y, p, patients, rule):
-    """The operating points, chosen on validation -> ({name: threshold}, gap of @Rec, what is guaranteed).
+    """The operating points, chosen on validation -> ({name: threshold}, {"threshold", "gap": of @Rec;
+    "guarantee": what is guaranteed; "rule_in": see triage.py, if it is asked for}).
 
     Each lies between two validation scores, `gap` logits from the nearest (metrics.lowered_to_midpoint)."""
     chosen, _, _ = choose_threshold_by_min_recall(y, p, rule.min_recall)
     threshold, gap = lowered_to_midpoint(chosen, p)
-    thresholds = {"at_0.5": 0.5, "at_rec": threshold}
     guarantee = {
         "confidence": rule.confidence,
         "threshold": None,
         "positive_patients": len(np.unique(patients[y == 1])),
     }
+    found = {"threshold": threshold, "gap": gap, "guarantee": guarantee}
+    thresholds = {"at_0.5": 0.5, "at_rec": threshold}
     try:
         chosen, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
+        # Lowering a threshold can only raise recall, so the promise holds.
+        thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(chosen, p)
+        guarantee["threshold"] = thresholds["at_guaranteed"]
     except InputError as error:
         if rule.strict:
             raise
         guarantee["why_not"] = str(error)
-        return thresholds, gap, guarantee
-    # Lowering a threshold can only raise recall, so the promise holds.
-    thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(chosen, p)
-    guarantee["threshold"] = thresholds["at_guaranteed"]
-    return thresholds, gap, guarantee
+    if rule.min_specificity is not None:
+        found["rule_in"] = choose_rule_in(y, p, patients, rule)
+        thresholds |= rule_in_points(found["rule_in"])
+    return thresholds, found
 
 
 def summarize(side, everyone, thresholds, rule):
     """({name: figures, intervals and predictive values at that threshold} of a Side, its draws)."""
     y, p, values = side.truth, side.p1, list(thresholds.values())
-    weights = bootstrap_weights(everyone, rule.bootstrap)
+    title = "bootstrap of one side" if rule.bootstrap * len(everyone) > LONG else None
+    weights = progress(bootstrap_weights(everyone, rule.bootstrap), rule.bootstrap, title, "draws", size=len)
     draws = bootstrap_summary(y, p, values, (block[:, side.known] for block in weights))
     intervals, rows = intervals_of_draws(y, p, values, draws, side.patients), {}
     for (name, thr), interval in zip(thresholds.items(), intervals):
@@ -273,10 +312,22 @@ def _too_few(side, name, least, plural="images"):
 
 def shared_out(rule, findings):
     """The Rule of each of so many findings. With `rule.jointly` their guarantees are to hold all at once: by
-    the union bound each is given the confidence 1 - (1 - confidence) / findings."""
+    the union bound each is given the confidence 1 - (1 - confidence) / promises, `rule.promises` a
+    finding."""
     if not rule.jointly:
         return rule
-    return replace(rule, confidence=1 - (1 - rule.confidence) / findings)
+    return replace(rule, confidence=1 - (1 - rule.confidence) / (rule.promises * findings))
+
+
+def joint_promises(rule, findings):
+    """What a calibration says of the promises of so many findings that are to hold all at once; None where
+    each is for itself."""
+    if not rule.jointly:
+        return None
+    joint = {"confidence": rule.confidence, "findings": findings}
+    if rule.promises > 1:
+        joint["promises"] = rule.promises * findings
+    return joint
 
 
 def _evaluate_findings(columns, scores, rule, task, units):
@@ -286,7 +337,8 @@ def _evaluate_findings(columns, scores, rule, task, units):
     the validation images alone. One that is too rare on test has no figures there, and "test_why_not"."""
     least, plural = least_of(task), PLURAL[rule.by]
     if len(columns) == 1:
-        rule = replace(rule, jointly=False)  # there is nothing to share
+        # One promise has nothing to share; those of recall and specificity do.
+        rule = replace(rule, jointly=rule.jointly and rule.promises > 1)
         (only,) = columns.values()
         for side, word in SIDES.items():
             check_both_classes(only[side].truth, f"{word} labels")
@@ -298,7 +350,7 @@ def _evaluate_findings(columns, scores, rule, task, units):
     each = shared_out(rule, len(usable))
     everyone = {side: unit.whose for side, unit in units.items()}
     findings, draws = {}, {}
-    for name, sides in columns.items():
+    for name, sides in progress(columns.items(), len(columns), "figures and intervals", "findings"):
         there = {side: s for side, s in sides.items() if _too_few(s, side, least) is None}
         if why_not[name]:
             findings[name], draws[name] = {"why_not": why_not[name], "curves": {}}, {}
@@ -312,13 +364,12 @@ def _evaluate_findings(columns, scores, rule, task, units):
             raise InputError(f"{name}: {error}") from None
         if "test" not in there:
             findings[name]["test_why_not"] = _too_few(sides["test"], "test", least, plural)
-    joint = {"confidence": rule.confidence, "findings": len(usable)} if rule.jointly else None
     summary = {side: _means(findings, draws, side, task) for side in SIDES}
     if task.one_of_many:
         for side, unit in units.items():
             logits, labels = scores[f"{side}_logits"], np.asarray(scores[f"{side}_labels"])
             summary[side] |= _most_probable(logits, labels, unit, task, rule)
-    return {"findings": findings, "summary": summary, "jointly": joint}
+    return {"findings": findings, "summary": summary, "jointly": joint_promises(rule, len(usable))}
 
 
 def _most_probable(logits, labels, unit, task, rule):
@@ -347,54 +398,3 @@ def _means(findings, draws, side, task):
         drawn = mean_of_defined([draws[name][side][key] for name in names])
         found[key] = span_of_draws(value, drawn, own)
     return found
-
-
-def class_figures(labels, decided, classes, patients, rule):
-    """Figures of the most probable class: labels, decisions int [N] -> {"confusion": counts [K][K], rows the
-    truth; "accuracy", "macro_f1": {value, lo, hi} by patient bootstrap; "classes": {name: {n, precision,
-    recall, f1, recall_interval (patient bootstrap)}}}. Where every draw is the same, an interval is that of
-    so many patients. Precision and F1 are 0 where a class is never decided; macro F1 is over the classes that
-    occur."""
-    number = len(classes)
-    cells = np.zeros((len(labels), number * number))
-    cells[np.arange(len(labels)), labels * number + decided] = 1
-    confusion = cells.sum(axis=0).reshape(number, number)
-    drawn = np.concatenate([block @ cells for block in bootstrap_weights(patients, rule.bootstrap)])
-    drawn = drawn.reshape(-1, number, number)
-    right, truth, called = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    found = {"confusion": confusion.astype(int).tolist(), "classes": {}}
-    limits = []  # of the F1 of every class that occurs, by its patients alone
-    for k, name in enumerate(classes):
-        of_class, either = labels == k, (labels == k) | (decided == k)
-        span = None
-        if truth[k]:
-            hits = decided[of_class] == k
-            span = proportion_interval(hits, patients[of_class], rule.bootstrap)
-        f1 = float(2 * right[k] / max(truth[k] + called[k], 1))
-        if either.any():
-            limits.append(f1_of_patients(f1, count_of(patients[either])))
-        found["classes"][name] = {
-            "n": int(truth[k]),
-            "precision": float(right[k] / max(called[k], 1)),
-            "recall": float(right[k] / max(truth[k], 1)),
-            "f1": f1,
-            "recall_interval": span,
-        }
-    accuracy, macro_f1 = float(_accuracy(confusion[None])[0]), float(_macro_f1(confusion[None])[0])
-    by_patients = proportion_of_patients(accuracy, count_of(patients))
-    found["accuracy"] = span_of_draws(accuracy, _accuracy(drawn), by_patients)
-    found["macro_f1"] = span_of_draws(macro_f1, _macro_f1(drawn), np.mean(limits, axis=0))
-    return found
-
-
-def _accuracy(confusion):
-    """Confusion matrices [n, K, K] -> [n]."""
-    return np.trace(confusion, axis1=1, axis2=2) / np.maximum(confusion.sum(axis=(1, 2)), 1)
-
-
-def _macro_f1(confusion):
-    """Confusion matrices [n, K, K] -> [n]: the mean F1 of the classes that occur."""
-    right = np.diagonal(confusion, axis1=1, axis2=2)
-    occurring = confusion.sum(axis=1) + confusion.sum(axis=2)
-    f1 = 2 * right / np.maximum(occurring, 1)
-    return f1.sum(axis=1) / np.maximum((occurring > 0).sum(axis=1), 1)

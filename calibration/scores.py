@@ -149,7 +149,7 @@ def kept_scores(run, name, key):
     """The scores that a run has, if they have this key; else None. What was saved of patients and exposures
     is left out: it is taken from the images as they are now."""
     try:
-        kept = run.scores(name)
+        kept = run.saved_scores(name)
         if "key" in kept and str(kept["key"]) == key:
             derived = [name for name in kept if name.endswith("_p1") or "_cohort_" in name]
             return {name: array for name, array in kept.items() if name not in derived}

@@ -16,10 +16,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibration.operating_point import LEAST, Side, shared_out, summarize
+from calibration.operating_point import LEAST, Side, joint_promises, shared_out, summarize
 from calibration.pooling import PLURAL, grouped, of_calibration, remark, unit_of
 from calibration.scores import each_run
-from calibration.wording import chance_text, concerns
+from calibration.triage import choose_rule_in, rule_in_points, shares
+from calibration.wording import chance_text, concerns, rule_in_concerns, site_rule_in_lines
 from cohort.groups import console_lines
 from cohort.who import Asked, check_columns, of_units
 from common import scaling
@@ -41,6 +42,8 @@ from training.evaluate import predict
 SHOWN = ("recall", "specificity")
 POINTS = {"threshold": "@Rec", "mean": "@Mean", "guaranteed": "@Guar"}  # names in a site's JSON
 ROWS = {"at_rec": "threshold", "at_mean": "mean", "at_guaranteed": "guaranteed"}  # of `held_out`: POINTS
+MARKS = {row: POINTS[point] for row, point in ROWS.items()}
+MARKS |= {"at_in": "@In", "at_in_guaranteed": "@InGuar", "at_shipped": "as shipped"}
 
 
 def needed_on_average(floor):
@@ -96,8 +99,9 @@ def choose(y, p, patients, rule):
     {"positives", "negatives": images; "positive_patients", "negative_patients"; "needed": of the former for
     @Guar; "threshold": @Rec; "mean", "guaranteed": thresholds or None; "gaps": {name: how far each of these
     lies from the nearest score, in logits}; "specificities": {name: on these images}; "concerns": {name: what
-    is bad about it on these images}; "instead": what so few can promise, where @Guar cannot be given}, or
-    {"why_not": text, ...} where there are too few images for any threshold.
+    is bad about it on these images}; "instead": what so few can promise, where @Guar cannot be given; where
+    the rule asks for @In, "rule_in" as in triage.py, and "triage": {"site": who gets which answer on these
+    images}}, or {"why_not": text, ...} where there are too few images for any threshold.
 
     Each threshold lies between two scores of these images (metrics.lowered_to_midpoint)."""
     chosen = {
@@ -133,7 +137,16 @@ def choose(y, p, patients, rule):
         # @Mean may miss more of these images than the floor allows: it promises an average.
         floor = rule.min_recall if name == "threshold" else 0
         chosen["concerns"][name] = concerns(row, floor)
+    if rule.min_specificity is not None:
+        add_rule_in(chosen, y, p, patients, rule)
     return chosen
+
+
+def add_rule_in(chosen, y, p, patients, rule):
+    """Add @In and who gets which answer to what `choose` gives."""
+    rule_in = choose_rule_in(y, p, patients, rule)
+    pair = chosen["threshold"], rule_in["threshold"]
+    chosen |= {"rule_in": rule_in, "triage": {"site": shares(y, p, patients, pair, rule.bootstrap)}}
 
 
 def halves(patients, y, seed=0):
@@ -181,6 +194,8 @@ def held_out(y, p, patients, shipped, rule):
     if "why_not" in chosen or not has_enough(y[there]):
         return None
     thresholds = {row: chosen[point] for row, point in ROWS.items() if chosen[point] is not None}
+    if "rule_in" in chosen:
+        thresholds |= rule_in_points(chosen["rule_in"])
     if shipped is not None:
         thresholds["at_shipped"] = shipped
     # Local thresholds apply to the scores as they are, so "before" and "after" scaling are the same here.
@@ -198,9 +213,9 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
     alone = len(shipped) == 1
     # Joint floors share the confidence among the findings that can have a threshold at all.
     usable = sum(has_enough(column) for column in truth.T)
-    each, joint = shared_out(rule, max(1, usable)), None
-    if rule.jointly and not alone:
-        joint = {"confidence": rule.confidence, "findings": usable}
+    if alone and rule.promises == 1:
+        rule = replace(rule, jointly=False)  # there is nothing to share
+    each, joint = shared_out(rule, max(1, usable)), joint_promises(rule, usable)
     if joint and usable:
         print(joint_line(f"{run} at {name}", joint, each), flush=True)
 
@@ -216,7 +231,7 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
         print("\n".join(lines(f"{run} at {name}", finding, chosen, each, alone)), flush=True)
         if report and "why_not" not in chosen:
             chosen["held_out"] = held_out(y, p, whose, usual, each)
-            print("\n".join(held_out_lines(chosen["held_out"], rule.min_recall)), flush=True)
+            print("\n".join(held_out_lines(chosen["held_out"], each)), flush=True)
     if all("why_not" in chosen for chosen in findings.values()):
         raise InputError(f"{name}: too few labelled images for a threshold, see above: nothing was kept")
     for line in advice(findings, rule):
@@ -225,6 +240,8 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
     kept = dict(site=name, checkpoint=run.checkpoint_sha256, images=len(patients), shipped=shipped)
     kept |= dict(min_recall=rule.min_recall, confidence=rule.confidence, command=command_line())
     kept["jointly"] = joint
+    if rule.min_specificity is not None:
+        kept["min_specificity"] = rule.min_specificity
     calibration_name = scaling.calibration_name(tta)
     kept["scores"] = scaling.basis(run.calibration(calibration_name), run)
     run.save_site(name, {**kept, "findings": findings}, calibration_name)
@@ -264,8 +281,8 @@ def calibrate(args, rule, device, tta):
         promise(run, args.name, patients, scored_images, unit_rule, tta=tta, report=args.report)
 
 
-def held_out_lines(figures, floor):
-    """What `held_out` gives, as lines of text, with warnings where figures are bad."""
+def held_out_lines(figures, rule):
+    """What `held_out` gives by a Rule, as lines of text, with warnings where figures are bad."""
     if figures is None:
         return ["  too few images to hold out half of the patients"]
     out = [
@@ -274,15 +291,18 @@ def held_out_lines(figures, floor):
     ]
     for point, row in figures["points"].items():
         spans = ["{:.3f} [{:.3f}, {:.3f}]".format(row[k], *reported_interval(row, k)) for k in SHOWN]
-        mark = POINTS[ROWS[point]] if point in ROWS else "as shipped"
+        mark, bad = MARKS[point], concerns(row, rule.min_recall)
+        if point in ("at_in", "at_in_guaranteed"):
+            bad = rule_in_concerns(row, rule.min_specificity)
         out.append(f"    {mark:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
-        out += [f"      warning: {text}" for text in concerns(row, floor)]
+        out += [f"      warning: {text}" for text in bad]
     return out
 
 
 def joint_line(name, joint, each):
     """What --jointly asks of every finding, as text; `each`: the Rule of one finding."""
-    text = f"{name}: the floors of {joint['findings']} findings hold at once with confidence "
+    what = "recall and specificity of " if "promises" in joint else ""
+    text = f"{name}: the floors of {what}{joint['findings']} findings hold at once with confidence "
     text += f"{joint['confidence']:g}: by the union bound each alone with {each.confidence:.6g}"
     if each.min_recall < 1:
         text += (
@@ -300,7 +320,7 @@ def advice(findings, rule):
     # The rarest finding limits all; joint floors share the confidence (shared_out).
     fewest, sharing = min(chosen["positive_patients"] for chosen in decided), 1
     if rule.jointly:
-        sharing = len(decided)
+        sharing = rule.promises * len(decided)
 
     def all_get_it(confidence):
         return can_guarantee(fewest, rule.min_recall, 1 - (1 - confidence) / sharing)
@@ -342,7 +362,7 @@ def lines(name, finding, chosen, rule, alone=True):
             out.append(f"  no @Mean: needs {needed_on_average(floor)} patients with {finding}")
     if "instead" in chosen:
         out.append(instead_line(finding, chosen, rule, alone))
-    return out
+    return out + site_rule_in_lines(chosen, rule)
 
 
 def instead_line(finding, chosen, rule, alone):

@@ -8,6 +8,7 @@ from calibration.pooling import plural_of, title_of
 from common import scaling
 from common.proportions import reported_interval
 from common.scaling import POINTS, SIDES
+from common.task import ANSWERS
 from metrics import chance_below_floor, temperature_limit
 
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
@@ -25,6 +26,17 @@ def concerns(row, floor):
         who = "everybody" if row["fn"] == 0 else "every healthy image"
         found.append(f"calls {who} sick: specificity 0")
     return found
+
+
+def rule_in_concerns(row, floor):
+    """The same of a `row` at @In or @InGuar, whose specificity floor is `floor`: few of the sick found is no
+    concern, because the others are read."""
+    if row["tp"] + row["fp"] == 0:
+        return ["calls nobody positive"]
+    specificity = row["tn"] / (row["tn"] + row["fp"])
+    if specificity < floor:
+        return [f"specificity {shown_below(specificity, floor)} is below the floor of {floor:g}"]
+    return []
 
 
 def chance_text(images, patients, floor):
@@ -57,18 +69,68 @@ def shared_text(calibration):
     ]
     granted = [g for g in guarantees.values() if g["threshold"] is not None]
     if joint:
-        lines.append(
-            f"  @Guar: the floors of {joint['findings']} findings hold at once with confidence "
-            f"{joint['confidence']:g}: by the union bound each alone with "
-            f"{1 - (1 - joint['confidence']) / joint['findings']:.4f}"
-        )
+        lines.append(joint_text(joint))
     elif granted:
         alone = ", each finding alone" if len(calibration["findings"]) > 1 else ""
         lines.append(f"  @Guar: true recall >= {floor:g} with confidence {granted[0]['confidence']:g}{alone}")
     for name, guarantee in guarantees.items():
         if guarantee["threshold"] is None:
             lines.append(f"  no @Guar of {name}: {guarantee['why_not']}")
-    return "\n".join(lines)
+    return "\n".join(lines + rule_in_lines(calibration))
+
+
+def joint_text(joint):
+    """What "jointly" of a calibration says, as a line."""
+    promises = joint.get("promises", joint["findings"])
+    what = f"the floors of {joint['findings']} findings"
+    if "promises" in joint:
+        what = f"@InGuar too: the {promises} floors of recall and specificity"
+    return (
+        f"  @Guar: {what} hold at once with confidence {joint['confidence']:g}: by the union bound each "
+        f"alone with {1 - (1 - joint['confidence']) / promises:.4f}"
+    )
+
+
+def rule_in_lines(calibration):
+    """What @In and @InGuar promise, and where they are missing, as lines; none where they were not asked
+    for."""
+    rules_in = {n: f["rule_in"] for n, f in calibration["findings"].items() if "rule_in" in f}
+    if not rules_in:
+        return []
+    floor = calibration["min_specificity"]
+    lines = [
+        f"  @In: specificity >= {floor:g} there, and the highest recall; below @Rec negative, from @In on "
+        "positive, between them unsure"
+    ]
+    granted = [r["guarantee"] for r in rules_in.values() if r["guarantee"]["threshold"] is not None]
+    if granted:
+        lines.append(
+            f"  @InGuar: true specificity >= {floor:g} with confidence {granted[0]['confidence']:.4g}"
+            f"{both_at_once(calibration)}"
+        )
+    # A reason that several findings share is said once.
+    reasons = {}
+    for name, rule_in in rules_in.items():
+        for point, place in (("@In", rule_in), ("@InGuar", rule_in["guarantee"])):
+            if place["threshold"] is None:
+                reasons.setdefault((point, place["why_not"]), []).append(name)
+    for (point, why_not), names in reasons.items():
+        lines.append(f"  no {point} of {', '.join(names)}: {why_not}")
+    return lines
+
+
+def both_at_once(calibration):
+    """With which confidence a finding's guarantees of recall and of specificity hold both, as text; "" where
+    no finding has both, or where --jointly has said it."""
+    for of_finding in calibration["findings"].values():
+        pair = of_finding.get("guarantee"), of_finding.get("rule_in", {}).get("guarantee")
+        if None in pair or calibration["jointly"] or any(g["threshold"] is None for g in pair):
+            continue
+        confidence = sum(g["confidence"] for g in pair) - 1  # the union bound
+        if confidence > 0:
+            return f"; the floors of recall and specificity hold both with at least {confidence:.4g}"
+        return "; at this confidence nothing follows for the floors of recall and specificity together"
+    return ""
 
 
 def new_patients(findings, floor):
@@ -98,21 +160,87 @@ def positives_text(found, plural="images"):
 
 def threshold_text(found):
     """The thresholds of one finding, and how far each lies from the nearest validation score."""
-    guarantee = found["guarantee"]
     text = f"@Rec {found['threshold']:.4f} ({found['gap']:.2g} logits from the nearest validation score)"
-    if guarantee["threshold"] is None:
-        return text
-    return f"{text}, @Guar {guarantee['threshold']:.4f} ({guarantee['gap']:.2g})"
+    others = [("@Guar", found["guarantee"])]
+    if "rule_in" in found:
+        others += [("@In", found["rule_in"]), ("@InGuar", found["rule_in"]["guarantee"])]
+    for mark, chosen in others:
+        if chosen["threshold"] is not None:
+            text += f", {mark} {chosen['threshold']:.4f} ({chosen['gap']:.2g})"
+    return text
+
+
+def triage_lines(found):
+    """Who gets which answer of one finding of a calibration or a site, as lines; none without @In."""
+    if "rule_in" not in found:
+        return []
+    lines, guarantee = [], found["rule_in"]["guarantee"]
+    if nobody_is_unsure(found["threshold"], found["rule_in"]["threshold"]):
+        lines.append("  nobody is unsure: @In is not above @Rec, which decides alone and keeps both floors")
+    for mark, triage in (("@Rec to @In", found["triage"]), ("@Guar to @InGuar", guarantee.get("triage", {}))):
+        for side, groups in triage.items():
+            lines.append(f"  {SIDES.get(side, side):10} {mark}: {'; '.join(map(group_text, groups.items()))}")
+    return lines
+
+
+def site_rule_in_lines(chosen, rule):
+    """What @In and @InGuar of site.choose promise, or why they are missing, and who gets which answer, as
+    lines; none where they were not asked for."""
+    if "rule_in" not in chosen:
+        return []
+    floor, rule_in, out = rule.min_specificity, chosen["rule_in"], []
+    promises = {
+        "@In": (rule_in, f"specificity >= {floor:g} on these, and the highest recall"),
+        "@InGuar": (rule_in["guarantee"], f"true specificity >= {floor:g} with confidence "),
+    }
+    for mark, (place, promise_of) in promises.items():
+        if place["threshold"] is None:
+            out.append(f"  no {mark}: {place['why_not']}")
+            continue
+        if mark == "@InGuar":
+            promise_of += f"{rule.confidence:.6g}, while patients stay like these"
+        gap = f"{place['gap']:.2g} logits from the nearest score"
+        out.append(f"  {mark:5} {place['threshold']:.4f}: {promise_of} ({gap})")
+    return out + triage_lines(chosen)
+
+
+def nobody_is_unsure(at_rec, at_in):
+    """Whether @In is there, but not above @Rec."""
+    return at_in is not None and at_in <= at_rec
+
+
+def group_text(group):
+    """(name, shares) of a group of triage.shares -> "sick 2.1% negative, 30.0% unsure, 67.9% positive"."""
+    name, shares = group
+    return f"{name} " + ", ".join(f"{100 * shares[word]['value']:.1f}% {word}" for word in ANSWERS)
 
 
 def warnings(found, floor):
-    """What is bad about the figures @Rec and @Guar of one finding of a calibration, as a list of texts."""
+    """What is bad about the figures @Rec, @Guar, @In and @InGuar of one finding of a calibration, as a list
+    of texts."""
     texts = []
     for side, word in SIDES.items():
         for point in ("at_rec", "at_guaranteed"):
             row = found.get(side, {}).get(point)
             if row:
                 texts += [f"{word} {POINTS[point]}: {text}" for text in concerns(row, floor)]
+        texts += [f"{word} {text}" for text in rule_in_warnings(found, side)]
+    return texts
+
+
+def rule_in_warnings(found, side):
+    """What is bad about the specificity of "positive" on a side, as a list of texts; none without @In. Where
+    nobody is unsure, it is that of @Rec."""
+    if "rule_in" not in found:
+        return []
+    rule_in, texts = found["rule_in"], []
+    deciding = "at_in"
+    if nobody_is_unsure(found["threshold"], rule_in["threshold"]):
+        deciding = "at_rec"
+    for point, mark in ((deciding, POINTS[deciding]), ("at_in_guaranteed", "@InGuar")):
+        row = found.get(side, {}).get(point)
+        if row:
+            texts += [f"{mark}: {text}" for text in rule_in_concerns(row, rule_in["min_specificity"])]
     return texts
 
 
@@ -160,6 +288,8 @@ def show_finding(name, found, calibration):
             print(f"  {word:10} {mark:5}{figures}   {'  '.join(spans)}")
     if "test_why_not" in found:
         print(f"  no figures on test: {found['test_why_not']}")
+    for line in triage_lines(found):
+        print(line)
     for text in warnings(found, calibration["min_recall"]):
         print(f"  warning: {text}")
     if alone:

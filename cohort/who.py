@@ -155,6 +155,11 @@ def _label(low, high):
 # ---------------------------------------------------------------- groups
 
 
+def label_of(name, value, bands):
+    """The group of one known value of an attribute, as text: of an age its band, else the value itself."""
+    return str(_labels(name, np.array([value]), bands)[0][0])
+
+
 def groups_of(cohort, patients, asked):
     """The groups of a side -> (list of Groups, notes: list of text on who is in none).
 

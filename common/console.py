@@ -49,12 +49,20 @@ class Pace:
     def __init__(self, every=30):
         self.every, self.begin, self.last = every, time.monotonic(), time.monotonic()
 
-    def step(self, done, total, text):
-        """`done` of `total` units are done; `text` says what of."""
+    def rest(self, done, total):
+        """The seconds that remain, `done` of `total` units being done."""
+        return (total - done) * (time.monotonic() - self.begin) / done
+
+    def step(self, done, total, text, left=None):
+        """`done` of `total` units are done; `text` says what of; `left`: see `progress`."""
         now = time.monotonic()
         if now - self.last > self.every and done:
             self.last = now
-            say(f"{text}: {(total - done) * (now - self.begin) / done / 60:.1f} min left")
+            rest = self.rest(done, total)
+            remains = f"{in_minutes(rest)} left"
+            if left is not None:
+                remains = left(rest)
+            say(f"{text}: {remains}")
 
     def count(self, done, what):
         """The same where the total is not known."""
@@ -64,14 +72,87 @@ class Pace:
             say(f"{done} {what}, {done / (now - self.begin):.1f} a second")
 
 
-def progress(items, total, title, unit="steps", *, size=None, begin=0, status=None):
+def in_minutes(seconds):
+    """A time as text: "2.3 min", "12 min", "1 h 40 min"."""
+    minutes = seconds / 60
+    if minutes < 10:
+        return f"{minutes:.1f} min"
+    minutes = round(minutes)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class TimeLeft:
+    """What remains of a training: `total` steps, an epoch of `steps` each followed by validation, and the
+    same again for the seeds that follow. Times are those measured in this process, in seconds.
+
+    `seeds`: how many the command trains, `following` of them after this one; `before`: what each takes before
+    its epochs; `may_end`: whether training may end early."""
+
+    def __init__(self, steps, total, seeds=1, following=0, before=0.0, may_end=False):
+        self.steps, self.total, self.seeds, self.following = steps, total, seeds, following
+        self.before, self.may_end = before, may_end
+        self.last = time.monotonic()
+        self.begin_stage(None)
+
+    def begin_stage(self, until):
+        """Measure anew: the steps that come take another time. `until`: the epoch with which that ends again,
+        so that nothing is known of what follows; None if it does not end before the training."""
+        self.until, self.done, self.step_seconds, self.ends, self.end_seconds = until, 0, 0.0, 0, 0.0
+
+    def begin(self):
+        """The steps of an epoch begin now."""
+        self.last = time.monotonic()
+
+    def end_step(self):
+        """A step is over."""
+        self.done += 1
+        self.step_seconds += self._passed()
+
+    def end_epoch(self):
+        """What comes after the last step of an epoch is over: validation, and what was written."""
+        self.ends += 1
+        self.end_seconds += self._passed()
+
+    def _passed(self):
+        """The seconds since the last of these three."""
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        return passed
+
+    def text(self, rest, epoch):
+        """What remains, as text: `rest` seconds of the steps of an `epoch`, counted from 0, and all that
+        comes after them."""
+        end = self.total
+        if self.until is not None:
+            end = min(end, self.until * self.steps)
+        # Each kind of work that remains, times what it took so far.
+        later = end - min(end, (epoch + 1) * self.steps)
+        ends = -(-end // self.steps) - epoch  # rounded up
+        a_step = self.step_seconds / max(self.done, 1)
+        an_end = self.end_seconds / max(self.ends, 1)
+        seconds = rest + later * a_step + ends * an_end
+        text = f"{in_minutes(seconds)} left"
+        if self.may_end:
+            text = f"at most {text}"
+        if self.until is not None:
+            text += " of this stage"
+        elif self.following:
+            one = self.before + end * a_step + -(-end // self.steps) * an_end
+            text += f", {in_minutes(seconds + self.following * one)} for all {self.seeds} seeds"
+        if not self.ends:
+            text += ", without validation"
+        return text
+
+
+def progress(items, total, title, unit="steps", *, size=None, begin=0, status=None, left=None):
     """Pass `items` on and say how far the work on them is: by a bar on a terminal, else by a line every half
-    minute on what remains. Under torchrun only the first process says it.
+    minute on what remains; of a single unit nothing. Under torchrun only the first process says it.
 
     `total`: how many `unit` there are in all, `begin` of them done before; `size`: a function item -> how
     many it is (default: 1); `title`: what is done, None: nothing is said; `status`: a function without
-    arguments -> a few words on the last item."""
-    if title is None or sys.stderr is None or os.environ.get("RANK", "0") != "0":
+    arguments -> a few words on the last item; `left`: a function of the seconds that remain of these items
+    -> what remains of the whole, as text, where they are a part of something longer."""
+    if title is None or total == 1 or sys.stderr is None or os.environ.get("RANK", "0") != "0":
         yield from items
         return
     bar = None
@@ -87,8 +168,10 @@ def progress(items, total, title, unit="steps", *, size=None, begin=0, status=No
             done += step
             words = "" if status is None else f", {status()}"
             if bar is None:
-                pace.step(done - begin, total - begin, f"{title}: {done} of {total} {unit}{words}")
+                pace.step(done - begin, total - begin, f"{title}: {done} of {total} {unit}{words}", left)
             else:
+                if left is not None:
+                    words += f", {left(pace.rest(done - begin, total - begin))}"
                 bar.set_postfix_str(words.removeprefix(", "), refresh=False)
                 bar.update(step)
     finally:

@@ -11,7 +11,7 @@ import numpy as np
 from common.console import InputError, say
 
 PLATT, TEMPERATURE = "Platt scaling", "temperature"
-POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar"}
+POINTS = {"at_0.5": "@0.5", "at_rec": "@Rec", "at_guaranteed": "@Guar", "at_in": "@In"}
 SIDES = {"val": "validation", "test": "test"}
 SCALING = "scaling (--temperature)"
 UNBALANCED = ("none", None)  # values of --balance that leave the prevalence of training as it is

@@ -18,6 +18,7 @@ CLASSES = ("NORMAL", "PNEUMONIA")
 HEALTHY = ("normal", "healthy", "no finding", "no findings")  # in any case, with "_" or "-" for a space
 DEVICES = ("support devices", "support device", "medical devices", "medical device", "devices", "device")
 ANY_DISEASE, ANY_FINDING = "any disease", "any finding"
+ANSWERS = ("negative", "unsure", "positive")  # of the triage: below @Rec, between, from @In on
 
 
 def is_healthy(name):
@@ -63,11 +64,50 @@ class Decision(NamedTuple):
     threshold: float | None
     words: tuple
 
+    @property
+    def threshold_column(self):
+        """The name of a column that holds the threshold."""
+        return "threshold" + self.column.removeprefix("decision")
+
     def answer(self, scores):
         """Scores [F] of one image -> one of `words`, None without a threshold."""
         if self.threshold is None:
             return None
         return self.words[int(scores[self.k] >= self.threshold)]
+
+
+def effective_rule_in(at_rec, at_in):
+    """From which score on the triage answers "positive": @In, or @Rec where that is not below it; then nobody
+    is unsure. None without @In: nobody is positive."""
+    return None if at_in is None else max(at_rec, at_in)
+
+
+class Triage(NamedTuple):
+    """One of ANSWERS for each image (calibration/triage.py), beside the Decisions of predict.py.
+
+    `column`, `point`, `finding`, `k`: as of a Decision; `at_rec`: the threshold @Rec, None where there is
+    none; `threshold`: that of "positive" (`effective_rule_in`), None where nobody is called so."""
+
+    column: str
+    point: str
+    finding: str
+    k: int
+    at_rec: float | None
+    threshold: float | None
+
+    @property
+    def threshold_column(self):
+        """The name of a column that holds the threshold."""
+        return f"threshold{self.point}" + self.column.removeprefix("triage")
+
+    def answer(self, scores):
+        """Scores [F] of one image -> one of ANSWERS, None without a threshold @Rec."""
+        if self.at_rec is None:
+            return None
+        score = scores[self.k]
+        if self.threshold is not None and score >= self.threshold:
+            return ANSWERS[2]
+        return ANSWERS[int(score >= self.at_rec)]
 
 
 @dataclass(frozen=True)
@@ -161,6 +201,20 @@ class Task:
         if guaranteed is not None:
             points["@Guar"] = guaranteed
         return [Decision(f"decision{point}", point, name, 0, at, words) for point, at in points.items()]
+
+    def triage(self, findings):
+        """What predict.py answers besides `decisions`: list of Triage, empty where no finding has a
+        "rule_in". `findings`: {name: what a calibration or a site says of it}."""
+        if not any("rule_in" in of_finding for of_finding in findings.values()):
+            return []
+        found = []
+        for k, (name, word) in enumerate(zip(self.findings, self.column_words)):
+            column = "triage" if self.alone else f"triage_{word}"
+            at_rec, at_in = findings[name].get("threshold"), None
+            if "rule_in" in findings[name]:
+                at_in = effective_rule_in(at_rec, findings[name]["rule_in"]["threshold"])
+            found.append(Triage(column, "@In", name, k, at_rec, at_in))
+        return found
 
     def by_finding(self, values):
         """{finding: value} as files for other programs hold it: the value itself of an only finding."""

@@ -91,7 +91,7 @@ class Search:
     """A search of folders for image files, which counts what it passes over.
 
     `by_content`: {extension: images that their name does not tell}; `passed`: {reason: files or folders}.
-    Both grow as `walk` advances. `used`: paths of files that are read for something else, a table say."""
+    Both grow as `walk` advances. `used`: paths of files that are no input of the search, a table say."""
 
     def __init__(self, used=()):
         self.by_content, self.passed = Counter(), Counter()
@@ -151,6 +151,8 @@ class Search:
         name = entry.name
         if is_debris(name):
             return False
+        if self.used and os.path.realpath(entry.path) in self.used:
+            return False
         if name.startswith("."):
             self.passed["hidden"] += 1
             return False
@@ -164,8 +166,6 @@ class Search:
             return False
         if known:
             return True
-        if self.used and os.path.realpath(entry.path) in self.used:
-            return False
         try:
             with open(entry.path, "rb") as file:
                 head = file.read(HEAD)

@@ -10,9 +10,10 @@ import numpy as np
 
 from common.console import printable
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555")
+# Colours that the colour-blind tell apart (Okabe and Ito 2008), the palest last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+GREY = "#999999"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-FILLS = ("full", "left", "bottom", "right", "top")
 
 
 def label(text, width=80):
@@ -35,8 +36,8 @@ def panels(count, width, height, columns=2, names=()):
 
 
 def line_style(i):
-    """25 different styles of lines."""
-    return {"color": COLOURS[i % 5], "linestyle": DASHES[(i + i // 5) % 5]}
+    """The style of line i: eight colours, each with five kinds of dashes."""
+    return {"color": COLOURS[i % 8], "linestyle": DASHES[(i + i // 8) % 5]}
 
 
 def finish(figure, axes, legend=True):
@@ -54,10 +55,11 @@ def _has_further_terms(results):
     return bool(recipe.get("seg_weight") or recipe.get("attention_weight") or "teacher" in results)
 
 
-def draw_training(entries):
+def draw_training(entries, styles=None):
     """Loss and AUROC (or accuracy, if that was watched) per epoch, training beside validation; a dot marks
     the epoch that was kept. Runs that did not record a figure have no line for it. What a hybrid or a teacher
-    adds to the loss is in that of training alone."""
+    adds to the loss is in that of training alone. `styles`: how to draw each (default: `line_style`)."""
+    styles = styles or [line_style(i) for i in range(len(entries))]
     names = [label(e.name, 110) for e in entries]
     accuracy = all(e.results["recipe"].get("watch") == "accuracy" for e in entries)
     figure_name, word = ("accuracy", "accuracy") if accuracy else ("auroc", "AUROC")
@@ -67,13 +69,13 @@ def draw_training(entries):
     keys = {"train_loss": training_loss, "val_loss": "validation loss"}
     keys |= {f"train_{figure_name}": f"training {word}", f"val_{figure_name}": f"validation {word}"}
     figure, axes = panels(4, 4.6, 3.2, names=names)
-    for i, (e, name) in enumerate(zip(entries, names)):
+    for e, name, style in zip(entries, names, styles):
         history, best = e.results["history"], e.results["best_epoch"]
         for ax, key in zip(axes, keys):
             values = [np.nan if epoch.get(key) is None else epoch[key] for epoch in history]
-            ax.plot(range(1, len(history) + 1), values, label=name, **line_style(i))
+            ax.plot(range(1, len(history) + 1), values, label=name, **style)
             if best:
-                ax.plot(best, values[best - 1], "o", color=line_style(i)["color"])
+                ax.plot(best, values[best - 1], "o", color=style["color"])
     for ax, word in zip(axes, keys.values()):
         unit = " (nats)" if "loss" in word else ""
         ax.set(xlabel="epoch", ylabel=word + unit, title=f"{word[0].upper()}{word[1:]}; dot: epoch kept")

@@ -221,7 +221,7 @@ def counted(scorer, session, batch=32):
     name = scaling.calibration_name(scorer.calibration.get("tta"))
     precision = scaling.precision_of(scorer.calibration, scorer.run.results)[0]
     try:
-        kept, val = scorer.run.scores(name), load_split(scorer.run, "val")
+        kept, val = scorer.run.saved_scores(name), load_split(scorer.run, "val")
         if kept["val_files"].tolist() != list(val.files):
             raise InputError("the kept scores are of other images: run calibrate.py again")
     except (InputError, OSError) as error:

@@ -22,16 +22,17 @@ def write_predictions(path, task, calibration, scores, p1, units=None):
     those of studies or patients: {side: (truth [N, F], scores [N, F]) of the study of each image}.
 
     Columns: FIRST, then of each finding truth (1, 0, or empty where unknown), score and decision@Rec, in the
-    words of predict.py. Of several findings the columns are called truth_WORD and so on. With `units` there
-    are also study_truth and study_score (or patient_...), and study_decision@Rec in place of decision@Rec.
-    What is not known is empty. Numbers have six digits. Text that a spreadsheet would take for a formula
-    begins with an apostrophe."""
+    words of predict.py, and triage where the calibration has @In. Of several findings the columns are called
+    truth_WORD and so on. With `units` there are also study_truth and study_score (or patient_...), and
+    study_decision@Rec and study_triage in place of the image's. What is not known is empty. Numbers have six
+    digits. Text that a spreadsheet would take for a formula begins with an apostrophe."""
     unit = "" if units is None else f"{calibration['by']}_"
     thresholds = {name: found.get("threshold") for name, found in calibration["findings"].items()}
     decisions = [decision for decision in task.decisions(thresholds) if decision.point == "@Rec"]
+    triage = task.triage(calibration["findings"])
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*FIRST, *_finding_columns(task, decisions, unit)])
+        writer.writerow([*FIRST, *_finding_columns(task, decisions, triage, unit)])
         for side in SIDES:
             # Truth and scores come in pairs: the image's, then those of its study or patient.
             truth = task.truth(scores[f"{side}_labels"])
@@ -43,19 +44,22 @@ def write_predictions(path, task, calibration, scores, p1, units=None):
                 for k, decision in enumerate(decisions):
                     for values, probabilities in pairs:
                         row += [_truth(values[i, k]), _number(probabilities[i, k])]
-                    row.append(decision.answer(probabilities[i]))  # those of the study, if there are any
+                    # Decided by the scores of the study, if there are any.
+                    row.append(decision.answer(probabilities[i]))
+                    row += [answers.answer(probabilities[i]) for answers in triage[k : k + 1]]
                 writer.writerow(row)
 
 
-def _finding_columns(task, decisions, unit):
+def _finding_columns(task, decisions, triage, unit):
     """The names of the columns of all findings, one finding after the other."""
     columns = []
-    for decision, word in zip(decisions, task.column_words):
+    for k, (decision, word) in enumerate(zip(decisions, task.column_words)):
         end = "" if task.alone else f"_{word}"
         columns += [f"truth{end}", f"score{end}"]
         if unit:
             columns += [f"{unit}truth{end}", f"{unit}score{end}"]
         columns.append(f"{unit}{decision.column}")
+        columns += [f"{unit}{answers.column}" for answers in triage[k : k + 1]]
     return columns
 
 

@@ -48,6 +48,7 @@ from records.schema import (
     wrong_results,
     wrong_site,
 )
+from records.scores import read_scores, with_findings
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
 
@@ -258,25 +259,24 @@ class Run:
             np.savez(f, **scores)
         write_json(self.folder / f"calibration{_dash(name)}.json", calibration)
 
+    def saved_scores(self, name=""):
+        """The arrays of scores.npz as calibrate.py left them. InputError if absent or damaged."""
+        return read_scores(self.folder / f"scores{_dash(name)}.npz")
+
     def scores(self, name=""):
-        """The arrays of scores.npz: {val,test}_{files,patients,labels,logits}, key, and what else was saved.
+        """What calibrate.py knows of each validation and test image: {name: array}, N images, F findings.
 
-        InputError if the file is absent or damaged."""
-        from common.safe_files import load_arrays
+        findings                         str [F], the names of the columns
+        val_files, val_patients          str [N]; a patient who is not known has the name of the file
+        val_truth                        int8 [N, F]: 1 present, 0 absent, -1 unknown
+        val_scores                       float64 [N, F] in [0, 1]: what the thresholds apply to
+        val_logits, val_labels           float32 [N, K], int [N] or [N, K]: of the K classes
+        val_cohort_age, ...              [N]: what is known of patients and exposures
 
-        path = self.folder / f"scores{_dash(name)}.npz"
-        if not path.exists():
-            raise InputError(f"{path} does not exist: run calibrate.py again")
-        arrays = load_arrays(path)
-        for s in ("val", "test"):
-            of_side = [arrays.get(f"{s}_{k}") for k in ("files", "patients", "labels", "logits")]
-            if any(a is None or a.ndim < 1 or len(a) != len(of_side[0]) for a in of_side):
-                raise InputError(f"{path} is damaged: the {s} arrays are incomplete or differ in length")
-            kinds, shapes = [a.dtype.kind for a in of_side], [a.ndim for a in of_side]
-            typed = kinds == ["U", "U", "i", "f"] and shapes in ([1, 1, 1, 2], [1, 1, 2, 2])
-            if not (typed and np.isfinite(of_side[-1]).all()):  # the last are the logits
-                raise InputError(f"{path} is damaged: {s} arrays have a wrong type: run calibrate.py again")
-        return arrays
+        and the same of test. `name`: "tta" for those of calibrate.py --tta. InputError if the run is not
+        calibrated, or if the file is damaged."""
+        arrays = self.saved_scores(name)
+        return with_findings(arrays, self, self.task, lambda: self.calibration(name))
 
     def save_reference(self, arrays, name=""):
         """Write reference.npz: the arrays of shift.learn and their key."""

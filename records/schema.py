@@ -4,6 +4,7 @@ present form. No torch, no files."""
 from common.cli import Number
 from common.files import CALIBRATION as CALIBRATION_FORMAT
 from common.proportions import curves_of
+from common.task import ANSWERS
 
 REAL = Number(float, -1e300, 1e300)
 POSITIVE = Number(float, 0, 1e300, above=True)
@@ -67,6 +68,8 @@ FINDING = {  # under "findings", by name
     "probability": {s: {"before": QUALITY, "after": QUALITY} for s in ("val", "test")},
 }
 SPAN = {k: NEARLY_SHARE for k in ("value", "lo", "hi")}
+SHARES = {"n": NATURAL, "patients": NATURAL}  # of a triage: who gets which answer
+SHARES |= {word: {"count": NATURAL, **SPAN} for word in ANSWERS}
 CLASS_FIGURES = {
     "confusion": [[NATURAL]],
     "accuracy": SPAN,
@@ -153,6 +156,8 @@ def _wrong_site_finding(value):
         threshold = value.get(point, "absent")
         if threshold is not None and not SHARE.contains(threshold):
             wrong.append(point)
+    if not wrong and "rule_in" in value:
+        wrong += _wrong_triage(value, ("site",))
     return wrong
 
 
@@ -218,10 +223,33 @@ def wrong_finding(value, sides=("val", "test")):
         wrong += [f"{side}.{point}" for point, row in value[side].items() if mismatches(row, POINT)]
     # Without a threshold @Guar there is a reason, and no figures of it.
     guarantee = value["guarantee"]
+    if not wrong and "rule_in" in value:
+        wrong += _wrong_triage(value, sides)
     if not wrong and not SHARE.contains(guarantee.get("threshold")):
         promised = any("at_guaranteed" in value[side] for side in sides)
         if promised or not isinstance(guarantee.get("why_not"), str):
             wrong.append("guarantee")
+    return wrong
+
+
+def _wrong_triage(value, sides):
+    """Names of what is wrong in what a calibration or a site says of @In, at a finding that has it; `sides`
+    that have figures of the triage."""
+    spec = {"min_specificity": SHARE, "guarantee": {"confidence": SHARE, "negative_patients": NATURAL}}
+    wrong = mismatches(value["rule_in"], spec, "rule_in")
+    if wrong:
+        return wrong
+    for name, place in (("rule_in", value["rule_in"]), ("rule_in.guarantee", value["rule_in"]["guarantee"])):
+        # Without a threshold there is a reason.
+        if not SHARE.contains(place.get("threshold")) and not isinstance(place.get("why_not"), str):
+            wrong.append(name)
+    # The sides of @Rec to @In are known; those of @Guar to @InGuar are there where both are.
+    wrong += mismatches(value, {"triage": dict.fromkeys(sides, dict)})
+    if wrong:
+        return wrong
+    for triage in (value["triage"], value["rule_in"]["guarantee"].get("triage", {})):
+        for side, groups in triage.items():
+            wrong += mismatches(groups, dict.fromkeys(groups, SHARES), f"triage.{side}")
     return wrong
 
 

@@ -2,14 +2,15 @@
 
 In the order to read them:
 
-    rows.py           what is compared with what
-    cohort.py         who took part, and groups of patients
-    tables.py         the main tables
-    pairs.py          which of two models is better
-    probabilities.py  are the scores probabilities?
-    evidence.py       other images, and tests of maps
-    method.py         how it was done
-    cells.py          what tables are made of
-    plots.py          pictures
-    render.py         markdown and HTML
+    rows.py      what is compared with what
+    answers/     which model, which threshold, can I trust it?
+    view.py      what is shown, in which order
+    tables/      text and tables
+    cells.py     what tables are made of
+    plots.py     pictures of one thing, on axes that are given
+    figures.py   the pictures of the report
+    folders.py   compare.py --list
+    card.py      compare.py --card, with the text of card.jinja
+    render.py    markdown
+    page/        the report as a page, and the reading list of predict.py
 """

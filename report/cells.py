@@ -2,6 +2,8 @@
 
 import itertools
 
+import numpy as np
+
 from common.proportions import reported_interval
 from report.rows import POINTS
 
@@ -25,11 +27,16 @@ def span(figure):
     return f"{figure['value']:.3f} {interval(figure['lo'], figure['hi'])}"
 
 
-def size_and_time(entry):
-    """Millions of parameters and minutes of training, as text."""
-    params = entry.results["params"] / 1e6
+def size_and_time(*entries):
+    """Millions of parameters and minutes of training, as text; of several seeds, the mean minutes."""
+    params = entries[0].results["params"] / 1e6
     digits = 4 if params < 0.1 else 2  # of a logistic regression 0.00 would be left
-    return [f"{params:.{digits}f}", f"{entry.minutes:.1f}"]
+    return [f"{params:.{digits}f}", f"{np.mean([e.minutes for e in entries]):.1f}"]
+
+
+def three(value):
+    """A figure with three digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def floors(entries):
@@ -55,6 +62,11 @@ def points(entries):
     if alone(entries):
         return POINTS
     return {point: mark for point, mark in POINTS.items() if point != "at_0.5"}
+
+
+def named(entry, finding, text):
+    """A text with the finding it is of, unless that is the only one."""
+    return text if alone([entry]) else f"{finding}: {text}"
 
 
 def questions(entries):

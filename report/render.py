@@ -1,11 +1,10 @@
-"""Blocks of a report as markdown and HTML, and the one place where text is escaped. No torch, no drawing.
+"""Blocks of a report as markdown, and the one place where text of it is escaped. report/page/ makes a page of
+them. No torch, no drawing.
 
-A block is a Heading, Paragraph, Table or Image. What it shows is plain text (str), Code, or a tuple of these;
-it is escaped here and nowhere else, so names may hold anything.
+A block is a Heading, Paragraph, Bullets, Table or Image. What it shows is plain text (str), Code, Best, Bad,
+a Link, or a tuple of these; it is escaped here and nowhere else, so names may hold anything.
 """
 
-import base64
-import html
 import os
 import re
 from pathlib import Path
@@ -22,6 +21,21 @@ class Code(str):
     """Text to be shown as it would be typed."""
 
 
+class Best(str):
+    """The best value of a column."""
+
+
+class Bad(str):
+    """A figure that breaks a floor, or a verdict like that. It is marked by a sign as well as by its look."""
+
+
+class Link(NamedTuple):
+    """Text that leads to "#slug" of a Heading of the same test set (`slug`), or of the whole report."""
+
+    text: str
+    target: str
+
+
 class Heading(NamedTuple):
     level: int
     text: object
@@ -31,12 +45,18 @@ class Paragraph(NamedTuple):
     text: object
 
 
+class Bullets(NamedTuple):
+    items: list
+
+
 class Table(NamedTuple):
-    """`prose`: the cells are text to read, not figures."""
+    """`prose`: the cells are text to read, not figures. `groups`: ((text, span), ...) over all columns, ""
+    where a column stands alone; () where none are grouped."""
 
     head: list
     rows: list
     prose: bool = False
+    groups: tuple = ()
 
 
 class Image(NamedTuple):
@@ -44,31 +64,103 @@ class Image(NamedTuple):
     caption: str
 
 
-def inline(value, plain, code):
-    """A cell or paragraph -> text, each part through `plain` or `code`."""
+# ---------------------------------------------------------------- links
+
+
+def slug(text):
+    """The anchor that GitHub gives a heading of this text."""
+    text = re.sub(r"[^\w\- ]", "", plain_text(text).lower())
+    return text.strip().replace(" ", "-")
+
+
+def plain_text(value):
+    """What a cell or paragraph says, without its looks."""
+    return "".join(part.text if isinstance(part, Link) else printable(part) for part in parts_of(value))
+
+
+def anchors(blocks):
+    """{position: anchor} of the Headings among blocks: of equal slugs the second gets -1, as on GitHub."""
+    found, used = {}, {}
+    for position, block in enumerate(blocks):
+        if isinstance(block, Heading):
+            name = slug(block.text)
+            count = used.get(name, 0)
+            used[name] = count + 1
+            found[position] = f"{name}-{count}" if count else name
+    return found
+
+
+def destinations(blocks):
+    """A {"#slug": "#anchor"} for each block: the Headings that a Link in it can lead to. Those of its own
+    test set (from one Heading of level 2 to the next) come before others of the same text."""
+    named, whole, of_set, maps = anchors(blocks), {}, {}, []
+    for position, anchor in named.items():
+        whole.setdefault(f"#{slug(blocks[position].text)}", f"#{anchor}")
+    for position, block in enumerate(blocks):
+        if not maps or (isinstance(block, Heading) and block.level <= 2):
+            of_set = dict(whole)  # filled below, block by block, and shared by the blocks of the set
+            seen = set()
+        if position in named and (key := f"#{slug(block.text)}") not in seen:
+            of_set[key] = f"#{named[position]}"
+            seen.add(key)
+        maps.append(of_set)
+    return maps
+
+
+# ---------------------------------------------------------------- markdown
+
+
+def parts_of(value):
+    """The parts of a cell or paragraph."""
+    return value if type(value) is tuple else (value,)
+
+
+def inline(value, show):
+    """A cell or paragraph -> text. `show`: {type: function of one part}; of other types str is shown."""
     text = ""
-    for part in value if isinstance(value, tuple) else (value,):
-        escape = code if isinstance(part, Code) else plain
-        text += escape(printable(part))
+    for part in parts_of(value):
+        if isinstance(part, Link):
+            text += show[Link](part)
+        else:
+            text += show.get(type(part), show[str])(printable(part))
     return text
 
 
-def markdown_text(value):
-    """Text for a paragraph or table cell of markdown: no character in it is markup."""
+def escaped(text):
+    """Markdown that shows text as it is: no character in it is markup."""
+    # An underscore inside a word is no markup, and most names have some.
+    text = re.sub(r"[\\`*|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).replace("](", "]\\(")
+    return text.replace("<", "&lt;")
 
-    def plain(text):
-        # An underscore inside a word is no markup, and most names have some.
-        text = re.sub(r"[\\`*|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text).replace("](", "]\\(")
-        return text.replace("<", "&lt;")
 
-    def code(text):
-        # A fence of more backticks than the text has in a row.
-        longest = max((len(run) for run in re.findall("`+", text)), default=0)
-        fence = "`" * (longest + 1)
-        room = " " if longest else ""
-        return fence + room + text.replace("|", "\\|") + room + fence
+def fenced(text):
+    """Text as code, in a fence of more backticks than it has in a row."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    room = " " if longest else ""
+    return fence + room + text.replace("|", "\\|") + room + fence
 
-    return inline(value, plain, code)
+
+def markdown_text(value, leads=None):
+    """Text for a paragraph or table cell of markdown. `leads`: see `destinations`."""
+
+    def linked(part):
+        target = (leads or {}).get(part.target)
+        if target is None:  # a section that this report does not have
+            return escaped(printable(part.text))
+        # A bracket in the text would end it.
+        text = re.sub(r"[\[\]]", r"\\\g<0>", escaped(printable(part.text)))
+        return f"[{text}]({quote(target, safe='#-_')})"
+
+    show = {str: escaped, Code: fenced, Link: linked}
+    show |= {Best: lambda text: f"**{escaped(text)}**", Bad: lambda text: f"**{escaped(text)} ✗**"}
+    return inline(value, show)
+
+
+def full_head(table):
+    """The names of a Table's columns with those of their groups, for formats that have one line of heads."""
+    names = [text for text, span in table.groups for _ in range(span)] or [""] * len(table.head)
+    return [f"{head} {name}" if name else head for head, name in zip(table.head, names)]
 
 
 def link(path, folder):
@@ -82,63 +174,24 @@ def link(path, folder):
 def to_markdown(blocks, folder="."):
     """Blocks -> markdown text; pictures are linked relative to the folder that it will lie in."""
     out = []
-    for block in blocks:
+    for block, leads in zip(blocks, destinations(blocks)):
         if isinstance(block, Table):
-            # Figures are aligned to the right, names and prose to the left.
-            rule = ["---"] + ["---" if block.prose else "---:"] * (len(block.head) - 1)
-            lines = [[markdown_text(cell) for cell in line] for line in (block.head, *block.rows)]
-            out.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])))
+            out.append(markdown_table(block, leads))
         elif isinstance(block, Image):
             out.append(f"![{markdown_text(block.caption)}]({quote(os.fsencode(link(block.path, folder)))})")
+        elif isinstance(block, Bullets):
+            out.append("\n".join(f"- {markdown_text(item, leads)}" for item in block.items))
         else:
             mark = "#" * block.level + " " if isinstance(block, Heading) else ""
-            out.append(mark + markdown_text(block.text))
+            out.append(mark + markdown_text(block.text, leads))
     return "\n\n".join(out)
 
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;color:#111;background:#fff}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}
-th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:right;white-space:nowrap}
-td:first-child,th:first-child,.text td,.text th{text-align:left}.text td{white-space:normal}
-tr:hover{background:#f4f6f8}
-img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{color:#555;font-size:.85rem}
-.warn{background:#fff3cd;border:1px solid #c90;padding:.5rem 1rem}
-@media print{body{max-width:none;font-size:10px}table{font-size:7px}
-th,td{white-space:normal;padding:.1rem .2rem}
-figure,table{break-inside:avoid}}"""
-
-
-def html_text(value):
-    return inline(value, html.escape, lambda text: f"<code>{html.escape(text)}</code>")
-
-
-def html_block(block):
-    """One block -> HTML; a picture is embedded."""
-    if isinstance(block, Table):
-        head = "".join(f"<th>{html_text(cell)}</th>" for cell in block.head)
-        rows = ["".join(f"<td>{html_text(cell)}</td>" for cell in row) for row in block.rows]
-        body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-        style = "text" if block.prose else "figures"
-        table = f'<table class="{style}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
-        return f'<div class="wide">{table}</div>'
-    if isinstance(block, Image):
-        data, caption = base64.b64encode(Path(block.path).read_bytes()).decode(), html_text(block.caption)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    tag = f"h{block.level}" if isinstance(block, Heading) else "p"
-    return f"<{tag}>{html_text(block.text)}</{tag}>"
-
-
-def to_html(blocks, synthetic):
-    """Blocks -> one self-contained page: pictures embedded, nothing fetched."""
-    head = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{STYLE}</style></head><body>"
-    if synthetic:
-        head += '<p class="warn">Parts of this page come from SYNTHETIC drawings, not from patients.</p>'
-    head += "\n"
-    return head + "\n".join(map(html_block, blocks)) + "\n</body></html>\n"
+def markdown_table(table, leads):
+    """A Table as markdown: figures are aligned to the right, names and prose to the left."""
+    rule = ["---"] + ["---" if table.prose else "---:"] * (len(table.head) - 1)
+    lines = [[markdown_text(cell, leads) for cell in line] for line in (full_head(table), *table.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def write_text(path, text):

@@ -20,7 +20,7 @@ from metrics import check_both_classes, check_scores
 from records.run import WITHOUT_CLASSES, find_runs
 from records.schema import NATURAL, REAL, mismatches
 
-POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar"}
+POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar", "at_in": "@In"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
     "scratch": ("ViT scratch", (256, 6, 8, 16)),
     "ti16": ("ViT-Ti/16", (192, 12, 3, 16)),
@@ -108,7 +108,7 @@ class Entry:
         self.findings = self.task.findings
         self.calibrated, self.summary = self.calibration["findings"], self.calibration["summary"]
         # What a threshold decides is recomputed from the scores, so these must be right.
-        arrays = run.scores(suffix)
+        arrays = run.saved_scores(suffix)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
             self.cohort = {side: self._cohort(arrays, side) for side in ("val", "test")}
@@ -202,6 +202,7 @@ class Entry:
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
         rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
+        rule.append(self.calibration.get("min_specificity"))
         return sha256([model, settings, data, rule])
 
     @property

@@ -23,12 +23,13 @@ from scipy.stats import norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-from calibration import sequential, shift, site
+from calibration import shift, site
 from calibration.intervals import wilson_interval
 from calibration.operating_point import Rule
 from common.cli import COUNT, Parser
 from common.console import start
 from common.task import Task
+from monitoring import sequential
 
 DIMENSIONS, VALIDATED = 24, 344
 BATCHES = (20, 50, 100, 250, 500, 1000)

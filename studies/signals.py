@@ -1,18 +1,15 @@
 """Figures that might tell recipes apart without the test set: what a run makes of changed validation images,
 and of another hospital's."""
 
-import io
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from auditing.changes import corruptions, framed
 from common.console import InputError
 from common.files import read_json, sha256, write_json
-from images.augment import borrow_frame
 from images.subset import Subset, pixel_fingerprint
 from lungs import masks as lung_masks
 from metrics import choose_threshold_by_min_recall
@@ -29,77 +26,13 @@ BORROWED_LEAST = 0.9  # a recipe whose AUROC with borrowed borders is below is n
 # ---------------------------------------------------------------- changed images
 
 
-def _levels(change):
-    """A change of float grey levels in [0, 1] as one of uint8 images."""
-    return lambda x: (change(x / 255.0).clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def _picture(change):
-    """A change of square PIL images as one of uint8 arrays."""
-    return lambda x: np.asarray(change(Image.fromarray(x)))
-
-
-def _jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=15)
-    return Image.open(buffer)
-
-
-def _coarser(factor):
-    def shrink_and_enlarge(image):
-        size, small = image.size, (round(image.size[0] * factor),) * 2
-        return image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
-
-    return shrink_and_enlarge
-
-
-def _cut_out(*box):
-    def enlarge_part(image):
-        part = [fraction * image.size[0] for fraction in box]  # left, top, right, bottom
-        return image.resize(image.size, Image.Resampling.BILINEAR, box=part)
-
-    return enlarge_part
-
-
-def _wider(image):
-    side = image.size[0]
-    canvas, height = Image.new("L", (side, side)), round(0.85 * side)
-    canvas.paste(image.resize((side, height), Image.Resampling.BILINEAR), (0, (side - height) // 2))
-    return canvas
-
-
-def corruptions():
-    """{name: uint8 [S, S] -> uint8 [S, S]}: fixed changes of exposure, sharpness, noise, compression and
-    framing.
-
-    The noise is drawn anew for each image, from seed 0 at every call of this function."""
-    rng = np.random.default_rng(0)
-    return {
-        "darker": _levels(lambda x: x - 0.15),
-        "brighter": _levels(lambda x: x + 0.15),
-        "flatter": _levels(lambda x: (x - x.mean()) * 0.6 + x.mean()),
-        "harder": _levels(lambda x: (x - x.mean()) * 1.5 + x.mean()),
-        "gamma 0.6": _levels(lambda x: x**0.6),
-        "gamma 1.6": _levels(lambda x: x**1.6),
-        "noise": _levels(lambda x: x + rng.normal(0, 0.06, x.shape)),
-        "jpeg 15": _picture(_jpeg),
-        "blur": _picture(_coarser(0.35)),
-        "coarse": _picture(_coarser(0.2)),
-        "crop and shift": _picture(_cut_out(0.1, 0.04, 0.96, 0.9)),
-        "zoom": _picture(_cut_out(0.1, 0.1, 0.9, 0.9)),
-        "wider": _picture(_wider),
-    }
-
-
 def borrow_borders(images, targets, from_other_class):
     """Images uint8 [N, S, S] with the border (an eighth of the side) of another image, drawn with seed 0: one
     of the other class, or of the same class (perhaps the image itself). Targets int64 [N], 0 or 1; both must
     occur."""
     rng = np.random.default_rng(0)
     donors = np.array([rng.choice(np.flatnonzero((targets != y) == from_other_class)) for y in targets])
-    own, border = (torch.from_numpy(x).unsqueeze(1) / 255 for x in (images, images[donors]))
-    framed = borrow_frame(own, border, torch.full((len(images),), 1 / 8))
-    return framed.mul_(255).round_().byte().squeeze(1).numpy()
+    return framed(images, images[donors])
 
 
 # ---------------------------------------------------------------- figures

@@ -259,8 +259,14 @@ def predict_rows(folder, *argv, code=0):
     """Rows of predict.py's CSV."""
     done = cli("predict", *argv, cwd=folder)
     assert done.code == code, done.err
-    assert done.out.splitlines()[0] == "path,p_pneumonia,decision@0.5,decision@Rec,typicality,note"
+    columns = "path,p_pneumonia,decision@0.5,decision@Rec,threshold@Rec,typicality,note"
+    assert done.out.splitlines()[0] == columns
     return list(csv.DictReader(io.StringIO(done.out)))
+
+
+def six_digits(values):
+    """Numbers as predict.py writes them."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def file_list(folder, run):

@@ -3,6 +3,7 @@
 Most work on run folders written here by hand, with real thresholds and intervals but no trained model."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import sklearn.metrics
 from PIL import Image
 
 import compare
@@ -27,18 +27,34 @@ from records import curves
 from records.curves import label, panels
 from records.run import Run
 from report import rows as rows_module
-from report import tables as tables_module
-from report.evidence import map_blocks
-from report.method import shared_text
-from report.pairs import pair_blocks
-from report.probabilities import predictive_blocks, subgroup_blocks
-from report.render import Code, Table, markdown_text, to_html, to_markdown
+from report.page.build import to_html
+from report.render import (
+    Bad,
+    Best,
+    Bullets,
+    Code,
+    Heading,
+    Link,
+    Table,
+    markdown_text,
+    slug,
+    to_markdown,
+)
 from report.rows import Entry
+from report.tables import main as tables_module
+from report.tables.cohort import groups_on
+from report.tables.evidence import map_blocks
+from report.tables.method import shared_text
+from report.tables.models import MORE, main_rows
+from report.tables.pairs import pair_blocks
+from report.tables.probabilities import predictive_blocks
+from report.view import view_of
 from tests.fixtures import FLOOR
 from tests.shared import (
     HEADER,
     LINK,
     NAMES,
+    REPO,
     cli,
     of_one,
     read_json,
@@ -184,20 +200,6 @@ def test_order_of_the_images_does_not_matter(tmp_path):
     assert table.rows[0][1].startswith("+0.000 [+0.000, +0.000], p = 1")
 
 
-def test_the_best_model_is_named_with_those_it_is_not_told_apart_from(tmp_path):
-    """Three models: two alike, and one that ranks them backwards."""
-    worse = noisy_scores(0)
-    worse["test_logits"] = -worse["test_logits"]
-    a, b, c = (Entry(write_run(tmp_path / n, scores=s)) for n, s in zip("abc", (None, None, worse)))
-    _, best, _, table = pair_blocks([c, a, b])
-    auroc = sklearn.metrics.roc_auc_score(
-        a.column("PNEUMONIA", "test").truth, a.column("PNEUMONIA", "test").scores
-    )
-    assert best.text.startswith(f"Highest AUROC on test: {a.name}, {auroc:.3f} [")
-    assert f"not told apart from it: {b.name}." in best.text and len(table.rows) == 3
-    assert "told apart from every other" in pair_blocks([c, a])[1].text
-
-
 DAMAGE = {
     "no classes": lambda r: r["data"].pop("classes"),
     "classes are numbers": lambda r: r["data"].update(classes=[0, 1]),
@@ -249,7 +251,7 @@ def test_patients_unknown(tmp_path):
     unknown = noisy_scores(0, known=False)
     for name, split in (("old", {}), ("new", {"unknown_patients": 260})):
         entry = Entry(write_run(tmp_path / name, scores=unknown, split=split))
-        text = to_markdown(tables_module.section([entry], [entry], ASKED))
+        text = to_markdown(tables_module.section(view_of([entry], ASKED)))
         assert shared_text(entry) == say_shared({**entry.results["split"], "unknown_patients": 260})
         assert "patients unknown, so images of one patient may be on both sides" in text
         assert "single images (patients unknown)" in text and "unknown validation, unknown test" in text
@@ -287,10 +289,14 @@ def test_seeds_ensembles_and_who_stands_for_whom(tmp_path):
     [group] = rows_module.load_entries(tmp_path / "outputs")
     assert [e.name for e in rows_module.without_members(group)] == ["ViT scratch, ensemble of 3 (all)"]
     assert not rows_module.missing_ensembles(group) and len(rows_module.families(group)) == 1
-    text = to_markdown(tables_module.section(group, rows_module.without_members(group), ASKED))
-    main, shift, intervals = tables(text)[1:4]  # after who took part
-    assert len(main) - 1 == 2 * (4 + 1) and len(shift) - 1 >= 4
-    assert all("ensemble of 3" in row[0] for row in intervals[1:])
+    text = to_markdown(tables_module.section(view_of(group, ASKED)))
+    marks, main, behind, shift = tables(text)[:4]
+    assert marks[0] == ["Mark", "ViT scratch, ensemble of 3 (all)"] and len(marks) - 1 == 8
+    assert [row[0] for row in main[1:]] == ["ViT scratch, ensemble of 3 (all)"]
+    assert [row[0] for row in behind[1:]] == ["ViT scratch, 3 seeds"] + [
+        f"ViT scratch (scratch-seed{i})" for i in range(3)
+    ]
+    assert all("ensemble of 3" in row[0] for row in shift[1:])
     assert "--ensemble" not in text and "Which model is better" not in text
 
 
@@ -337,7 +343,7 @@ def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
 def test_time_includes_masked_pretraining(tmp_path):
     entry = Entry(write_run(tmp_path / "scratch", init={"run": "mae", "checkpoint": "c", "minutes": 1.5}))
     assert entry.name == "ViT scratch, masked pretraining" and entry.minutes == 3.5
-    assert tables_module.main_rows([entry])[0][2] == "3.5" and entry.run.results["minutes"] == 2.0
+    assert main_rows([entry])[0][2] == "3.5" and entry.run.results["minutes"] == 2.0
 
 
 # ---------------------------------------------------------------- tables
@@ -347,7 +353,7 @@ def test_classes_are_those_of_the_run(tmp_path):
     """Nothing in the report is called NORMAL or PNEUMONIA unless the run's classes are."""
     made = {"data": {"classes": ["clear", "effusion"]}}
     rows = [Entry(write_run(tmp_path / f"run{i}", i, **made)) for i in range(2)]
-    blocks = tables_module.section(rows, rows, ASKED)
+    blocks = tables_module.section(view_of(rows, ASKED))
     for text in (to_markdown(blocks), to_html(blocks, False)):
         assert "48 images (24 clear, 24 effusion)" in text and "effusion: validation" in text
         assert not re.search("PNEUMONIA|[Pp]neumonia|NORMAL", text)
@@ -361,18 +367,21 @@ def test_predictive_values_share_one_prevalence(tmp_path):
     assert table.head[3:] == ["PPV at 10%", "NPV at 10%"] and table.rows[0][1:] == table.rows[1][1:]
 
 
-def test_subgroups_only_where_names_tell_them(tmp_path):
+def test_causes_are_groups_where_names_tell_them(tmp_path):
     scores = noisy_scores(0)
     entry = Entry(write_run(tmp_path / "a", scores=scores))
     test, threshold = entry.column("PNEUMONIA", "test"), entry.calibrated["PNEUMONIA"]["threshold"]
     inside = (test.truth == 1) & np.array(["virus" in f for f in test.files])
-    found = (test.scores >= threshold)[inside].mean()
-    [*_, table] = subgroup_blocks([entry])
-    assert table.rows[0][2].startswith(f"{found:.3f} [") and table.rows[0][2].endswith(
-        f"(n = {inside.sum()})"
-    )
+    found, _ = groups_on(entry, "PNEUMONIA", "test", ASKED)
+    assert found["groups"] == [["cause", "bacteria"], ["cause", "virus"]]
+    recall = found["figures"]["recall @Rec"][1]
+    if "value" in recall:
+        assert recall["value"] == pytest.approx((test.scores >= threshold)[inside].mean())
     scores["test_files"] = np.array([f"test/{i}.png" for i in range(48)])
-    assert subgroup_blocks([Entry(write_run(tmp_path / "b", scores=scores))]) == []
+    assert (
+        groups_on(Entry(write_run(tmp_path / "b", scores=scores)), "PNEUMONIA", "test", ASKED)[0]["groups"]
+        == []
+    )
 
 
 def map_report(run, **changes):
@@ -413,6 +422,55 @@ def test_markdown_escapes():
     assert to_markdown([block]) == "| Item | Answer |\n| --- | --- |\n| x\\|y | z |"
 
 
+def test_blocks_of_a_report():
+    """Best, Bad, links, bullets and groups of columns, in markdown and in HTML."""
+    table = Table(
+        ["Model", "Recall", "Recall", "Time"],
+        [["a", Best("0.9"), (Bad("0.8"), " [0.7, 0.85]"), "1"]],
+        groups=(("", 1), ("@Rec", 1), ("@0.5", 1), ("", 1)),
+    )
+    assert to_markdown([table]).splitlines() == [
+        "| Model | Recall @Rec | Recall @0.5 | Time |",
+        "| --- | ---: | ---: | ---: |",
+        "| a | **0.9** | **0.8 ✗** [0.7, 0.85] | 1 |",
+    ]
+    page = to_html([table], False)
+    assert re.search('<th colspan="1" [^>]*>@Rec</th>', page)
+    assert "<b>0.9</b>" in page and ">0.8 ✗</b> [0.7" in page
+    # Two test sets have headings of the same text: a link leads to that of its own set.
+    link, lost = Link("see [it]", "#are-they-right"), Link("top", "#results")
+    blocks = [
+        Heading(1, "Results"),
+        *[Heading(2, "Set"), Bullets([(link, "."), lost]), Heading(3, "Are they right?")] * 2,
+    ]
+    text = to_markdown(blocks)
+    assert re.findall(r"\]\((.*?)\)", text) == [
+        "#are-they-right",
+        "#results",
+        "#are-they-right-1",
+        "#results",
+    ]
+    assert "- [see \\[it\\]](#are" in text
+    page = Loads(to_html(blocks, False))
+    expected = ["results", "set", "are-they-right", "set-1", "are-they-right-1"]
+    assert [name for name in page.ids if name in expected] == expected
+    links = ["#are-they-right", "#results", "#are-they-right-1", "#results"]
+    assert page.links[-4:] == links and {link[1:] for link in page.links} <= set(page.ids)
+
+
+@pytest.mark.parametrize(
+    "text, anchor",
+    [
+        ("In short", "in-short"),
+        ("Other images: are they like validation?", "other-images-are-they-like-validation"),
+        ("@Rec 0.5, a_b - c", "rec-05-a_b---c"),
+        ("Über 95% (of 3)", "über-95-of-3"),
+    ],
+)
+def test_slugs_are_those_of_github(text, anchor):
+    assert slug(text) == anchor
+
+
 def test_printable_is_one_line_of_valid_unicode():
     text = printable("".join(map(chr, range(0x3000))) + "\udc80\ud800\U0010ffff")
     text.encode("utf-8")
@@ -420,28 +478,56 @@ def test_printable_is_one_line_of_valid_unicode():
 
 
 class Loads(HTMLParser):
-    """Everything in a page that a browser would load or run."""
+    """Everything in a page that a browser would load or run, but its own script, which is allowed."""
 
     def __init__(self, page):
         super().__init__()
-        self.found, self.pictures, self.style = [], 0, False
+        self.found, self.pictures, self.photographs, self.links, self.ids = [], 0, 0, [], []
+        self.text = ""
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
-        self.style = tag == "style"
-        if tag in ("script", "link", "iframe", "object", "embed", "base", "form"):
+        about = dict(attrs)
+        self.text = ""
+        if tag == "script" and (about.get("type") == "application/json" or not attrs):
+            pass  # data, or embedded: see handle_endtag
+        elif tag in ("script", "link", "iframe", "object", "embed", "base", "form"):
             self.found.append(tag)
         for name, value in attrs:
+            self.ids += [value] if name == "id" else []
             if name == "src" and (value or "").startswith("data:image/png;base64,"):
                 self.pictures += 1
+            elif name == "src" and (value or "").startswith("data:image/jpeg;base64,"):
+                self.photographs += 1
+            elif name == "href" and tag == "a" and (value or "").startswith("#"):
+                self.links.append(value)
             elif name in ("src", "href", "srcset", "action", "data") or name.startswith("on"):
                 self.found.append(f"{name}={value}")
-            elif name == "style" or name == "http-equiv":
+            elif name == "style" or (name == "http-equiv" and value != "Content-Security-Policy"):
                 self.found.append(name)
+        if "http-equiv" in about and not about["content"].startswith("default-src 'none'; img-src data:;"):
+            self.found.append("policy")
 
     def handle_data(self, text):
-        if self.style:
-            self.found += re.findall(r"url\(.*|@import.*", text)
+        self.text += text
+
+    def handle_endtag(self, tag):
+        if tag == "style":
+            self.found += re.findall(r"url\(.*|@import.*", self.text)
+        elif tag == "script" and self.text != SCRIPT and not isinstance(as_json(self.text), dict):
+            self.found.append("script")
+        self.text = ""
+
+
+SCRIPT = (REPO / "report/page/page.js").read_text("utf-8")
+
+
+def as_json(text):
+    """What a JSON text holds; None if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def test_the_check_of_pages_can_fail():
@@ -473,15 +559,16 @@ def test_nasty_names(tmp_path, pictures_drawn):
     loads = Loads((tmp_path / "r.html").read_text("utf-8"))
     assert loads.found == [] and loads.pictures == 7
     shapes = [{len(row) for row in table} for table in tables(done.out.replace("\\|", ""))]
-    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 9
+    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 14
     plain = re.sub("(`+).*?\\1", "", done.out)  # outside code
+    plain = re.sub(r"(?<!\\)\*\*(.+?)(?<!\\)\*\*", r"\1", plain)  # the report's own marks
     assert "<" not in plain.replace("&lt;", "") and not re.search(r"(?<!\\)\*", plain)
     links = re.findall(LINK, done.out)
     assert len(links) == 7 and all(re.fullmatch(r"outputs/figures/[\w.-]+\.png", link) for link in links)
     assert {p.name for p in (tmp_path / "outputs/figures").iterdir()} == {os.path.basename(k) for k in links}
     assert not [p for p in tmp_path.iterdir() if p.name not in ("outputs", "r.html", "t.csv")]
     with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
-        assert {len(row) for row in csv.reader(file)} == {1 + len(HEADER)}
+        assert {len(row) for row in csv.reader(file)} == {1 + len(HEADER) + len(MORE)}
 
 
 @pytest.mark.parametrize(
@@ -572,7 +659,7 @@ def test_compare_separates_test_sets(tmp_path):
     groups = rows_module.load_entries(tmp_path / "outputs")
     assert [[e.run.folder.name for e in group] for group in groups] == [["a", "b"], ["c"], ["d"]]
     done = succeed("compare", "--run", "outputs/a", "outputs/c", cwd=tmp_path)
-    assert [len(t) - 1 for t in tables(done.out) if t[0] == HEADER] == [2, 2]
+    assert [len(t) - 1 for t in tables(done.out) if "Recall @0.5" in t[0]] == [1, 1]
     links = re.findall(LINK, done.out)
     assert len(set(links)) == len(links) == 2 * 7 and all((tmp_path / link).exists() for link in links)
 
@@ -597,27 +684,32 @@ def test_compare_of_damaged_files(own_runs, damage):
 
 def test_compare_table(runs):
     """A row for every run @Rec and @0.5, the figures of calibration.json; then validation beside test."""
-    [[_, *rows]] = [t for t in tables(runs.compared.out) if t[0] == HEADER]
+    [[names, *rows]] = [t for t in tables(runs.compared.out) if "Recall @0.5" in t[0]]
     [[head, *shift]] = [t for t in tables(runs.compared.out) if {"Recall val", "Recall test"} <= set(t[0])]
-    assert len(rows) == 6
+    assert len(rows) == 3
+    keys = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
     for name, word in NAMES.items():
         results, result = (
             read_json(runs.out, name, "results.json"),
             of_one(read_json(runs.out, name, "calibration.json")),
         )
-        for point, mark in (("at_rec", "@Rec"), ("at_0.5", "@0.5")):
-            [row] = [r for r in rows if r[0].endswith(mark) and word in r[0]]
-            assert "[SYNTHETIC]" in row[0]
-            c = result["test"][point]
-            assert float(row[1]) == pytest.approx(results["params"] / 1e6, abs=0.006)
-            assert float(row[2]) == pytest.approx(results["minutes"], abs=0.051)
-            expected = [c[k] for k in ("acc", "precision", "recall", "specificity", "f1", "auroc")]
-            assert [float(v) for v in row[3:9]] == pytest.approx(expected, abs=5.1e-4)
-            assert float(row[9]) == pytest.approx(c["thr"], abs=5.1e-5)
+        [row] = [dict(zip(names, r)) for r in rows if word in r[0]]
+        assert "[SYNTHETIC]" in row["Model"]
+        assert float(row["Params (M)"]) == pytest.approx(results["params"] / 1e6, abs=0.006)
+        assert float(row["Time (min)"]) == pytest.approx(results["minutes"], abs=0.051)
+        assert float(row["Thr @Rec"]) == pytest.approx(result["threshold"], abs=5.1e-5)
+        for side in ("val", "test"):
+            found = float(row[f"AUROC {side}"].strip("*"))
+            assert found == pytest.approx(result[side]["at_rec"]["auroc"], abs=5.1e-4)
+        for (point, mark), (title, key) in itertools.product(
+            (("at_rec", "@Rec"), ("at_0.5", "@0.5")), keys.items()
+        ):
+            shown = re.search(r"[\d.]+", row[f"{title} {mark}"])[0]
+            assert float(shown) == pytest.approx(result["test"][point][key], abs=5.1e-4)
         [row] = [dict(zip(head, r)) for r in shift if word in r[0] and "@Guar" not in r[0]]
         for title, key in (("Recall", "recall"), ("Spec", "specificity"), ("AUROC", "auroc")):
             for split in ("val", "test"):  # an interval may follow the figure
-                found = float(row[f"{title} {split}"].split()[0])
+                found = float(row[f"{title} {split}"].split()[0].strip("*"))
                 assert found == pytest.approx(result[split]["at_rec"][key], abs=5.1e-4)
 
 
@@ -649,18 +741,30 @@ def test_compare_plots(runs):
 
 
 def test_compare_csv(runs):
-
+    """A row a run and operating point; the columns of older versions come first."""
     with open(runs.cwd / "table.csv", newline="") as f:
         header, *rows = csv.reader(f)
-    [table] = [t for t in tables(runs.compared.out) if t[0] == HEADER]
-    assert header == ["Data", *HEADER] and [row[1:] for row in rows] == table[1:]
+    assert header == ["Data", *HEADER, *MORE] and len(rows) == 6
+    for row in (dict(zip(header, row)) for row in rows):
+        result = of_one(read_json(runs.cwd, row["Run"], "calibration.json"))
+        point = {"@Rec": "at_rec", "@0.5": "at_0.5"}[row["Point"]]
+        assert row["Model"].endswith(row["Point"]) and row["Finding"] == "PNEUMONIA"
+        figures = [
+            result["test"][point][k] for k in ("acc", "precision", "recall", "specificity", "f1", "auroc")
+        ]
+        shown = [float(row[k]) for k in ("Acc", "Prec", "Recall", "Spec", "F1", "AUROC")]
+        assert shown == pytest.approx(figures, abs=5.1e-4)
+        assert float(row["Spec val"]) == pytest.approx(result["val"][point]["specificity"], abs=5.1e-5)
 
 
 def test_a_seed_trained_twice_counts_once(bench, tmp_path):
     shutil.copytree(bench / "outputs", tmp_path / "outputs")
     shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "outputs/scratch")
     done = cli("compare", cwd=tmp_path)
-    assert done.code == 0 and "mean ± sd of 2 seeds" in done.out and "of 3 seeds" not in done.out
+    assert done.code == 0 and ", 2 seeds |" in done.out and "3 seeds" not in done.out
+    assert re.search(
+        r"- outputs/scratch\S*: recipe and seed are those of .*, so it is counted once", done.out
+    )
 
 
 def test_report_has_every_section_and_html_stands_alone(bench, tmp_path):
@@ -676,9 +780,9 @@ def test_report_has_every_section_and_html_stands_alone(bench, tmp_path):
         "95% intervals",
         "Which model is better",
         "Are the probabilities right",
-        "Subgroups",
+        "Groups of patients",
         "How this was evaluated",
-        "mean ± sd of 2 seeds",
+        ", 2 seeds |",
         "ensemble of 2",
         "@Guar",
         "SYNTHETIC",
@@ -687,11 +791,11 @@ def test_report_has_every_section_and_html_stands_alone(bench, tmp_path):
     a, b = (Run(tmp_path / f"outputs/scratch-seed{i}").scores() for i in range(2))
     y, aurocs = a["test_labels"], [metrics.roc_auc_score(s["test_labels"], s["test_p1"]) for s in (a, b)]
     both = metrics.roc_auc_score(y, (a["test_p1"] + b["test_p1"]) / 2)
-    mean_row = next(line for line in text.splitlines() if "mean ± sd of 2 seeds @Rec" in line)
+    mean_row = next(line for line in text.splitlines() if ", 2 seeds |" in line)
     assert f"{np.mean(aurocs):.3f} ± {np.std(aurocs, ddof=1):.3f}" in mean_row
-    main = next(table for table in tables(text) if table[0] == HEADER)
-    [row] = [line for line in main if "ensemble of 2" in line[0] and line[0].endswith("@Rec")]
-    assert row[8] == f"{both:.3f}"
+    main = next(table for table in tables(text) if "Recall @0.5" in table[0])
+    [row] = [line for line in main if "ensemble of 2" in line[0]]
+    assert row[main[0].index("AUROC test")].strip("*") == f"{both:.3f}"
     page = Loads((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.found == [] and page.pictures == len(re.findall(LINK, text)) == 6
     assert (tmp_path / "t.csv").read_text("utf-8").splitlines()[0].startswith("Data,Model,Params (M)")

@@ -20,8 +20,8 @@ from images.augment import gaussian_blur
 from models import build, maps
 from models.inputs import Inputs
 from records.run import Run
-from report.evidence import map_blocks
 from report.rows import Entry
+from report.tables.evidence import map_blocks
 from tests.shared import CPU, cli, of_one, refused, save_dicom, succeed, tiny_vit
 
 PLAIN = Inputs((0.5,) * 3, (0.5,) * 3, CPU)

@@ -467,7 +467,7 @@ def test_a_graph_with_the_lungs_inside_gives_what_predict_does(
     succeed("calibrate", "--run", "hybrid", "--min-recall", 0.9, "--bootstrap", 100, cwd=looks)
     assert "by at most" in succeed("predict", "--export", "m.onnx", "--run", "hybrid", cwd=looks).out
     session = runtime.InferenceSession(str(looks / "m.onnx"), providers=["CPUExecutionProvider"])
-    scorer = predict.Scorer(Run(looks / "outputs/linear"), torch.device("cpu"), tta=False)
+    scorer = predict.Scorer(looks / "outputs/linear", "cpu")
     exported = Exported(scorer.model, scorer.inputs, scorer.task, 1.0, scorer.finder.net).eval()
     chests = sorted((synthetic / "test/NORMAL").iterdir())[:4]
     graphs = {

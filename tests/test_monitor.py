@@ -12,8 +12,9 @@ from scipy.integrate import quad
 from scipy.stats import binom
 
 import monitor
-from calibration import sequential
 from common.task import Task
+from monitoring import log as log_module
+from monitoring import sequential
 from tests.shared import cli, of_one, read_json, refused, succeed
 
 
@@ -310,8 +311,11 @@ def test_of_several_findings_the_column_is_that_of_the_finding(tmp_path):
     """Each finding has its column and its words; of several classes all others are its absence."""
     task = Task(("Normal", "COVID", "Viral Pneumonia"))
     assert task.column_words == ["any_disease", "covid", "viral_pneumonia"]
-    assert monitor.truths(task, "COVID") == (["no covid", "0", "normal", "viral pneumonia"], ["covid", "1"])
-    absent, present = monitor.truths(task, "any disease")
+    assert log_module.truths(task, "COVID") == (
+        ["no covid", "0", "normal", "viral pneumonia"],
+        ["covid", "1"],
+    )
+    absent, present = log_module.truths(task, "any disease")
     assert absent == ["no any disease", "0", "normal"]
     assert present == ["any disease", "1", "covid", "viral pneumonia"]
     several = Task(("Edema", "edema"), "sigmoid")
@@ -321,7 +325,7 @@ def test_of_several_findings_the_column_is_that_of_the_finding(tmp_path):
         ["a,0.9,0.1,Normal", "b,0.1,0.9,COVID", "c,0.9,0.2,Viral Pneumonia"],
         "path,p_any_disease,p_covid,diagnosis",
     )
-    found = monitor.read_log(log, 0.5, monitor.truths(task, "COVID"), "p_covid")
+    found = log_module.read_log(log, 0.5, log_module.truths(task, "COVID"), "p_covid")
     assert found.sick.tolist() == [False, True, False] == found.called.tolist() and found.score == "p_covid"
-    found = monitor.read_log(log, 0.5, monitor.truths(task, "any disease"), "p_any_disease")
+    found = log_module.read_log(log, 0.5, log_module.truths(task, "any disease"), "p_any_disease")
     assert found.sick.tolist() == [False, True, True] and found.called.tolist() == [True, False, True]

@@ -12,7 +12,10 @@ import torch
 
 from calibration.ensemble import make_ensemble
 from common import files, safe_files
+from common.console import InputError
 from common.files import write_json
+from common.task import Task
+from records import scores as scores_module
 from records.run import Run
 from report.rows import also_trained_on
 from tests.shared import (
@@ -330,3 +333,41 @@ def test_members_on_other_images_make_no_ensemble(bench, tmp_path):
     argv = ("--ensemble", "outputs/scratch-seed0", "outputs/scratch-seed1", "--out", "outputs/x")
     refused(cli("calibrate", *argv, cwd=tmp_path), "differ in split")
     assert not (tmp_path / "outputs/x").exists()
+
+
+def test_scores_are_arrays_of_findings(bench):
+    """Truth against the folders that files lie in, scores against the logits and predict.py's CSV; the same
+    of an older scores.npz, which held no scores."""
+    run = Run(bench / "outputs/linear")
+    found = run.scores()
+    assert found["findings"].tolist() == ["PNEUMONIA"]
+    for side, count in (("val", 84), ("test", 60)):
+        names, logits = found[f"{side}_files"], found[f"{side}_logits"].astype(float)
+        truth, scores = found[f"{side}_truth"], found[f"{side}_scores"]
+        assert truth.dtype == np.int8 and truth[:, 0].tolist() == ["/PNEUMONIA/" in f for f in names]
+        assert scores.dtype == np.float64 and scores.shape == (count, 1) == truth.shape
+        assert scores[:, 0] == pytest.approx(1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), rel=1e-12)
+        older = {name: array for name, array in run.saved_scores().items() if not name.endswith("_p1")}
+        again = scores_module.with_findings(older, "x", run.task, run.calibration)
+        assert np.array_equal(again[f"{side}_scores"], scores)
+
+
+def test_scores_of_several_findings():
+    """Columns as Task has them: "any finding" first, unknown labels -1."""
+    task = Task(("No Finding", "Mass"), "sigmoid")
+    labels = np.array([[1, 0], [0, 1], [-1, -1]])
+    arrays = {f"{side}_labels": labels for side in ("val", "test")}
+    arrays |= {f"{side}_logits": np.array([[2.0, -1.0]] * 3) for side in ("val", "test")}
+    plain = {"temperature": 1.0, "temperature_applied": False}
+    found = scores_module.with_findings(arrays, "x", task, lambda: plain)
+    assert found["findings"].tolist() == ["any finding", "No Finding", "Mass"]
+    assert found["val_truth"].tolist() == [[0, 1, 0], [1, 0, 1], [-1, -1, -1]]
+    expected = [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(1))]
+    assert found["test_scores"] == pytest.approx(np.array([expected] * 3))
+    for damage in (
+        {"val_labels": labels[:, 0]},
+        {"val_p1": np.zeros((3, 2))},
+        {"val_p1": np.array(["a"] * 9)},
+    ):
+        with pytest.raises(InputError, match="the scores of x are damaged"):
+            scores_module.with_findings(arrays | damage, "x", task, lambda: plain)

@@ -401,7 +401,7 @@ def test_seeds_and_views_of_findings(findings, tiny_npz, tmp_path):
     values = [run.calibration()["summary"]["test"]["auroc"]["value"] for run in runs]
     report = tables(succeed("compare", cwd=tmp_path).out)
     first = next(table for table in report if "Mean AUROC test" in table[0])
-    (row,) = [row for row in first if "mean ± sd of 2 seeds" in row[0]]
+    (row,) = [row for row in first if row[0].endswith(", 2 seeds")]
     cell = row[first[0].index("Mean AUROC test")]
     assert cell == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
     folder = "outputs/pretrained-seed0"

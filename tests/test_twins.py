@@ -19,9 +19,10 @@ from images.drawn import draw_radiograph
 from images.subset import Subset
 from layouts.folders import read_folders
 from layouts.listing import Index
-from report import tables
 from report.render import to_markdown
 from report.rows import load_entries
+from report.tables import main as tables
+from report.view import view_of
 from tests.shared import SHARED, cli, read_json, smooth_picture, succeed
 from training import other_hospitals
 
@@ -268,7 +269,7 @@ def write_set(root, seed=0, train=20, test=10, side=32):
 def report_of(folder):
     """The report of compare.py without its pictures, which take most of its time."""
     (entries,) = load_entries(folder / "outputs")
-    return to_markdown(tables.section(entries, entries, Asked(age_bands())))
+    return to_markdown(tables.section(view_of(entries, Asked(age_bands()))))
 
 
 def test_copies_are_said_from_training_to_the_report(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.console import InputError, Interrupted, progress, say, tell
+from common.console import InputError, Interrupted, TimeLeft, progress, say, tell
 from common.device import device_name, processes, stop_requests, versions
 from common.files import FORMAT
 from images.split import epoch_order
@@ -223,6 +223,9 @@ class Loop:
         """The epochs that are left; when they are over, the run is finished. Interrupted when asked to stop,
         after saving."""
         source = Batches(train, self.inputs, self.recipe.balance)
+        plan, before = self.plan, self.progress.head_seconds
+        may_end = "patience" in plan.used and self.recipe.epochs > self.recipe.patience
+        self.left = TimeLeft(self.steps, self.total, plan.seeds, plan.following, before, may_end)
         with stop_requests() as stop:
             # A linear probe has one epoch, which is over before the first step: see keep_head.
             if self.recipe.epochs == 0 and not self.progress.epoch:
@@ -270,13 +273,16 @@ class Loop:
             return f"loss {self.progress.mean_loss:.3f}, {speed:.0f} images/s"
 
         title = f"epoch {epoch + 1}/{self.recipe.epochs}"
-        for index in progress(batches[first:], len(batches), title, begin=first, status=status):
+        self.left.begin()
+        told = {"begin": first, "status": status, "left": lambda rest: self.left.text(rest, epoch)}
+        for index in progress(batches[first:], len(batches), title, **told):
             self._set_rate()
             self._add_gradient(source, index)
             # A loss that is not finite must not change the weights, so it is read first.
             if self.progress.step % every == 0 or self.progress.step == len(batches):
                 stopping = self._read_loss(stop)
             self._change_weights()
+            self.left.end_step()
             if stopping:
                 break
         return stopping
@@ -288,6 +294,7 @@ class Loop:
         if frozen == self.frozen:
             return
         self.frozen = frozen
+        self.left.begin_stage(recipe.frozen_epochs if frozen else None)
         self.model.freeze(frozen)
         self._share()  # DistributedDataParallel must know what has a gradient
         stage = recipe.stages[0] if frozen else recipe.stages[-1]
@@ -345,6 +352,7 @@ class Loop:
             self._save_model()
         results.update(best_epoch=self.progress.best_epoch, minutes=self.progress.minutes)
         self._write(results)
+        self.left.end_epoch()
         # Trackers and the reader of the terminal learn of it when it is safe.
         number, recipe = self.progress.epoch, self.recipe
         self.tracker.epoch(number, row, recipe.stage_of(number))

@@ -34,7 +34,7 @@ from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
 from records.run import Run
-from training import other_hospitals, seen
+from training import other_hospitals, resume, seen
 from training import recipe as recipes
 from training.evaluate import fit_head, say_stage
 from training.loop import Loop
@@ -55,6 +55,8 @@ class Plan:
     deterministic: bool = False
     used: tuple = recipes.SOME_ARM
     track: tuple = ()
+    seeds: int = 1  # how many the command trains
+    following: int = 0  # of them after this one
 
     def seed(self):
         """Seed everything that is random, before the model is built."""
@@ -105,8 +107,11 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
         config = data.DataConfig.from_args(args)
     config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
 
-    plans = []
+    plans, waiting = [], list(runs.values())
+    if args.resume:
+        waiting = [run for run in waiting if not resume.is_over(run, recipe)]
     for seed, run in runs.items():
+        waiting = [other for other in waiting if other is not run]
         plan = Plan(
             replace(recipe, balance=balance, seed=seed),
             augment,
@@ -118,6 +123,8 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
             deterministic=args.deterministic,
             used=defaults.used,
             track=tuple(args.track),
+            seeds=len(runs),
+            following=len(waiting),
         )
         plans.append(plan)
     return args, plans

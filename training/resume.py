@@ -32,6 +32,14 @@ def is_longer(plan, meta):
     return longer
 
 
+def is_over(run, recipe):
+    """Whether a run was finished, with as many epochs as a Recipe asks for."""
+    if not run.begun or not run.results["finished"]:
+        return False
+    epochs = run.results["recipe"].get("epochs")
+    return isinstance(epochs, int) and epochs >= recipe.epochs
+
+
 def _more_epochs(plan, epochs):
     """Whether more epochs are asked for than the `epochs` the run to be resumed was begun with; says so.
     InputError where its learning rate was planned over those."""

@@ -5,11 +5,10 @@ import itertools
 
 import numpy as np
 
-from calibration.intervals import proportion_interval
 from common import scaling
 from common.scaling import SIDES
 from metrics import predictive_values
-from report.cells import first_head, interval, questions, title
+from report.cells import first_head, questions, title
 from report.render import Heading, Paragraph, Table
 
 WHEN = ("before", "after")
@@ -77,31 +76,3 @@ def predictive_blocks(entries):
     head = [first_head(entries), "PPV as on test", "NPV as on test", f"PPV at {assumed:.0%}"]
     head.append(f"NPV at {assumed:.0%}")
     return [Paragraph(text), Table(head, rows)]
-
-
-def subgroup_blocks(entries):
-    """Recall of bacterial and viral pneumonia, where the file names tell them apart."""
-    if entries[0].unit != "images":  # a child may have images of both
-        return []
-    causes, rows = {"bacteria": "bacterial", "virus": "viral"}, []
-    for name, e in questions(entries):
-        if e.row(name, "test", "at_rec"):  # names tell causes in the Kaggle set only
-            cells = [recall_of(e, name, word) for word in causes]
-            if cells != ["-"] * len(causes):
-                rows.append([f"{title(e, name)} @Rec", *cells])
-    if not rows:
-        return []
-    text = "Test recall @Rec by cause, as the file names tell it; 95% intervals, bootstrap of patients."
-    head = [first_head(entries), *(f"Recall, {cause}" for cause in causes.values())]
-    return [Heading(3, "Subgroups"), Paragraph(text), Table(head, rows)]
-
-
-def recall_of(entry, finding, word):
-    """Test recall @Rec among images with this word in their file name, as text; a dash where none has it."""
-    test = entry.column(finding, "test")
-    inside = (test.truth == 1) & (np.char.find(np.char.lower(test.files), word) >= 0)
-    if not inside.any():
-        return "-"
-    hits = test.scores[inside] >= entry.calibrated[finding]["threshold"]
-    span = interval(*proportion_interval(hits, test.patients[inside], entry.calibration["bootstrap"]))
-    return f"{hits.mean():.3f} {span} (n = {inside.sum()})"

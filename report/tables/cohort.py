@@ -1,6 +1,10 @@
 """Blocks of the report on people: who took part, what was left out, and figures of groups of patients. No
 torch, no drawing."""
 
+from functools import cache
+
+import numpy as np
+
 from cohort.groups import METHOD, groups_on_side, table_of, verdicts
 from common.console import InputError
 from common.scaling import SIDES
@@ -22,6 +26,7 @@ WORDS = {  # of the steps in results.json
     "test": "in test",
 }
 HERE = ("sex", "view", "machine")
+FEW = 3  # of more findings, groups have a table only where something stands out on test
 
 
 # ---------------------------------------------------------------- who took part
@@ -193,18 +198,27 @@ def flow_rows(flow):
 
 def group_blocks(entries, asked):
     """Figures of groups of patients, on test and on validation, where columns tell them apart."""
-    blocks, standing_out = [], []
+    blocks, standing_out, left_out = [], [], 0
     for name, e in questions(entries):
         for side, word in reversed(SIDES.items()):
             found, notes = groups_on(e, name, side, asked)
             if not found["groups"] and not notes:
                 continue
-            caption = f"{title(e, name)}, {word}"
+            caption, warned = f"{title(e, name)}, {word}", verdicts(found, e.min_recall)
+            standing_out += [[caption, text] for text in warned]
+            # Of many findings only some tables are worth the room.
+            if len(e.findings) > FEW and (side == "val" or not warned):
+                left_out += 1
+                continue
             remarks = f" ({'; '.join(notes)})" if notes else ""
             blocks.append(Paragraph(f"{caption}{remarks}:"))
             if found["groups"]:
                 blocks.append(Table(*table_of(found)))
-            standing_out += [[caption, text] for text in verdicts(found, e.min_recall)]
+    if left_out:
+        text = (
+            f"Left out: {left_out} tables in which nothing stands out (--card RUN has all figures of a run)."
+        )
+        blocks.append(Paragraph(text))
     if not blocks:
         return []
     said = Paragraph("No group differs from the rest, and no floor is broken, beyond chance.")
@@ -213,8 +227,24 @@ def group_blocks(entries, asked):
     return [Heading(3, "Groups of patients"), Paragraph(METHOD), said, *blocks]
 
 
+@cache  # permutation tests take seconds, and the answers need them as well as the tables
 def groups_on(entry, finding, side, asked):
     """groups_on_side (figures, notes) of an entry's finding."""
-    k, column = entry.findings.index(finding), entry.columns[side]
-    images = column.truth[:, k], column.scores[:, k], column.patients, entry.cohort[side]
+    k, column, known = entry.findings.index(finding), entry.columns[side], dict(entry.cohort[side])
+    causes = causes_of(entry, side)
+    if (causes != "").any():
+        known["cause"] = causes
+        asked = asked._replace(columns=(*asked.columns, "cause"))
+    images = column.truth[:, k], column.scores[:, k], column.patients, known
     return groups_on_side(*images, asked, entry.calibrated[finding], entry.min_recall)
+
+
+def causes_of(entry, side):
+    """The cause of each image of a pneumonia, as the file names of the Kermany set tell it: "bacteria",
+    "virus" or "", [N]. A study or patient may have images of both, so there it is "" everywhere."""
+    names = np.char.lower(entry.columns[side].files)
+    causes = np.full(len(names), "", dtype="U8")
+    if entry.unit == "images":
+        for word in ("bacteria", "virus"):
+            causes[np.char.find(names, f"_{word}_") >= 0] = word
+    return causes

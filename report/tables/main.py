@@ -1,16 +1,13 @@
 """The main tables of the report, as blocks for render.py: figures, promises, intervals. No torch, no
 drawing."""
 
-import csv
 import itertools
 
-import numpy as np
-
 from calibration.operating_point import LEAST
-from calibration.wording import new_patients, warnings
-from common.console import printable
-from common.files import atomic_path
+from calibration.wording import new_patients
 from common.proportions import no_width
+from report.answers.short import in_short
+from report.answers.threshold import NOBODY, calls, floor_verdict
 from report.cells import (
     alone,
     drawn,
@@ -19,89 +16,72 @@ from report.cells import (
     interval,
     points,
     questions,
-    size_and_time,
     span,
+    three,
     title,
     unique,
     with_interval,
 )
-from report.cohort import cohort_blocks, group_blocks
-from report.evidence import batch_blocks, map_blocks
-from report.method import method_blocks, split_blocks
-from report.pairs import pair_blocks
-from report.probabilities import predictive_blocks, probability_blocks, subgroup_blocks
-from report.render import Code, Heading, Paragraph, Table
-from report.rows import POINTS, families, missing_ensembles
+from report.render import Bad, Code, Heading, Paragraph, Table
+from report.rows import POINTS, missing_ensembles
+from report.tables.audit import audit_blocks
+from report.tables.cohort import cohort_blocks, group_blocks
+from report.tables.evidence import batch_blocks, map_blocks
+from report.tables.method import method_blocks, split_blocks
+from report.tables.models import behind_table, legend, models_table
+from report.tables.pairs import pair_blocks
+from report.tables.probabilities import predictive_blocks, probability_blocks
+from report.tables.triage import triage_blocks
 
-FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
-HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 NAMED = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "Accuracy": "acc"}
 NAMED |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
-MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
-def section(entries, shown, asked):
-    """The blocks of one test set: long tables of `shown`, where an ensemble stands for its members; `asked`:
-    the groups of patients (who.Asked)."""
-    detailed = entries if alone(entries) else shown
-    blocks = main_blocks(entries, detailed) + promise_blocks(detailed)
-    blocks += interval_blocks(shown) + class_blocks(shown) + pair_blocks(shown)
-    blocks += probability_blocks(shown) + predictive_blocks(shown) + subgroup_blocks(shown)
-    blocks += group_blocks(shown, asked)
-    return blocks + batch_blocks(entries) + map_blocks(entries) + method_blocks(entries)
+def section(view, pictures=None):
+    """The blocks of one test set: the answers, then what they rest on. `pictures`: {name: Image}, see
+    figures.draw_all; each stands beside its text."""
+    entries, shown, detailed = view.entries, view.shown, view.detailed
+
+    def drawn_here(*names):
+        return [pictures[name] for name in names if name in (pictures or {})]
+
+    first = entries[0]
+    warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
+    blocks = [Heading(2, warning + first.set), *split_blocks(entries), *in_short(view)]
+    blocks += [*models_blocks(view), *drawn_here("roc", "pr")]
+    blocks += [*class_blocks(detailed), *drawn_here("confusion")]
+    blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *triage_blocks(detailed)]
+    blocks += interval_blocks(detailed)
+    blocks += pair_blocks(shown)
+    blocks += [*probability_blocks(detailed), *drawn_here("reliability")]
+    blocks += [*predictive_blocks(detailed), *drawn_here("decision")]
+    blocks += group_blocks(detailed, view.asked)
+    blocks += audit_blocks(shown) + batch_blocks(shown) + map_blocks(shown)
+    blocks += cohort_blocks(entries) + method_blocks(entries)
+    if training := drawn_here("training"):
+        blocks += [Heading(3, "Training"), *training]
+    return blocks
 
 
 # ---------------------------------------------------------------- figures
 
 
-def main_rows(entries):
-    """Rows of the main table, lists of str in the order of HEADER: first @Rec, then @0.5 of an only
-    finding."""
-    rows = []
-    for point, finding in itertools.product(points(entries), entries[0].findings):
-        if point == "at_guaranteed":  # in the table of promises
-            continue
-        with_row = [e for e in entries if e.row(finding, "test", point)]
-        for e in with_row:
-            row = e.row(finding, "test", point)
-            figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
-            rows.append([f"{title(e, finding)} {POINTS[point]}", *size_and_time(e), *figures])
-        for family in families(with_row):
-            values = [[e.row(finding, "test", point)[k] for k in (*FIGURES, "thr")] for e in family]
-            name = f"{title(family[0], finding).removesuffix(family[0].name)}{of_seeds(family)}"
-            rows.append([f"{name} {POINTS[point]}", *mean_size_and_time(family), *spread(values)])
-    return rows
-
-
-def of_seeds(family):
-    """What the row of a family is called."""
-    return f"{family[0].base}, mean ± sd of {len(family)} seeds"
-
-
-def mean_size_and_time(family):
-    """Millions of parameters and mean minutes of training, as text."""
-    return [f"{family[0].results['params'] / 1e6:.2f}", f"{np.mean([e.minutes for e in family]):.1f}"]
-
-
-def spread(values):
-    """Mean and standard deviation over the first axis of [seeds, figures], as texts."""
-    pairs = zip(np.mean(values, axis=0), np.std(values, axis=0, ddof=1))
-    return [f"{mean:.3f} ± {sd:.3f}" for mean, sd in pairs]
-
-
-def main_blocks(entries, detailed):
-    """The results table; where there are several findings, after one of the figures over all of them. Then
-    how to make the ensembles that are missing."""
-    first = entries[0]
-    warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
-    blocks = [Heading(2, warning + first.set), *split_blocks(entries), *cohort_blocks(entries)]
-    blocks += [Heading(3, "Figures on test"), Paragraph(main_text(entries))]
-    if not alone(entries):  # fourteen rows a model hide which model is better, so means come first
-        blocks += [means_table(entries), Heading(3, "Finding by finding"), Paragraph(findings_text(entries))]
-    blocks.append(Table(HEADER, main_rows(detailed)))
+def models_blocks(view):
+    """The main table, the seeds behind its means, and how to make the ensembles that are missing."""
+    blocks = [Heading(3, "Figures on test"), Paragraph(main_text(view.entries))]
+    blocks.append(models_table(view.candidates))
+    notes = [legend(view)]
+    if view.left_out:
+        notes.append(f"Left out by --top: {view.left_out} of {view.left_out + len(view.candidates)} models.")
+    if len(view.detailed) < len(view.shown):
+        count = len(view.shown) - len(view.detailed)
+        notes.append(f"The longer tables below leave out {count} of these runs: --run shows them.")
+    blocks.append(Paragraph(" ".join(notes)))
+    if behind := behind_table(view):
+        blocks += [Paragraph("The seeds behind the means, and the members of ensembles:"), behind]
     return blocks + [
         Paragraph((f"To add the ensemble of the {count} seeds of {name}, run ", Code(command), "."))
-        for name, count, command in missing_ensembles(entries)
+        for name, count, command in missing_ensembles(view.entries)
     ]
 
 
@@ -109,11 +89,6 @@ def main_text(entries):
     """What was tested, and what the first table shows, as text."""
     # All models of a section share the test images, but not the validation images.
     first = entries[0]
-    points_text = (
-        f"@Rec is the threshold of highest precision among those with a validation recall >= "
-        f"{floors(entries)}; @0.5 is the threshold 0.5. AUROC does not depend on the threshold. Time is that "
-        "of training, validation included."
-    )
     if alone(entries):
         (finding,) = first.findings
         truth = first.column(finding, "test").truth
@@ -121,7 +96,9 @@ def main_text(entries):
         counts = f"{int((truth == 0).sum())} {first.absent(finding)}, {int(truth.sum())} {finding}"
         return (
             f"Test: {len(truth)} {first.unit} ({counts}), at thresholds chosen on validation ({chosen_on} "
-            f"{first.unit}). {pooled_text(entries)}{points_text}"
+            f"{first.unit}). {pooled_text(entries)}@Rec is the threshold of highest precision among those "
+            f"with a validation recall >= {floors(entries)}; @0.5 is the threshold 0.5. Time is that of "
+            "training, validation included."
         )
     count = len(first.columns["test"].files)
     return f"Test: {count} {first.unit}. {pooled_text(entries)}{means_text(entries)}"
@@ -137,9 +114,6 @@ def pooled_text(entries):
         f"All figures are of {first.unit}: the score is the {pools} over the images, the truth positive if "
         "any of them is. "
     )
-
-
-# ---------------------------------------------------------------- several findings together
 
 
 def means_text(entries):
@@ -164,31 +138,18 @@ def means_text(entries):
     return f"{text}Intervals: 95%, bootstrap of {drawn(entries)}."
 
 
-def means_table(entries):
-    """One row a model: figures over all findings."""
-    # A figure that one model lacks has no column: accuracy is of classes, not of findings.
-    keys, rows = [k for k in MEANS if all(k in e.summary["test"] for e in entries)], []
-    for e in entries:
-        figures = [span(e.summary["test"][k]) for k in keys]
-        val_auroc = three_digits(e.summary["val"].get("auroc"))
-        rows.append([e.name, *size_and_time(e), val_auroc, *figures])
-    for family in families(entries):
-        values = [[e.summary["test"][k]["value"] for k in keys] for e in family]
-        val_aurocs = [[e.summary["val"]["auroc"]["value"]] for e in family if "auroc" in e.summary["val"]]
-        val_spread = spread(val_aurocs) if len(val_aurocs) > 1 else ["-"]
-        rows.append([of_seeds(family), *mean_size_and_time(family), *val_spread, *spread(values)])
-    return Table([*HEADER[:3], "Mean AUROC val", *(f"{MEANS[k]} test" for k in keys)], rows)
+def refusals(refused):
+    """[(finding, why it has no @Guar)] as text: of many findings, the names and the reason of the first."""
+    named = dict(refused)
+    reasons = [f"{name} ({why})" for name, why in named.items()]
+    if len(named) <= 3:
+        return "; ".join(reasons)
+    return f"{len(named)} findings, for like reasons: {reasons[0]}, {', '.join(list(named)[1:])}"
 
 
-def findings_text(entries):
-    """What the thresholds of several findings are, and which have none, as text."""
-    text = (
-        f"@Rec is each finding's threshold of highest precision among those with a validation recall >= "
-        f"{floors(entries)}, applied unchanged to test. A finding that is rare in validation has a threshold "
-        "that rests on few images: its test recall may be far from the floor. AUPRC of a model that knows "
-        "nothing is the share of positives."
-    )
-    # What is missing from the table is said with its reason.
+def missing_text(entries):
+    """Which findings have no threshold, or no figures on test, with the reason; "" if none."""
+    text = ""
     for key, words in (("why_not", "No threshold"), ("test_why_not", "No figures on test")):
         reasons = [
             f"{name} ({e.calibrated[name][key]})"
@@ -244,12 +205,6 @@ def promise_blocks(entries):
     head.append("AUPRC test")
     heading = "What the threshold promises, and the shift from validation to test"
     blocks = [Heading(3, heading), Paragraph(promise_text(entries)), Table(head, rows)]
-    texts = []
-    for finding, e in questions(entries):
-        if concerns := warnings(e.calibrated[finding], e.min_recall):
-            texts.append(f"{title(e, finding)}: {'; '.join(concerns)}")
-    if texts:
-        blocks.append(Paragraph(f"Warning. {'. '.join(texts)}."))
     return blocks
 
 
@@ -263,13 +218,26 @@ def promise_row(e, finding, point):
     else:
         cells += ["-", "-"]
     for key in ("recall", "specificity"):
-        on_val = f"{val[key]:.3f}" if val else "-"
-        cells += [on_val, with_interval(test, key)]
+        cells += [three(val and val[key]), marked_figure(e, finding, test, key)]
     # A finding too rare for a threshold may still have curves, which need none.
     curves = e.calibrated[finding]["curves"]
     cells.append(three_digits(curves.get("val", {}).get("auroc")))
     on_test = curves.get("test")
     return cells + ["-" if on_test is None else span(on_test[key]) for key in ("auroc", "auprc")]
+
+
+def marked_figure(entry, finding, row, key):
+    """Recall or specificity of a `row` on test with its interval, marked where it breaks the floor or calls
+    everybody (nobody) sick; a dash where there is no row."""
+    text = with_interval(row, key)
+    if row is None:
+        return text
+    said = calls(row)
+    if key == "recall" and floor_verdict(entry, finding, row) == "broken":
+        return Bad(text)
+    if said and (key == "recall") == (said == NOBODY):
+        return Bad(text), f" {said}"
+    return text
 
 
 def three_digits(figure):
@@ -287,7 +255,7 @@ def promise_text(entries):
             if guarantee.get("threshold") is not None:
                 promised.append(f"recall >= {e.min_recall:g} with confidence {guarantee['confidence']:.4g}")
             elif "why_not" in guarantee:
-                refused.append(f"{name} ({guarantee['why_not']})")
+                refused.append((name, guarantee["why_not"]))
     unit = entries[0].unit
     # What each point promises, then at what confidence, then what breaks the promise.
     text = f"@Rec meets the floor on the validation {unit}. For new patients like them, its true recall is "
@@ -310,8 +278,8 @@ def promise_text(entries):
         f"validation with the finding ({unit}, where patients are unknown)."
     )
     if refused:
-        text += f" Where @Guar is missing: {unique(refused)}."
-    return text
+        text += f" Where @Guar is missing: {refusals(refused)}."
+    return text + missing_text(entries)
 
 
 # ---------------------------------------------------------------- intervals, CSV
@@ -341,13 +309,3 @@ def delong_interval(row):
     if limits is None or no_width(limits):
         return "-"
     return interval(*limits)
-
-
-def write_csv(path, groups):
-    """The rows of the main tables with their data set, as CSV; `groups` are lists of Entries."""
-    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["Data", *HEADER])
-        for entries in groups:
-            for row in main_rows(entries):
-                writer.writerow([printable(cell) for cell in (entries[0].set, *row)])

@@ -1,0 +1,142 @@
+"""The log of scores and diagnoses that monitor.py reads: one image a patient, in order. No torch."""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from common.console import InputError, say
+from layouts.listing import patient_id
+from layouts.patients import clean_patient
+from layouts.sheets import numbered, open_table
+
+
+class Log(NamedTuple):
+    """One image a patient, in order. sick, called: bool [N]; scores: float [N]."""
+
+    sick: np.ndarray
+    called: np.ndarray
+    scores: np.ndarray
+    images: int  # that were looked at
+    left_out: int  # further images of patients
+    unnamed: int  # images that count as a patient each, because nothing tells whose they are
+    waiting: int  # rows without a diagnosis
+    unscored: int  # rows of files that predict.py could not read
+    score: str  # the column that the scores are from
+    named: bool  # whether there is a column patient
+
+
+class Row(NamedTuple):
+    """A row of the log, checked. score: None where predict.py could not read the file; sick: None where there
+    is no diagnosis yet; patient: "" where nothing tells."""
+
+    path: str
+    score: float | None
+    sick: bool | None
+    patient: str
+    time: str
+
+
+def truths(task, finding):
+    """What a diagnosis may say -> (words for the absence of a finding, for its presence), in lower case."""
+    absent, present = [f"no {finding}", "0"], [finding, "1"]
+    if task.kind == "softmax" and finding in task.classes:
+        absent += [name for name in task.classes if name != finding]
+    elif task.kind == "softmax":  # any disease
+        absent.append(task.classes[0])
+        present += task.classes[1:]
+    return tuple([word.lower() for word in words] for words in (absent, present))
+
+
+def check_row(cell, score, words, where):
+    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that is wrong."""
+    try:
+        value = float(cell[score])
+    except ValueError:
+        value = float("nan")
+    if not cell[score] and score != "score":  # predict.py leaves the score of an unreadable file empty
+        value = None
+    elif not 0 <= value <= 1:
+        raise InputError(f"{where}: {score} {cell[score][:40]!r} is no probability from 0 to 1")
+    if not cell["path"]:
+        raise InputError(f"{where}: path is empty: each image is to have one row")
+    diagnosis, (absent, present) = cell["diagnosis"].lower(), words
+    if diagnosis and diagnosis not in (*absent, *present):
+        known = ", ".join((*absent, *present))
+        raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
+    sick = diagnosis in present if diagnosis else None
+    # Without a column patient the file name may tell, as in training.
+    patient = clean_patient(cell.get("patient", ""))
+    if not patient and patient_id(cell["path"]) != cell["path"]:
+        patient = patient_id(cell["path"])
+    return Row(cell["path"], value, sick, patient, cell.get("time", ""))
+
+
+def check_columns(path, head, score):
+    """InputError if a log with these columns lacks one; `score`: the column of scores."""
+    missing = [name for name in ("path", score, "diagnosis") if name not in head]
+    if not missing:
+        return
+    if score in missing and score != "score":
+        missing[missing.index(score)] = f"{score} (nor score)"
+    raise InputError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(head)}")
+
+
+def read_log(path, threshold, words, column="score"):
+    """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
+    is called score.
+
+    InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
+    diagnosis, an image or a time out of order that comes twice."""
+    head, rows = open_table(path)
+    score = "score" if "score" in head else column
+    check_columns(path, head, score)
+    images, patients, last = set(), set(), ""
+    sick, scores, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
+    for number, values in numbered(rows):
+        padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
+        where = f"{path}, row {number}"
+        row = check_row(dict(zip(head, padded)), score, words, where)
+        # The sequential test counts patients in the order of their diagnoses, each image once.
+        if row.path in images:
+            raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")
+        if row.time < last:
+            raise InputError(
+                f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
+            )
+        images.add(row.path)
+        last = row.time
+        if row.score is None:
+            counts["unscored"] += 1
+            continue
+        if row.sick is None:
+            counts["waiting"] += 1
+            continue
+        counts["images"] += 1
+        counts["unnamed"] += not row.patient
+        # Images of one patient are no independent draws, so the first one counts.
+        patient = row.patient or row.path
+        if patient in patients:
+            counts["left_out"] += 1
+            continue
+        patients.add(patient)
+        sick.append(row.sick)
+        scores.append(row.score)
+    scores = np.array(scores, float)
+    return Log(
+        np.array(sick, bool), scores >= threshold, scores, **counts, score=score, named="patient" in head
+    )
+
+
+def say_counts(path, log):
+    """Notes on rows that do not count, and on images that count as patients."""
+    if log.unscored:
+        say(f"note: passed over, without a score (unreadable files?): {log.unscored} rows of {path}")
+    if log.waiting:
+        say(f"note: passed over, without a diagnosis yet: {log.waiting} rows of {path}")
+    if log.unnamed:
+        why = "the column patient is empty there" if log.named else f"{path} has no column patient"
+        say(
+            f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
+            "tell no patient. If some are of the same patient, name it in a column patient"
+        )

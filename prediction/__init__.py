@@ -1,0 +1,7 @@
+"""Scoring new images with a calibrated run.
+
+In the order to read them:
+
+    scorer.py   files in, a row each out: scores, decisions, typicality, notes
+    output.py   order, digits and destination of the rows
+"""

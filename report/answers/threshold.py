@@ -1,0 +1,155 @@
+"""Which threshold, and what is left of its promise on test. No torch, no drawing."""
+
+from collections import Counter
+
+from cohort.figures import clustered_proportion
+from common.proportions import reported_interval
+from report.cells import floors, interval, named, with_interval
+from report.render import Bad, Bullets, Heading, Paragraph
+from report.rows import POINTS
+
+HEADING = Heading(4, "Which threshold?")
+SHOWN = 4  # models whose thresholds and marks "In short" shows
+FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
+EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
+VERDICTS = ("kept", "not refuted", "broken")
+
+
+def recall_span(entry, finding, row):
+    """The interval [lo, hi] of the recall in a `row` of figures on test. Of several findings all intervals
+    hold at once (Bonferroni), or of twenty kept floors one would look broken."""
+    known = sum(entry.row(name, "test", "at_rec") is not None for name in entry.findings)
+    if known <= 1:
+        return reported_interval(row, "recall")
+    test = entry.column(finding, "test")
+    sick = test.truth == 1
+    hits = test.scores[sick] >= row["thr"]
+    return clustered_proportion(hits, test.patients[sick], 1 - 0.05 / known)
+
+
+def floor_verdict(entry, finding, row):
+    """What is left of the recall floor in a `row` of figures on test: "kept" where the interval lies at or
+    above it, "broken" where it lies below, "not refuted" where it holds the floor."""
+    low, high = recall_span(entry, finding, row)
+    if low >= entry.min_recall:
+        return "kept"
+    return "broken" if high < entry.min_recall else "not refuted"
+
+
+def recall_text(entry, finding, row):
+    """ "0.951 [0.931, 0.968]" of the recall in a `row`."""
+    return f"{row['recall']:.3f} {interval(*recall_span(entry, finding, row))}"
+
+
+def calls(row):
+    """What a `row` of figures is worth nothing for: it "calls nobody sick" (no image), or, with a specificity
+    below FEW_HEALTHY, "calls everybody sick" (and misses fewer than that share of the sick) or "calls the
+    healthy sick" (and misses more); else ""."""
+    if row["tp"] + row["fp"] == 0:
+        return NOBODY
+    if row["specificity"] >= FEW_HEALTHY:
+        return ""
+    return EVERYBODY if row["recall"] > 1 - FEW_HEALTHY else "calls the healthy sick"
+
+
+def threshold_blocks(remaining):
+    """The answer for those that remain (Candidates)."""
+    if not remaining:
+        return []
+    entries = [e for c in remaining for e in c.entries]
+    text = (
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. Take @Guar where it must hold for "
+        "new patients like those: it costs specificity. On test the floor is kept (the 95% interval by "
+        "patients lies above it), not refuted (the interval holds it) or broken (it lies below)."
+    )
+    items = []
+    for c in remaining[:SHOWN]:
+        items += [line for point in ("at_rec", "at_guaranteed") for line in lines_of(c, point)]
+    if len(remaining) > SHOWN:
+        items.append(f"{len(remaining) - SHOWN} more of those that remain: in the tables below.")
+    return [HEADING, Paragraph(text), Bullets(items)]
+
+
+def lines_of(candidate, point):
+    """What one operating point of a Candidate promises, costs and keeps: a list of at most one item."""
+    mark, found = POINTS[point], rows_of(candidate, point)
+    start = f"{candidate.name}, {mark}"
+    if not found:
+        return [f"{start}: none; {missing(candidate, point)}."]
+    if len(found) == 1:
+        return [(f"{start} ", *one_line(*found[0], point))]
+    return [(f"{start}: ", *many_line(candidate, point, found))]
+
+
+def rows_of(candidate, point):
+    """[(entry, finding, row of figures on test)] of all seeds and findings that have one."""
+    found = []
+    for e in candidate.entries:
+        for finding in e.findings:
+            if row := e.row(finding, "test", point):
+                found.append((e, finding, row))
+    return found
+
+
+def missing(candidate, point):
+    """Why a Candidate has no figures at a point, as text: the reason of the first finding stands for all."""
+    reasons = {}
+    for e in candidate.entries:
+        for finding, of_finding in e.calibrated.items():
+            reason = of_finding.get("why_not") or of_finding.get("test_why_not")
+            if reason is None and point == "at_guaranteed":
+                reason = of_finding["guarantee"].get("why_not")
+            if reason:
+                reasons.setdefault(reason, finding)
+    if not reasons:
+        return "no figures on test"
+    reason, finding = next(iter(reasons.items()))
+    return named(candidate.entries[0], finding, reason)
+
+
+def verdict_part(verdict):
+    """A verdict on the floor, as a part of a line."""
+    return Bad(verdict) if verdict == "broken" else verdict
+
+
+def one_line(entry, finding, row, point):
+    """The parts of a line on one threshold."""
+    on_validation = entry.row(finding, "val", point)["specificity"]
+    parts = [
+        f"{row['thr']:.4f}: recall {recall_text(entry, finding, row)} on test, ",
+        verdict_part(floor_verdict(entry, finding, row)),
+        f"; specificity {with_interval(row, 'specificity')} ({on_validation:.3f} on validation)",
+    ]
+    if said := calls(row):
+        parts += ["; ", Bad(said)]
+    return (*parts, ".")
+
+
+def of_several(candidate, entry, finding):
+    """What tells one threshold of a Candidate from the others: the finding, the seed, or both."""
+    if len(candidate.entries) == 1:
+        return finding
+    seed = f"seed {entry.results.get('seed')}"
+    return named(entry, finding, seed)
+
+
+def many_line(candidate, point, found):
+    """The parts of a line on the thresholds of several seeds or findings."""
+    counts = Counter(floor_verdict(*one) for one in found)
+    said = ", ".join(f"{name} {counts[name]}" for name in VERDICTS if counts[name])
+    recalls, specificities = ([row[key] for *_, row in found] for key in ("recall", "specificity"))
+    parts = [
+        f"of {len(found)} thresholds {said}; recall {min(recalls):.3f} to {max(recalls):.3f}, specificity "
+        f"{min(specificities):.3f} to {max(specificities):.3f} on test"
+    ]
+    for e, finding, row in found:
+        if floor_verdict(e, finding, row) == "broken":
+            parts += ["; ", Bad(f"broken: {of_several(candidate, e, finding)}")]
+            parts.append(f" {recall_text(e, finding, row)}")
+        if told := calls(row):
+            parts += ["; ", Bad(f"{told}: {of_several(candidate, e, finding)}")]
+    without = {finding for e in candidate.entries for finding in e.findings} - {name for _, name, _ in found}
+    if without:
+        names = ", ".join(sorted(without)[:3]) + (", ..." if len(without) > 3 else "")
+        parts.append(f"; none for {len(without)} others ({names}): too few patients")
+    return (*parts, ".")

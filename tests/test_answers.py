@@ -1,0 +1,520 @@
+"""Tests of report/answers, the main table, --list, and plots.
+
+References: a bootstrap with scikit-learn that shares no code, published intervals, simulations."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from sklearn.metrics import roc_auc_score
+
+from common.files import write_json
+from common.proportions import wilson_interval
+from records.curves import COLOURS, GREY
+from report import figures, plots
+from report.answers import marks
+from report.answers.standing import Behind, patients_needed, standings
+from report.answers.threshold import EVERYBODY, calls, floor_verdict
+from report.answers.which import which_blocks
+from report.render import Bad, Best, to_markdown
+from report.rows import Entry
+from report.tables import main as tables_module
+from report.tables.models import in_order_of, models_table
+from report.view import only_top, view_of
+from tests.shared import cli, refused, succeed, tables
+from tests.test_compare import ASKED, RULE, noisy_scores, write_ensemble, write_run
+
+
+def recipe(rate):
+    """The recipe of a run: another learning rate makes another model."""
+    return {"amp": False, "lr": float(rate)}
+
+
+def shifted(scores, by, side="val", seed=5):
+    """Scores whose sick images of a side are `by` logits higher, with a little noise."""
+    rng = np.random.default_rng(seed)
+    changed = {**scores, f"{side}_logits": scores[f"{side}_logits"].copy()}
+    noise = rng.normal(0, 0.3, len(scores[f"{side}_labels"]))
+    changed[f"{side}_logits"][:, 1] += by * scores[f"{side}_labels"] + noise
+    return changed
+
+
+def many(seed, count=400, strength=2.0, test_strength=None):
+    """Scores of `count` validation and test images, two a patient; a sick image's logit is so much higher."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for side in ("val", "test"):
+        labels = (np.arange(count) % 4 > 1).astype(np.int64)
+        logits = rng.normal(size=(count, 2)).astype(np.float32)
+        height = test_strength if side == "test" and test_strength is not None else strength
+        logits[:, 1] += height * labels - height / 2
+        files = np.array([f"{side}/{i:04d}.png" for i in range(count)])
+        patients = np.array([f"{side}{i // 2}" for i in range(count)])
+        found = dict(files=files, patients=patients, labels=labels, logits=logits)
+        arrays |= {f"{side}_{key}": value for key, value in found.items()}
+    return arrays
+
+
+# ---------------------------------------------------------------- which model?
+
+
+def brute_force(entries, rng, draws=400):
+    """Mean AUROC over entries in draws of whole validation patients, by scikit-learn."""
+    column = entries[0].column("PNEUMONIA", "val")
+    people, found = np.unique(column.patients), []
+    for _ in range(draws):
+        chosen = rng.choice(people, len(people))
+        images = np.concatenate([np.flatnonzero(column.patients == person) for person in chosen])
+        found.append(images)
+    return [
+        [
+            np.mean([roc_auc_score(column.truth[i], e.column("PNEUMONIA", "val").scores[i]) for e in seeds])
+            for i in found
+        ]
+        for seeds in entries_of(entries)
+    ]
+
+
+def entries_of(entries):
+    """Entries by recipe: those of one learning rate belong together."""
+    found = {}
+    for e in entries:
+        found.setdefault(e.results["recipe"]["lr"], []).append(e)
+    return found.values()
+
+
+def test_who_remains_is_what_an_independent_bootstrap_says(tmp_path):
+    """A recipe of two seeds, one that is as good, one clearly worse, and one of other validation images."""
+    base = noisy_scores(0)
+    made = {
+        "good-seed0": (base, 0, 1.0),
+        "good-seed1": (shifted(base, 0.1, seed=1), 1, 1.0),
+        "alike": (shifted(base, 0.1, seed=3), 0, 2.0),
+        "worse": (shifted(base, -1.6, seed=3), 0, 3.0),
+    }
+    entries = []
+    for name, (scores, seed, rate) in made.items():
+        run = write_run(tmp_path / name, seed, scores=scores, recipe=recipe(rate), rule=RULE)
+        entries.append(Entry(run))
+    [standing] = standings(entries)
+    assert [c.name for c in standing.remaining] == [b.candidate.name for b in standing.behind[:2]]
+    assert "worse" in standing.behind[2].candidate.name and not standing.behind[2].remains
+    draws = np.array(brute_force(entries, np.random.default_rng(1)))
+    means = [np.mean([e.row("PNEUMONIA", "val", "at_rec")["auroc"] for e in s]) for s in entries_of(entries)]
+    best = int(np.argmax(means))
+    errors = np.std(draws[best] - draws, axis=1, ddof=1)
+    remaining = {k for k in range(3) if means[best] - means[k] <= errors[k]}
+    assert remaining == {0, 1}
+    by_rate = {b.candidate.entries[0].results["recipe"]["lr"]: b for b in standing.behind}
+    for k in range(3):
+        behind = by_rate[k + 1.0]
+        assert behind.difference == pytest.approx(means[best] - means[k], abs=1e-9)
+        assert behind.error == pytest.approx(errors[k], rel=0.25, abs=1e-9)  # 100 draws against 400
+    text = to_markdown(which_blocks([standing]))
+    assert "**Validation cannot tell**" in text and "no winner is named" in text and "2 of 3 models" in text
+    assert "calibrate.py --site" in text and "audit.py --run" in text
+
+
+def test_one_that_validation_prefers_is_named_with_its_distance(tmp_path):
+    base = noisy_scores(0)
+    a = Entry(write_run(tmp_path / "best", scores=base))
+    b = Entry(write_run(tmp_path / "worse", 1, scores=shifted(base, -1.6), recipe=recipe(9)))
+    [standing] = standings([b, a])
+    text = to_markdown(which_blocks([standing]))
+    ratio = standing.behind[1].difference / standing.behind[1].error
+    assert (
+        ratio > 1
+        and f"**Validation prefers {a.name}**: AUROC" in text
+        and f"{ratio:.1f} standard errors" in text
+    )
+    assert "not used to choose" in text
+    alone = to_markdown(which_blocks(standings([a])))
+    assert "nothing was compared" in alone
+
+
+def test_a_choice_does_not_look_at_test(tmp_path):
+    """Turning all test scores round changes neither who remains nor the order."""
+    turned = []
+    for sign in (1, -1):
+        entries = []
+        for k, by in enumerate((0.0, 0.3, -1.6)):
+            scores = shifted(noisy_scores(0), by, seed=k)
+            scores["test_logits"] = sign * scores["test_logits"]
+            entries.append(Entry(write_run(tmp_path / f"{sign}/{k}", scores=scores, recipe=recipe(k))))
+        [standing] = standings(entries)
+        turned.append([(b.candidate.entries[0].run.folder.name, b.remains) for b in standing.behind])
+    assert turned[0] == turned[1]
+
+
+def test_models_on_other_validation_images_are_said_apart(tmp_path):
+    others = noisy_scores(0)
+    others["val_files"] = np.char.add(others["val_files"], ".png")
+    a = Entry(write_run(tmp_path / "a"))
+    b = Entry(write_run(tmp_path / "b", scores=others, recipe=recipe(2)))
+    found = standings([a, b])
+    assert len(found) == 2 and all(len(s.remaining) == 1 for s in found)
+    assert "cannot be held against each other" in to_markdown(which_blocks(found))
+
+
+def test_shortcut_readers_are_listed_apart(tmp_path):
+    base = noisy_scores(0)
+    reader = write_run(tmp_path / "reader", scores=base)
+    write_audit(reader, "broken")
+    other = write_run(tmp_path / "other", 1, scores=shifted(base, -1.6), recipe=recipe(2))
+    [standing] = standings([Entry(reader), Entry(other)])
+    assert [c.name for c in standing.remaining] == [Entry(other).name]
+    text = to_markdown(which_blocks([standing]))
+    assert "the only one that the audit does not call a shortcut reader" in text
+    assert f"Apart, a shortcut reader by its audit: {Entry(reader).name}. It reads letters." in text
+    assert view_of([Entry(reader)], ASKED).remaining  # its figures are shown all the same
+
+
+def write_audit(run, verdict):
+    shortcut = {"verdict": verdict, "text": "It reads letters."}
+    side = dict(finding="PNEUMONIA", images=60, of_images=60, patients=30, lines=[], figures={}, others={})
+    audit = dict(
+        format=1, version=1, checkpoint=run.checkpoint_sha256, sides={"val": side | {"shortcut": shortcut}}
+    )
+    write_json(run.folder / "audit.json", audit)
+
+
+def test_patients_needed():
+    """n patients have the standard error s: 1.96 s / sqrt(N / n) equals the difference."""
+    number = patients_needed(Behind(None, 0.002, 0.004), 500)
+    assert 1.96 * 0.004 / np.sqrt(number / 500) == pytest.approx(0.002, rel=1e-3)
+    assert patients_needed(Behind(None, 0.0, 0.004), 500) is None
+
+
+# ---------------------------------------------------------------- which threshold?
+
+
+def row_with(low, high, **counts):
+    interval = {key: {"bootstrap": [low, high]} for key in ("recall", "specificity")}
+    row = dict(tp=90, fn=10, tn=50, fp=50, recall=0.9, specificity=0.5, thr=0.5, interval=interval)
+    return row | counts
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict", [(0.9, 0.99, "kept"), (0.89, 0.95, "not refuted"), (0.8, 0.899, "broken")]
+)
+def test_what_is_left_of_a_floor(low, high, verdict):
+    entry = SimpleNamespace(findings=["x"], min_recall=0.9, row=lambda *_: row_with(low, high))
+    assert floor_verdict(entry, "x", row_with(low, high)) == verdict
+
+
+def test_who_calls_everybody_sick():
+    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.951)) == EVERYBODY
+    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.95)) == "calls the healthy sick"
+    assert calls(row_with(0.9, 1, specificity=0.05, recall=1.0)) == ""
+    assert calls(row_with(0, 0.1, tp=0, fp=0, specificity=1.0)) == "calls nobody sick"
+
+
+def test_everybody_sick_and_broken_floors_are_marked_in_the_tables(tmp_path):
+    """A model that ranks test backwards, one that is blind there, and a good one."""
+    good, backwards, blind = many(0), many(0), many(0)
+    backwards["test_logits"] = -backwards["test_logits"]
+    blind["test_logits"] = blind["test_logits"] + np.array([0, 30], np.float32)
+    entries = [Entry(write_run(tmp_path / "good", scores=good))]
+    entries.append(Entry(write_run(tmp_path / "back", scores=backwards, recipe=recipe(2))))
+    entries.append(Entry(write_run(tmp_path / "blind", scores=blind, recipe=recipe(3))))
+    view = view_of(entries, ASKED)
+    table = models_table(view.candidates)
+    rows = {row[0]: dict(zip([f"{h}{g}" for h, g in heads(table)], row)) for row in table.rows}
+    assert isinstance(rows["ViT scratch (back)"]["Recall@Rec"], Bad)
+    assert rows["ViT scratch (blind)"]["Spec@Rec"] == (Bad("0.000"), f" {EVERYBODY}")
+    assert isinstance(rows["ViT scratch (good)"]["Recall@Rec"], Best)  # the blind one's 1.000 is not eligible
+    assert isinstance(rows["ViT scratch (blind)"]["Recall@Rec"], str)
+    text = to_markdown(tables_module.section(view))
+    assert "**broken ✗**" in text and text.count(EVERYBODY) > 3
+
+
+def heads(table):
+    groups = [text for text, span in table.groups for _ in range(span)]
+    return list(zip(table.head, groups))
+
+
+# ---------------------------------------------------------------- can I trust it?
+
+
+def test_interval_of_a_difference_is_newcombes():
+    """56/70 minus 48/80 by method 10 of Newcombe (1998), Statistics in Medicine 17:873: 0.0524 to 0.3339."""
+    rows = []
+    for k, n in ((56, 70), (48, 80)):
+        rows.append({"recall": k / n, "interval": {"recall": {"bootstrap": list(wilson_interval(k, n))}}})
+    low, high = marks.difference_span(rows[1], rows[0], "recall", 1.0)
+    assert low == pytest.approx(0.0524, abs=5e-5) and high == pytest.approx(0.3339, abs=5e-5)
+
+
+def entry_of(folder, scores=None, **changes):
+    return Entry(write_run(folder, scores=scores, rule=RULE, **changes))
+
+
+def test_mark_of_the_floor(tmp_path):
+    verdicts = {}
+    for name, strength in (("kept", 5.0), ("open", 2.0), ("broken", -1.0)):
+        entry = entry_of(tmp_path / name, many(1, strength=2.0, test_strength=strength))
+        verdicts[name] = marks.floor_mark(entry, ASKED)
+        recall = entry.row("PNEUMONIA", "test", "at_rec")["recall"]
+        assert f"{recall:.3f}" in verdicts[name].text and "floor 0.9" in verdicts[name].text
+    assert {name: mark.verdict for name, mark in verdicts.items()} == {n: n for n in verdicts}
+
+
+def test_mark_of_validation_like_test(tmp_path):
+    few = entry_of(tmp_path / "few", noisy_scores(0))
+    alike = entry_of(tmp_path / "alike", many(2, count=1600, strength=3.0))
+    other = entry_of(tmp_path / "other", many(2, strength=3.0, test_strength=0.5))
+    found = [marks.transport_mark(entry, ASKED) for entry in (alike, few, other)]
+    assert [mark.verdict for mark in found] == ["kept", "open", "broken"]
+    assert "too few patients to exclude" in found[1].text and "→" in found[2].text
+
+
+def test_chance_of_a_calibration_error(tmp_path):
+    """Labels drawn by the scores: p-values are not small too often. Scores that are too sure: they are."""
+    rng = np.random.default_rng(0)
+    p = rng.random((60, 300))
+    right = [p_of(p[k], rng.random(300) < p[k]) for k in range(60)]
+    assert 0.2 < np.mean(np.array(right) < 0.5) < 0.8 and np.mean(np.array(right) < 0.05) < 0.15
+    wrong = p_of(p[0], rng.random(300) < 0.5)
+    assert wrong == pytest.approx(1 / 1000)
+
+
+def p_of(scores, truth):
+    people = np.arange(len(scores)).astype(str)
+    column = SimpleNamespace(scores=scores, truth=truth.astype(int), patients=people)
+    return marks.chance_of_error(SimpleNamespace(column=lambda *_: column), "x")
+
+
+def test_mark_of_probabilities(tmp_path):
+    good = many(3, count=1600, strength=2.0)
+    rng = np.random.default_rng(0)
+    odds = rng.normal(0, 2, 1600).astype(np.float32)
+    for side in ("val", "test"):  # the truth is drawn by the scores, so these are probabilities
+        good[f"{side}_logits"] = np.stack([np.zeros(1600), odds], axis=1).astype(np.float32)
+        good[f"{side}_labels"] = (rng.random(1600) < 1 / (1 + np.exp(-odds))).astype(np.int64)
+    sure = {**good, "test_logits": good["test_logits"] * 6}
+    few = {**{k: v for k, v in good.items() if k.startswith("val")}}
+    few |= {k: v[:30] for k, v in good.items() if k.startswith("test")}
+    found = [
+        marks.probability_mark(entry_of(tmp_path / n, s), ASKED)
+        for n, s in dict(a=good, b=few, c=sure).items()
+    ]
+    assert [mark.verdict for mark in found] == ["kept", "open", "broken"]
+
+
+def test_mark_of_groups(tmp_path):
+    scores, verdicts = many(4, count=800, strength=2.0, test_strength=6.0), []
+    for name, weak in (("kept", 0.0), ("open", None), ("broken", 8.0)):
+        changed = {**scores, "test_logits": scores["test_logits"].copy()}
+        sexes = np.where(np.arange(800) // 2 % 3 == 0, "F", "M")
+        if weak is not None:
+            changed |= {"test_cohort_sex": sexes, "val_cohort_sex": sexes}
+            changed["test_logits"][sexes == "F", 1] -= weak
+        verdicts.append(marks.group_mark(entry_of(tmp_path / name, changed), ASKED))
+    assert [mark.verdict for mark in verdicts] == ["kept", "open", "broken"]
+    assert "sex F" in verdicts[2].text
+
+
+@pytest.mark.parametrize(
+    "split, verdict",
+    [
+        ({"shared_patients_test": 0}, "kept"),
+        ({}, "open"),
+        ({"shared_patients_test": 0, "unknown_patients": 7}, "open"),
+        ({"shared_patients_test": 0, "unknown_patients": 260}, "open"),
+        ({"shared_patients": 3}, "broken"),
+        ({"shared_patients_test": 2}, "broken"),
+    ],
+)
+def test_mark_of_patients(tmp_path, split, verdict):
+    assert marks.patients_mark(entry_of(tmp_path / "a", split=split), ASKED).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "copies, alike, verdict",
+    [
+        (0, 0, "kept"),
+        (None, 0, "open"),
+        (0, None, "open"),
+        (2, 0, "broken"),
+        (0, 1, "broken"),
+        (None, 1, "broken"),
+    ],
+)
+def test_mark_of_copies(tmp_path, copies, alike, verdict):
+    pairs = ("val_train", "test_train", "test_val")
+    split = {} if copies is None else {"copies": dict.fromkeys(pairs, copies)}
+    run = write_run(tmp_path / "a", split=split)
+    calibration = run.calibration()
+    if alike is not None:
+        calibration["alike"] = dict.fromkeys(pairs, alike)
+    run.save_calibration(calibration, run.scores())
+    assert marks.copies_mark(Entry(run), ASKED).verdict == verdict
+
+
+def test_marks_of_audit_and_of_enough_patients(tmp_path):
+    run = write_run(tmp_path / "a")
+    assert marks.shortcut_mark(Entry(run), ASKED)[:2] == ("open", "not audited")
+    for verdict in ("kept", "open", "broken"):
+        write_audit(run, verdict)
+        assert marks.shortcut_mark(Entry(run), ASKED)[:2] == (verdict, "It reads letters.")
+    # At a floor of 0.9 and confidence 0.9, 0.9^22 < 0.1 < 0.9^21: 22 patients are needed; here are 15.
+    mark = marks.promise_mark(Entry(run), ASKED)
+    assert mark[:2] == ("broken", "15 patients with it, 22 needed")
+    assert marks.promise_mark(entry_of(tmp_path / "b", many(0)), ASKED).verdict == "kept"
+
+
+def test_the_worst_seed_speaks_for_a_recipe():
+    found = marks.worst([marks.Mark("kept", "a"), marks.Mark("broken", "b"), marks.Mark("open", "c")])
+    assert found[:2] == ("broken", "b (worst of 3 seeds)")
+    assert marks.worst([marks.Mark("open", "c")]).text == "c"
+
+
+# ---------------------------------------------------------------- the table and its order
+
+
+def test_sort_and_top(tmp_path):
+    """--sort orders by a column, --top cuts and says how many are left out; a wrong name lists the right."""
+    for k in range(3):
+        write_run(tmp_path / f"outputs/r{k}", scores=noisy_scores(k + 1), recipe=recipe(k), minutes=5.0 - k)
+
+    def order(*flags):
+        done = succeed("compare", *flags, cwd=tmp_path)
+        [table] = [t for t in tables(done.out) if "Recall @0.5" in t[0]]
+        return table, done.out
+
+    table, text = order("--sort", "time (min)")
+    assert [row[0] for row in table[1:]] == [f"ViT scratch (r{k})" for k in (2, 1, 0)]
+    table, text = order("--sort", "Spec @Rec", "--top", 2)
+    shown = [float(re.search(r"[\d.]+", row[table[0].index("Spec @Rec")])[0]) for row in table[1:]]
+    every, _ = order()
+    specificities = [float(re.search(r"[\d.]+", row[every[0].index("Spec @Rec")])[0]) for row in every[1:]]
+    assert shown == sorted(specificities, reverse=True)[:2] and "Left out by --top: 1 of 3 models" in text
+    refused(cli("compare", "--sort", "speed", cwd=tmp_path), "--sort", "speed", "Recall @Rec", "AUROC val")
+    refused(cli("compare", "--top", "0", cwd=tmp_path), "--top")
+
+
+def test_of_many_models_only_pairs_with_the_first(tmp_path):
+    for k in range(6):
+        write_run(tmp_path / f"outputs/r{k}", scores=noisy_scores(k % 2), recipe=recipe(k))
+    done = succeed("compare", cwd=tmp_path)
+    [pairs] = [t for t in tables(done.out) if t[0][0] == "Pair"]
+    [main] = [t for t in tables(done.out) if "Recall @0.5" in t[0]]
+    assert len(pairs) - 1 == 5 and all(row[0].startswith(f"{main[1][0]} minus ") for row in pairs[1:])
+    assert "first in the table above is held against each other one" in done.out
+    assert "longer tables below leave out 1 of these runs" in done.out
+
+
+# ---------------------------------------------------------------- --list
+
+
+def test_list_of_runs(tmp_path):
+    """Every state a folder can be in, and last.pth of finished runs alone as what may go."""
+    outputs = tmp_path / "outputs"
+    done = write_run(outputs / "done")
+    (done.folder / "last.pth").write_bytes(b"x" * 3_000_000)
+    half = write_run(outputs / "half", 1, finished=False, recipe={"amp": False, "epochs": 9})
+    (half.folder / "last.pth").write_bytes(b"x" * 1000)
+    again = write_run(outputs / "again's", 2)
+    again.checkpoint.write_bytes(b"other weights")
+    (write_run(outputs / "new", 3).folder / "calibration.json").unlink()
+    (write_run(outputs / "broken", 4).folder / "results.json").write_text("{")
+    write_run(outputs / "gone", 5).checkpoint.unlink()
+    (outputs / "figures").mkdir()
+    out = succeed("compare", "--list", cwd=tmp_path).out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "finished, calibrated" in lines["outputs/done"] and lines["outputs/done"].endswith(" 3.0")
+    assert "interrupted after epoch 3 of 9" in lines["outputs/half"]
+    assert "calibrated for another checkpoint" in lines["outputs/again's"]
+    assert "finished, not calibrated" in lines["outputs/new"] and "damaged: " in lines["outputs/broken"]
+    assert "checkpoint.pth is gone" in lines["outputs/gone"]
+    assert "6 run folders" in out and "rm -- outputs/done/last.pth" in out and "half/last.pth" not in out
+    assert "1 other folders hold no run: figures" in out
+    one = succeed("compare", "--list", "--run", "outputs/new", cwd=tmp_path).out
+    assert "outputs/new" in one and "outputs/done" not in one and "no last.pth" in one
+    refused(cli("compare", "--list", "--runs-dir", "nowhere", cwd=tmp_path), "no run folders")
+    refused(cli("compare", "--list", "--top", 2, cwd=tmp_path), "--list", "--top")
+    refused(cli("compare", "--list", "--run", "outputs/figures", cwd=tmp_path), "outputs/figures")
+
+
+# ---------------------------------------------------------------- plots
+
+
+def test_plots_take_axes_and_return_them(tmp_path):
+    """Each draws on the axes it is given, and what it draws is in the scores."""
+    entry = Entry(write_run(tmp_path / "a"))
+    several = [plots.roc, plots.precision_recall, plots.decision]
+    for draw in several:
+        figure, ax = plt.subplots()
+        assert draw(ax, [entry]) is ax and ax.get_lines()
+        plt.close(figure)
+    for draw in (plots.confusion, plots.scores, plots.reliability, plots.findings):
+        figure, ax = plt.subplots()
+        assert draw(ax, entry) is ax and ax.has_data()
+        plt.close(figure)
+    figure, ax = plt.subplots()
+    line = plots.roc(ax, [entry]).get_lines()[0]
+    area = np.trapezoid(line.get_ydata(), line.get_xdata())
+    assert area == pytest.approx(entry.row("PNEUMONIA", "test", "at_rec")["auroc"])
+    [circle] = [x for x in ax.get_lines() if x.get_marker() == "o"]
+    row = entry.row("PNEUMONIA", "test", "at_rec")
+    assert (circle.get_xdata()[0], circle.get_ydata()[0]) == (1 - row["specificity"], row["recall"])
+    plt.close(figure)
+
+
+def test_rec_on_the_decision_curve(tmp_path):
+    """The circle is the net benefit of the decisions @Rec, at the probability its threshold stands for."""
+    entry = Entry(write_run(tmp_path / "a"))
+    figure, ax = plt.subplots()
+    plots.decision(ax, [entry])
+    [circle] = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    chance, benefit = float(circle.get_xdata()[0]), float(circle.get_ydata()[0])
+    row, n = entry.row("PNEUMONIA", "test", "at_rec"), len(entry.column("PNEUMONIA", "test").truth)
+    assert benefit == pytest.approx(row["tp"] / n - row["fp"] / n * chance / (1 - chance))
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_one_colour_a_model(tmp_path, count):
+    """Different colours of up to eight models; of more, those that do not remain are grey."""
+    entries = []
+    for k in range(count):
+        scores = shifted(noisy_scores(0), 0.0 if k < 2 else -1.8, seed=k)
+        entries.append(Entry(write_run(tmp_path / f"r{k}", scores=scores, recipe=recipe(k))))
+    view = view_of(entries, ASKED)
+    styles = figures.styles_of(view)
+    colours = [styles[e]["color"] for c in view.remaining for e in c.entries]
+    assert set(colours) <= set(COLOURS) and len(set(colours)) == len(colours)
+    others = {styles[e]["color"] for e in entries} - set(colours)
+    assert others == {GREY} if count == 10 else GREY not in others
+    figure, _ = figures.draw_roc(view.shown, [styles[e] for e in view.shown])
+    drawn = [to_hex(line.get_color()) for line in figure.axes[0].get_lines()[::3][:count]]
+    assert drawn == [styles[e]["color"].lower() for e in view.shown]
+    plt.close(figure)
+
+
+def test_seeds_of_a_recipe_share_their_colour(tmp_path):
+    runs = [write_run(tmp_path / f"s-seed{k}", k) for k in range(2)]
+    other = write_run(tmp_path / "o", 3, recipe=recipe(1))
+    styles = figures.styles_of(view_of([Entry(run) for run in (*runs, other)], ASKED))
+    by_name = {e.run.folder.name: style for e, style in styles.items()}
+    assert by_name["s-seed0"]["color"] == by_name["s-seed1"]["color"] != by_name["o"]["color"]
+    assert by_name["s-seed0"]["linestyle"] != by_name["s-seed1"]["linestyle"]
+    made = write_ensemble(tmp_path / "e", runs)
+    view = view_of([Entry(run) for run in (*runs, other, made)], ASKED)
+    [ensemble] = [e for e in view.entries if e.members]
+    assert figures.styles_of(view)[ensemble]["color"] in COLOURS and ensemble in view.shown
+    assert only_top(view, 1).left_out == 1 and len(in_order_of(view, "Model").candidates) == 2
+
+
+def test_marks_are_links_to_sections_that_are_there(tmp_path):
+    run = write_run(tmp_path / "outputs/a")
+    write_audit(run, "open")
+    out = succeed("compare", cwd=tmp_path).out
+    headings = [line.lstrip("# ").lower() for line in out.splitlines() if line.startswith("#")]
+    anchors = {re.sub(r"[^\w\- ]", "", text).replace(" ", "-") for text in headings}
+    links = re.findall(r"\]\(#([^)]*)\)", out)
+    assert len(links) >= 7 and set(links) <= anchors
+    assert json.loads((run.folder / "audit.json").read_text())["version"] == 1
