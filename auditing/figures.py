@@ -11,7 +11,7 @@ from common.proportions import alike_interval, count_of, fewer_patients, no_widt
 from metrics import summarize_at_threshold
 
 DRAWS = 2000
-FINE_DRAWS = 20_000  # for intervals of many figures at once, which lie far out in the tails
+FINE_DRAWS = 10_000  # for intervals of many figures at once, which lie far out in the tails
 ERROR = 0.05
 
 
@@ -55,14 +55,18 @@ def plus(a, b):
 # ---------------------------------------------------------------- shares of images
 
 
-def share(hits, patients, level=1 - ERROR):
-    """The span of the mean of `hits`, bool [N], by a bootstrap of whole patients [N]; None of no image."""
-    if not len(hits):
-        return None
-    (found,) = shares(np.asarray(hits, float)[:, None], patients, level)
-    if no_width((found["lo"], found["hi"])):
-        low, high = proportion_of_patients(found["value"], count_of(patients), level)
-        found |= {"lo": float(low), "hi": float(high)}
+def share(hits, patients):
+    """The span of the mean of `hits`, bool [N], at least one."""
+    return shares(np.asarray(hits)[:, None], patients)[0]
+
+
+def shares(hits, patients):
+    """The spans of the means of `hits`, bool [N, M], by a bootstrap of whole patients: a list of M."""
+    found, people = _means(hits.astype(float), patients, 1 - ERROR, DRAWS), count_of(patients)
+    for span in found:
+        if no_width((span["lo"], span["hi"])):
+            low, high = proportion_of_patients(span["value"], people)
+            span |= {"lo": float(low), "hi": float(high)}
     return found
 
 
@@ -70,7 +74,7 @@ def falls(before, after, patients, level):
     """By how much shares fall: spans of the mean of before [N] - after [N, M], a list of M. They are paired,
     and by whole patients."""
     change = np.asarray(before, float)[:, None] - np.asarray(after, float)
-    found, people = shares(change, patients, level), count_of(patients)
+    found, people = _means(change, patients, level, FINE_DRAWS), count_of(patients)
     for span in found:
         if no_width((span["lo"], span["hi"])):
             low, high = alike_interval(span["value"], people, level, least=-1.0)
@@ -78,15 +82,15 @@ def falls(before, after, patients, level):
     return found
 
 
-def shares(values, patients, level):
+def _means(values, patients, level, draws):
     """Spans of the means of values [N, M] by a bootstrap of whole patients, a list of M; without width where
     all draws are the same."""
     sums, counts = by_patient(values, patients)
-    rng, people, draws = np.random.default_rng(0), len(counts), []
-    for _ in range(0, FINE_DRAWS, 2000):
-        weights = rng.multinomial(people, np.full(people, 1 / people), size=2000)
-        draws.append((weights @ sums) / (weights @ counts)[:, None])
-    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    rng, people, drawn = np.random.default_rng(0), len(counts), []
+    for _ in range(0, draws, DRAWS):
+        weights = rng.multinomial(people, np.full(people, 1 / people), size=DRAWS)
+        drawn.append((weights @ sums) / (weights @ counts)[:, None])
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
     value = values.mean(axis=0)
     return [{"value": float(v), "lo": float(a), "hi": float(b)} for v, a, b in zip(value, low, high)]
 

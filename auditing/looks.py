@@ -5,7 +5,7 @@ Each has a function that lists the Changes to be scored, and one that makes figu
 import numpy as np
 
 from auditing.changes import corruptions, donors, framed, greyed
-from auditing.figures import ERROR, Curve, falls, minus, plus, share
+from auditing.figures import ERROR, Curve, falls, minus, plus, share, shares
 from auditing.reader import Change
 from auditing.rules import FALLS
 from common.console import progress, say
@@ -129,9 +129,9 @@ def corruption_figures(side, positions, scores, threshold):
             [_right(scores["corruptions", n][of_label], threshold, label) for n in names], axis=1
         )
         clean[figure] = share(before, whose)
-        for change, fall, right in zip(changes, falls(before, after, whose, level), after.T):
-            change[figure] = share(right, whose)
-            change[f"{figure}_fall"] = fall
+        spans, fallen = shares(after, whose), falls(before, after, whose, level)
+        for change, span, fall in zip(changes, spans, fallen):
+            change[figure], change[f"{figure}_fall"] = span, fall
     changes.sort(key=_worst, reverse=True)
     return {
         "changes": changes,

@@ -25,7 +25,7 @@ ROOMS = ("common", "images", "layouts", "models", "training")  # where flags are
 LAST_VERSION = "the version of commit 82507f6"  # that has these flags and reads runs which used them
 GONE = ("--normalise", "--teacher-features")
 LISTED = 8  # runs in a message
-ALL = (*TRAINING, "calibrate", "predict", "explain", "monitor", "compare")
+ALL = (*TRAINING, "calibrate", "predict", "explain", "monitor", "audit", "compare")
 
 
 class _Built(Exception):

@@ -23,7 +23,7 @@ INTRODUCTION = """# Flags
 """
 HEAD = "| flag | value | default | meaning | scripts |\n| --- | --- | --- | --- | --- |"
 GROUPS = ("data", "model", "recipe", "run")
-OTHERS = ("calibrate", "predict", "explain", "monitor", "compare", "data")
+OTHERS = ("calibrate", "predict", "explain", "monitor", "audit", "compare", "data")
 
 
 class Flag(NamedTuple):

@@ -17,14 +17,13 @@ def audit_blocks(entries):
             missing.append(entry)
             continue
         found += [(entry, side, each) for side in SIDES if side in audit["sides"] for each in of(audit, side)]
-    if not found:
-        return []
-    blocks = [
-        Heading(3, "Does it read the lungs or the machine?"),
-        Paragraph(audit_text(found)),
-        Table(["Model", "Images", "Shortcut", *TITLES.values()], [verdict_row(*each) for each in found]),
-        Table(["Model", "Section", "Verdict", "What follows"], sentence_rows(found), prose=True),
-    ]
+    blocks = [Heading(3, "Does it read the lungs or the machine?")]
+    if found:
+        verdicts = [verdict_row(*each) for each in found]
+        blocks.append(Paragraph(audit_text(found)))
+        blocks.append(Table(["Model", "Images", "Shortcut", *TITLES.values()], verdicts))
+        head = ["Model", "Section", "Verdict", "What follows"]
+        blocks.append(Table(head, sentence_rows(found), prose=True))
     if missing:
         command = f"python audit.py --run {missing[0].run}"
         names = unique((entry.name for entry in missing), ", ")
