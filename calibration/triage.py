@@ -13,6 +13,8 @@ triage    {"val", "test": what `shares` gives between @Rec and @In}; in the guar
 and the figures "at_in" and "at_in_guaranteed" of each side. No torch, no files.
 """
 
+import math
+
 import numpy as np
 from scipy.special import expit
 from scipy.stats import binom
@@ -22,6 +24,7 @@ from common.console import InputError
 from common.proportions import count_of, proportion_of_patients
 from common.task import ANSWERS, effective_rule_in
 from metrics import (
+    can_guarantee,
     check_both_classes,
     check_groups,
     check_scores,
@@ -91,8 +94,17 @@ def choose_rule_in_with_guarantee(y_true, p1, min_specificity, confidence, patie
         raise InputError(
             f"{n} patients without it cannot guarantee a specificity of {min_specificity:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_specificity, confidence)} are needed"
+            f"{promised_instead(n, confidence)}"
         )
     return raised_to_midpoint(float(np.sort(highest)[n - 1 - allowed[-1]]), p)
+
+
+def promised_instead(patients, confidence):
+    """The specificity that so few patients can promise, to three digits, as text; "" where there is none."""
+    steps = math.floor(1000 * (1 - confidence) ** (1 / patients))
+    if steps and not can_guarantee(patients, steps / 1000, confidence):  # rounding lifted it over the limit
+        steps -= 1
+    return f"; so few can promise {steps / 1000:g}" if steps else ""
 
 
 def raised_to_midpoint(score, scores):

@@ -104,6 +104,16 @@ def test_needed_for_the_specificity():
     assert threshold > p[y == 0].max()  # positive only above the highest of all
     found = triage.choose_rule_in(y[60:], p[60:], np.arange(59), RULE)
     assert "at least 29 are needed" not in str(found) and found["guarantee"]["negative_patients"] == 58
+    # What so few can promise is what they are granted, and no more.
+    few, less = np.repeat(np.arange(59), 2) // 2 * 2, 0.05 ** (1 / 30)
+    assert f"; so few can promise {math.floor(1000 * less) / 1000:g}" in triage.promised_instead(30, 0.95)
+    assert len(set(few)) == 30
+    for floor in (0.904, 0.905):
+        if floor <= less:
+            triage.choose_rule_in_with_guarantee(y, p, floor, 0.95, np.r_[few, 99])
+            continue
+        with pytest.raises(InputError, match="so few can promise 0.904"):
+            triage.choose_rule_in_with_guarantee(y, p, floor, 0.95, np.r_[few, 99])
     with pytest.raises(InputError, match="at least 59"):
         triage.choose_rule_in(y[61:], p[61:], np.arange(58), Rule(min_specificity=0.95, strict=True))
 
@@ -368,7 +378,7 @@ def test_the_report_shows_who_is_left_to_read(own_runs):
     )
     entry.calibration = {"jointly": None}
     _, _, table, remarks = triage_blocks([entry])
-    marked = [type(cell).__name__ for cell in table.rows[0][2:]]
+    marked = [type(cell).__name__ for cell in table.rows[0][3:]]
     assert marked == ["Bad", "str", "str", "Bad", "str"]
     assert "No @InGuar of m: too few." in remarks.text and "Nobody is unsure by m" in remarks.text
 

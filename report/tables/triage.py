@@ -27,7 +27,12 @@ def triage_blocks(entries):
             for side, word in SIDES.items():
                 if side in place:
                     rows.append(row_of(e, finding, mark, word, place[side]))
-    head = [first_head(entries), "Side", *(f"{group} {word}".capitalize() for group, word, _ in SHOWN)]
+    head = [
+        first_head(entries),
+        "Thresholds",
+        "Side",
+        *(f"{group} {word}".capitalize() for group, word, _ in SHOWN),
+    ]
     blocks = [Heading(3, "Three answers: who is left to read"), Paragraph(promise_text(asked, entries))]
     blocks.append(Table(head, rows))
     if texts := remarks(asked, entries):
@@ -53,7 +58,7 @@ def row_of(entry, finding, mark, side, groups):
         ("sick", "negative"): 1 - entry.min_recall,
         ("healthy", "positive"): 1 - entry.calibrated[finding]["rule_in"]["min_specificity"],
     }
-    cells = [f"{title(entry, finding)}: {mark}", side]
+    cells = [title(entry, finding), mark, side]
     for _, word, group in SHOWN:
         share = groups[group][word]
         limit = most.get((group, word))
@@ -86,7 +91,10 @@ def promise_text(asked, entries):
         text += "The chance that it or @Guar fails is at most the two chances added up (the union bound). "
         if not alone(entries):
             text += "Each holds for its finding alone; calibrate.py --jointly asks for all at once. "
-    return f"{text}Intervals: 95%, bootstrap of the group's patients. ✗: the interval lies beyond the limit."
+    return (
+        f"{text}Intervals: 95%, each by itself, bootstrap of the group's patients. ✗: the interval lies beyond "
+        "the limit."
+    )
 
 
 def guaranteed(asked):
