@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.proj_drop = Dropout(drop)
 
     def forward(self, x, rotate=None):
-        """`rotate`: what queries and keys (B, heads, N, head_dim) go through; see VisionTransformer.rotation."""
+        """`rotate`: what queries and keys (B, heads, N, head_dim) go through, see `rotation` below."""
         q, k, v = self._qkv(x, rotate)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             # There the fused kernel's backward takes over twice as long as the products written out.

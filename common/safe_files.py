@@ -34,6 +34,7 @@ _PLAIN = re.compile(
     r"|torch(\.storage)? \w+Storage|torch ((b?float|u?int|complex)\d\w*|bool|Size)|collections OrderedDict"
 )
 _VALUES = (str, int, float, bool, type(None))
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student")  # what trainers call the weights
 
 
 def listed(names, limit=6):
@@ -74,10 +75,11 @@ def _file_size(path):
 # ---------------------------------------------------------------- torch.save
 
 
-def load_tensors(path):
+def load_tensors(path, copy=True):
     """A file of torch.save -> dict with text for its top-level keys; the tensors are dense and on the CPU.
 
-    Dicts, lists and tuples may be nested. An OrderedDict becomes a dict, a Parameter a tensor.
+    Without `copy` they may be views of the file: half the memory for who only reads them once. Dicts, lists
+    and tuples may be nested. An OrderedDict becomes a dict, a Parameter a tensor.
     InputError if the file is absent, damaged, or holds anything but dense tensors and plain Python values
     (code in a pickle is not run), or if its tensors together claim more bytes than the file has.
     """
@@ -92,7 +94,7 @@ def load_tensors(path):
             value = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in dict.keys(value)):
             raise InputError(f"{path} is not a state dict: it does not hold a dict with text for keys")
-        return _Copier(path, size)(value)
+        return _Copier(path, size, copy)(value)
     except InputError:
         raise
     except Exception as error:  # damage shows as almost any exception
@@ -128,19 +130,47 @@ def _check_torch_file(path, size):
 
 def _check_pickle(file, path):
     """Read one pickle without running it; InputError if it names what `_PLAIN` does not."""
-    for opcode, name, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(name)):
+    text, first = set(), None
+    for opcode, value, _ in pickletools.genops(file):
+        if "UNICODE" in opcode.name:
+            text.add(value)
+        if opcode.name in ("EMPTY_DICT", "GLOBAL") and first is None:
+            first = value or {}
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(value)):
+            name = str(value).replace(" ", ".")
+            # The keys of the file are named before or after; the rest is read for them alone.
+            text |= {value for opcode, value, _ in pickletools.genops(file) if "UNICODE" in opcode.name}
             raise InputError(
-                f"{path} was refused: it names {listed([str(name).replace(' ', '.')])}, perhaps code; "
-                "only dense tensors and plain Python values are read"
+                f"{path} was refused: it names {listed([name])}, perhaps code; only dense tensors and plain "
+                f"Python values are read{_how_to_save(path, name, first, text)}"
             )
 
 
-class _Copier:
-    """Copies what was loaded into plain dicts, lists and tensors; counts the bytes that the tensors claim."""
+def _how_to_save(path, name, first, text):
+    """How to save the weights of a refused file by themselves: three lines of Python, "" where that is no
+    help. `name`: what was refused; `first`: the class of the object, {} for a dict; `text`: its strings."""
+    if name.startswith("torch.") or not name.isprintable() or not str(path).isprintable():
+        return ""
+    weights = "held"
+    if first not in (None, {}, "collections OrderedDict"):
+        weights = "held.state_dict()"  # a whole model
+    elif keys := [key for key in WRAPPERS if key in text]:
+        weights = f'held["{keys[0]}"]'
+    new = os.path.splitext(path)[0] + "-weights.pth"
+    return (
+        ". If you trust its source, save the weights by themselves and name the new file:\n"
+        "  import torch\n"
+        f"  held = torch.load({str(path)!r}, map_location='cpu', weights_only=False)  # runs its code\n"
+        f"  torch.save({weights}, {new!r})"
+    )
 
-    def __init__(self, path, size):
-        self.path, self.left, self.copies = path, size, {}
+
+class _Copier:
+    """Copies what was loaded into plain dicts, lists and tensors; counts the bytes that the tensors claim.
+    Without `copy` the tensors are checked and handed on."""
+
+    def __init__(self, path, size, copy=True):
+        self.path, self.left, self.copies, self.copy = path, size, {}, copy
 
     def __call__(self, value, depth=0):
         if type(value) in _VALUES:
@@ -188,14 +218,15 @@ class _Copier:
                 f"{self.path}: its tensors claim more bytes than the file has; if they share memory, "
                 "save each with .clone()"
             )
-        return value.detach().clone()
+        value = value.detach()
+        return value.clone() if self.copy else value
 
 
 # ---------------------------------------------------------------- safetensors
 
 
-def load_safetensors(path):
-    """A .safetensors file -> {name: tensor}, on the CPU.
+def load_safetensors(path, copy=True):
+    """A .safetensors file -> {name: tensor}, on the CPU; without `copy` they may be views of the file.
 
     InputError if the file is absent or damaged, or the package safetensors is not installed.
     """
@@ -205,7 +236,7 @@ def load_safetensors(path):
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors") from None
     try:
-        return _Copier(path, size)(load_file(os.fspath(path)))
+        return _Copier(path, size, copy)(load_file(os.fspath(path)))
     except InputError:
         raise
     except Exception as error:  # damage shows as almost any exception
