@@ -14,19 +14,29 @@ ROOTS = ("conv1.weight", "conv_stem.weight", "features.conv0.weight", "features.
 XRV = Settings((0.5,) * 3, (1 / 2048,) * 3, "torchxrayvision's, to [-1024, 1024]")
 
 _DOTS = re.compile(r"(denselayer[0-9]+\.(?:norm|relu|conv))\.([12])\.")  # CheXNet and others of 2017
-_XRV_UNUSED = ("op_threshs",)
+
+# Of these torchvision's BatchNorm has this eps, timm's another one: 1e-5.
+_COARSE, EPS = re.compile(r"efficientnet(_b[567]|v2_)"), 1e-3
 
 
-def timm_names(state, wanted, path):
-    """A state dict of a CNN -> (state with timm's names, Settings, notes), for the arrays `wanted` {timm's
-    name: tensor}. What needs no change is passed on. One grey channel is spread over three."""
+def timm_names(state, wanted, name, path):
+    """A state dict of a CNN -> (state with timm's names, Settings, notes), for timm's model `name`, whose
+    arrays are `wanted` {timm's name: tensor}. What needs no change is passed on. One grey channel is spread
+    over three. Settings.norm_eps: of BatchNorm, where it is not timm's."""
     settings, notes = Settings(), []
     if dotted := [name for name in state if _DOTS.search(name)]:
         state = {_DOTS.sub(r"\1\2.", name): value for name, value in state.items()}
         notes.append(f"{len(dotted)} names with dots, as of 2017")
     if "features.0.0.weight" in state and "conv_stem.weight" in wanted:
+        if name.startswith("tf_"):
+            raise InputError(
+                f"{path} is torchvision's EfficientNet, which pads images otherwise than {name}: take "
+                f"--model {name.removeprefix('tf_')}"
+            )
         state = _efficientnet(state, wanted, path)
         settings = Settings(*IMAGENET, "torchvision's")
+        if _COARSE.match(name):
+            settings = settings._replace(norm_eps=EPS)
         notes.append("torchvision's EfficientNet")
     if not state.keys() & wanted.keys():
         return state, settings, notes
@@ -38,7 +48,7 @@ def timm_names(state, wanted, path):
         notes.append("the first layer's one channel is spread over three")
         settings = XRV._replace(scaling=f"guessed by the one channel: {XRV.scaling}")
     if "op_threshs" in state:
-        state = {name: value for name, value in state.items() if name not in _XRV_UNUSED}
+        state = {name: value for name, value in state.items() if name != "op_threshs"}
         settings = XRV
         notes.append("torchxrayvision's op_threshs are not used")
     return state, settings, notes

@@ -30,14 +30,14 @@ class Cnn(nn.Module):
     """A CNN of timm by `name`: images (B, 3, H, W), already scaled -> float32 logits (B, num_classes).
 
     Its last feature map is pooled as timm does; the head is LayerNorm, dropout 0.3, Linear to 128, ReLU,
-    dropout 0.25, Linear. InputError where timm is absent, for a name that it does not know, and for a model
+    dropout 0.25, Linear. `norm_eps`: of BatchNorm, None for timm's. InputError where timm is absent, for a name that it does not know, and for a model
     whose features are no map."""
 
     kind = "cnn"
     in_chans = 3
     layout = torch.channels_last  # of what it reads, see `features`
 
-    def __init__(self, name, num_classes=2, drop_path_rate=0.0):
+    def __init__(self, name, num_classes=2, drop_path_rate=0.0, norm_eps=None):
         super().__init__()
         timm = _timm()
         self.config = dict(name=name, num_classes=num_classes, drop_path_rate=drop_path_rate)
@@ -66,6 +66,16 @@ class Cnn(nn.Module):
             nn.Dropout(0.25),
             nn.Linear(128, num_classes),
         )
+
+        if norm_eps:
+            self.set_norm_eps(norm_eps)
+
+    def set_norm_eps(self, eps):
+        """Give every BatchNorm this eps; it becomes part of the config."""
+        self.config["norm_eps"] = eps
+        for module in self.body.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = eps
 
     @property
     def scaling(self):
@@ -138,7 +148,7 @@ def load_weights(model, path, timm_name=None):
     wanted = model.body.state_dict()
     held = read_state_dict(path, (*cnns.ROOTS, next(iter(wanted))))
     check_state_dict(held.state, path)
-    state, settings, notes = cnns.timm_names(held.state, wanted, path)
+    state, settings, notes = cnns.timm_names(held.state, wanted, model.config["name"], path)
 
     # The file's head is not ours: timm's classifier, torchvision's, or that of train_cnn.py.
     about = model.body.pretrained_cfg.get("classifier") or ()
@@ -155,6 +165,8 @@ def load_weights(model, path, timm_name=None):
     own = settings_of(path, None, None, timm_name=timm_name, around=held.around).or_else(settings)
     usual = Settings(*model.scaling, f"timm's configuration of {model.config['name']}")
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
+    if settings.norm_eps:
+        model.set_norm_eps(settings.norm_eps)
     report = _report(path, sorted(found), dropped, own.or_else(usual))
     return report | {"sha256": sha256(Path(path)), "notes": [*held.notes, *notes, *own.notes]}
 

@@ -113,9 +113,9 @@ class Hybrid(nn.Module):
     """Scaled images and masks of the lungs (B, 3 + 1, H, W) -> float32 logits (B, num_classes).
 
     `stem`: the keywords of its VisionTransformer (or DinoV3); the others: see TwoLungs. In training two
-    columns follow the logits: each image's segmentation loss, 0.5 binary cross-entropy + 0.5 (1 - soft Dice) at SIDE x SIDE
-    (0 without `segment`), and the attention that the query pays to other things than lungs, in [0, 1]; both
-    are 0 where no lungs were found, which does not say that there are none.
+    columns follow the logits: each image's segmentation loss, 0.5 binary cross-entropy + 0.5 (1 - soft Dice)
+    at SIDE x SIDE (0 without `segment`), and the attention that the query pays to other things than lungs, in
+    [0, 1]; both are 0 where no lungs were found, which does not say that there are none.
     """
 
     kind, in_chans, reads_lungs = "hybrid", 3, True
