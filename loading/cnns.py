@@ -4,6 +4,7 @@ EfficientNets, CheXNet, torchxrayvision."""
 import re
 
 from common.console import InputError
+from common.safe_files import listed
 from loading.families import IMAGENET
 from loading.settings import Settings
 
@@ -24,8 +25,10 @@ def timm_names(state, wanted, name, path):
     arrays are `wanted` {timm's name: tensor}. What needs no change is passed on. One grey channel is spread
     over three. Settings.norm_eps: of BatchNorm, where it is not timm's."""
     settings, notes = Settings(), []
-    if dotted := [name for name in state if _DOTS.search(name)]:
-        state = {_DOTS.sub(r"\1\2.", name): value for name, value in state.items()}
+    if dotted := [key for key in state if _DOTS.search(key)]:
+        before, state = state, {_DOTS.sub(r"\1\2.", key): value for key, value in state.items()}
+        if len(state) < len(before):
+            raise InputError(f"{path} has [{listed(dotted)}] twice, with and without the second dot")
         notes.append(f"{len(dotted)} names with dots, as of 2017")
     if "features.0.0.weight" in state and "conv_stem.weight" in wanted:
         if name.startswith("tf_"):
@@ -40,7 +43,7 @@ def timm_names(state, wanted, name, path):
         notes.append("torchvision's EfficientNet")
     if not state.keys() & wanted.keys():
         return state, settings, notes
-    first = next(name for name in wanted if wanted[name].ndim == 4)
+    first = next(key for key in wanted if wanted[key].ndim == 4)
     kernel = state.get(first)
     if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 1 and wanted[first].shape[1] == 3:
         # All three channels of our inputs are the same grey image, so a third of the kernel on each is exact.
@@ -48,7 +51,7 @@ def timm_names(state, wanted, name, path):
         notes.append("the first layer's one channel is spread over three")
         settings = XRV._replace(scaling=f"guessed by the one channel: {XRV.scaling}")
     if "op_threshs" in state:
-        state = {name: value for name, value in state.items() if name != "op_threshs"}
+        state = {key: value for key, value in state.items() if key != "op_threshs"}
         settings = XRV
         notes.append("torchxrayvision's op_threshs are not used")
     return state, settings, notes
@@ -74,7 +77,7 @@ def _efficientnet(state, wanted, path):
             unknown.append(name)
         out[ours] = value
     if unknown:
-        raise InputError(f"{path}: not torchvision's EfficientNet of this size: [{', '.join(unknown[:4])}]")
+        raise InputError(f"{path}: not torchvision's EfficientNet of this size: [{listed(unknown)}]")
     return out
 
 

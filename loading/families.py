@@ -141,6 +141,8 @@ def _family_of_plain_names(state, wrapped):
         return Family("MAE", IMAGENET)
     if wrapped or "dist_token" in state:
         return Family("DeiT, DINO or MAE", IMAGENET)
+    if "head.weight" not in state:  # AugReg's files have a head; those of self-supervision do not
+        return Family("timm, without a head", IMAGENET)
     return Family("timm", HALF)
 
 

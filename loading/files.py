@@ -10,7 +10,7 @@ from common.safe_files import WRAPPERS, listed, load_safetensors, load_tensors
 
 PREFIXES = (
     *("module.", "_orig_mod.", "model.", "encoder.", "backbone.", "vit."),
-    *("deit.", "dinov2.", "dinov2_with_registers.", "densenet121.", "net.", "body."),
+    *("deit.", "dinov2.", "dinov2_with_registers.", "densenet121.", "densenet169.", "net.", "body."),
 )
 NESTED = 8  # wrappers in wrappers, or prefixes before prefixes
 

@@ -30,8 +30,9 @@ class Cnn(nn.Module):
     """A CNN of timm by `name`: images (B, 3, H, W), already scaled -> float32 logits (B, num_classes).
 
     Its last feature map is pooled as timm does; the head is LayerNorm, dropout 0.3, Linear to 128, ReLU,
-    dropout 0.25, Linear. `norm_eps`: of BatchNorm, None for timm's. InputError where timm is absent, for a name that it does not know, and for a model
-    whose features are no map."""
+    dropout 0.25, Linear. `norm_eps`: of BatchNorm, None for timm's.
+    InputError where timm is absent, for a name that it does not know, and for a model whose features are no
+    map."""
 
     kind = "cnn"
     in_chans = 3

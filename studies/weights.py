@@ -1,4 +1,4 @@
-"""Compare the weights that are read from a file in each library's layout with that library's own forward pass.
+"""Compare what is read from a file in each library's layout with that library's own forward pass.
 
     python studies/weights.py                  # the table of docs/WEIGHTS.md: real widths, two blocks
     python studies/weights.py --only DINOv3    # the families whose name has this in it
@@ -36,8 +36,8 @@ SMALL = dict(depth=DEPTH, img_size=SIDE, num_classes=CLASSES)
 
 class Case(NamedTuple):
     """`saved`: what its library would write; `forward`: the library's function of images [B, 3, S, S];
-    `output`: what that gives, "tokens", "logits" or "features"; `network`: timm's name of a CNN, None of a ViT;
-    `readout`: of the head; `suffix`: of the file; `side`: of the images."""
+    `output`: what that gives, "tokens", "logits" or "features"; `network`: timm's name of a CNN, None of a
+    ViT; `readout`: of the head; `suffix`: of the file; `side`: of the images."""
 
     saved: dict
     forward: Callable

@@ -1,4 +1,4 @@
-"""Tests of loading: other libraries' files against their own forward passes, and files that must be refused."""
+"""Tests of loading: other libraries' files against their own forward passes, and files to refuse."""
 
 import argparse
 import json
@@ -70,6 +70,9 @@ def test_scaling_comes_from_the_first_that_speaks(tmp_path, plain):
     torch.save(plain, path)
     report = report_of(path)
     assert report["mean"] == [0.5] * 3 and report["guessed"] and "guessed" in report["scaling"]
+    torch.save({n: v for n, v in plain.items() if not n.startswith("head.")}, path)
+    assert report_of(path)["mean"] == IMAGENET[0]  # of self-supervision
+    torch.save(plain, path)
 
     about = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     beside(tmp_path, config=dict(architecture="vit", num_features=192, pretrained_cfg=about))
@@ -179,6 +182,8 @@ def test_results_say_where_the_scaling_came_from(flags, plain, tmp_path):
     results = read_json(tmp_path, "outputs/pretrained/results.json")
     assert (results["mean"], results["std"]) == ([0.1, 0.2, 0.3], [0.2583] * 3)
     assert results["weights"]["scaling"] == "--mean, else preprocessor_config.json"
+    again = report_of(tmp_path / "outputs/pretrained/checkpoint.pth")  # a run's weights are weights, too
+    assert (again["scaling"], again["mean"]) == ("results.json", results["mean"])
     refused(cli(*argv, "--heads", 5, cwd=tmp_path), "192 is not divisible")
     refused(cli(*argv, "--timm-name", "nonsense", cwd=tmp_path), "timm knows no model")
 
