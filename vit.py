@@ -23,7 +23,6 @@ CONFIGS = {
     "s14": dict(patch_size=14, embed_dim=384, depth=12, num_heads=6, layer_scale=True),
     "b14": dict(patch_size=14, embed_dim=768, depth=12, num_heads=12, layer_scale=True),
     "l14": dict(patch_size=14, embed_dim=1024, depth=24, num_heads=16, layer_scale=True),
-    "h14": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
 READOUTS = ("cls", "mean", "cls+mean")
 PLAIN = dict(  # what a ViT has unless its config says more

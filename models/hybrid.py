@@ -162,7 +162,7 @@ class Hybrid(nn.Module):
         return [*self.stem.layers()[:-1], ("two lungs", self.neck), ("head", self.head)]
 
     def _read(self, x):
-        tokens = self.stem.forward_features(x[:, :3])[:, self.stem.prefix :]
+        tokens = self.stem.fc_norm(self.stem.forward_features(x[:, :3])[:, self.stem.prefix :])
         return self.neck(tokens.transpose(1, 2).unflatten(2, self.stem.grid_size), x[:, 3:])
 
     def features(self, x):
