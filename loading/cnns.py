@@ -63,12 +63,11 @@ def _efficientnet(state, wanted, path):
     torchvision numbers stages from 1 and the layers of a block as block.0, block.1, ...; timm names them by
     what they do. Which layers a block has is read from `wanted`, timm's names."""
     out, unknown = {}, []
-    last = max(
-        (int(name.split(".")[1]) for name in state if re.match(r"features\.[0-9]+\.", name)), default=0
-    )
+    stages = [re.match(r"features\.([0-9]{1,2})\.", name) for name in state]
+    last = max((int(found[1]) for found in stages if found), default=0)
     for name, value in state.items():
         ours = _outer(name, last)
-        inner = re.fullmatch(r"features\.(\d+)\.(\d+)\.block\.(\d+)\.(.+)", name)
+        inner = re.fullmatch(r"features\.([0-9]{1,2})\.([0-9]{1,2})\.block\.([0-9])\.(.+)", name)
         if inner and ours is None:
             stage, block, layer, rest = inner.groups()
             prefix = f"blocks.{int(stage) - 1}.{int(block)}."

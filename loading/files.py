@@ -57,7 +57,8 @@ def _unwrapped(held, path):
         wrappers += (key,)
         around |= {name: held[name] for name in others if isinstance(held[name], (str, dict))}
         held = held[key]
-    if dicts := [name for name, value in held.items() if isinstance(value, dict)]:
+    dicts = [name for name, value in held.items() if isinstance(value, dict)]
+    if dicts and not any(isinstance(value, torch.Tensor) for value in held.values()):
         raise InputError(
             f"{path} holds several dicts, and none of them is called {', '.join(WRAPPERS)}: it has "
             f"[{listed(dicts)}]. Save the one with the weights by itself, with torch.save"

@@ -158,17 +158,19 @@ def _beside(path, width, depth):
             files += " and preprocessor_config.json"
         return Settings(notes=(f"{files} beside the weights not used: {other}",))
     found = Settings()
-    if "image_mean" in prepared and "image_std" in prepared:
+    if prepared:
         found = _prepared(prepared, folder / "preprocessor_config.json")
     about = config.get("pretrained_cfg")
     if isinstance(about, dict) and {"mean", "std"} <= about.keys():
         source = "pretrained_cfg in config.json"
         found = found.or_else(_scaling(about["mean"], about["std"], source, folder / "config.json"))
-    if {"mean", "std", "model_config"} <= results.keys():
+    if {"mean", "std"} <= results.keys() and isinstance(results.get("model_config"), dict):
         found = found.or_else(
             _scaling(results["mean"], results["std"], "results.json", folder / "results.json")
         )
         found = found.or_else(_architecture(results["model_config"], "num_heads", "norm_eps"))
+    if width is None:
+        return found
     return found.or_else(_architecture(config, "num_attention_heads", "layer_norm_eps"))
 
 
@@ -184,11 +186,15 @@ def _prepared(prepared, path):
         )
     if prepared.get("do_normalize", True) is False:
         return Settings((0.0,) * 3, (1.0,) * 3, "preprocessor_config.json (do_normalize is false)")
+    if not {"image_mean", "image_std"} <= prepared.keys():
+        return Settings(notes=(f"{path.name} beside the weights has no image_mean and image_std: not used",))
     return _scaling(prepared["image_mean"], prepared["image_std"], "preprocessor_config.json", path)
 
 
 def _of_another_model(config, width, depth):
     """Why a config.json is that of another model, None if it is not."""
+    if width is None and "num_attention_heads" in config:
+        return "it is that of a transformer"
     sizes = {"hidden_size": width, "num_features": width, "num_hidden_layers": depth}
     for name, here in sizes.items():
         if here is not None and name in config and config[name] != here:

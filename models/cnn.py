@@ -147,7 +147,7 @@ def load_weights(model, path, timm_name=None):
     if not Path(path).exists():
         raise InputError(f"no weights at {path}: check the path (docs/WEIGHTS.md says where to get them)")
     wanted = model.body.state_dict()
-    held = read_state_dict(path, (*cnns.ROOTS, next(iter(wanted))))
+    held = read_state_dict(path, (*cnns.ROOTS, *wanted))
     check_state_dict(held.state, path)
     state, settings, notes = cnns.timm_names(held.state, wanted, model.config["name"], path)
 
@@ -166,8 +166,8 @@ def load_weights(model, path, timm_name=None):
     own = settings_of(path, None, None, timm_name=timm_name, around=held.around).or_else(settings)
     usual = Settings(*model.scaling, f"timm's configuration of {model.config['name']}")
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
-    if settings.norm_eps:
-        model.set_norm_eps(settings.norm_eps)
+    if own.norm_eps:
+        model.set_norm_eps(own.norm_eps)
     report = _report(path, sorted(found), dropped, own.or_else(usual))
     return report | {"sha256": sha256(Path(path)), "notes": [*held.notes, *notes, *own.notes]}
 

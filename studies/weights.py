@@ -265,8 +265,8 @@ FAMILIES = {
     "DINOv3 S, timm, 224 px": lambda: timm_dinov3("vit_small_patch16_dinov3", 224),
     "DINOv3 S, timm qkvb, 256 px": lambda: timm_dinov3("vit_small_patch16_dinov3_qkvb", 256),
     "DINOv3 S+, timm qkvb, 224 px": lambda: timm_dinov3("vit_small_plus_patch16_dinov3_qkvb", 224),
-    "DINOv3 B, timm qkvb, 256 px": lambda: timm_dinov3("vit_base_patch16_dinov3_qkvb", 256),
-    "DINOv3 L, timm qkvb, 224 px": lambda: timm_dinov3("vit_large_patch16_dinov3_qkvb", 224),
+    "DINOv3 B, timm qkvb, 256 px": lambda: timm_dinov3("vit_base_patch16_dinov3_qkvb", 256, depth=1),
+    "DINOv3 L, timm qkvb, 224 px": lambda: timm_dinov3("vit_large_patch16_dinov3_qkvb", 224, depth=1),
     "DINOv3, Hugging Face, 224 px": lambda: hugging_face_dinov3(side=224),
     "DINOv3, Hugging Face, gated, 256 px": lambda: hugging_face_dinov3(True, 256),
     "DINOv3 S, its authors": authors_dinov3,
@@ -299,7 +299,9 @@ def compared(case, folder):
         report, ours = load_weights(model, path), model.features
     else:
         config = npz_loader.config_from_npz(path)
-        model = make_vit(**config, img_size=case.side, num_classes=CLASSES, readout=case.readout).eval()
+        with torch.device("meta"):  # what loading does not fill is drawn by it
+            model = make_vit(**config, img_size=case.side, num_classes=CLASSES, readout=case.readout)
+        model = model.to_empty(device="cpu").eval()
         report = npz_loader.load_npz(model, path)
         ours = model if case.output == "logits" else model.forward_features
     with torch.no_grad():
