@@ -50,7 +50,7 @@ def _unwrapped(held, path):
         if key is None:
             break
         others = [name for name in held if name != key]
-        note = f'"{key}" of the file is read'
+        note = f'"{listed([key])}" of the file is read'
         if others:
             note += f", not {listed(others)}"
         notes.append(note)

@@ -80,7 +80,7 @@ def of_timm(name, width, source):
     try:
         import timm
     except ImportError:
-        raise InputError(f"{source} {name} needs the package timm: pip install timm") from None
+        raise InputError(f"{source} {listed([name])} needs the package timm: pip install timm") from None
     if not timm.is_model(name):
         near = difflib.get_close_matches(name[:100], timm.list_models(), 3)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
@@ -88,7 +88,7 @@ def of_timm(name, width, source):
     try:
         about = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # no such tag
-        raise InputError(f"{source} {name}: {error}") from None
+        raise InputError(f"{source} {listed([name])}: {listed([error])}") from None
     found = Settings()
     if about and about.mean and about.std:
         found = _scaling(about.mean, about.std, f"timm's configuration of {name}", source)
