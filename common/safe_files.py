@@ -34,7 +34,15 @@ _PLAIN = re.compile(
     r"|torch(\.storage)? \w+Storage|torch ((b?float|u?int|complex)\d\w*|bool|Size)|collections OrderedDict"
 )
 _VALUES = (str, int, float, bool, type(None))
-WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student")  # what trainers call the weights
+
+
+class Refused(InputError):
+    """A torch file names `name`, which may be code. `first`: the first thing in its pickle, "dict" or a
+    class, which is what the file holds."""
+
+    def __init__(self, text, name, first):
+        super().__init__(text)
+        self.name, self.first = name, first
 
 
 def listed(names, limit=6):
@@ -130,39 +138,18 @@ def _check_torch_file(path, size):
 
 def _check_pickle(file, path):
     """Read one pickle without running it; InputError if it names what `_PLAIN` does not."""
-    text, first = set(), None
+    first = None
     for opcode, value, _ in pickletools.genops(file):
-        if "UNICODE" in opcode.name:
-            text.add(value)
         if opcode.name in ("EMPTY_DICT", "GLOBAL") and first is None:
-            first = value or {}
+            first = value or "dict"
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(value)):
             name = str(value).replace(" ", ".")
-            # The keys of the file are named before or after; the rest is read for them alone.
-            text |= {value for opcode, value, _ in pickletools.genops(file) if "UNICODE" in opcode.name}
-            raise InputError(
+            raise Refused(
                 f"{path} was refused: it names {listed([name])}, perhaps code; only dense tensors and plain "
-                f"Python values are read{_how_to_save(path, name, first, text)}"
+                "Python values are read",
+                name,
+                first,
             )
-
-
-def _how_to_save(path, name, first, text):
-    """How to save the weights of a refused file by themselves: three lines of Python, "" where that is no
-    help. `name`: what was refused; `first`: the class of the object, {} for a dict; `text`: its strings."""
-    if name.startswith("torch.") or not name.isprintable() or not str(path).isprintable():
-        return ""
-    weights = "held"
-    if first not in (None, {}, "collections OrderedDict"):
-        weights = "held.state_dict()"  # a whole model
-    elif keys := [key for key in WRAPPERS if key in text]:
-        weights = f'held["{keys[0]}"]'
-    new = os.path.splitext(path)[0] + "-weights.pth"
-    return (
-        ". If you trust its source, save the weights by themselves and name the new file:\n"
-        "  import torch\n"
-        f"  held = torch.load({str(path)!r}, map_location='cpu', weights_only=False)  # runs its code\n"
-        f"  torch.save({weights}, {new!r})"
-    )
 
 
 class _Copier:

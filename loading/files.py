@@ -1,13 +1,15 @@
 """One reader of torch state dicts, for ViTs and CNNs: what trainers wrap around the weights is taken off, and
 said. Nothing is unpickled (common/safe_files.py)."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from common.console import InputError
-from common.safe_files import WRAPPERS, listed, load_safetensors, load_tensors
+from common.safe_files import Refused, listed, load_safetensors, load_tensors
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student")
 PREFIXES = (
     *("module.", "_orig_mod.", "model.", "encoder.", "backbone.", "vit."),
     *("deit.", "dinov2.", "dinov2_with_registers.", "densenet121.", "densenet169.", "net.", "body."),
@@ -36,10 +38,30 @@ def read_state_dict(path, roots):
     if str(path).endswith(".safetensors"):
         held = load_safetensors(path, copy=False)
     else:
-        held = load_tensors(path, copy=False)
+        try:
+            held = load_tensors(path, copy=False)
+        except Refused as error:
+            raise InputError(f"{error}{_how_to_save(path, error)}") from None
     inside = _unwrapped(held, path)
     state, taken_off = _without_prefixes(inside.state, roots, path)
     return inside._replace(state=state, notes=inside.notes + taken_off)
+
+
+def _how_to_save(path, refused):
+    """How to save the weights of a refused file by themselves: three lines of Python, "" where these are no
+    help."""
+    if refused.name.startswith("torch.") or not f"{refused.name}{path}".isprintable():
+        return ""
+    weights = "held.state_dict()"  # of a whole model
+    if refused.first in ("dict", "collections OrderedDict"):
+        weights = f"next((held[key] for key in {WRAPPERS} if key in held), held)"
+    new = f"{Path(path).with_suffix('')}-weights.pth"
+    return (
+        ". If you trust its source, save the weights by themselves and name the new file:\n"
+        "  import torch\n"
+        f"  held = torch.load({str(path)!r}, map_location='cpu', weights_only=False)  # runs its code\n"
+        f"  torch.save({weights}, {new!r})"
+    )
 
 
 def _unwrapped(held, path):

@@ -7,7 +7,7 @@ import torch
 
 from common.console import InputError
 from common.safe_files import check_state_dict, listed
-from loading import dinov3
+from loading import cnns, dinov3
 from loading.families import ROOTS, Family, our_names, refuse_others
 from loading.files import read_state_dict
 from loading.settings import HEADS, Settings, settings_of
@@ -31,8 +31,10 @@ class Weights(NamedTuple):
 def read_torch(path, heads=None, timm_name=None):
     """A state dict (.pth, .pt, .bin, .safetensors) under any names that families.py knows -> Weights,
     complete and free of contradictions. `heads`, `timm_name`: see settings_of."""
-    held = read_state_dict(path, ROOTS)
+    held = read_state_dict(path, (*ROOTS, *cnns.ROOTS))
     refuse_others(held.state, path)
+    if found := [name for name in cnns.ROOTS if name in held.state]:
+        raise InputError(f"{path} holds a CNN (it has {found[0]}): train_cnn.py --model NAME reads it")
     check_state_dict(held.state, path)
     wrapped = bool({"model", "teacher", "student"} & set(held.wrappers))
     named = our_names(held.state, wrapped, path)

@@ -136,11 +136,11 @@ def usual_size(name):
     return about.input_size[-1] if about else 224
 
 
-def load_weights(model, path, timm_name=None):
+def load_weights(model, path):
     """Copy a state dict (.pth, .safetensors) of the same network into a Cnn's body; returns the report as
     npz_loader.load_npz does. timm's names, torchvision's, CheXNet's and torchxrayvision's are known
-    (loading/cnns.py); the file's classifier is left out. `timm_name`: see settings.settings_of. InputError if
-    anything else is missing, left over or of another shape: then the model is untouched."""
+    (loading/cnns.py); the file's classifier is left out. InputError if anything else is missing, left over or
+    of another shape: then the model is untouched."""
     path = str(path)
     if path.endswith(".npz"):
         raise InputError(f"{path} is an .npz, as Google's ViTs come: a CNN needs a .pth or .safetensors")
@@ -148,6 +148,8 @@ def load_weights(model, path, timm_name=None):
         raise InputError(f"no weights at {path}: check the path (docs/WEIGHTS.md says where to get them)")
     wanted = model.body.state_dict()
     held = read_state_dict(path, (*cnns.ROOTS, *wanted))
+    if "patch_embed.proj.weight" in held.state and "patch_embed.proj.weight" not in wanted:
+        raise InputError(f"{path} holds a ViT (it has patch_embed.proj.weight): train_pretrained.py reads it")
     check_state_dict(held.state, path)
     state, settings, notes = cnns.timm_names(held.state, wanted, model.config["name"], path)
 
@@ -163,7 +165,7 @@ def load_weights(model, path, timm_name=None):
         raise InputError(f"{path}: NaN or infinite values in [{listed(bad)}]")
 
     # What stands in the file or beside it is right; then its layout; then timm's configuration of --model.
-    own = settings_of(path, None, None, timm_name=timm_name, around=held.around).or_else(settings)
+    own = settings_of(path, None, None, around=held.around).or_else(settings)
     usual = Settings(*model.scaling, f"timm's configuration of {model.config['name']}")
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
     if own.norm_eps:

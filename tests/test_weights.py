@@ -251,8 +251,8 @@ class Network(torch.nn.Linear):
 @pytest.mark.parametrize(
     "around, weights_are",
     [
-        (dict(args=argparse.Namespace(lr=0.1)), 'held["model"]'),
-        (dict(best=np.float64(0.5)), 'held["model"]'),
+        (dict(args=argparse.Namespace(lr=0.1)), "held[key] for key in"),
+        (dict(best=np.float64(0.5)), "held[key] for key in"),
         (None, "held.state_dict()"),
     ],
 )
@@ -316,6 +316,18 @@ OTHER_MODELS = {
     "BEiT": (lambda: names_only("beit_base_patch16_224"), "BEiT"),
     "Swin": (lambda: names_only("swin_tiny_patch4_window7_224"), "Swin"),
 }
+
+
+def test_cnns_and_vits_are_told_apart(tmp_path, plain):
+    torch.save({"model": timm.create_model("resnet10t").state_dict()}, tmp_path / "cnn.pth")
+    torch.save({"module.conv1.weight": torch.ones(64, 3, 7, 7)}, tmp_path / "old.pth")
+    torch.save(plain, tmp_path / "vit.pth")
+    with pytest.raises(InputError, match="old.pth holds a CNN .it has conv1.weight.: train_cnn.py"):
+        npz_loader.config_from_npz(tmp_path / "old.pth")
+    with pytest.raises(InputError, match="patch_embed.proj.weight is missing; it has .bn1.bias"):
+        npz_loader.config_from_npz(tmp_path / "cnn.pth")
+    with pytest.raises(InputError, match="vit.pth holds a ViT .*train_pretrained.py"):
+        cnn.load_weights(cnn.Cnn("resnet10t"), tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("what", OTHER_MODELS)
