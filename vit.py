@@ -236,25 +236,13 @@ class VisionTransformer(nn.Module):
             drop_path_rate=drop_path_rate,
             patch_drop_rate=patch_drop_rate,
         )
-        extras = dict(
-            layer_scale=layer_scale,
-            reg_tokens=reg_tokens,
-            readout=readout,
-            class_token=class_token,
-            fc_norm=fc_norm,
-            norm_eps=norm_eps,
-        )
+        extras = dict(layer_scale=layer_scale, reg_tokens=reg_tokens, readout=readout)
+        extras |= dict(class_token=class_token, fc_norm=fc_norm, norm_eps=norm_eps)
         self.config |= {k: v for k, v in extras.items() if v != PLAIN[k]}  # as earlier versions wrote it
         self.patch_drop_rate, self.readout = patch_drop_rate, readout
         self.prefix = class_token + reg_tokens  # tokens before the patches
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if reg_tokens:
-            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
-        if self.learnt_positions:
-            positions = class_token + self.grid_size[0] * self.grid_size[1]
-            self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self.add_tokens(class_token, reg_tokens)
         self.pos_drop = Dropout(drop_rate)
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(self.make_block({**PLAIN, **self.config}, rate) for rate in rates)
@@ -264,6 +252,16 @@ class VisionTransformer(nn.Module):
         read_tokens = 2 if readout == "cls+mean" else 1
         self.head = nn.Linear(embed_dim * read_tokens, num_classes)
         self.reset_parameters()
+
+    def add_tokens(self, class_token, reg_tokens):
+        """The parameters cls_token, reg_token and pos_embed, as far as there are any."""
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        if reg_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, self.embed_dim))
+        if self.learnt_positions:
+            positions = class_token + self.grid_size[0] * self.grid_size[1]
+            self.pos_embed = nn.Parameter(torch.zeros(1, positions, self.embed_dim))
 
     def make_block(self, config, drop_path):
         """One of the blocks."""
