@@ -2,8 +2,9 @@
 
     python train_cnn.py --model tf_efficientnet_lite0 --weights weights/tf_efficientnet_lite0.safetensors
 
---model is any CNN of timm (pip install timm). Weights come from a file, or with --pretrained from timm's own
-download; without either they are random. Input size and scaling are those of timm's weights. Writes
+--model is any CNN of timm (pip install timm). Weights come from a file of timm, torchvision, CheXNet or
+torchxrayvision, or with --pretrained from timm's own download; without either they are random. Input size and
+scaling are those of the weights (docs/WEIGHTS.md). Writes
 checkpoint.pth, last.pth and results.json to outputs/cnn.
 """
 
@@ -54,7 +55,8 @@ def add_own_flags(data_flags, model_flags):
     model_flags.add_argument("--model", default=USUAL, metavar="NAME", help="any CNN of timm")
     inputs.add_scaling_arguments(model_flags)
     weights = model_flags.add_mutually_exclusive_group()
-    weights.add_argument("--weights", metavar="PATH", help="file of its weights, a timm .pth or .safetensors")
+    text = "file of its weights: .pth or .safetensors of timm, torchvision, CheXNet or torchxrayvision"
+    weights.add_argument("--weights", metavar="PATH", help=text)
     weights.add_argument("--pretrained", action="store_true", help="let timm download the weights")
 
 
@@ -64,17 +66,18 @@ def usual_size(args, usual):
 
 
 def load_weights(args, model):
-    """Load the weights that --weights or --pretrained name -> what results.json says of them, by key; random
-    ones are said in a note."""
+    """Load the weights that --weights or --pretrained name -> their report; of random ones, which are said in
+    a note, only the scaling."""
     if args.weights:
         report = cnn.load_weights(model, args.weights)
     elif args.pretrained:
         report = cnn.download(model)
     else:
         say(f"note: {args.model} starts from random weights; --weights or --pretrained name others")
-        return {}
+        mean, std = model.scaling
+        return {"mean": mean, "std": std, "scaling": "timm's configuration"}
     tell(npz_loader.describe(report))
-    return {"weights": {key: report[key] for key in report if key != "loaded"}}
+    return report
 
 
 def main():
@@ -87,10 +90,12 @@ def main():
     for p in plans:
         p.seed()
         model = cnn.Cnn(args.model, p.config.task.outputs, p.recipe.drop_path)
-        described = load_weights(args, model)
+        report, described = load_weights(args, model), {}
         if p.recipe.accumulate * processes()[1] > 1 and cnn.has_batch_norm(model):
             say("note: BatchNorm takes the statistics of each part of a batch by itself")
-        mean, std = inputs.chosen_scaling(args, *model.scaling)
+        mean, std, report["scaling"] = inputs.chosen_scaling(args, report)
+        if "path" in report:
+            described["weights"] = {key: report[key] for key in npz_loader.KEPT if key in report}
         plan.train(p, model, name=args.model, mean=mean, std=std, **described)
 
 

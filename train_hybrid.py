@@ -41,8 +41,7 @@ DEFAULTS = recipe.Defaults(
 
 def add_own_flags(data_flags, model_flags):
     """The flags of the hybrid itself."""
-    text = "Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face"
-    model_flags.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
+    npz_loader.add_arguments(model_flags)
     inputs.add_scaling_arguments(model_flags)
     sizes = dict(
         d_model=(192, "channels behind the stem, a multiple of 4"),
@@ -58,8 +57,11 @@ def add_own_flags(data_flags, model_flags):
 
 
 def main():
-    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, npz_loader.usual_size)
-    shape = npz_loader.config_from_npz(args.weights)
+    chosen = npz_loader.Chosen()
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, chosen.usual_size)
+    shape = chosen.read(args).config
+    if not shape.get("class_token", True):  # the stem's own head, which nothing reads, must fit
+        shape["readout"] = "mean"
     for p in plans:
         p.seed()
         rates = dict(drop_path_rate=p.recipe.drop_path, patch_drop_rate=0.0)
@@ -74,9 +76,9 @@ def main():
             global_tokens=args.global_tokens,
             segment=p.recipe.seg_weight > 0,
         )
-        report = npz_loader.load_npz(model.stem, args.weights)
-        mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
+        report = chosen.load(model.stem, args)
         tell(npz_loader.describe(report))
+        mean, std, report["scaling"] = inputs.chosen_scaling(args, report)
         name = f"hybrid-{npz_loader.architecture_name(model.stem.config)}"
         weights = {k: report[k] for k in npz_loader.KEPT}
         plan.train(p, model, name=name, mean=mean, std=std, weights=weights)

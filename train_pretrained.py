@@ -2,10 +2,10 @@
 
     python train_pretrained.py --weights weights/ViT-B_16.npz
 
-Width, depth, heads and patch size are read from the file, so Ti/16, L/16 or DINOv2 weights need no other
-flag; the position embedding is resized to --img-size. Writes checkpoint.pth, last.pth and results.json to
-outputs/pretrained. On 2 CPU cores with AVX512-BF16 an epoch of 4,172 images takes about a minute and a half
-for Ti/16.
+Width, depth, heads and patch size are read from the file, so Ti/16, L/16, DINOv2 or DINOv3 weights need no
+other flag; the position embedding is resized to --img-size. docs/WEIGHTS.md lists what is read. Writes
+checkpoint.pth, last.pth and results.json to outputs/pretrained. On 2 CPU cores with AVX512-BF16 an epoch of
+4,172 images takes about a minute and a half for Ti/16.
 
     python train_pretrained.py --weights weights/dinov2_vits14.safetensors --freeze-epochs 30 --epochs 0
 
@@ -17,8 +17,9 @@ import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing p
 import npz_loader
 from common.console import start, tell
 from models import inputs
+from models.dinov3 import make_vit
 from training import plan, recipe
-from vit import READOUTS, VisionTransformer
+from vit import READOUTS
 
 # Defaults of flags; docs/EXPERIMENTS.md has what each choice was made on.
 DEFAULTS = recipe.Defaults(
@@ -33,29 +34,31 @@ DEFAULTS = recipe.Defaults(
 
 def add_own_flags(data_flags, model_flags):
     """The flags of the model."""
-    text = "Google .npz, or a .pth/.safetensors of timm, DeiT, DINOv2 or Hugging Face"
-    model_flags.add_argument("--weights", default=npz_loader.DEFAULT_PATH, metavar="PATH", help=text)
-    text = "what the head reads: [CLS], the mean patch token, or both"
-    model_flags.add_argument("--readout", choices=READOUTS, default="cls", help=text)
+    npz_loader.add_arguments(model_flags)
+    text = (
+        "what the head reads: [CLS], the mean patch token, or both (default: as the weights' own, else cls)"
+    )
+    model_flags.add_argument("--readout", choices=READOUTS, default=None, help=text)
     inputs.add_scaling_arguments(model_flags)
 
 
 def main():
-    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, npz_loader.usual_size)
-    shape = npz_loader.config_from_npz(args.weights)
+    chosen = npz_loader.Chosen()
+    args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags, chosen.usual_size)
+    shape, readout = chosen.read(args).config, args.readout or chosen.readout(args)
     for p in plans:
         p.seed()
-        model = VisionTransformer(
+        model = make_vit(
             **shape,
             num_classes=p.config.task.outputs,
             img_size=p.config.img_size,
             drop_path_rate=p.recipe.drop_path,
             patch_drop_rate=p.recipe.patch_drop,
-            readout=args.readout,
+            readout=readout,
         )
-        report = npz_loader.load_npz(model, args.weights)
-        mean, std = inputs.chosen_scaling(args, report["mean"], report["std"])
+        report = chosen.load(model, args)
         tell(npz_loader.describe(report))
+        mean, std, report["scaling"] = inputs.chosen_scaling(args, report)
         plan.train(
             p,
             model,

@@ -36,6 +36,15 @@ _PLAIN = re.compile(
 _VALUES = (str, int, float, bool, type(None))
 
 
+class Refused(InputError):
+    """A torch file names `name`, which may be code. `first`: the first thing in its pickle, "dict" or a
+    class, which is what the file holds."""
+
+    def __init__(self, text, name, first):
+        super().__init__(text)
+        self.name, self.first = name, first
+
+
 def listed(names, limit=6):
     """Names from a file for a message: the first `limit`, control characters escaped, long ones cut."""
     names = list(names)
@@ -74,10 +83,11 @@ def _file_size(path):
 # ---------------------------------------------------------------- torch.save
 
 
-def load_tensors(path):
+def load_tensors(path, copy=True):
     """A file of torch.save -> dict with text for its top-level keys; the tensors are dense and on the CPU.
 
-    Dicts, lists and tuples may be nested. An OrderedDict becomes a dict, a Parameter a tensor.
+    Without `copy` they may be views of the file: half the memory for who only reads them once. Dicts, lists
+    and tuples may be nested. An OrderedDict becomes a dict, a Parameter a tensor.
     InputError if the file is absent, damaged, or holds anything but dense tensors and plain Python values
     (code in a pickle is not run), or if its tensors together claim more bytes than the file has.
     """
@@ -92,7 +102,7 @@ def load_tensors(path):
             value = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=zipped)
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in dict.keys(value)):
             raise InputError(f"{path} is not a state dict: it does not hold a dict with text for keys")
-        return _Copier(path, size)(value)
+        return _Copier(path, size, copy)(value)
     except InputError:
         raise
     except Exception as error:  # damage shows as almost any exception
@@ -128,19 +138,26 @@ def _check_torch_file(path, size):
 
 def _check_pickle(file, path):
     """Read one pickle without running it; InputError if it names what `_PLAIN` does not."""
-    for opcode, name, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(name)):
-            raise InputError(
-                f"{path} was refused: it names {listed([str(name).replace(' ', '.')])}, perhaps code; "
-                "only dense tensors and plain Python values are read"
+    first = None
+    for opcode, value, _ in pickletools.genops(file):
+        if opcode.name in ("EMPTY_DICT", "GLOBAL") and first is None:
+            first = value or "dict"
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not _PLAIN.fullmatch(str(value)):
+            name = str(value).replace(" ", ".")
+            raise Refused(
+                f"{path} was refused: it names {listed([name])}, perhaps code; only dense tensors and plain "
+                "Python values are read",
+                name,
+                first,
             )
 
 
 class _Copier:
-    """Copies what was loaded into plain dicts, lists and tensors; counts the bytes that the tensors claim."""
+    """Copies what was loaded into plain dicts, lists and tensors; counts the bytes that the tensors claim.
+    Without `copy` the tensors are checked and handed on."""
 
-    def __init__(self, path, size):
-        self.path, self.left, self.copies = path, size, {}
+    def __init__(self, path, size, copy=True):
+        self.path, self.left, self.copies, self.copy = path, size, {}, copy
 
     def __call__(self, value, depth=0):
         if type(value) in _VALUES:
@@ -188,14 +205,15 @@ class _Copier:
                 f"{self.path}: its tensors claim more bytes than the file has; if they share memory, "
                 "save each with .clone()"
             )
-        return value.detach().clone()
+        value = value.detach()
+        return value.clone() if self.copy else value
 
 
 # ---------------------------------------------------------------- safetensors
 
 
-def load_safetensors(path):
-    """A .safetensors file -> {name: tensor}, on the CPU.
+def load_safetensors(path, copy=True):
+    """A .safetensors file -> {name: tensor}, on the CPU; without `copy` they may be views of the file.
 
     InputError if the file is absent or damaged, or the package safetensors is not installed.
     """
@@ -205,7 +223,7 @@ def load_safetensors(path):
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors") from None
     try:
-        return _Copier(path, size)(load_file(os.fspath(path)))
+        return _Copier(path, size, copy)(load_file(os.fspath(path)))
     except InputError:
         raise
     except Exception as error:  # damage shows as almost any exception

@@ -8,7 +8,7 @@ In the order to read them:
     cnn.py           timm's convolutional networks
     hybrid.py        left and right lung, read apart
     mae.py           the masked autoencoder
-    state_names.py   other people's names of weights
+    dinov3.py        DINOv3
     maps.py          where a ViT looked
     map_pictures.py  the maps drawn
 """

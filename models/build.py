@@ -11,6 +11,7 @@ from common.console import InputError
 from lungs.show import INPUT_MODES
 from lungs.unet import LungNet
 from models.cnn import Cnn
+from models.dinov3 import make_vit
 from models.hybrid import Hybrid
 from models.inputs import Inputs
 from models.mae import MaskedAutoencoder
@@ -111,6 +112,9 @@ LIMITS = dict(
 )
 
 
+SWITCHES = ("layer_scale", "class_token", "fc_norm", "rotary", "gated")
+
+
 def check_config(config):
     """InputError if a size in a model_config is not a positive number within LIMITS."""
     for name, value in config.items():
@@ -123,8 +127,10 @@ def check_config(config):
                 raise InputError(f"{name} is {str(value)[:40]}, not a number from 1 to {LIMITS[name]}")
         if name == "reg_tokens" and not (type(value) is int and 0 <= value <= 256):
             raise InputError(f"reg_tokens is {str(value)[:40]}, not a whole number from 0 to 256")
-        if name == "layer_scale" and not isinstance(value, bool):
-            raise InputError(f"layer_scale is {str(value)[:40]}, not true or false")
+        if name in SWITCHES and not isinstance(value, bool):
+            raise InputError(f"{name} is {str(value)[:40]}, not true or false")
+        if name == "norm_eps" and not (isinstance(value, float) and 0 < value < 0.1):
+            raise InputError(f"norm_eps is {str(value)[:40]}, not a number in (0, 0.1)")
         if name.endswith("_rate") and not (isinstance(value, (int, float)) and 0 <= value < 1):
             raise InputError(f"{name} is {str(value)[:40]}, not a number in [0, 1)")
 
@@ -133,8 +139,8 @@ def build_model(config):
     """Rebuild a model from the `model_config` of a results.json: {"kind": "vit" | "linear" | "mae" |
     "ensemble" | "lungs" | "cnn" | "hybrid", **its keywords}. InputError for an unknown kind or a size that is
     out of all proportion."""
-    known = (VisionTransformer, PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn, Hybrid)
-    kinds = {m.kind: m for m in known}
+    known = (PixelLinear, MaskedAutoencoder, Ensemble, LungNet, Cnn, Hybrid)
+    kinds = {VisionTransformer.kind: make_vit, **{m.kind: m for m in known}}
     config = dict(config)
     kind = config.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:

@@ -10,8 +10,12 @@ from torch import nn
 
 from common.console import InputError
 from common.files import sha256
-from common.safe_files import check_state_dict, listed, load_safetensors, load_tensors
-from models.state_names import IMAGENET
+from common.safe_files import check_state_dict, listed
+from loading import cnns
+from loading.families import IMAGENET
+from loading.files import read_state_dict
+from loading.settings import Settings, settings_of
+from loading.vits import differences
 
 
 def _timm():
@@ -26,14 +30,15 @@ class Cnn(nn.Module):
     """A CNN of timm by `name`: images (B, 3, H, W), already scaled -> float32 logits (B, num_classes).
 
     Its last feature map is pooled as timm does; the head is LayerNorm, dropout 0.3, Linear to 128, ReLU,
-    dropout 0.25, Linear. InputError where timm is absent, for a name that it does not know, and for a model
-    whose features are no map."""
+    dropout 0.25, Linear. `norm_eps`: of BatchNorm, None for timm's.
+    InputError where timm is absent, for a name that it does not know, and for a model whose features are no
+    map."""
 
     kind = "cnn"
     in_chans = 3
     layout = torch.channels_last  # of what it reads, see `features`
 
-    def __init__(self, name, num_classes=2, drop_path_rate=0.0):
+    def __init__(self, name, num_classes=2, drop_path_rate=0.0, norm_eps=None):
         super().__init__()
         timm = _timm()
         self.config = dict(name=name, num_classes=num_classes, drop_path_rate=drop_path_rate)
@@ -62,6 +67,16 @@ class Cnn(nn.Module):
             nn.Dropout(0.25),
             nn.Linear(128, num_classes),
         )
+
+        if norm_eps:
+            self.set_norm_eps(norm_eps)
+
+    def set_norm_eps(self, eps):
+        """Give every BatchNorm this eps; it becomes part of the config."""
+        self.config["norm_eps"] = eps
+        for module in self.body.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = eps
 
     @property
     def scaling(self):
@@ -122,41 +137,57 @@ def usual_size(name):
 
 
 def load_weights(model, path):
-    """Copy a timm state dict (.pth, .safetensors) of the same network into a Cnn's body; returns the report
-    for results.json: path, sha256, source, reset, dropped. The file's classifier is left out. InputError if
-    anything else is missing, left over or of another shape: then the model is untouched."""
+    """Copy a state dict (.pth, .safetensors) of the same network into a Cnn's body; returns the report as
+    npz_loader.load_npz does. timm's names, torchvision's, CheXNet's and torchxrayvision's are known
+    (loading/cnns.py); the file's classifier is left out. InputError if anything else is missing, left over or
+    of another shape: then the model is untouched."""
     path = str(path)
     if path.endswith(".npz"):
-        raise InputError(f"{path} is an .npz, as Google's ViTs come: a CNN needs a timm .pth or .safetensors")
-    load = load_safetensors if path.endswith(".safetensors") else load_tensors
-    state = load(path)
-    if isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    check_state_dict(state, path)
+        raise InputError(f"{path} is an .npz, as Google's ViTs come: a CNN needs a .pth or .safetensors")
+    if not Path(path).exists():
+        raise InputError(f"no weights at {path}: check the path (docs/WEIGHTS.md says where to get them)")
     wanted = model.body.state_dict()
-    head = model.body.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
-    if all(name.startswith(("body.", "head.")) for name in state):  # a checkpoint of train_cnn.py
-        heads, state = ("head.",), {name.removeprefix("body."): value for name, value in state.items()}
-    dropped = [name for name in state if name not in wanted and name.startswith(heads)] if heads else []
+    held = read_state_dict(path, (*cnns.ROOTS, *wanted))
+    if "patch_embed.proj.weight" in held.state and "patch_embed.proj.weight" not in wanted:
+        raise InputError(f"{path} holds a ViT (it has patch_embed.proj.weight): train_pretrained.py reads it")
+    check_state_dict(held.state, path)
+    state, settings, notes = cnns.timm_names(held.state, wanted, model.config["name"], path)
+
+    # The file's head is not ours: timm's classifier, torchvision's, or that of train_cnn.py.
+    about = model.body.pretrained_cfg.get("classifier") or ()
+    heads = [about] if isinstance(about, str) else list(about)
+    heads = tuple(f"{name}." for name in ("head", "classifier", "fc", *heads))
+    dropped = [name for name in state if name not in wanted and name.startswith(heads)]
     found = {name: value for name, value in state.items() if name not in dropped}
-    problems = {
-        "missing": wanted.keys() - found.keys(),
-        "unknown": found.keys() - wanted.keys(),
-        "wrong shape": [n for n in wanted.keys() & found.keys() if wanted[n].shape != found[n].shape],
-    }
-    text = "; ".join(f"{what} [{listed(sorted(names))}]" for what, names in problems.items() if names)
-    if text:
+    if text := differences(found, wanted, held.state):
         raise InputError(f"{path} does not hold {model.config['name']}: {text}")
     if bad := sorted(n for n, v in found.items() if not torch.isfinite(v).all()):
         raise InputError(f"{path}: NaN or infinite values in [{listed(bad)}]")
+
+    # What stands in the file or beside it is right; then its layout; then timm's configuration of --model.
+    own = settings_of(path, None, None, around=held.around).or_else(settings)
+    usual = Settings(*model.scaling, f"timm's configuration of {model.config['name']}")
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
-    return {"sha256": sha256(Path(path)), **_report(path, sorted(found), dropped)}
+    if own.norm_eps:
+        model.set_norm_eps(own.norm_eps)
+    report = _report(path, sorted(found), dropped, own.or_else(usual))
+    return report | {"sha256": sha256(Path(path)), "notes": [*held.notes, *notes, *own.notes]}
 
 
-def _report(path, loaded, dropped):
+def _report(path, loaded, dropped, settings):
     """What results.json says of the weights, and npz_loader.describe prints."""
-    return dict(path=path, source="timm CNN", loaded=loaded, resized=[], reset=["head"], dropped=dropped)
+    return dict(
+        path=path,
+        source="timm CNN",
+        mean=list(settings.mean),
+        std=list(settings.std),
+        scaling=settings.scaling,
+        guessed=settings.scaling.startswith("guessed"),
+        loaded=loaded,
+        resized=[],
+        reset=["head"],
+        dropped=dropped,
+    )
 
 
 def download(model):
@@ -177,4 +208,5 @@ def download(model):
             f"{source} and name the file with --weights"
         ) from None
     model.body.load_state_dict(body.state_dict())
-    return _report(source, sorted(body.state_dict()), [])
+    settings = Settings(*model.scaling, f"timm's configuration of {name}")
+    return _report(source, sorted(body.state_dict()), [], settings)

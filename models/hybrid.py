@@ -9,7 +9,8 @@ from torch import nn
 
 from common.console import InputError
 from lungs.unet import lung_sized, soft_dice
-from vit import Block, VisionTransformer
+from models.dinov3 import make_vit
+from vit import Block
 
 SIDE = 56  # of the feature map that is cut and pooled
 NARROWEST = 0.25  # the cut between the lungs stays this far from either edge, as a share of the width
@@ -111,10 +112,10 @@ class TwoLungs(nn.Module):
 class Hybrid(nn.Module):
     """Scaled images and masks of the lungs (B, 3 + 1, H, W) -> float32 logits (B, num_classes).
 
-    `stem`: the keywords of its VisionTransformer; the others: see TwoLungs. In training two columns follow
-    the logits: each image's segmentation loss, 0.5 binary cross-entropy + 0.5 (1 - soft Dice) at SIDE x SIDE
-    (0 without `segment`), and the attention that the query pays to other things than lungs, in [0, 1]; both
-    are 0 where no lungs were found, which does not say that there are none.
+    `stem`: the keywords of its VisionTransformer (or DinoV3); the others: see TwoLungs. In training two
+    columns follow the logits: each image's segmentation loss, 0.5 binary cross-entropy + 0.5 (1 - soft Dice)
+    at SIDE x SIDE (0 without `segment`), and the attention that the query pays to other things than lungs, in
+    [0, 1]; both are 0 where no lungs were found, which does not say that there are none.
     """
 
     kind, in_chans, reads_lungs = "hybrid", 3, True
@@ -138,7 +139,7 @@ class Hybrid(nn.Module):
         shape = dict(d_model=d_model, token_grid=token_grid, depth=depth, num_heads=num_heads)
         shape |= dict(drop_rate=drop_rate, global_tokens=False, segment=False) | options
         self.config = dict(stem=stem, num_classes=num_classes, **shape)
-        self.stem = VisionTransformer(**stem)
+        self.stem = make_vit(**stem)
         self.stem.head.requires_grad_(False)  # the neck reads the patches
         self.neck = TwoLungs(self.stem.embed_dim, **shape)
         self.head = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(d_model, num_classes))
@@ -161,7 +162,7 @@ class Hybrid(nn.Module):
         return [*self.stem.layers()[:-1], ("two lungs", self.neck), ("head", self.head)]
 
     def _read(self, x):
-        tokens = self.stem.forward_features(x[:, :3])[:, self.stem.prefix :]
+        tokens = self.stem.fc_norm(self.stem.forward_features(x[:, :3])[:, self.stem.prefix :])
         return self.neck(tokens.transpose(1, 2).unflatten(2, self.stem.grid_size), x[:, 3:])
 
     def features(self, x):

@@ -8,7 +8,7 @@ import torch
 
 from common import scaling
 from common.cli import Number
-from common.console import InputError, say
+from common.console import InputError, advice, say
 from common.device import autocast, can_bf16, fast_bf16
 from images.augment import tta_views
 from lungs import show
@@ -174,20 +174,39 @@ def _auto_or(kind, text):
     return text if text == AUTO else kind(text)
 
 
-def chosen_scaling(args, mean, std):
-    """(mean, std) as --mean and --std say, else as given: 3 floats each, or AUTO. InputError for anything
-    else."""
-    chosen = []
-    for name, usual in zip(SCALING, (mean, std)):
-        values = getattr(args, name)
+HOW_TO_SCALE = (
+    "if that is wrong, give --mean and --std, or put the publisher's preprocessor_config.json or config.json "
+    "in the folder of the weights"
+)
+
+
+def chosen_scaling(args, report):
+    """(mean, std, where they come from) as --mean and --std say, else by the report of weights, as load_npz
+    gives it: 3 floats each, or AUTO. A guess is said in a note. InputError for flags of anything else."""
+    chosen, flags = [], []
+    for name in SCALING:
+        values, flag = getattr(args, name), f"--{name}"
         if values not in (None, [AUTO]) and (len(values) != 3 or AUTO in values):
-            raise InputError(f"--{name} {' '.join(map(str, values))[:60]}: give 3 numbers, or {AUTO}")
+            raise InputError(f"{flag} {' '.join(map(str, values))[:60]}: give 3 numbers, or {AUTO}")
         if values is None:
-            values = usual
-        elif values == [AUTO]:
-            values = AUTO
-        chosen.append(values)
-    return tuple(chosen)
+            values = report[name]
+        else:
+            flags.append(flag)
+        chosen.append(AUTO if values == [AUTO] else values)
+    if len(flags) == len(SCALING):
+        return *chosen, " and ".join(flags)
+    source = report["scaling"]
+    if report.get("guessed"):
+        mean, std = (" ".join(f"{v:g}" for v in report[name]) for name in SCALING)
+        timm_name = advice("--timm-name", "--timm-name NAME or ")
+        how = HOW_TO_SCALE.replace("--mean", f"{timm_name}--mean", 1)
+        say(
+            f"note: nothing says how the inputs of {report['path']} were scaled: {source}, mean {mean}, std "
+            f"{std} are taken; {how}"
+        )
+    if flags:
+        source = f"{flags[0]}, else {source}"
+    return *chosen, source
 
 
 def unit_grey(pixels):

@@ -141,4 +141,5 @@ def draw(root):
     draw_table(root / "table", rng)
     np.savez(root / "tiny.npz", **google_vit(rng))
     torch.save(timm_vit(rng), root / "tiny.pth")
+    (root / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 1}')  # of tiny.pth
     (root / "drawn").write_text("")

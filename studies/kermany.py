@@ -32,10 +32,10 @@ from common.device import add_device_argument, fast_bf16, pick_device
 from data import load_test, load_train_val
 from images.subset import Subset
 from layouts.folders import find_classes, find_root
+from models.dinov3 import make_vit
 from models.inputs import Inputs
 from npz_loader import DEFAULT_PATH, config_from_npz, load_npz
 from training.evaluate import predict
-from vit import VisionTransformer
 
 # Where three training images of 224 px show the stamp: rows from, to; columns from, to.
 STAMPS = {
@@ -100,7 +100,7 @@ def border_alone(train, weights, device, folds=5):
         raise InputError(f"--border needs {folds} patients, found {len(set(patients))}")
     images = train.pixels().copy()
     images[:, side // 8 : -(side // 8), side // 8 : -(side // 8)] = 128
-    model = VisionTransformer(**{**config_from_npz(weights), "img_size": side, "num_classes": 2})
+    model = make_vit(**{**config_from_npz(weights), "img_size": side, "num_classes": 2})
     report = load_npz(model, weights)
     subset = Subset(train.files, train.targets, images, np.arange(len(images)))
     scaling = tuple(report["mean"]), tuple(report["std"])

@@ -220,7 +220,7 @@ def test_weights_that_are_not_there(synthetic, tmp_path):
     """The link of ViT-B/16 is told only where ViT-B/16 was asked for."""
     argv = ["--data-dir", synthetic, "--img-size", 32]
     done = cli("train_pretrained", *argv, "--weights", "weights/Ti.npz", cwd=tmp_path)
-    refused(done, "no weights at weights/Ti.npz: check the path", "RUNBOOK.md")
+    refused(done, "no weights at weights/Ti.npz: check the path", "WEIGHTS.md")
     assert "curl" not in done.err
     refused(cli("train_pretrained", *argv, cwd=tmp_path), "no weights at weights/ViT-B_16.npz", "curl")
 
@@ -257,7 +257,7 @@ def test_image_size_follows_the_patch(synthetic, cache, tmp_path):
     model = VisionTransformer(28, 14, embed_dim=12, depth=1, num_heads=1, layer_scale=True)
     state = {n: v for n, v in model.state_dict().items() if not n.startswith("head.")}
     torch.save(state, tmp_path / "w.pth")
-    flags = ("--weights", "w.pth", "--freeze-epochs", 2, "--epochs", 0, "--cache-dir", cache)
+    flags = ("--weights", "w.pth", "--heads", 1, "--freeze-epochs", 2, "--epochs", 0, "--cache-dir", cache)
     succeed("train_pretrained", *flags, "--data-dir", synthetic, cwd=tmp_path)
     results = read_json(tmp_path, "outputs/pretrained/results.json")
     assert results["data"]["img_size"] == 224 and results["weights"]["source"] == "DINOv2"

@@ -14,7 +14,7 @@ from tests.shared import REPO
 FLOORS = [  # from the ground up; a folder stands for all of its files
     {"common", "metrics"},
     {"images", "layouts", "lungs", "cohort", "vit"},
-    {"npz_loader", "models"},
+    {"npz_loader", "models", "loading"},
     {"data", "records"},
     {"training", "calibration"},
     {"report", "prediction", "monitoring", "auditing"},

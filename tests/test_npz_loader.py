@@ -260,7 +260,7 @@ def _bad_npz(path, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("absent", ["check the path", "RUNBOOK.md"]),
+        ("absent", ["check the path", "WEIGHTS.md"]),
         ("truncated", ["truncated"]),
         ("text", ["damaged"]),
         ("empty", ["damaged"]),

@@ -274,7 +274,7 @@ def rate_scales(model, backbone=1.0, layer_decay=1.0):
     stem = {id(p) for p in getattr(model, "stem", model).parameters()}
     # Without a stem, all but the head came pretrained.
     for name, p in model.named_parameters():
-        outside = max(0, top - 1) if name.startswith("norm.") else 0
+        outside = max(0, top - 1) if name.startswith(("norm.", "fc_norm.")) else 0
         layer = depth.get(id(p), outside)
         pretrained = layer < top and id(p) in stem
         factor = backbone if pretrained else 1.0
