@@ -36,8 +36,9 @@ def too_few(y, patients):
 
 
 def side_of(subset, task, finding, name, most):
-    """The Side of a Subset for a finding, of at most `most` images. What is left out is said. InputError if no
-    image has a label."""
+    """The Side of a Subset for a finding, of at most `most` images. What is left out is said.
+
+    InputError if no image has a label."""
     truth = task.truth(subset.targets)[:, task.findings.index(finding)]
     known = np.flatnonzero(truth >= 0)
     if not len(known):

@@ -221,9 +221,14 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
+        names += [
+            "reference.npz",
+            "reference-tta.npz",
+            "predictions.csv",
+            "predictions-tta.csv",
+            "audit.json",
+        ]
         names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
-        names += ["audit.json", *(path.name for path in self.folder.glob("audit-*-clusters.png"))]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
