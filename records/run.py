@@ -10,7 +10,6 @@ batches/                                   left by predict.py --keep
 sites/                                     left by calibrate.py --site
 monitor/                                   left by monitor.py
 explain/, explain/val/, explain/test/      left by explain.py
-audit.json, audit-*-clusters.png           left by audit.py
 training.lock                              there while the run is trained, see lock.py
 track.json, tensorboard/                   left by --track
 
@@ -221,13 +220,7 @@ class Run:
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
         names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += [
-            "reference.npz",
-            "reference-tta.npz",
-            "predictions.csv",
-            "predictions-tta.csv",
-            "audit.json",
-        ]
+        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
         names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
         names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
         for name in names:
