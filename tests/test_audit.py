@@ -390,6 +390,33 @@ def test_the_direction_of_the_head_is_gone():
     assert np.allclose(left, x - along, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "task, finding",
+    [
+        (Task(("Normal", "A", "B")), "any disease"),
+        (Task(("Normal", "A", "B")), "B"),
+        (Task(("No Finding", "A", "B"), "sigmoid"), "any finding"),
+        (Task(("No Finding", "A", "B"), "sigmoid"), "A"),
+    ],
+)
+def test_directions_of_the_head_are_those_of_the_log_odds(task, finding):
+    """Of several classes or findings, and of a head with hidden units, against finite differences."""
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    x = np.random.default_rng(17).normal(0, 1, (5, 4)).astype(np.float32)
+    reader = SimpleNamespace(task=task, finding=finding, inputs=SimpleNamespace(device=CPU))
+    head64, k, step = head.double(), task.findings.index(finding), 1e-5
+
+    def log_odds(features):
+        with torch.no_grad():
+            return task.log_odds(head64(torch.from_numpy(features)).numpy())[:, k]
+
+    wanted = [
+        (log_odds(x + step * e) - log_odds(x - step * e)) / (2 * step) for e in np.eye(4, dtype=np.float64)
+    ]
+    assert np.allclose(Reader._gradients(reader, head.float(), x), np.array(wanted).T, atol=1e-4)
+
+
 # ---------------------------------------------------------------- audit.json
 
 
