@@ -77,8 +77,8 @@ def made(monkeypatch):
         lung_masks, "open_source", lambda *about: lambda pixels, names: np.stack([known[n] for n in names])
     )
 
-    def build(place, asked=record.KEYS):
-        subset = Subset(files, y.astype(np.int64), images, np.arange(len(y)), patients=patients)
+    def build(place, asked=record.KEYS, whose=patients):
+        subset = Subset(files, y.astype(np.int64), images, np.arange(len(y)), patients=whose)
         run = SimpleNamespace(
             kind="vit",
             task=Task(),
@@ -144,6 +144,21 @@ def test_figures_of_an_audit_are_those_of_its_images(made):
     fall = (scores(images) >= 0.5)[side.y == 1].mean() - darker[side.y == 1].mean()
     assert row["recall_fall"]["value"] == pytest.approx(fall)
     assert found["corruptions"][0]["verdict"] == "broken"  # darker by 0.15: nobody is called sick
+
+
+def test_one_patient_and_no_lungs(made, monkeypatch):
+    """Nothing can be said, and every section says why."""
+    found = made("border", whose=["only"] * (2 * PEOPLE)).answers()
+    assert list(found) == list(record.KEYS)
+    assert {line["verdict"] for line, _ in found.values()} == {"open"}
+    assert all("not looked at" in line["text"] for line, _ in found.values())
+    assert "1 patients" in found["border"][0]["text"] and "40 patients" in found["clusters"][0]["text"]
+
+    monkeypatch.setattr(
+        lung_masks, "open_source", lambda *about: lambda pixels, names: np.zeros(pixels.shape, bool)
+    )
+    line, _ = made("border", ["lungs"]).answers()["lungs"]
+    assert line["verdict"] == "open" and "lungs are found on 0 images" in line["text"]
 
 
 # ---------------------------------------------------------------- changed images
