@@ -125,13 +125,13 @@ class Reader:
         answer = self.task.answer(self.finding)
         x = torch.from_numpy(np.array(features[:MOST_IMAGES_OF_HEAD])).to(self.inputs.device)
         x.requires_grad_(True)
-        z = head(x.to(next(head.parameters()).dtype)).double()
+        z = head(x).float()  # no float64 on mps
         log_odds = answer.logit(z)
         if self.task.kind == "softmax":
             others = [k for k in range(z.shape[1]) if k != answer.k]
             log_odds = answer.sign * (z[:, answer.k] - z[:, others].logsumexp(1))
         (gradient,) = torch.autograd.grad(log_odds.sum(), x)
-        return gradient.double().cpu().numpy()
+        return gradient.cpu().double().numpy()
 
 
 def project_out(features, gradients):

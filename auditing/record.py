@@ -15,7 +15,7 @@ A side is there if it was audited. It holds
 What each verdict rests on is in docs/AUDIT.md.
 """
 
-from common.console import InputError, say
+from common.console import InputError, say_once
 from common.files import FORMAT, check_format, read_json, write_json
 from records.schema import NATURAL, mismatches
 
@@ -56,7 +56,7 @@ def audit_of(run):
     if wrong := wrong_audit(audit):
         raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): delete it and run audit.py again")
     if audit["checkpoint"] != run.checkpoint_sha256:
-        say(f"note: {path} is of another checkpoint, so it is left out: run python audit.py --run {run}")
+        say_once(f"note: {path} is of another checkpoint, so it is left out: run python audit.py --run {run}")
         return None
     return audit
 

@@ -33,18 +33,13 @@ def against(span, margin):
 
 def border(found):
     """The line on borrowed borders; found: looks.border_figures."""
-    fall, numbers = (
-        found["fall"],
-        (
-            f"AUROC {in_words(found['other'])} with the border of an image of the other class, "
-            f"{in_words(found['same'])} with one of the same class: a fall of {in_words(found['fall'])}"
-        ),
+    numbers = (
+        f"AUROC {in_words(found['other'])} with the border of an image of the other class, "
+        f"{in_words(found['same'])} with one of the same class: a fall of {in_words(found['fall'])}"
     )
     if found["same"]["lo"] < RANKS:
-        return line(
-            "border", "open", f"it hardly ranks these images at all, so no border can matter: {numbers}"
-        )
-    verdict = against(fall, MARGIN)
+        return line("border", "open", f"it hardly ranks these images, so no border can matter: {numbers}")
+    verdict = against(found["fall"], MARGIN)
     says = {
         "broken": "it decides partly by the border",
         "kept": "the border hardly matters",
@@ -66,9 +61,8 @@ def lungs(found):
         text = "it can decide without the lungs: more than half of its ranking survives when they are greyed"
         return line("lungs", "broken", f"{text}; {numbers}")
     if found["survives"]["hi"] < 0 and found["own"]["lo"] > 0:
-        return line(
-            "lungs", "kept", f"it needs the lungs: most of its ranking is lost without them; {numbers}"
-        )
+        text = "it needs the lungs: most of its ranking is lost without them"
+        return line("lungs", "kept", f"{text}; {numbers}")
     return line("lungs", "open", f"these images cannot tell whether it needs the lungs: {numbers}")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.console import say
+from common.console import InputError, say
 from common.proportions import count_of
 
 LEAST = 10  # patients with the finding, and without, for a figure of both
@@ -36,9 +36,13 @@ def too_few(y, patients):
 
 
 def side_of(subset, task, finding, name, most):
-    """The Side of a Subset for a finding, of at most `most` images. What is left out is said."""
+    """The Side of a Subset for a finding, of at most `most` images. What is left out is said.
+
+    InputError if no image has a label."""
     truth = task.truth(subset.targets)[:, task.findings.index(finding)]
     known = np.flatnonzero(truth >= 0)
+    if not len(known):
+        raise InputError(f"none of the {len(subset)} {name} images has a label for {finding}: choose another")
     if len(known) < len(subset):
         say(f"note: {len(subset) - len(known)} of {len(subset)} images have no label for {finding}: left out")
     y, patients = truth[known].astype(int), np.asarray(subset.patients)[known]

@@ -77,8 +77,8 @@ def made(monkeypatch):
         lung_masks, "open_source", lambda *about: lambda pixels, names: np.stack([known[n] for n in names])
     )
 
-    def build(place, asked=record.KEYS):
-        subset = Subset(files, y.astype(np.int64), images, np.arange(len(y)), patients=patients)
+    def build(place, asked=record.KEYS, whose=patients):
+        subset = Subset(files, y.astype(np.int64), images, np.arange(len(y)), patients=whose)
         run = SimpleNamespace(
             kind="vit",
             task=Task(),
@@ -144,6 +144,21 @@ def test_figures_of_an_audit_are_those_of_its_images(made):
     fall = (scores(images) >= 0.5)[side.y == 1].mean() - darker[side.y == 1].mean()
     assert row["recall_fall"]["value"] == pytest.approx(fall)
     assert found["corruptions"][0]["verdict"] == "broken"  # darker by 0.15: nobody is called sick
+
+
+def test_one_patient_and_no_lungs(made, monkeypatch):
+    """Nothing can be said, and every section says why."""
+    found = made("border", whose=["only"] * (2 * PEOPLE)).answers()
+    assert list(found) == list(record.KEYS)
+    assert {line["verdict"] for line, _ in found.values()} == {"open"}
+    assert all("not looked at" in line["text"] for line, _ in found.values())
+    assert "1 patients" in found["border"][0]["text"] and "40 patients" in found["clusters"][0]["text"]
+
+    monkeypatch.setattr(
+        lung_masks, "open_source", lambda *about: lambda pixels, names: np.zeros(pixels.shape, bool)
+    )
+    line, _ = made("border", ["lungs"]).answers()["lungs"]
+    assert line["verdict"] == "open" and "lungs are found on 0 images" in line["text"]
 
 
 # ---------------------------------------------------------------- changed images
@@ -388,6 +403,33 @@ def test_the_direction_of_the_head_is_gone():
     assert np.linalg.matrix_rank(left - left.mean(0)) == 4
     along = np.outer(x @ direction, direction) / (direction @ direction)
     assert np.allclose(left, x - along, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "task, finding",
+    [
+        (Task(("Normal", "A", "B")), "any disease"),
+        (Task(("Normal", "A", "B")), "B"),
+        (Task(("No Finding", "A", "B"), "sigmoid"), "any finding"),
+        (Task(("No Finding", "A", "B"), "sigmoid"), "A"),
+    ],
+)
+def test_directions_of_the_head_are_those_of_the_log_odds(task, finding):
+    """Of several classes or findings, and of a head with hidden units, against finite differences."""
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    x = np.random.default_rng(17).normal(0, 1, (5, 4)).astype(np.float32)
+    reader = SimpleNamespace(task=task, finding=finding, inputs=SimpleNamespace(device=CPU))
+    head64, k, step = head.double(), task.findings.index(finding), 1e-5
+
+    def log_odds(features):
+        with torch.no_grad():
+            return task.log_odds(head64(torch.from_numpy(features)).numpy())[:, k]
+
+    wanted = [
+        (log_odds(x + step * e) - log_odds(x - step * e)) / (2 * step) for e in np.eye(4, dtype=np.float64)
+    ]
+    assert np.allclose(Reader._gradients(reader, head.float(), x), np.array(wanted).T, atol=1e-4)
 
 
 # ---------------------------------------------------------------- audit.json
