@@ -173,6 +173,8 @@ def gallery_words(found):
             f"Left out: {' and '.join(missing)}. Of each model, finding and side the false positives of "
             f"highest score are shown, and at most {MOST} cards."
         )
+    if found.healthy:
+        words.append(f"{', '.join(found.healthy)} has no cards: its errors are those of any finding, turned.")
     if found.absent:
         files = len({card.path for card in found.cards})
         words.append(

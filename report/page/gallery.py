@@ -11,7 +11,7 @@ from scipy.special import logit
 from cohort import who
 from common.console import InputError, printable
 from common.scaling import SIDES
-from common.task import ANY_DISEASE, ANY_FINDING
+from common.task import ANY_DISEASE, ANY_FINDING, is_healthy
 from layouts.folders import find_root
 from report.page.pictures import map_picture, pictures
 
@@ -47,7 +47,7 @@ class Card:
 class Gallery:
     """`models`: names; `cards`: list of Card; `counts`: {kind: how many errors there are}; `left_out`: {kind:
     how many of them no card shows}; `absent`: files that could not be read; `root`: where these were looked
-    for."""
+    for; `healthy`: findings that are the absence of any ("No Finding"), which have no cards."""
 
     models: list
     cards: list
@@ -55,6 +55,7 @@ class Gallery:
     left_out: Counter
     absent: int = 0
     root: str = ""
+    healthy: list = field(default_factory=list)
 
     @property
     def held(self):
@@ -111,14 +112,16 @@ def gallery(entries, asked):
         card.picture = found[card.path]
     absent = sum(address is None for address in found.values())
     places = ", ".join(dict.fromkeys(map(str, roots)))
-    return Gallery([e.name for e in entries], shown, counts, left_out, absent, places)
+    healthy = [finding for finding in entries[0].findings if is_healthy(finding)]
+    return Gallery([e.name for e in entries], shown, counts, left_out, absent, places, healthy)
 
 
 def wrong_calls(entries):
     """Yield (number of the entry, the entry, number of the finding, side, kind, positions of the images) of
-    all `errors`."""
+    all `errors`. "No Finding" is left out: whom it misses is not sick, and "any finding" has the rest."""
     for number, entry in enumerate(entries):
-        for k, side in itertools.product(range(len(entry.findings)), SIDES):
+        sick = [k for k, finding in enumerate(entry.findings) if not is_healthy(finding)]
+        for k, side in itertools.product(sick, SIDES):
             for kind, positions in errors(entry, k, side).items():
                 yield number, entry, k, side, kind, positions
 
