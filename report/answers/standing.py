@@ -6,7 +6,7 @@ difference). The error is the standard deviation over a bootstrap of whole patie
 models. Nothing here looks at test.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -146,7 +146,7 @@ def reader_of(entries):
     return ""
 
 
-@lru_cache(maxsize=None)  # so that what audit_of notes is said once
+@cache  # so that what audit_of notes is said once
 def audit_here(entry):
     """The audit of an Entry, or None."""
     return audit_of(entry.run)
