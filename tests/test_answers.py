@@ -168,7 +168,8 @@ def test_shortcut_readers_are_listed_apart(tmp_path):
     assert [c.name for c in standing.remaining] == [Entry(other).name]
     text = to_markdown(which_blocks([standing]))
     assert "the only one that the audit does not call a shortcut reader" in text
-    assert f"Apart, a shortcut reader by its audit: {Entry(reader).name}. It reads letters." in text
+    assert f"Apart, a shortcut reader by its audit: {Entry(reader).name}: It reads letters." in text
+    assert f"perhaps shortcut readers as well: {Entry(other).name}." in text
     assert view_of([Entry(reader)], ASKED).remaining  # its figures are shown all the same
 
 

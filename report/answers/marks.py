@@ -14,7 +14,6 @@ from calibration.shift import one_each
 from cohort.who import LEAST
 from common import scaling
 from common.proportions import reported_interval
-from common.scaling import SIDES
 from metrics import positives_needed
 from report.answers.standing import shortcut_of
 from report.answers.threshold import floor_verdict, recall_text
@@ -180,11 +179,13 @@ def least_of(rows):
 
 
 def shortcut_mark(entry, asked):
-    """What audit.py says of shortcuts."""
-    for side, word in SIDES.items():  # validation first: a choice may rest on it
-        if shortcut := shortcut_of(entry, side):
-            return Mark(shortcut["verdict"], shortcut["text"], f"its audit says why (on {word})")
-    return Mark("open", "not audited", Code(f"python audit.py --run {entry.run.folder.as_posix()}"))
+    """What audit.py says of shortcuts: on validation, on which a choice may rest, or else on test."""
+    audit = Code(f"python audit.py --run {entry.run.folder.as_posix()}")
+    if shortcut := shortcut_of(entry, "val"):
+        return Mark(shortcut["verdict"], shortcut["text"], "its audit says why")
+    if shortcut := shortcut_of(entry, "test"):
+        return Mark(shortcut["verdict"], f"{shortcut['text']} (on test alone)", audit)
+    return Mark("open", "not audited", audit)
 
 
 def patients_mark(entry, asked):

@@ -6,6 +6,7 @@ difference). The error is the standard deviation over a bootstrap of whole patie
 models. Nothing here looks at test.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -145,12 +146,19 @@ def reader_of(entries):
     return ""
 
 
+@cache  # so that what audit_of notes is said once
+def audit_here(entry):
+    """The audit of an Entry, or None."""
+    return audit_of(entry.run)
+
+
 def shortcut_of(entry, side):
     """What the audit says of shortcuts on a side, {"verdict", "text"}: the worst of the findings that were
     asked for; None where it was not audited."""
-    found = (audit_of(entry.run) or {"sides": {}})["sides"].get(side)
-    if found is None:
+    audit = audit_here(entry)
+    if audit is None or side not in audit["sides"]:
         return None
+    found = audit["sides"][side]
     every = [found["shortcut"], *(other["shortcut"] for other in found["others"].values())]
     return max(every, key=lambda shortcut: ("kept", "open", "broken").index(shortcut["verdict"]))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from report.answers.standing import ROUNDING, patients_needed
+from report.answers.standing import ROUNDING, patients_needed, shortcut_of
 from report.cells import alone, size_and_time, three
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table
 
@@ -161,8 +161,15 @@ def needed_bullets(standing):
 
 
 def shortcut_readers(standing):
-    """A line on each model that the audit calls a shortcut reader."""
-    return [f"Apart, a shortcut reader by its audit: {c.name}. {c.reader}" for c in standing.readers]
+    """A line on each model that the audit calls a shortcut reader, and one on those not audited."""
+    lines = [
+        f"Apart, a shortcut reader by its audit: {c.name}: {c.reader.rstrip('.')}." for c in standing.readers
+    ]
+    unknown = [c for c in standing.remaining if any(shortcut_of(e, "val") is None for e in c.entries)]
+    if lines and unknown:
+        names = "; ".join(c.name for c in unknown)
+        lines.append(f"Not audited on validation, so perhaps shortcut readers as well: {names}.")
+    return lines
 
 
 def repeated(standing):
