@@ -2,6 +2,7 @@
 card.jinja holds the text, this file what is filled in. No torch, no drawing.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from report.cells import alone, points, questions, span, with_interval
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdown_text, to_markdown
 from report.rows import POINTS, Entry
 from report.tables import evidence, main, method, probabilities
+from report.tables.audit import audit_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
 from report.tables.triage import triage_blocks
 
@@ -54,6 +56,7 @@ def contents(entry, asked):
     entries = [entry]
     marks = [[name, mark_cell(decide(entry, asked))] for name, (_, decide) in MARKS.items()]
     by_name = {row[0].partition(":")[0]: row for row in method.method_blocks(entries)[-1].rows}
+    groups, all_groups = group_parts(entries, asked)
     elsewhere = without_heading(evidence.batch_blocks(entries)) + site_blocks(entry)
     return {
         "name": markdown_text(entry.name),
@@ -70,7 +73,8 @@ def contents(entry, asked):
         "evaluation": [table(pick(by_name, ("Threshold rule", "Intervals")))],
         "results": result_blocks(entries),
         "promise": without_heading(main.promise_blocks(entries)) + triage_blocks(entries),
-        "groups": group_parts(entries, asked),
+        "groups": groups,
+        "all_groups": all_groups,
         "looks": look_blocks(entry),
         "elsewhere": elsewhere or [Paragraph("No images of another place are on record.")],
         "not_done": [Bullets([*not_done(entry), *NEVER])],
@@ -275,32 +279,21 @@ def result_blocks(entries):
 
 
 def group_parts(entries, asked):
-    """Figures of groups of patients, or that none are known."""
-    blocks = without_heading(probabilities.subgroup_blocks(entries))
-    groups = without_heading(group_blocks(entries, asked))
-    if len(entries[0].findings) > FEW and len(groups) > 2:
-        more = (
-            "The tables of all findings and groups: ",
-            Code(f"python compare.py --run {entries[0].run}"),
-            ".",
-        )
-        groups = [*groups[:2], Paragraph(more)]
-    blocks += groups
+    """(Figures of groups of patients, or that none are known; the tables that would fill pages there)."""
+    blocks = without_heading(group_blocks(entries, asked, few=math.inf))
     if not blocks:
-        text = "No group is known: these data tell no age, sex, view or machine."
-        blocks = [Paragraph(text)]
-    return blocks
+        return [Paragraph("No group is known: these data tell no age, sex, view, machine or cause.")], []
+    if len(entries[0].findings) <= FEW:
+        return blocks, []
+    return [*blocks[:2], Paragraph("The tables of all findings and groups are at the end.")], blocks[2:]
 
 
 def look_blocks(entry):
     """What audit.py and explain.py have found."""
-    audit = evidence.audit_blocks([entry])
-    if not audit:
-        audit = [Paragraph(("Not audited: ", Code(f"python audit.py --run {entry.run}"), "."))]
     maps = evidence.map_blocks([entry])
     if not maps:
         maps = [Paragraph(("Its maps are not tested: ", Code(f"python explain.py --run {entry.run}"), "."))]
-    return audit + maps
+    return audit_blocks([entry]) + maps
 
 
 def site_blocks(entry):

@@ -278,7 +278,7 @@ def test_output_goes_to_folders_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [("compare", "--csv"), ("compare", "--html"), ("compare", "--figures")]
-    + [("predict", "x", "--summary"), ("predict", "--export")],
+    + [("predict", "x", "--summary"), ("predict", "x", "--out"), ("predict", "--export")],
 )
 def test_no_script_makes_a_folder_for_a_file(argv, tmp_path):
     place = tmp_path / "nope" / "x"

@@ -27,6 +27,7 @@ from tests.shared import (
     read_json,
     refused,
     same_tensors,
+    six_digits,
     succeed,
     with_changes,
 )
@@ -290,7 +291,7 @@ def test_ensemble_is_a_run_of_its_own(bench, tmp_path):
         run.kind == "ensemble" and run.results["params"] == 2 * Run(tmp_path / members[0]).results["params"]
     )
     rows = succeed("predict", "xray/test", "--run", "outputs/both", cwd=tmp_path).out.splitlines()[1:]
-    assert [float(r.split(",")[1]) for r in rows] == pytest.approx(scores[2]["test_p1"].tolist(), abs=1e-12)
+    assert [float(r.split(",")[1]) for r in rows] == six_digits(scores[2]["test_p1"])
     assert "ensemble" in succeed("compare", cwd=tmp_path).out
     succeed("explain", "--run", "outputs/both", "--tests", 2, cwd=tmp_path)
     refused(cli("calibrate", *flags, "--out", "outputs/both", cwd=tmp_path), "--overwrite")

@@ -196,8 +196,9 @@ def flow_rows(flow):
 # ---------------------------------------------------------------- groups of patients
 
 
-def group_blocks(entries, asked):
-    """Figures of groups of patients, on test and on validation, where columns tell them apart."""
+def group_blocks(entries, asked, few=FEW):
+    """Figures of groups of patients, on test and on validation, where columns tell them apart; of more than
+    `few` findings only those tables in which something stands out."""
     blocks, standing_out, left_out = [], [], 0
     for name, e in questions(entries):
         for side, word in reversed(SIDES.items()):
@@ -207,7 +208,7 @@ def group_blocks(entries, asked):
             caption, warned = f"{title(e, name)}, {word}", verdicts(found, e.min_recall)
             standing_out += [[caption, text] for text in warned]
             # Of many findings only some tables are worth the room.
-            if len(e.findings) > FEW and (side == "val" or not warned):
+            if len(e.findings) > few and (side == "val" or not warned):
                 left_out += 1
                 continue
             remarks = f" ({'; '.join(notes)})" if notes else ""
