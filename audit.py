@@ -246,7 +246,8 @@ def main():
     audit_of(run)  # a damaged file is said now, not after ten minutes
     reader = Reader(run, pick_device(args.device), finding)
     if not run.task.alone and not args.finding:
-        say(f"note: audited for {finding!r}; --finding names another of {', '.join(run.task.findings)}")
+        others = ", ".join(run.task.findings[1:])
+        say(f"note: audited for {finding!r}; --finding names another: {others}")
     if reader.calibration and unit_of(reader.calibration) != "image":
         say(f"note: the threshold of {run} is for {plural_of(reader.calibration)}; here it is for images")
 
