@@ -140,8 +140,12 @@ class Audit:
         figures, typical = clusters.figures(features, called, side.patients[healthy], files)
         if figures is None:
             people = count_of(side.patients[healthy])
-            why = f"{int(called.sum())} false alarms among {people} patients without the finding"
-            return rules.cannot("clusters", f"{why}; {clusters.LEAST} patients and an alarm are needed"), {}
+            alarms = count_of(side.patients[healthy][called])
+            why = (
+                f"{alarms} of {people} patients without the finding have a false alarm; {clusters.LEAST} "
+                f"patients, and {clusters.LEAST_ALARMS} of them with an alarm, are needed"
+            )
+            return rules.cannot("clusters", why), {}
         self.typical = healthy[typical]
         return rules.clusters(figures), figures
 
@@ -246,7 +250,8 @@ def main():
     audit_of(run)  # a damaged file is said now, not after ten minutes
     reader = Reader(run, pick_device(args.device), finding)
     if not run.task.alone and not args.finding:
-        say(f"note: audited for {finding!r}; --finding names another of {', '.join(run.task.findings)}")
+        others = ", ".join(run.task.findings[1:])
+        say(f"note: audited for {finding!r}; --finding names another: {others}")
     if reader.calibration and unit_of(reader.calibration) != "image":
         say(f"note: the threshold of {run} is for {plural_of(reader.calibration)}; here it is for images")
 

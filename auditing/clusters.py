@@ -10,6 +10,7 @@ from common.proportions import count_of
 SIZE = 25  # patients of a group, about
 MOST_GROUPS, LEAST = 12, 40  # groups; patients without the finding for the section
 LEAST_IN_GROUP = 10  # patients: a group of one outlier is no kind
+LEAST_ALARMS = 5  # patients with a false alarm: two may lie anywhere
 FOLDS, PERMUTATIONS, SHOWN = 5, 10_000, 6
 
 
@@ -76,8 +77,8 @@ def figures(features, called, patients, files):
 
     features: float64 [N, D] of images without the finding; called: bool [N]; patients, files: [N]. "gap" and
     what is held out are None where no held-out patient falls into a worst group, or all do. None, None
-    where there are too few patients, or no alarm, or only alarms."""
-    if count_of(patients) < LEAST or not called.any() or called.all():
+    where there are too few patients, or too few of them with an alarm, or only alarms."""
+    if count_of(patients) < LEAST or count_of(patients[called]) < LEAST_ALARMS or called.all():
         return None, None
     (x, counts), names = by_patient(features, patients), np.unique(patients)
     x = x / counts[:, None]

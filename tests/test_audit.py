@@ -386,6 +386,8 @@ def test_too_little_for_clusters():
     x, some = np.random.default_rng(15).normal(0, 1, (50, 3)), np.arange(50) < 5
     nobody = np.zeros(50, bool)
     assert clusters.figures(x, nobody, names, names) == (None, None)
+    assert clusters.figures(x, np.arange(50) < 4, names, names) == (None, None)
+    assert clusters.figures(x, some, names, names)[0] is not None
     assert clusters.figures(x, ~nobody, names, names) == (None, None)
     assert clusters.figures(x[:20], some[:20], names[:20], names[:20]) == (None, None)
     assert clusters.figures(x, some, np.array(["a"] * 50), names) == (None, None)
