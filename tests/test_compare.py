@@ -454,7 +454,9 @@ def test_blocks_of_a_report():
     page = Loads(to_html(blocks, False))
     ids = [name for name in page.ids if not name.startswith("page.")]
     assert ids == ["results", "set", "are-they-right", "set-1", "are-they-right-1"]
-    assert page.links[-4:] == ["#are-they-right", "#results", "#are-they-right-1", "#results"] and not page.found
+    assert (
+        page.links[-4:] == ["#are-they-right", "#results", "#are-they-right-1", "#results"] and not page.found
+    )
 
 
 @pytest.mark.parametrize(
