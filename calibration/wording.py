@@ -224,11 +224,23 @@ def warnings(found, floor):
             row = found.get(side, {}).get(point)
             if row:
                 texts += [f"{word} {POINTS[point]}: {text}" for text in concerns(row, floor)]
-        for point, mark in (("at_in", "@In"), ("at_in_guaranteed", "@InGuar")):
-            row = found.get(side, {}).get(point)
-            if row:
-                bad = rule_in_concerns(row, found["rule_in"]["min_specificity"])
-                texts += [f"{word} {mark}: {text}" for text in bad]
+        texts += [f"{word} {text}" for text in rule_in_warnings(found, side)]
+    return texts
+
+
+def rule_in_warnings(found, side):
+    """What is bad about the specificity of "positive" on a side, as a list of texts; none without @In. Where
+    nobody is unsure, it is that of @Rec."""
+    if "rule_in" not in found:
+        return []
+    rule_in, texts = found["rule_in"], []
+    deciding = "at_in"
+    if nobody_is_unsure(found["threshold"], rule_in["threshold"]):
+        deciding = "at_rec"
+    for point, mark in ((deciding, POINTS[deciding]), ("at_in_guaranteed", "@InGuar")):
+        row = found.get(side, {}).get(point)
+        if row:
+            texts += [f"{mark}: {text}" for text in rule_in_concerns(row, rule_in["min_specificity"])]
     return texts
 
 

@@ -61,11 +61,13 @@ def counting(rows, scorer, counts):
 
 
 def triage_text(counts):
-    """How many images have which answer of the triage, as text."""
+    """How many images have which answer of the triage, as text; findings without a threshold are left
+    out."""
     texts = []
     for finding, answers in counts.items():
-        texts.append(f"{finding} " + ", ".join(f"{answers[word]} {word}" for word in ANSWERS))
-    return f"triage of images (unsure: read them): {'; '.join(texts)}"
+        if answers:
+            texts.append(f"{finding} " + ", ".join(f"{answers[word]} {word}" for word in ANSWERS))
+    return f"triage of images (unsure: read them): {'; '.join(texts) or 'none has an answer'}"
 
 
 # ---------------------------------------------------------------- digits

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from calibration import site as site_module
-from calibration import triage
+from calibration import triage, wording
 from calibration.operating_point import Rule, evaluate
 from common.console import InputError
 from common.task import Task
@@ -158,6 +158,19 @@ def test_awkward_scores():
     for wrong in (0, 1.01, float("nan")):
         with pytest.raises(InputError):
             Rule(min_specificity=wrong)
+
+
+def test_the_warning_is_of_the_threshold_that_decides():
+    """Where @In is not above @Rec, its own specificity matters to nobody."""
+    good, bad = {"tp": 5, "fp": 1, "tn": 99, "fn": 0}, {"tp": 5, "fp": 30, "tn": 70, "fn": 0}
+    rule_in = {"threshold": 0.3, "min_specificity": 0.9}
+    found = {"threshold": 0.4, "rule_in": rule_in, "test": {"at_rec": good, "at_in": bad}}
+    assert wording.rule_in_warnings(found, "test") == []
+    found["threshold"] = 0.2
+    assert wording.rule_in_warnings(found, "test") == ["@In: specificity 0.700 is below the floor of 0.9"]
+    found |= {"threshold": 0.4, "test": {"at_rec": bad, "at_in": good}}
+    assert wording.rule_in_warnings(found, "test") == ["@Rec: specificity 0.700 is below the floor of 0.9"]
+    assert wording.rule_in_warnings({"test": {"at_in": bad}}, "test") == []
 
 
 def test_shares_are_counts():

@@ -92,8 +92,8 @@ def promise_text(asked, entries):
         if not alone(entries):
             text += "Each holds for its finding alone; calibrate.py --jointly asks for all at once. "
     return (
-        f"{text}Intervals: 95%, each by itself, bootstrap of the group's patients. ✗: the interval lies beyond "
-        "the limit."
+        f"{text}Intervals: 95%, each by itself, bootstrap of the group's patients. ✗: the interval lies "
+        "beyond the limit."
     )
 
 
