@@ -456,6 +456,7 @@ def test_blocks_of_a_report():
     assert [name for name in page.ids if name in expected] == expected
     links = ["#are-they-right", "#results", "#are-they-right-1", "#results"]
     assert page.links[-4:] == links and {link[1:] for link in page.links} <= set(page.ids)
+    assert not page.found
 
 
 @pytest.mark.parametrize(

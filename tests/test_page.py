@@ -102,6 +102,17 @@ def test_figures_of_the_page_are_those_of_python(tmp_path):
       return rows.map((f) => [f.value, f.lo, f.hi]);
     }});
     document.body.append(element("pre", {{ id: "out" }}, JSON.stringify(out)));
+    const part = (role) => document.querySelector(`[data-role="${{role}}"]`);
+    const set = (role, value, event) => {{
+      part(role).value = value;
+      part(role).dispatchEvent(new Event(event));
+      return part("state").textContent;
+    }};
+    const said = [set("model", "1", "change"), set("threshold", "0.25", "input")];
+    said.push(set("threshold", "", "input"), set("threshold", "1.5", "input"), set("slider", "0", "input"));
+    part("marks").querySelector("button").click();
+    said.push(part("state").textContent);
+    document.body.append(element("pre", {{ id: "said" }}, JSON.stringify(said)));
     </script></body>"""
     path = tmp_path / "page.html"
     # The policy forbids this script, as it should: without it alone is the script a part of the page.
@@ -114,9 +125,17 @@ def test_figures_of_the_page_are_those_of_python(tmp_path):
         for (name, wanted), row in zip(figures_by_hand(column, threshold, prevalence).items(), rows):
             shown = [np.nan if value is None else value for value in row]
             np.testing.assert_allclose(shown, wanted, 1e-9, 1e-12, err_msg=f"{name} {side} {threshold}")
-    # What stands in the table at first is @Rec, as calibrate.py has it.
+    # The controls: another model, a number, two that are none, the slider in its middle, and back to @Rec.
+    first, typed, empty, beyond, slid, snapped = json.loads(
+        html.unescape(re.search('<pre id="said">(.*?)</pre>', dom)[1])
+    )
+    at_rec = entries[1].row(entries[1].findings[0], "test", "at_rec")
+    assert f"test recall {at_rec['recall']:.3f}, specificity {at_rec['specificity']:.3f}" in first == snapped
+    assert typed.startswith("Threshold 0.25,") and typed == empty == beyond
+    assert abs(float(slid.split(",")[0].removeprefix("Threshold ")) - 0.5) < 0.01
     cells = dict(re.findall(r'<td data-figure="Recall" data-side="(\w+)">([\d.]+) ', dom))
-    assert cells == {s: f"{entries[0].row('PNEUMONIA', s, 'at_rec')['recall']:.3f}" for s in ("val", "test")}
+    rows = {side: entries[1].row(entries[1].findings[0], side, "at_rec") for side in ("val", "test")}
+    assert cells == {side: f"{row['recall']:.3f}" for side, row in rows.items()}
     assert "<title>Recall-first" in dom and dom.count("<img") == 0
 
 

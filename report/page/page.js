@@ -408,7 +408,7 @@ class Panel {
       return made;
     };
     this.markButtons = this.finding.marks.map(([name, at]) => {
-      const made = button(`${name} ${short(at)}`, () => this.move(at, ""));
+      const made = button(name === "@0.5" ? name : `${name} ${short(at)}`, () => this.move(at, ""));
       made.dataset.threshold = at;
       return made;
     });
