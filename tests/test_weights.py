@@ -32,7 +32,7 @@ def test_values_are_those_of_the_library(tmp_path, family):
         pytest.importorskip("torchxrayvision", reason="pip install torchxrayvision; its layout is tested too")
     theirs, ours, report = weights.compared(weights.FAMILIES[family](), tmp_path)
     assert theirs.shape == ours.shape and theirs.std() > 0.01
-    assert torch.allclose(theirs, ours, rtol=0, atol=2e-5)
+    assert torch.allclose(theirs, ours, rtol=0, atol=2e-5 * max(1, float(theirs.std())))
     if family == "DenseNet-121 of one channel":
         check_scaling_of_torchxrayvision(report)
 
