@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import npz_loader
 from common.cli import Parser
@@ -48,6 +49,15 @@ class Case(NamedTuple):
     side: int = SIDE
 
 
+class Undrawn(TorchFunctionMode):
+    """Within it, models are built without drawing their weights, which takes longer than all that follows."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def randomise(model, seed=0):
     """Give every parameter and statistic a value that matters; returns the model, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,14 +65,16 @@ def randomise(model, seed=0):
         for name, value in model.state_dict().items():
             if not value.is_floating_point():
                 continue
+            drawn = torch.randn(value.shape, generator=generator)
             if "running_var" in name:
-                value.uniform_(0.5, 1.5, generator=generator)
+                drawn = 0.5 + drawn.abs()
             elif value.ndim > 1:
-                value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
+                drawn *= (2 / value[0].numel()) ** 0.5
             elif name.endswith("bias"):
-                value.normal_(0, 0.3, generator=generator)
+                drawn *= 0.3
             else:
-                value.uniform_(0.5, 1.0, generator=generator)
+                drawn = 0.75 + 0.1 * drawn
+            value.copy_(drawn)
     return model.eval()
 
 
@@ -265,6 +277,7 @@ FAMILIES = {
     "DINOv3 S, timm, 224 px": lambda: timm_dinov3("vit_small_patch16_dinov3", 224),
     "DINOv3 S, timm qkvb, 256 px": lambda: timm_dinov3("vit_small_patch16_dinov3_qkvb", 256),
     "DINOv3 S+, timm qkvb, 224 px": lambda: timm_dinov3("vit_small_plus_patch16_dinov3_qkvb", 224),
+    "DINOv3 S+, timm, 256 px": lambda: timm_dinov3("vit_small_plus_patch16_dinov3", 256),
     "DINOv3 B, timm qkvb, 256 px": lambda: timm_dinov3("vit_base_patch16_dinov3_qkvb", 256, depth=1),
     "DINOv3 L, timm qkvb, 224 px": lambda: timm_dinov3("vit_large_patch16_dinov3_qkvb", 224, depth=1),
     "DINOv3, Hugging Face, 224 px": lambda: hugging_face_dinov3(side=224),
@@ -285,6 +298,12 @@ FAMILIES = {
 # ---------------------------------------------------------------- comparing
 
 
+def case_of(family):
+    """The Case of one of FAMILIES. ImportError where its library is missing."""
+    with Undrawn():
+        return FAMILIES[family]()
+
+
 def compared(case, folder):
     """(the library's output, ours, the report of loading) of a Case; its file is written to `folder`."""
     path = Path(folder) / f"w{case.suffix}"
@@ -298,11 +317,12 @@ def compared(case, folder):
         model = Cnn(case.network).eval()
         report, ours = load_weights(model, path), model.features
     else:
-        config = npz_loader.config_from_npz(path)
+        weights = npz_loader.known_heads(npz_loader.read(path), path)
         with torch.device("meta"):  # what loading does not fill is drawn by it
-            model = make_vit(**config, img_size=case.side, num_classes=CLASSES, readout=case.readout)
+            settings = dict(img_size=case.side, num_classes=CLASSES, readout=case.readout)
+            model = make_vit(**weights.config, **settings)
         model = model.to_empty(device="cpu").eval()
-        report = npz_loader.load_npz(model, path)
+        report = npz_loader.load(model, weights, path)
         ours = model if case.output == "logits" else model.forward_features
     with torch.no_grad():
         return case.forward(x), ours(x), report
@@ -317,7 +337,7 @@ def table(only):
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                case = FAMILIES[name]()
+                case = case_of(name)
             except ImportError as error:
                 tell(f"| {name} | not compared: {error} | | |")
                 continue
