@@ -137,7 +137,7 @@ class Entry:
         """What an image without a finding is called."""
         if self.task.kind == "softmax" and self.task.alone:
             return self.task.classes[0]
-        return f"no {finding}"
+        return f"no {finding.removeprefix('any ')}"
 
     def _columns(self, arrays, side):
         """The Column of "val" or "test", arrays [N, F]. InputError if scores or labels cannot be right."""
