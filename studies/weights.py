@@ -314,7 +314,8 @@ def compared(case, folder):
     grey = torch.rand(2, 1, case.side, case.side, generator=torch.Generator().manual_seed(0))
     x = grey.expand(-1, 3, -1, -1).contiguous()
     if case.network:
-        model = Cnn(case.network).eval()
+        with Undrawn():  # the head is not compared
+            model = Cnn(case.network).eval()
         report, ours = load_weights(model, path), model.features
     else:
         weights = npz_loader.known_heads(npz_loader.read(path), path)
