@@ -111,7 +111,10 @@ def corruptions(found):
             if verdict == "broken":
                 broken.append(f"{figure} under {change['name']!r} ({in_words(change[figure])})")
     clean = found["clean"]
-    numbers = f"unchanged: recall {in_words(clean['recall'])}, specificity {in_words(clean['specificity'])}"
+    numbers = (
+        f"unchanged: recall {in_words(clean['recall'])}, specificity {in_words(clean['specificity'])} "
+        f"({found['images']} images)"
+    )
     if broken:
         return line("corruptions", "broken", f"its threshold does not hold: {', '.join(broken)}; {numbers}")
     text = (
