@@ -6,9 +6,8 @@ last.pth                                   what --resume needs
 scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
-batches/                                   left by predict.py --keep
-sites/                                     left by calibrate.py --site
-monitor/                                   left by monitor.py
+batches/, sites/, monitor/                 left by predict.py --keep, calibrate.py --site, monitor.py
+audit.json, audit-SIDE-clusters.png        left by audit.py
 explain/, explain/val/, explain/test/      left by explain.py
 training.lock                              there while the run is trained, see lock.py
 track.json, tensorboard/                   left by --track
@@ -220,12 +219,13 @@ class Run:
     def clear(self, *, weights):
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
-        names = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json"]
-        names += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
-        names += [f"sites/{path.name}" for path in self.folder.glob("sites/*.json")]
-        names += ["checkpoint.pth", "last.pth", "results.json", "track.json"] if weights else []
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+        patterns = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json", "sites/*.json"]
+        patterns += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
+        if weights:
+            patterns += ["checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*.png"]
+        for pattern in patterns:
+            for path in list(self.folder.glob(pattern)):
+                path.unlink(missing_ok=True)
         self.__dict__.pop("results", None)
 
     # ------------------------------------------------------------ scores and calibration

@@ -120,8 +120,11 @@ def test_finished_run_is_not_overwritten(own_runs, flags, tiny_npz):
 def test_linear_overwrite_leaves_no_stale_calibration(own_runs, flags):
     """Figures of the old model beside a new one would go into the table unnoticed."""
     out = own_runs / "outputs" / "linear"
+    left = [out / name for name in ("calibration.json", "audit.json", "audit-val-clusters.png")]
+    for path in left[1:]:
+        path.write_text("of the old model")
     succeed("train_linear", *flags, "--C", 1.0, "--overwrite", cwd=own_runs)
-    assert not (out / "calibration.json").exists()
+    assert not any(path.exists() for path in left)
     refused(cli("compare", "--run", out, cwd=own_runs), "not calibrated")
 
 
