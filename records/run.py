@@ -219,10 +219,23 @@ class Run:
     def clear(self, *, weights):
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
-        patterns = ["scores.npz", "scores-tta.npz", "calibration.json", "calibration-tta.json", "sites/*.json"]
+        patterns = [
+            "scores.npz",
+            "scores-tta.npz",
+            "calibration.json",
+            "calibration-tta.json",
+            "sites/*.json",
+        ]
         patterns += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
         if weights:
-            patterns += ["checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*.png"]
+            patterns += [
+                "checkpoint.pth",
+                "last.pth",
+                "results.json",
+                "track.json",
+                "audit.json",
+                "audit-*.png",
+            ]
         for pattern in patterns:
             for path in list(self.folder.glob(pattern)):
                 path.unlink(missing_ok=True)

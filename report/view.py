@@ -27,10 +27,8 @@ class View(NamedTuple):
 
     @property
     def remaining(self):
-        """The Candidates that validation cannot tell from the best; where the audit calls all models shortcut
-        readers, these."""
-        found = [c for standing in self.standings for c in standing.remaining]
-        return found or [c for standing in self.standings for c in standing.readers]
+        """The Candidates that validation cannot tell from the best."""
+        return [c for standing in self.standings for c in standing.remaining]
 
     @property
     def detailed(self):

@@ -167,10 +167,26 @@ def test_shortcut_readers_are_listed_apart(tmp_path):
     [standing] = standings([Entry(reader), Entry(other)])
     assert [c.name for c in standing.remaining] == [Entry(other).name]
     text = to_markdown(which_blocks([standing]))
-    assert "the only one that the audit does not call a shortcut reader" in text
+    assert f"**Audit first**. {Entry(other).name} is left only because nobody audited it" in text
     assert f"Apart, a shortcut reader by its audit: {Entry(reader).name}: It reads letters." in text
     assert f"perhaps shortcut readers as well: {Entry(other).name}." in text
-    assert view_of([Entry(reader)], ASKED).remaining  # its figures are shown all the same
+
+    write_audit(other, "kept")
+    text = to_markdown(which_blocks(standings([Entry(reader), Entry(other)])))
+    assert "the only one that the audit does not call a shortcut reader" in text
+
+
+def test_where_all_are_shortcut_readers_the_least_bad_is_still_named(tmp_path):
+    base = noisy_scores(0)
+    best = write_run(tmp_path / "a", scores=base)
+    worse = write_run(tmp_path / "b", 1, scores=shifted(base, -1.6), recipe=recipe(2))
+    for run in (best, worse):
+        write_audit(run, "broken")
+    view = view_of([Entry(best), Entry(worse)], ASKED)
+    assert [c.name for c in view.remaining] == [Entry(best).name] and len(view.candidates) == 2
+    text = to_markdown(which_blocks(view.standings))
+    assert f"none can be recommended. The least bad: **Validation prefers {Entry(best).name}**" in text
+    assert text.count("A shortcut reader by its audit") == 2
 
 
 def write_audit(run, verdict):

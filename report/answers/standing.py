@@ -53,10 +53,15 @@ class Behind(NamedTuple):
 
 class Standing(NamedTuple):
     """The candidates on one set of validation images. behind: list of Behind, the best first, with those that
-    remain before the others; readers: shortcut readers, which are not among them."""
+    remain before the others; readers: shortcut readers, which are not among them unless all are."""
 
     behind: list
     readers: list
+
+    @property
+    def all_read(self):
+        """Whether the audit calls every model here a shortcut reader."""
+        return len(self.readers) == len(self.behind) and bool(self.behind[0].candidate.reader)
 
     @property
     def remaining(self):
@@ -64,7 +69,8 @@ class Standing(NamedTuple):
 
     @property
     def candidates(self):
-        return [*(b.candidate for b in self.behind), *self.readers]
+        ranked = [b.candidate for b in self.behind]
+        return ranked if self.all_read else [*ranked, *self.readers]
 
     @property
     def patients(self):
@@ -91,7 +97,9 @@ def standing_of(entries):
     draws = min(e.calibration["bootstrap"] for e in entries)
     found = [candidate_of(seeds, again, draws) for seeds, again in recipes(entries)]
     readers = [c for c in found if c.reader]
-    others = sorted((c for c in found if not c.reader), key=lambda c: (-c.value, c.name))
+    # Where all read shortcuts, none can be recommended, but which is the least bad is still asked.
+    others = [c for c in found if not c.reader] or found
+    others.sort(key=lambda c: (-c.value, c.name))
     behind = [behind_best(others[0], c) for c in others]
     behind.sort(key=lambda b: not b.remains)  # stable: by AUROC within both
     return Standing(behind, readers)

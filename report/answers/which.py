@@ -28,16 +28,19 @@ def which_blocks(found):
 def answer_of(standing, where):
     """The answer for one set of validation images."""
     notes = [*repeated(standing), *shortcut_readers(standing)]
-    if not standing.behind:
-        text, blocks = ("None", ": the audit calls every model here a shortcut reader."), []
-    elif len(standing.remaining) == 1:
+    if len(standing.remaining) == 1:
         text, blocks = one_text(standing), []
     else:
         text, blocks = several_text(standing), [remaining_table(standing), needed_bullets(standing)]
     if notes:
         blocks.append(Bullets(notes))
     answer, rest = text
-    return [Paragraph((where, Best(answer), rest)), *blocks]
+    before = ""
+    if standing.all_read:
+        before = (
+            "The audit calls every model here a shortcut reader, so none can be recommended. The least bad: "
+        )
+    return [Paragraph((where, before, Best(answer), rest)), *blocks]
 
 
 # ---------------------------------------------------------------- one remains
@@ -47,8 +50,10 @@ def one_text(standing):
     """(the only one that remains, what supports it)."""
     best, *others = standing.behind
     name, what = best.candidate.name, f": {figure(standing)} {best.candidate.value:.4f} on validation."
-    if not others and not standing.readers:
+    if len(standing.candidates) == 1:
         return name, f"{what} It is the only model here, so nothing was compared."
+    if not others and not audited(best.candidate):
+        return "Audit first", f". {name} is left only because nobody audited it; the others read shortcuts."
     if not others:
         return name, f"{what} It is the only one that the audit does not call a shortcut reader."
     return f"Validation prefers {name}", f"{what} {distance_text(standing)} {test_text(standing)}"
@@ -162,14 +167,20 @@ def needed_bullets(standing):
 
 def shortcut_readers(standing):
     """A line on each model that the audit calls a shortcut reader, and one on those not audited."""
+    apart = "A" if standing.all_read else "Apart, a"
     lines = [
-        f"Apart, a shortcut reader by its audit: {c.name}: {c.reader.rstrip('.')}." for c in standing.readers
+        f"{apart} shortcut reader by its audit: {c.name}: {c.reader.rstrip('.')}." for c in standing.readers
     ]
-    unknown = [c for c in standing.remaining if any(shortcut_of(e, "val") is None for e in c.entries)]
+    unknown = [c for c in standing.remaining if not audited(c)]
     if lines and unknown:
         names = "; ".join(c.name for c in unknown)
         lines.append(f"Not audited on validation, so perhaps shortcut readers as well: {names}.")
     return lines
+
+
+def audited(candidate):
+    """Whether all runs of a Candidate were audited on validation."""
+    return all(shortcut_of(e, "val") is not None for e in candidate.entries)
 
 
 def repeated(standing):
