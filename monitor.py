@@ -135,7 +135,8 @@ def rule_in_watched(absent, finding, thresholds, args):
     if lower is not None:
         threshold = effective_rule_in(lower, threshold)
     if floor == 1:
-        raise InputError("a specificity of 1 cannot be watched: calibrate with --min-specificity below 1")
+        lower_it = "choose one below 1 by calibrate.py --min-specificity"
+        raise InputError(f"a specificity of 1 cannot be watched: {lower_it}")
     return Watched(finding, threshold, floor, "specificity", "without")
 
 

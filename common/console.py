@@ -49,16 +49,16 @@ class Pace:
     def __init__(self, every=30):
         self.every, self.begin, self.last = every, time.monotonic(), time.monotonic()
 
-    def rest(self, done, total):
-        """The seconds that remain, `done` of `total` units being done."""
-        return (total - done) * (time.monotonic() - self.begin) / done
+    def rest(self, done, total, now):
+        """The seconds that remain at the time `now`, `done` of `total` units being done."""
+        return (total - done) * (now - self.begin) / done
 
     def step(self, done, total, text, left=None):
         """`done` of `total` units are done; `text` says what of; `left`: see `progress`."""
         now = time.monotonic()
         if now - self.last > self.every and done:
             self.last = now
-            rest = self.rest(done, total)
+            rest = self.rest(done, total, now)
             remains = f"{in_minutes(rest)} left"
             if left is not None:
                 remains = left(rest)
@@ -171,7 +171,7 @@ def progress(items, total, title, unit="steps", *, size=None, begin=0, status=No
                 pace.step(done - begin, total - begin, f"{title}: {done} of {total} {unit}{words}", left)
             else:
                 if left is not None:
-                    words += f", {left(pace.rest(done - begin, total - begin))}"
+                    words += f", {left(pace.rest(done - begin, total - begin, time.monotonic()))}"
                 bar.set_postfix_str(words.removeprefix(", "), refresh=False)
                 bar.update(step)
     finally:

@@ -311,7 +311,7 @@ def parsers():
         ("train_linear", ["--seeds", 1], "train_scratch.py, train_pretrained.py"),
         ("predict", ["x.png", "--min-recall=0.9"], "calibrate.py, monitor.py"),
         ("compare", ["--site", "x"], "calibrate.py, predict.py, monitor.py"),
-        ("explain", ["--html", "x"], "compare.py"),
+        ("explain", ["--card", "x"], "compare.py"),
         ("calibrate", ["--freeze-epochs", 3], "train_pretrained.py, train_cnn.py"),
         ("monitor", ["log.csv", "--no-amp"], "train_scratch.py"),
     ],
