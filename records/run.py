@@ -50,6 +50,10 @@ from records.schema import (
 from records.scores import read_scores, with_findings
 
 WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for others: no score, no threshold
+# What belongs to the scores, and what to the weights. A name with * stands for all that fit.
+OF_SCORES = ("scores.npz", "calibration.json", "reference.npz", "predictions.csv", "sites/*.json")
+OF_SCORES += ("scores-tta.npz", "calibration-tta.json", "reference-tta.npz", "predictions-tta.csv")
+OF_WEIGHTS = ("checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*.png")
 
 
 class Run:
@@ -219,24 +223,7 @@ class Run:
     def clear(self, *, weights):
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
         too."""
-        patterns = [
-            "scores.npz",
-            "scores-tta.npz",
-            "calibration.json",
-            "calibration-tta.json",
-            "sites/*.json",
-        ]
-        patterns += ["reference.npz", "reference-tta.npz", "predictions.csv", "predictions-tta.csv"]
-        if weights:
-            patterns += [
-                "checkpoint.pth",
-                "last.pth",
-                "results.json",
-                "track.json",
-                "audit.json",
-                "audit-*.png",
-            ]
-        for pattern in patterns:
+        for pattern in (*OF_SCORES, *(OF_WEIGHTS if weights else ())):
             for path in list(self.folder.glob(pattern)):
                 path.unlink(missing_ok=True)
         self.__dict__.pop("results", None)
