@@ -168,7 +168,9 @@ def test_shortcut_readers_are_listed_apart(tmp_path):
     assert [c.name for c in standing.remaining] == [Entry(other).name]
     text = to_markdown(which_blocks([standing]))
     assert f"**Audit first**. {Entry(other).name} is left only because nobody audited it" in text
-    assert f"Apart, a shortcut reader by its audit: {Entry(reader).name}: It reads letters." in text
+    assert (
+        f"Not in the choice, as its audit finds a shortcut: {Entry(reader).name}: It reads letters." in text
+    )
     assert f"perhaps shortcut readers as well: {Entry(other).name}." in text
 
     write_audit(other, "kept")
@@ -186,7 +188,7 @@ def test_where_all_are_shortcut_readers_the_least_bad_is_still_named(tmp_path):
     assert [c.name for c in view.remaining] == [Entry(best).name] and len(view.candidates) == 2
     text = to_markdown(which_blocks(view.standings))
     assert f"none can be recommended. The least bad: **Validation prefers {Entry(best).name}**" in text
-    assert text.count("A shortcut reader by its audit") == 2
+    assert text.count("Its audit finds a shortcut") == 2
 
 
 def write_audit(run, verdict):
@@ -379,7 +381,7 @@ def test_marks_of_audit_and_of_enough_patients(tmp_path):
         assert marks.shortcut_mark(Entry(run), ASKED)[:2] == (verdict, "It reads letters.")
     # At a floor of 0.9 and confidence 0.9, 0.9^22 < 0.1 < 0.9^21: 22 patients are needed; here are 15.
     mark = marks.promise_mark(Entry(run), ASKED)
-    assert mark[:2] == ("broken", "15 patients with it, 22 needed")
+    assert mark[:2] == ("broken", "15 validation patients with it, 22 needed")
     assert marks.promise_mark(entry_of(tmp_path / "b", many(0)), ASKED).verdict == "kept"
 
 

@@ -236,7 +236,7 @@ def promise_mark(entry, asked):
         needed = "no number is enough"
         if entry.min_recall < 1:
             needed = f"{positives_needed(entry.min_recall, guarantee['confidence'])} needed"
-        text = named(entry, name, f"{count} patients with it, {needed}")
+        text = named(entry, name, f"{count} validation patients with it, {needed}")
         kept = guarantee["threshold"] is not None
         (enough if kept else few).append((count, text))
     if few:

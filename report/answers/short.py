@@ -34,7 +34,8 @@ def transport_blocks(remaining, asked):
     broken = [mark.text for mark in found if mark.verdict == "broken"]
     if not broken:
         return []
-    text = f"Validation is not like test here ({broken[0]}): what it prefers may not hold on other images."
+    text = f"Validation is not like test here ({broken[0]}): "
+    text += "what validation prefers may not hold on other images."
     return [Paragraph(text)]
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from calibration.wording import new_patients
 from cohort.figures import clustered_proportion
 from common.proportions import reported_interval
 from report.cells import floors, interval, named, with_interval
@@ -58,9 +59,10 @@ def threshold_blocks(remaining):
         return []
     entries = [e for c in remaining for e in c.entries]
     text = (
-        f"@Rec meets the recall floor ({floors(entries)}) on validation. Take @Guar where it must hold for "
-        "new patients like those: it costs specificity. On test the floor is kept (the 95% interval by "
-        "patients lies above it), not refuted (the interval holds it) or broken (it lies below)."
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. {below_text(entries)}Take @Guar "
+        "where the floor must hold for new patients like those: it costs specificity. On test the floor is "
+        "kept (the 95% interval by patients lies above it), not refuted (the interval holds it) or broken "
+        "(it lies below)."
     )
     items = []
     for c in remaining[:SHOWN]:
@@ -68,6 +70,15 @@ def threshold_blocks(remaining):
     if len(remaining) > SHOWN:
         items.append(f"{len(remaining) - SHOWN} more of those that remain: in the tables below.")
     return [HEADING, Paragraph(text), Bullets(items)]
+
+
+def below_text(entries):
+    """How likely the true recall @Rec is below the floor, as a sentence; "" where that differs by model or no
+    finding has a threshold: the table of promises has it."""
+    chances = {new_patients(e.calibrated, e.min_recall) for e in entries}
+    if len(chances) > 1 or "" in chances:
+        return ""
+    return f"For new patients like those, its true recall is below the floor with {chances.pop()}. "
 
 
 def lines_of(candidate, point):

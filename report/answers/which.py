@@ -27,7 +27,7 @@ def which_blocks(found):
 
 def answer_of(standing, where):
     """The answer for one set of validation images."""
-    notes = [*repeated(standing), *shortcut_readers(standing)]
+    notes = [*repeated(standing), *ensembles(standing), *shortcut_readers(standing)]
     if len(standing.remaining) == 1:
         text, blocks = one_text(standing), []
     else:
@@ -167,10 +167,10 @@ def needed_bullets(standing):
 
 def shortcut_readers(standing):
     """A line on each model that the audit calls a shortcut reader, and one on those not audited."""
-    apart = "A" if standing.all_read else "Apart, a"
-    lines = [
-        f"{apart} shortcut reader by its audit: {c.name}: {c.reader.rstrip('.')}." for c in standing.readers
-    ]
+    start = "Not in the choice, as its audit finds a shortcut"
+    if standing.all_read:
+        start = "Its audit finds a shortcut"
+    lines = [f"{start}: {c.name}: {c.reader.rstrip('.')}." for c in standing.readers]
     unknown = [c for c in standing.remaining if not audited(c)]
     if lines and unknown:
         names = "; ".join(c.name for c in unknown)
@@ -181,6 +181,15 @@ def shortcut_readers(standing):
 def audited(candidate):
     """Whether all runs of a Candidate were audited on validation."""
     return all(shortcut_of(e, "val") is not None for e in candidate.entries)
+
+
+def ensembles(standing):
+    """A line on each ensemble, which stands for its members."""
+    return [
+        f"{c.name} stands for its {len(c.entries[0].members)} members; the second table of figures has them."
+        for c in standing.candidates
+        if c.entries[0].members
+    ]
 
 
 def repeated(standing):

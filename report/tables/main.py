@@ -78,7 +78,7 @@ def models_blocks(view):
         notes.append(f"The longer tables below leave out {count} of these runs: --run shows them.")
     blocks.append(Paragraph(" ".join(notes)))
     if behind := behind_table(view):
-        blocks += [Paragraph("The seeds behind the means, and the members of ensembles:"), behind]
+        blocks += [Paragraph("Each seed and each member of an ensemble by itself:"), behind]
     return blocks + [
         Paragraph((f"To add the ensemble of the {count} seeds of {name}, run ", Code(command), "."))
         for name, count, command in missing_ensembles(view.entries)
