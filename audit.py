@@ -33,12 +33,12 @@ from common.cli import COUNT, Number, Parser
 from common.console import InputError, command_line, say, start
 from common.device import add_device_argument, pick_device
 from common.proportions import count_of
-from data import add_moved_arguments, load_split
+from common.scaling import SIDES
+from data import load_split
+from layouts.asked import add_moved_arguments, moved_settings
 from layouts.listing import cohort_of
-from layouts.tables import find_table
 from records.run import Run
 
-SIDES = {"val": "validation", "test": "test"}
 CORRUPTED = 3  # section 4 scores each image thirteen times, so it takes at most a third of them
 
 
@@ -110,18 +110,22 @@ class Audit:
         return found
 
     def on_border(self):
+        """(line, figures) of section 1."""
         figures = looks.border_figures(self.side, self.scores)
         return rules.border(figures), figures
 
     def on_lungs(self):
+        """(line, figures) of section 2."""
         figures = looks.lung_figures(self.side, self.lungs, self.scores)
         return rules.lungs(figures), figures
 
     def on_corruptions(self):
+        """(line, figures) of section 4."""
         figures = looks.corruption_figures(self.side, self.corrupted, self.scores, self.reader.threshold)
         return rules.corruptions(figures), figures
 
     def on_features(self):
+        """(line, figures) of section 3, of the images without the finding: the disease cannot tell there."""
         side, reader, healthy = self.side, self.reader, np.flatnonzero(self.side.y == 0)
         files = [side.subset.files[i] for i in healthy]
         sizes = signals.original_sizes(reader.config, files, reader.run.results)
@@ -133,6 +137,7 @@ class Audit:
         return rules.features(figures), figures
 
     def on_clusters(self):
+        """(line, figures) of section 5; what is typical of its worst group is kept for the sheet."""
         side, healthy = self.side, np.flatnonzero(self.side.y == 0)
         called = side.clean[healthy] >= self.reader.threshold
         features = self.reader.without_head(side.features)[healthy]
@@ -233,15 +238,6 @@ def parse():
     return parser.parse_args()
 
 
-def moved_settings(args, run):
-    """The settings of the data that the command line changes. InputError if there is no such table."""
-    names = ("data_dir", "labels", "patients", "cache_dir")
-    moved = {name: getattr(args, name) for name in names if getattr(args, name)}
-    if "labels" in moved:
-        moved["labels"] = str(find_table(args.labels, moved.get("data_dir", run.config.data_dir)))
-    return moved
-
-
 def main():
     args, started = parse(), time.monotonic()
     run, asked = Run(args.run), [key for key in KEYS if key in args.only]
@@ -255,7 +251,7 @@ def main():
     if reader.calibration and unit_of(reader.calibration) != "image":
         say(f"note: the threshold of {run} is for {plural_of(reader.calibration)}; here it is for images")
 
-    moved = moved_settings(args, run)
+    moved = moved_settings(args, run.config.data_dir)
     reader.config = replace(run.config, **moved)
     subset, most = load_split(run, args.side, moved), args.most_images
     audit = Audit(side_of(subset, run.task, finding, args.side, most), reader, asked, most)

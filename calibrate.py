@@ -38,15 +38,13 @@ from common.cli import COUNT, Number, Parser, check_name
 from common.console import InputError, command_line, notes_once, start
 from common.device import add_device_argument, pick_device
 from common.files import CALIBRATION
-from data import add_moved_arguments, load_test, load_train_val, refuse_other_images
-from layouts.tables import find_table
+from data import load_test, load_train_val, refuse_other_images
+from layouts.asked import add_moved_arguments, moved_settings
 from models.inputs import Inputs
 from records.predictions import write_predictions
 from records.run import WITHOUT_CLASSES
 from records.track import Tracker, add_track_argument
 from training import other_hospitals
-
-MOVABLE = ("data_dir", "labels", "patients", "cache_dir", "skip_bad", "verify_cache")
 
 
 class Sets:
@@ -258,11 +256,8 @@ def parse():
 
 def settings(args, results):
     """The DataConfig of a run with these results, from where the flags say that its images lie now."""
-    moved = {k: getattr(args, k) for k in MOVABLE if getattr(args, k)}
-    config = data.DataConfig.from_json({**results["data"], **moved})
-    if args.labels:
-        config = replace(config, labels=str(find_table(args.labels, config.data_dir)))
-    return config
+    config = data.DataConfig.from_json(results["data"])
+    return replace(config, **moved_settings(args, config.data_dir, "skip_bad", "verify_cache"))
 
 
 def images(sets, args, results):

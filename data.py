@@ -208,18 +208,6 @@ def add_arguments(parser, also=True):
     return group
 
 
-def add_moved_arguments(group):
-    """The flags that say where the images of a run are now."""
-    where = {
-        "--data-dir": ("DIR", "where the images are now"),
-        "--labels": ("CSV", "where the table of findings is now"),
-        "--patients": ("CSV", "where the table of patients is now"),
-        "--cache-dir": ("DIR", "folder of the decoded images"),
-    }
-    for flag_name, (metavar, text) in where.items():
-        group.add_argument(flag_name, metavar=metavar, help=f"{text} (default: as trained)")
-
-
 def add_unlabelled_argument(group):
     """--also-unlabelled, for training that needs no labels."""
     about = "folders of unlabelled images of other hospitals that join training"

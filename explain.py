@@ -32,11 +32,12 @@ from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
 from common.files import FORMAT, write_json
-from data import add_moved_arguments, load_split
+from common.scaling import SIDES
+from data import load_split
 from images.decode import read_image
 from images.find import Search
 from images.subset import Subset
-from layouts.tables import find_table
+from layouts.asked import MOVED, add_moved_arguments, moved_settings
 from lungs import masks as lung_masks
 from lungs import show
 from lungs.show import plausible
@@ -45,8 +46,6 @@ from models.inputs import Inputs
 from models.map_pictures import draw, picture_names
 from records.run import Run
 from training.evaluate import predict
-
-SPLITS = {"val": "validation", "test": "test"}
 
 
 class Explainer:
@@ -224,13 +223,13 @@ def explain_split(explainer, split, tests, source, moved=None):
         text = outcome, f"truth {classes[y[i]]}"
         rows.append(explainer.row(subset.files[i], explainer.shown(subset, [i]), p[i], mask, *text))
     for name, row in zip(picture_names(subset.files[i] for _, i in chosen), rows):
-        explainer.draw(f"{split}/{name}", [row], SPLITS[split])
-    path = explainer.draw(f"{split}/sheet.png", rows, SPLITS[split])
+        explainer.draw(f"{split}/{name}", [row], SIDES[split])
+    path = explainer.draw(f"{split}/sheet.png", rows, SIDES[split])
     print(f"wrote {path} and its {len(rows)} images beside it", flush=True)
     if not tests:
         return
     target = explainer.target
-    called = f"{SPLITS[split]} images rightly called {classes[target]}"
+    called = f"{SIDES[split]} images rightly called {classes[target]}"
     right = np.flatnonzero((y == target) & ((p >= explainer.threshold) == y))
     if len(right) < 2:
         raise InputError(
@@ -264,14 +263,11 @@ def summary(name, found):
     )
 
 
-def moved_settings(args):
-    """The settings of the data that the command line changes. InputError if there is no such table."""
-    names = ("data_dir", "labels", "patients", "cache_dir")
-    moved = {name: getattr(args, name) for name in names if getattr(args, name)}
-    if moved and args.images:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in moved)
-        raise InputError(f"{flags}: files that are named are drawn as they are; leave it out")
-    return moved
+def refuse_moved(args):
+    """InputError for flags of a data set where image files are named."""
+    given = [f"--{name.replace('_', '-')}" for name in MOVED if getattr(args, name)]
+    if given and args.images:
+        raise InputError(f"{', '.join(given)}: files that are named are drawn as they are; leave it out")
 
 
 def parse():
@@ -282,7 +278,7 @@ def parse():
     )
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a calibrated run folder")
     parser.add_argument(
-        "--split", choices=tuple(SPLITS), default="val", help="part of the data to choose images from"
+        "--split", choices=tuple(SIDES), default="val", help="part of the data to choose images from"
     )
     parser.add_argument(
         "--method", choices=(*maps.METHODS, "both"), default="both", help="which maps to draw"
@@ -322,16 +318,15 @@ def parse():
 def main():
     args = parse()
     methods = list(maps.METHODS) if args.method == "both" else [args.method]
-    device, run, moved = pick_device(args.device), Run(args.run), moved_settings(args)
+    device, run = pick_device(args.device), Run(args.run)
+    refuse_moved(args)
     explainer = Explainer(
         run, device, methods=methods, layer=args.layer, target=args.target, finding=args.finding
     )
     if args.images:
         explain_files(explainer, args.images, args.lungs)
     else:
-        if args.labels:
-            place = args.data_dir or run.config.data_dir
-            moved["labels"] = str(find_table(args.labels, place))
+        moved = moved_settings(args, run.config.data_dir)
         explain_split(explainer, args.split, args.tests, args.lungs, moved)
 
 

@@ -1,9 +1,16 @@
-"""From flags to what is asked: the classes of folders, or the findings of a table and its layout."""
+"""From flags to what is asked: the classes of folders, or the findings of a table and its layout; and where
+the images of a run are now."""
 
 from common.console import InputError
 from layouts import folders, tables
 from layouts.choices import uncertain_values
 
+MOVED = {  # field of data.DataConfig: (what its flag takes, what it says)
+    "data_dir": ("DIR", "where the images are now"),
+    "labels": ("CSV", "where the table of findings is now"),
+    "patients": ("CSV", "where the table of patients is now"),
+    "cache_dir": ("DIR", "folder of the decoded images"),
+}
 OF_TABLES = {"findings": None, "layout": "", "uncertain": "ignore", "blank": "auto"}  # flags: usual values
 
 
@@ -37,3 +44,19 @@ def asked(args, values):
     if blank == "auto":
         blank = layout.blank
     return {"labels": str(path), "layout": layout.name, "blank": blank, "classes": classes}
+
+
+def add_moved_arguments(group):
+    """The flags that say where the images of a run are now."""
+    for name, (metavar, text) in MOVED.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, metavar=metavar, help=f"{text} (default: as trained)")
+
+
+def moved_settings(args, data_dir, *more):
+    """{field of data.DataConfig: value} that the flags of `add_moved_arguments`, and those of the fields
+    `more`, change of a run whose images were in `data_dir`. InputError if there is no such table."""
+    moved = {name: getattr(args, name) for name in (*MOVED, *more) if getattr(args, name)}
+    if "labels" in moved:
+        moved["labels"] = str(tables.find_table(moved["labels"], moved.get("data_dir", data_dir)))
+    return moved

@@ -6,6 +6,7 @@ import re
 from common.console import InputError
 from common.safe_files import listed
 from loading.families import IMAGENET
+from loading.files import renamed
 from loading.settings import Settings
 
 # Names of the outermost layers: where one of them is, no prefix is left to take off.
@@ -62,22 +63,19 @@ def _efficientnet(state, wanted, path):
 
     torchvision numbers stages from 1 and the layers of a block as block.0, block.1, ...; timm names them by
     what they do. Which layers a block has is read from `wanted`, timm's names."""
-    out, unknown = {}, []
     stages = [re.match(r"features\.([0-9]{1,2})\.", name) for name in state]
     last = max((int(found[1]) for found in stages if found), default=0)
-    for name, value in state.items():
+
+    def ours_of(name):
         ours = _outer(name, last)
         inner = re.fullmatch(r"features\.([0-9]{1,2})\.([0-9]{1,2})\.block\.([0-9])\.(.+)", name)
         if inner and ours is None:
             stage, block, layer, rest = inner.groups()
             prefix = f"blocks.{int(stage) - 1}.{int(block)}."
             ours = _inner(prefix, int(layer), rest, wanted)
-        if ours is None or ours in out:
-            unknown.append(name)
-        out[ours] = value
-    if unknown:
-        raise InputError(f"{path}: not torchvision's EfficientNet of this size: [{listed(unknown)}]")
-    return out
+        return ours
+
+    return renamed(state, ours_of, f"{path}: not torchvision's EfficientNet of this size")
 
 
 def _outer(name, last):

@@ -51,16 +51,19 @@ def our_names(state, path):
     else:
         layout, patterns = "timm", []
     _check_periods(state, path)
-    dropped = [name for name in state if _UNUSED.match(name.removeprefix("embeddings."))]
-    out, twice = {}, []
-    for name in state.keys() - set(dropped):
+    dropped, out, twice = [], {}, []
+    for name, value in state.items():
+        if _UNUSED.match(name.removeprefix("embeddings.")):
+            dropped.append(name)
+            continue
         ours = name
         for pattern, replacement in patterns:
             ours, found = re.subn(pattern, replacement, name)
             if found:
                 break
-        twice += [name] if ours in out else []
-        out[ours] = state[name]
+        if ours in out:
+            twice.append(name)
+        out[ours] = value
     if twice:
         raise InputError(f"{path} has [{listed(sorted(twice))}] twice, under two names")
     if not any(".mlp.fc1_g." in name for name in out):

@@ -10,6 +10,7 @@ import torch
 from common.console import InputError
 from common.safe_files import listed
 from loading import dinov3
+from loading.files import renamed
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # inputs in [-1, 1]: Google, timm's AugReg, Hugging Face ViT
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # DeiT, DINO, MAE, torchvision
@@ -163,15 +164,11 @@ def _keep_distillation_token(state, dropped):
 
 def _renamed(state, patterns, what, path):
     """`state` under the names that `patterns` give. InputError for names that no `what` has, or has once."""
-    out, unknown = {}, []
-    for name, value in state.items():
-        ours = next((re.sub(p, r, name) for p, r in patterns if re.search(p, name)), None)
-        if ours is None or ours in out:
-            unknown.append(name)
-        out[ours] = value
-    if unknown:
-        raise InputError(f"{path}: names that no {what} has, or has only once: [{listed(unknown)}]")
-    return out
+
+    def ours_of(name):
+        return next((re.sub(p, r, name) for p, r in patterns if re.search(p, name)), None)
+
+    return renamed(state, ours_of, f"{path}: names that no {what} has, or has only once")
 
 
 def _from_hugging_face(state, path):

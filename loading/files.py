@@ -64,6 +64,20 @@ def _how_to_save(path, refused):
     )
 
 
+def renamed(state, ours_of, refusal):
+    """`state` under the names that ours_of(name) gives, None for a name that is unknown. InputError that
+    begins with `refusal` for those, and for two names that become one."""
+    out, unknown = {}, []
+    for name, value in state.items():
+        ours = ours_of(name)
+        if ours is None or ours in out:
+            unknown.append(name)
+        out[ours] = value
+    if unknown:
+        raise InputError(f"{refusal}: [{listed(unknown)}]")
+    return out
+
+
 def _unwrapped(held, path):
     """Held, with the innermost dict of weights. InputError where it is not clear which that is."""
     notes, wrappers, around = [], (), {}

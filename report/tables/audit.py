@@ -1,10 +1,9 @@
 """Blocks of the report on audits: what audit.py found of each run. No torch, no drawing."""
 
 from auditing.record import KEYS, TITLES, audit_of
+from common.scaling import SIDES
 from report.cells import unique
 from report.render import Bad, Code, Heading, Paragraph, Table
-
-SIDES = {"val": "validation", "test": "test"}
 
 
 def audit_blocks(entries):
