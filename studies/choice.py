@@ -1,7 +1,8 @@
-"""Apply the rule of docs/notebook/20-accuracy-the-rule.md to the runs that studies/matrix.py has left.
+"""Apply the rule of docs/notebook/20-accuracy-the-rule.md to the runs that studies/matrix.py has left; for
+its part scratch that of 37-scratch-the-rule.md.
 
     python studies/matrix.py accuracy --data-dir DIR --weights-dir W --nih NIH_DIR --out outputs/matrix
-    python studies/choice.py --out outputs/matrix
+    python studies/choice.py accuracy --out outputs/matrix
 
 Prints, for each candidate with at least one run, the mean and the standard deviation over its seeds; for each
 arm the winner, and whether the default changes; and the commands that score the finalists on the test images.
@@ -26,11 +27,12 @@ from studies.signals import BORROWED_LEAST, panel, read_figures
 # arm: the row of its present default; a taught model is no pure one, so it is listed beside them
 DEFAULTS = {"pretrained": "ti16-full", "scratch": "scratch-full", "scratch with a teacher": None}
 TIE = 0.005
+NO_REASON = ("scratch-muon", "scratch-masked")  # trained longer or better, with no reason to transfer
 
 
 class Candidate(NamedTuple):
     """A row of the accuracy part. panels, borrowed, minutes: float [seeds that have run]; complete: whether
-    all seeds have; barred: whether it has seen images of the panel's hospital; size: --img-size."""
+    all seeds have; barred: why it cannot be chosen, or ""; size: --img-size."""
 
     name: str
     folders: list
@@ -38,7 +40,7 @@ class Candidate(NamedTuple):
     borrowed: np.ndarray
     minutes: np.ndarray
     complete: bool
-    barred: bool
+    barred: str
     size: int = 224
 
     @property
@@ -64,7 +66,9 @@ class Candidate(NamedTuple):
         """What the table says of it."""
         if not self.complete:
             return "seeds missing"
-        return "has seen NIH" if self.barred else "vetoed" if self.vetoed else "stands"
+        if self.barred:
+            return self.barred
+        return "vetoed" if self.vetoed else "stands"
 
 
 def candidate(row, out):
@@ -81,8 +85,15 @@ def candidate(row, out):
         return None
     folders, *columns = zip(*kept)
     figures = [np.array(column) for column in columns]
-    complete, barred = len(kept) == len(row.seeds), row.name.endswith("-nih")
-    return Candidate(row.name, list(folders), *figures, complete, barred, Run(folders[0]).config.img_size)
+    complete, size = len(kept) == len(row.seeds), Run(folders[0]).config.img_size
+    return Candidate(row.name, list(folders), *figures, complete, barred(row.name), size)
+
+
+def barred(name):
+    """Why the row of this name cannot be chosen, "" if it can."""
+    if name.endswith("-nih"):
+        return "has seen NIH"
+    return "no reason to transfer" if name in NO_REASON else ""
 
 
 def winner(candidates):
@@ -147,14 +158,17 @@ def verdicts(candidates):
 
 def main():
     parser = Parser(__doc__)
+    parts = ("accuracy", "scratch")
+    text = f"part of studies/matrix.py: {' or '.join(parts)}"
+    parser.add_argument("part", nargs="?", choices=parts, default=parts[0], metavar="PART", help=text)
     parser.add_argument("--out", default="outputs/matrix", metavar="DIR", help="where the run folders are")
     args = parser.parse_args()
-    found = [candidate(row, args.out) for row in matrix.accuracy()]
+    found = [candidate(row, args.out) for row in matrix.PARTS[args.part]()]
     candidates = [c for c in found if c]
     if not candidates:
         raise InputError(
-            f"{args.out} holds no run of the accuracy part with its panel: run studies/matrix.py accuracy "
-            "--nih DIR first"
+            f"{args.out} holds no run of the {args.part} part with its panel: run studies/matrix.py "
+            f"{args.part} --nih DIR first"
         )
     columns = ("seeds", "panel", "borrowed AUROC", "minutes", "")
     print(f"| candidate | {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)} --- |")

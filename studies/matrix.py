@@ -10,7 +10,8 @@ What is finished is skipped, what was stopped goes on. The parts:
   epochs, which shows that they run and nothing else;
 - five: the same recipes on five classes in published parts (--data-dir is that set's);
 - accuracy: the candidates of docs/notebook/20-accuracy-the-rule.md. By its rule they are not scored on the
-  test images: there is no calibration, and the signals include the corruptions (give --nih for the panel).
+  test images: there is no calibration, and the signals include the corruptions (give --nih for the panel);
+- scratch: the candidates of docs/notebook/37-scratch-the-rule.md, not scored on the test images either.
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
 seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this
@@ -144,7 +145,26 @@ def accuracy():
     return [row._replace(scored=False) for row in rows]
 
 
-PARTS = {"lungs": lungs, "arms": arms, "five": five, "accuracy": accuracy}
+def scratch():
+    """The candidates for the first command, and the present default beside them."""
+    three = (0, 1, 2)
+    muon, masked, strong = "--optimiser muon", "--masked-epochs 25", "--augment strong,frame=0.5,tone=0.5"
+    variants = {
+        "scratch-full": "",
+        "scratch-masked-strong": f"{muon} {masked} {strong}",
+        "scratch-masked-strong-short": f"{muon} --masked-epochs 12 {strong}",
+        "scratch-masked-strong-smooth": f"{muon} {masked} {strong} --label-smoothing 0.2",
+        "scratch-masked-strong-batch16": f"{muon} {masked} {strong} --batch-size 16",
+        "scratch-muon": muon,
+        "scratch-masked": f"{muon} {masked}",
+    }
+    return [
+        Row(name, "train_scratch", f"--epochs 15 {flags}".strip(), "", three, scored=False)
+        for name, flags in variants.items()
+    ]
+
+
+PARTS = {"lungs": lungs, "arms": arms, "five": five, "accuracy": accuracy, "scratch": scratch}
 
 
 def commands(row, args):

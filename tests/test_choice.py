@@ -15,7 +15,7 @@ def made(name, panels, minutes=30.0, borrowed=0.95, complete=True):
     """A Candidate with a panel for each seed."""
     folders = [Path("m", f"{name}-seed{k}") for k in range(len(panels))]
     per_seed = [np.full(len(panels), value) for value in (borrowed, minutes)]
-    return choice.Candidate(name, folders, np.array(panels), *per_seed, complete, name.endswith("-nih"))
+    return choice.Candidate(name, folders, np.array(panels), *per_seed, complete, choice.barred(name))
 
 
 def test_the_greatest_mean_panel_wins_unless_it_may_not_be_chosen():
@@ -76,7 +76,13 @@ def test_an_ensemble_is_of_the_two_best_that_calibrate_takes_together():
 @pytest.mark.parametrize("name", [row.name for row in matrix.accuracy() if row.script != "pretrain_mae"])
 def test_candidates_of_the_matrix_are_of_one_arm_and_barred_if_they_saw_nih(name):
     c = made(name, [0.8] * 3)
-    assert c.arm in choice.DEFAULTS and c.barred == ("nih" in name)
+    assert c.arm in choice.DEFAULTS and bool(c.barred) == ("nih" in name)
+
+
+def test_a_row_without_a_reason_to_transfer_is_not_chosen():
+    strong, masked = made("scratch-masked-strong", [0.7] * 3), made("scratch-masked", [0.9] * 3)
+    assert choice.winner([strong, masked])[0] is strong and masked.standing == "no reason to transfer"
+    assert {row.name for row in matrix.scratch()} >= {"scratch-full", *choice.NO_REASON}
 
 
 def test_choice_reads_what_the_matrix_left(bench, tmp_path):
