@@ -57,6 +57,7 @@ class Plan:
     track: tuple = ()
     seeds: int = 1  # how many the command trains
     following: int = 0  # of them after this one
+    after: float = 0.0  # seconds that each takes after these epochs; None: not known
 
     def seed(self):
         """Seed everything that is random, before the model is built."""
@@ -155,27 +156,17 @@ def run_from_args(args, suffix=""):
     if first:  # the others might see the lock of the first one
         lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
     can_go_on = (folder / "last.pth").exists()
-    if args.resume:
+    if run.masked.begun and not run.begun:
+        if not args.overwrite:
+            resume.refuse_masked(run, args)
+    elif args.resume:
         if not can_go_on and not suffix:
             raise InputError(
                 f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
             )
     elif run.begun and not args.overwrite:
-        refuse_begun(run, can_go_on)
+        resume.refuse_begun(run, can_go_on)
     return run
-
-
-def refuse_begun(run, can_go_on):
-    """InputError: what can be done where a run is there already."""
-    if run.results["finished"]:
-        there, resume = "a finished", ""
-    else:
-        there = "an interrupted"
-        resume = "continue it with --resume, " if can_go_on else ""
-    raise InputError(
-        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
-        "--overwrite"
-    )
 
 
 def check_folder(folder):
@@ -278,6 +269,10 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
         meta = describe_run(plan, model, name, images, inputs) | described
         tell(training_line(plan, model, name))
         loop = Loop(model, objective, plan, inputs, meta, teacher)
+        if (init := described.get("init", {})).get("own"):  # of which this is the second stage
+            loop.progress.head_seconds = 60 * init["minutes"]
+        elif not plan.resume:
+            plan.run.masked.clear(weights=True)  # what an earlier run left
         if check := getattr(model, "check_training", None):  # batches too small for BatchNorm
             check(plan.config.img_size, min(2, loop.smallest_part(images.train)))
 
@@ -384,7 +379,7 @@ def train_head(plan, loop, images):
         except KeyboardInterrupt:
             text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
             raise Interrupted(text, signal.SIGINT) from None
-        loop.progress.head_seconds = time.perf_counter() - started
+        loop.progress.head_seconds += time.perf_counter() - started
         if not recipe.epochs:
             loop.keep_head(loss, outputs, stage)
     if recipe.epochs:  # what comes next

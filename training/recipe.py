@@ -133,6 +133,12 @@ class Recipe:
         0.0, "weight of a loss on attention outside the lungs; 0: none", WEIGHT, "W"
     )
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
+    masked_epochs: int = flag(
+        0,
+        "begin with N epochs without labels, as pretrain_mae.py --epochs N; --max-steps counts the others",
+        Number(int, 0, 2**20),
+        "N",
+    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -173,9 +179,10 @@ PATCH_DROP = ("patch_drop",)
 DROPOUT = ("drop_rate",)
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
+MASKED_FIRST = ("masked_epochs",)
 TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
-SOME_ARM = (*SUPERVISED, *PATCH_DROP, *DROPOUT, *TWO_STAGES, *MASKED, *TAUGHT, *HYBRID)
+SOME_ARM = (*SUPERVISED, *PATCH_DROP, *DROPOUT, *TWO_STAGES, *MASKED, *MASKED_FIRST, *TAUGHT, *HYBRID)
 
 
 def not_used(used):
@@ -188,6 +195,7 @@ EVERYDAY = (
     *("--data-dir", "--labels", "--split", "--img-size", "--input", "--demo", "--download"),
     *("--model", "--weights", "--pretrained", "--init", "--masks", "--C"),
     *("--recipe", "--augment", "--epochs", "--batch-size", "--lr", "--freeze-epochs"),
+    "--masked-epochs",
     *("--out", "--overwrite", "--resume", "--seed", "--seeds", "--device"),
 )
 

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: what must be as it was, and what last.pth holds.
+"""Going on with an interrupted run: what is there already, what must be as it was, and what last.pth holds.
 
 `save_last` and `restore` write and read the state of a Loop; when they are called stands in loop.py.
 """
@@ -14,6 +14,32 @@ from records.schema import GONE
 CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
 IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
 IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
+
+
+# ---------------------------------------------------------------- where a run is there already
+
+
+def refuse_begun(run, can_go_on):
+    """InputError: what can be done where a run is there already."""
+    if run.results["finished"]:
+        there, resume = "a finished", ""
+    else:
+        there = "an interrupted"
+        resume = "continue it with --resume, " if can_go_on else ""
+    raise InputError(
+        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
+        "--overwrite"
+    )
+
+
+def refuse_masked(run, args):
+    """InputError where a run stopped in its masked epochs, unless the command line goes on with them."""
+    if args.resume and getattr(args, "masked_epochs", 0):
+        return
+    raise InputError(
+        f"{run} holds a run that stopped before the end of its masked epochs, or just after: "
+        f"{run.masked.to_finish}, choose another folder with --out, or replace it with --overwrite"
+    )
 
 
 # ---------------------------------------------------------------- what must be as it was
