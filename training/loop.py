@@ -21,7 +21,7 @@ from records.track import Tracker
 from training import resume
 from training.evaluate import predict_together, say_stage
 from training.loss import figures
-from training.step import Gradient, SharedDraws, WarmAverage, adamw, scheduled_rate
+from training.step import Gradient, SharedDraws, WarmAverage, optimiser, scheduled_rate
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Loop:
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
         # What is validated and saved is the average of the weights, where there is one.
-        self.optimizer = adamw(model, recipe, self.device)
+        self.optimizer = optimiser(model, recipe, self.inputs)
         self.average, self.kept = None, model
         if recipe.ema:
             self.average = WarmAverage(model, recipe.ema)

@@ -19,6 +19,7 @@ ALPHA = Number(float, 0, 100)
 WEIGHT = Number(float, 0, 1e6)
 SHARE = Number(float, 0, 1)
 STEPS = Number(int, 0, 2**31)
+OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "plateau")
 THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before
 
@@ -45,9 +46,14 @@ class Recipe:
         COUNT,
         "N",
     )
+    optimiser: str = flag(
+        "adamw",
+        "adamw; or muon for the matrices of attention and MLP, at twice the rate, and AdamW for the rest",
+        OPTIMISERS,
+    )
     lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
     weight_decay: float = flag(
-        0.05, "weight decay of AdamW; none on biases, norms, [CLS] and positions", Number(float, 0, 100), "X"
+        0.05, "weight decay; none on biases, norms, [CLS] and positions", Number(float, 0, 100), "X"
     )
     schedule: str = flag(
         "cosine",
@@ -168,8 +174,8 @@ class Recipe:
 
 # The fields that every training script uses, and those that some do.
 EVERY_ARM = (
-    *("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "min_lr", "warmup_epochs"),
-    *("clip", "stop_on", "max_steps", "ema", "head_decay", "seed"),
+    *("epochs", "batch_size", "accumulate", "optimiser", "lr", "weight_decay", "schedule", "min_lr"),
+    *("warmup_epochs", "clip", "stop_on", "max_steps", "ema", "head_decay", "seed"),
 )
 SUPERVISED = (
     *("layer_decay", "backbone_lr_scale", "loss", "focal_gamma", "mixup", "cutmix", "randaugment", "watch"),
