@@ -120,8 +120,7 @@ class Run:
 
     @property
     def minutes(self):
-        """Of training, of the pretraining it began from, unless these are its own masked epochs, which count
-        as training, and of its teacher's."""
+        """Of training, its own masked epochs among it, of other pretraining and of its teacher's."""
         parts = (self.results.get(k, {}) for k in ("init", "teacher"))
         return self.results["minutes"] + sum(p.get("minutes", 0) for p in parts if not p.get("own"))
 
@@ -352,12 +351,10 @@ def _dash(name):
 
 def _say_begun(runs_dir):
     """Notes on the runs that are being trained, or have no more than masked epochs."""
-    for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
-        if who := lock.holder(path.parent):
-            say(f"note: {path.parent} is being trained by {who}, passed over")
-    for path in sorted(Path(runs_dir).glob("*/masked/results.json")):
-        run = Run(path.parent.parent)
-        if not run.begun and not lock.holder(run):
+    for run in map(Run, sorted(Path(runs_dir).glob("*"))):
+        if who := lock.holder(run):
+            say(f"note: {run} is being trained by {who}, passed over")
+        elif run.masked.begun and not run.begun:
             say(f"note: {run} has only its masked epochs so far, passed over")
 
 

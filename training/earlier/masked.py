@@ -19,7 +19,7 @@ RECIPE = dict(
     batch_size=64,
     warmup_epochs=4.0,
 )
-SHARED = ("accumulate", "seed")  # what the first stage takes from the recipe of the second
+SHARED = ("optimiser", "accumulate", "seed")  # what the first stage takes from the recipe of the second
 
 
 def train(plan, model):
