@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 import train_scratch
 import vit
+from common import console
 from common.console import TimeLeft
 from records import lock
 from records.run import Run, find_runs
@@ -103,8 +105,6 @@ def test_stopped_in_either_stage_it_goes_on_bit_for_bit(argv, whole, tmp_path, n
     assert same_runs(whole, tmp_path / "run")
     results = read_json(tmp_path, "run/results.json")
     assert "--resume" not in results["command"] and results["minutes"] > results["init"]["minutes"]
-    done = succeed("train_scratch", *argv, "--out", "run", "--resume", cwd=tmp_path)
-    assert "is finished: nothing is left to do" in done.err
 
 
 def test_stopped_between_the_stages_it_goes_on(argv, whole, tmp_path, monkeypatch):
@@ -206,9 +206,11 @@ def test_a_run_keeps_its_masked_epochs_where_it_is_moved(whole, tmp_path):
     assert seen.forebears(Run(tmp_path / "elsewhere")) == [("outputs/scratch/masked", None)]
 
 
-def test_masked_epochs_are_no_model(whole, tmp_path):
-    """The folder of the first stage is listed nowhere as a run; its size counts, its last.pth is spare."""
+def test_masked_epochs_are_no_model(argv, whole, tmp_path):
+    """The folder of the first stage is listed nowhere as a run; its last.pth is spare."""
     shutil.copytree(whole, tmp_path / "outputs/scratch")
+    done = succeed("train_scratch", *argv, "--resume", cwd=tmp_path)
+    assert "is finished: nothing is left to do" in done.err
     assert [str(run) for run in find_runs(tmp_path / "outputs")] == [str(tmp_path / "outputs/scratch")]
     listed = succeed("compare", "--list", cwd=tmp_path).out
     assert "1 run folder," in listed and "outputs/scratch/masked/last.pth" in listed
@@ -241,7 +243,7 @@ def test_the_run_is_locked_during_both_stages(argv, tmp_path, monkeypatch):
 def test_time_left_covers_both_stages(monkeypatch):
     """4 steps of a minute; after them 10 minutes, once that is known; two seeds follow."""
     times = iter(range(0, 6000, 60))
-    monkeypatch.setattr("common.console.time.monotonic", lambda: next(times))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(times)))
     for after, told in (
         (None, "at least 3.0 min left, 11 min for all 3 seeds, without validation"),
         (600.0, "13 min left, 41 min for all 3 seeds, without validation"),

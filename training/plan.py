@@ -57,6 +57,7 @@ class Plan:
     track: tuple = ()
     seeds: int = 1  # how many the command trains
     following: int = 0  # of them after this one
+    outer: Run = None  # the run that this is the first stage of, see earlier/masked.py
     after: float = 0.0  # seconds that each takes after these epochs; None: not known
 
     def seed(self):
@@ -156,9 +157,8 @@ def run_from_args(args, suffix=""):
     if first:  # the others might see the lock of the first one
         lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
     can_go_on = (folder / "last.pth").exists()
-    if run.masked.begun and not run.begun:
-        if not args.overwrite:
-            resume.refuse_masked(run, args)
+    if run.masked.begun and not (run.begun or args.overwrite):
+        resume.refuse_masked(run, args)
     elif args.resume:
         if not can_go_on and not suffix:
             raise InputError(
@@ -269,12 +269,17 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
         meta = describe_run(plan, model, name, images, inputs) | described
         tell(training_line(plan, model, name))
         loop = Loop(model, objective, plan, inputs, meta, teacher)
-        if (init := described.get("init", {})).get("own"):  # of which this is the second stage
-            loop.progress.head_seconds = 60 * init["minutes"]
-        elif not plan.resume:
-            plan.run.masked.clear(weights=True)  # what an earlier run left
+        own = described.get("init", {}).get("own")  # masked epochs, of which this is the second stage
+        if own:
+            loop.progress.head_seconds = 60 * described["init"]["minutes"]
         if check := getattr(model, "check_training", None):  # batches too small for BatchNorm
             check(plan.config.img_size, min(2, loop.smallest_part(images.train)))
+
+        # What an earlier run left makes way: masked epochs to others, a run to its new first stage.
+        if not own and not encoder and not plan.resume:
+            plan.run.masked.clear(weights=True)
+        if plan.outer:
+            plan.outer.clear(weights=True)
 
         # Train the head alone, then all of it; the loop writes what it reaches.
         if recipe.freeze_epochs:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from common.console import InputError, say
-from common.device import first_process_first
 from images.augment import parse_augment
 from models.mae import MaskedAutoencoder
 from training import plan as plans
@@ -53,6 +52,7 @@ def first_stage(plan, *, resume, after):
         resume=resume and (run.folder / "last.pth").exists(),
         used=recipes.MASKED,
         track=(),
+        outer=plan.run,
         after=after,
     )
 
@@ -74,8 +74,6 @@ def first(plan, model, *, resume, after=None, teacher=None):
     with plans.training(plan.run):
         if teacher:  # whether it saw images held out here is better known now than after this stage
             plans.prepare_data(plan.config, teacher=teacher)
-        with first_process_first():  # what an earlier run left here is to be replaced
-            plan.run.clear(weights=True)
         if plan.track:
             say(f"note: --track follows the epochs with labels; {stage.run}/results.json has the masked ones")
         train(stage, model)
