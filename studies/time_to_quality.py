@@ -11,13 +11,12 @@ All get the same decoded images from memory, in float32 or bf16 alike (--amp), u
 average of the weights. Batch, peak rate, warm-up, cosine, weight decay and epochs are the same. Only the
 project's loop has its class weights, label smoothing and clipping.
 
-A target is reached at the end of the first epoch whose validation AUROC is at least as high; its minutes count
-all epochs until then, validation included. Prints a table, and writes each epoch to --out, a JSON file, after
-every training.
+A target is reached at the end of the first epoch whose validation AUROC is at least as high. Its minutes
+count all epochs until then, validation included. Prints a table, and writes each epoch to --out, a JSON file,
+after every training.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torchvision.models import VisionTransformer as PlainViT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
@@ -43,10 +43,9 @@ from common.device import (
     seed_everything,
     versions,
 )
-from common.files import save_json
+from common.files import write_json
 from images.augment import parse_augment
 from images.subset import Subset
-from metrics import auroc
 from models.batches import Batches
 from models.inputs import Inputs
 from records.run import Run
@@ -118,7 +117,7 @@ def by_plain_loop(task):
             loss.backward()
             optimizer.step()
         logits = predict(model, task.val, inputs).float()
-        quality = float(auroc(task.val.targets, (logits[:, 1] - logits[:, 0]).numpy()))
+        quality = float(roc_auc_score(task.val.targets, logits[:, 1] - logits[:, 0]))
         history.append((time.perf_counter() - began, quality))
         print(f"plain, epoch {epoch + 1}/{recipe.epochs}: val AUROC {quality:.4f}", flush=True)
     return history
@@ -204,7 +203,7 @@ def main():
         for way in args.ways:
             history = by_plain_loop(task) if way == "plain" else by_project(task, way)
             trainings.append({"way": way, "seed": seed, "history": history})
-            save_json(args.out, {**described, "targets": TARGETS, "trainings": trainings})
+            write_json(args.out, {**described, "targets": TARGETS, "trainings": trainings})
     drawn = " on drawn images, not patients" if split["synthetic"] else ""
     print(f"\n{args.epochs} epochs of {len(train)} images{drawn}, {device_name(device)}\n")
     print("\n".join(table(trainings)))
