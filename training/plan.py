@@ -34,7 +34,7 @@ from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
 from records.run import Run
-from training import other_hospitals, resume, seen
+from training import other_hospitals, resume, seen, step
 from training import recipe as recipes
 from training.evaluate import fit_head, say_stage
 from training.loop import Loop
@@ -253,7 +253,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     the classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came
     from, or None. InputError where one of the two learnt from images that are held out here.
     """
-    recipe = plan.recipe
+    step.check_optimiser(plan.recipe, model)
     with training(plan.run):
         # Prepare the data: images, their scaling, and the loss of their classes.
         images = prepare_data(plan.config, encoder, teacher)
@@ -263,7 +263,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
         inputs = scaled_inputs(plan, images.train, mean, std)
         if objective is None:
             targets = images.train.targets, images.val.targets
-            objective = supervised(recipe, plan.config.task, *targets, plan.device)
+            objective = supervised(plan.recipe, plan.config.task, *targets, plan.device)
 
         # Describe the run: what results.json keeps, and --resume compares.
         meta = describe_run(plan, model, name, images, inputs) | described
@@ -282,7 +282,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
             plan.outer.clear(weights=True)
 
         # Train the head alone, then all of it; the loop writes what it reaches.
-        if recipe.freeze_epochs:
+        if plan.recipe.freeze_epochs:
             train_head(plan, loop, images)
         return loop.fit(images.train, images.val, images.others)
 

@@ -294,6 +294,8 @@ def parse(parser, defaults, argv=None):
         if "freeze_epochs" in values:
             advice = ": give --freeze-epochs for a linear probe"
         raise InputError(f"--epochs 0 trains nothing{advice}")
+    if values["optimiser"] == "muon" and not values["epochs"]:
+        raise InputError("--optimiser muon: --epochs 0 trains the head alone, which AdamW does: leave it out")
     return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
 
 

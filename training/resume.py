@@ -8,7 +8,7 @@ import torch
 from common.console import InputError, command_line, say
 from common.device import gather
 from common.scripts import LAST_VERSION
-from records.schema import GONE
+from records.schema import ADDED, GONE
 
 # What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
 CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
@@ -89,8 +89,8 @@ def _more_epochs(plan, epochs):
 def differences(old, new):
     """What differs between the settings of a run and those of the command that would resume it: list of text.
 
-    Values that the older version of a run did not record are not compared, nor those that are gone, if they
-    changed nothing."""
+    Values that the older version of a run did not record are not compared, unless ADDED has them, nor those
+    that are gone, if they changed nothing."""
     differ = []
     for key, settings in GONE.items():
         for name, usual in settings.items():
@@ -117,7 +117,7 @@ def _different_values(key, old, new):
     may_differ = IGNORED.get(key, ())
     if key != "data" and not _have_checksums(old, new):
         may_differ = ()
-    differ = []
+    differ, old = [], ADDED.get(key, {}) | old
     for name, value in new.items():
         if name not in old or name in may_differ:
             continue

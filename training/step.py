@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from common.console import InputError, say
+from common.console import InputError, say, tell
 from common.device import autocast, gather, processes
 from images.augment import Mix
 from training.loss import total_weight
@@ -305,8 +305,8 @@ def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
 
 
 def optimiser(model, recipe, inputs):
-    """The optimiser of a model's parameters, as a Recipe asks: AdamW, or Muon with AdamW for what is no
-    matrix of attention or MLP. InputError where there is no such matrix."""
+    """The optimiser of a model's parameters, as a Recipe asks: AdamW, or Muon for the matrices of attention
+    and MLP with AdamW for the rest. `inputs`: an Inputs, which knows device and precision."""
     groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
     by_muon = []
     if recipe.optimiser == "muon":
@@ -318,15 +318,29 @@ def optimiser(model, recipe, inputs):
     return Joined(Muon(by_muon, recipe.lr, inputs.amp), adamw)
 
 
-def muon_groups(model, groups):
-    """Split the groups of parameter_groups -> (those for Muon, those left for AdamW). InputError where Muon
-    would get none."""
+def check_optimiser(recipe, model):
+    """Say what --optimiser muon is for in this model. InputError where there is nothing."""
+    if recipe.optimiser != "muon":
+        return
     matrices = hidden_matrices(model)
     if not matrices:
         raise InputError(
-            "--optimiser muon is for the matrices of attention and MLP, and this model has none: leave it "
-            "out, and AdamW trains everything"
+            "--optimiser muon is for the matrices of attention and MLP, and this model has none (a convolution "
+            "is none): leave it out, and AdamW trains everything"
         )
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    weights = sum(trained[key] for key in matrices)
+    rest = sum(trained.values()) - weights
+    kinds = sorted({".".join(name.split(".")[-3:-1]) for name, _ in matrices.values()})
+    tell(
+        f"optimiser: Muon for {len(matrices)} layers of attention and MLP ({', '.join(kinds)}: {weights:,} "
+        f"weights), AdamW for the other {rest:,} weights"
+    )
+
+
+def muon_groups(model, groups):
+    """Split the groups of parameter_groups -> (those for Muon, those left for AdamW)."""
+    matrices = hidden_matrices(model)
     by_muon, rest = [], []
     for group in groups:
         by_parts = {}  # how many matrices a parameter holds, 0 for those that stay with AdamW: parameters
