@@ -13,22 +13,13 @@ Writes checkpoint.pth (encoder and decoder), last.pth and results.json. On one C
 import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 from common.console import start
-from models.mae import MaskedAutoencoder
 from training import plan, recipe
-from training.loss import Reconstruction
+from training.earlier import masked
 from vit import CONFIGS
 
 DEFAULTS = recipe.Defaults(
     out="outputs/mae",
-    recipes={
-        "default": dict(
-            augment="plain,rotate=15,translate=0.1,scale=0.25,aspect=0.15,gamma=0.3",
-            epochs=90,
-            lr=1e-3,
-            batch_size=64,
-            warmup_epochs=4.0,
-        )
-    },
+    recipes={"default": masked.RECIPE},
     used=recipe.MASKED,
     unlabelled=True,
 )
@@ -43,13 +34,7 @@ def add_own_flags(data_flags, model_flags):
 def main():
     args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
     for p in plans:
-        p.seed()
-        shape = dict(
-            img_size=p.config.img_size, num_classes=p.config.task.outputs, drop_rate=0.0, drop_path_rate=0.0
-        )
-        model = MaskedAutoencoder({**CONFIGS[args.model], **shape}, p.recipe.mask_ratio)
-        scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-        plan.train(p, model, name=f"{args.model}, masked", objective=Reconstruction, **scaling)
+        masked.train(p, args.model)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,15 @@ that is calibrate.py's job.
 
 import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
+from dataclasses import replace
+
 from common.console import InputError, say, start
+from common.device import first_process_first
 from common.scripts import there_is
 from records.run import Run
 from training import plan, recipe
-from training.teacher import Teacher
+from training.earlier import masked
+from training.earlier.teacher import Teacher
 from vit import CONFIGS, build_vit
 
 # Defaults of flags; docs/EXPERIMENTS.md has what each choice was made on.
@@ -25,7 +29,7 @@ DEFAULTS = recipe.Defaults(
         "default": dict(augment="robust,frame=0.5,tone=0.5", drop_path=0.05, patch_drop=0.5, ema=0.99),
         "paper": dict(augment="plain", drop_rate=0.1, drop_path=0.05),
     },
-    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.TAUGHT,
+    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.TAUGHT + recipe.MASKED_FIRST,
     unlabelled=True,
 )
 
@@ -43,8 +47,10 @@ def add_own_flags(data_flags, model_flags):
 def teacher_of(args, plan):
     """The Teacher of --teacher, None without it; it is the same for every seed. InputError for flags that do
     not go with one, or need one."""
-    if args.also_unlabelled and not args.teacher:
-        raise InputError("--also-unlabelled: images without labels teach nothing: give --teacher, which does")
+    if args.also_unlabelled and not args.teacher and not args.masked_epochs:
+        raise InputError(
+            "--also-unlabelled: images without labels teach nothing: give --teacher or --masked-epochs"
+        )
     if not args.teacher:
         return None
     if args.mixup or args.cutmix:
@@ -82,10 +88,43 @@ def load_encoder(model, run, config):
     return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}
 
 
+def masked_first(p, args, teacher, after):
+    """Train the masked epochs of a Plan, if it has some -> the Plan of the others. after: of masked.first."""
+    if not p.recipe.masked_epochs:
+        return p
+    masked.first(p, args.model, resume=args.resume, after=after, teacher=teacher)
+    if not p.config.also_unlabelled or teacher:
+        return p
+    say("note: --also-unlabelled: these images join the masked epochs alone")
+    return replace(p, config=replace(p.config, also_unlabelled=()))
+
+
+def begin_with(p, args, model):
+    """Load the encoder that a Plan begins with into a model -> (its Run where images must be compared with
+    those that it saw, else None; what results.json says of it, {} without one)."""
+    if args.init:
+        encoder = Run(args.init)
+        return encoder, {"init": load_encoder(model, encoder, p.config)}
+    if not p.recipe.masked_epochs:
+        return None, {}
+    if p.resume:  # the weights are those of last.pth
+        return None, {"init": p.run.results["init"]}
+    with first_process_first():  # which has written it
+        described = load_encoder(model, p.run.masked, p.config) | {"own": True}
+    command = p.run.masked.results["command"]  # that began the run, which may be resumed here
+    return None, {"init": described, "command": command}
+
+
 def main():
     args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
-    teacher = teacher_of(args, plans[0])
+    if args.init and args.masked_epochs:
+        raise InputError(
+            f"--init brings an encoder, --masked-epochs {args.masked_epochs} trains one: leave out --init, "
+            "or give --masked-epochs 0"
+        )
+    teacher, after = teacher_of(args, plans[0]), None
     for p in plans:
+        p = masked_first(p, args, teacher, after)
         p.seed()
         model = build_vit(
             args.model,
@@ -95,12 +134,13 @@ def main():
             drop_path_rate=p.recipe.drop_path,
             patch_drop_rate=p.recipe.patch_drop,
         )
-        encoder, described = None, {}
-        if args.init:
-            encoder = Run(args.init)
-            described["init"] = load_encoder(model, encoder, p.config)
+        encoder, described = begin_with(p, args, model)
         scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-        plan.train(p, model, name=args.model, **scaling, teacher=teacher, encoder=encoder, **described)
+        results = plan.train(
+            p, model, name=args.model, **scaling, teacher=teacher, encoder=encoder, **described
+        )
+        if p.recipe.masked_epochs:  # what is known of the next seed's
+            after = 60 * (results["minutes"] - results["init"]["minutes"])
 
 
 if __name__ == "__main__":

@@ -85,12 +85,13 @@ class TimeLeft:
     """What remains of a training: `total` steps, an epoch of `steps` each followed by validation, and the
     same again for the seeds that follow. Times are those measured in this process, in seconds.
 
-    `seeds`: how many the command trains, `following` of them after this one; `before`: what each takes before
-    its epochs; `may_end`: whether training may end early."""
+    `seeds`: how many the command trains, `following` of them after this one; `around`: what each takes before
+    and after these epochs, None if that is not known; `may_end`: whether training may end early."""
 
-    def __init__(self, steps, total, seeds=1, following=0, before=0.0, may_end=False):
+    def __init__(self, steps, total, seeds=1, following=0, around=(0.0, 0.0), may_end=False):
         self.steps, self.total, self.seeds, self.following = steps, total, seeds, following
-        self.before, self.may_end = before, may_end
+        self.before, self.after = around
+        self.may_end = may_end
         self.last = time.monotonic()
         self.begin_stage(None)
 
@@ -130,14 +131,17 @@ class TimeLeft:
         ends = -(-end // self.steps) - epoch  # rounded up
         a_step = self.step_seconds / max(self.done, 1)
         an_end = self.end_seconds / max(self.ends, 1)
-        seconds = rest + later * a_step + ends * an_end
+        after = self.after or 0.0
+        seconds = rest + later * a_step + ends * an_end + after
         text = f"{in_minutes(seconds)} left"
+        if self.after is None:
+            text = f"at least {text}"
         if self.may_end:
             text = f"at most {text}"
         if self.until is not None:
             text += " of this stage"
         elif self.following:
-            one = self.before + end * a_step + -(-end // self.steps) * an_end
+            one = self.before + end * a_step + -(-end // self.steps) * an_end + after
             text += f", {in_minutes(seconds + self.following * one)} for all {self.seeds} seeds"
         if not self.ends:
             text += ", without validation"

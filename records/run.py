@@ -10,6 +10,7 @@ batches/, sites/, monitor/                 left by predict.py --keep, calibrate.
 audit.json, audit-SIDE-clusters.png        left by audit.py
 explain/, explain/val/, explain/test/      left by explain.py
 training.lock                              there while the run is trained, see lock.py
+masked/                                    the run of train_scratch.py --masked-epochs, its first stage
 track.json, tensorboard/                   left by --track
 
 What a file says is checked here, once, before anything is built from it. Reports read runs without torch, so
@@ -68,6 +69,11 @@ class Run:
     def __str__(self):
         return str(self.folder)
 
+    @property
+    def masked(self):
+        """The Run of its first stage, where it is one of train_scratch.py --masked-epochs."""
+        return Run(self.folder / "masked")
+
     # ------------------------------------------------------------ results.json
 
     @property
@@ -81,11 +87,12 @@ class Run:
         path = self.folder / "results.json"
         if not path.exists():
             lock.refuse_held(self, "nothing is there yet")
+            if self.masked.begun:
+                raise InputError(f"{self} has only its masked epochs so far: {self.masked.to_finish}")
             raise InputError(f"{path} does not exist{there_is(self.folder)}")
         results = read_json(path)
         check_format(results, path)
-        wrong = wrong_results(results)
-        if wrong:
+        if wrong := wrong_results(results):
             listed = ", ".join(dict.fromkeys(wrong))
             raise InputError(
                 f"{path} is damaged or was not written by a training script: missing or wrong {listed[:300]}"
@@ -113,23 +120,9 @@ class Run:
 
     @property
     def minutes(self):
-        """Of training, of the pretraining it began from, and of its teacher's."""
+        """Of training, its own masked epochs among it, of other pretraining and of its teacher's."""
         parts = (self.results.get(k, {}) for k in ("init", "teacher"))
-        return self.results["minutes"] + sum(part.get("minutes", 0) for part in parts)
-
-    def forebears(self):
-        """The runs this one was made from, and those they were made from: the encoder it began with, its
-        teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as
-        it was."""
-        parts = [self.results[k] for k in ("init", "teacher") if k in self.results]
-        forebears = []
-        for part in parts + self.results.get("members", []):
-            if mismatches(part, {"run": str, "checkpoint": str}):
-                raise InputError(f"{self.folder / 'results.json'} is damaged: wrong init, teacher or members")
-            run = Run(part["run"])
-            there = run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == part["checkpoint"]
-            forebears += [(part["run"], run), *run.forebears()] if there else [(part["run"], None)]
-        return forebears
+        return self.results["minutes"] + sum(p.get("minutes", 0) for p in parts if not p.get("own"))
 
     @cached_property
     def config(self):
@@ -356,6 +349,15 @@ def _dash(name):
     return f"-{name}" if name else ""
 
 
+def _say_begun(runs_dir):
+    """Notes on the runs that are being trained, or have no more than masked epochs."""
+    for run in map(Run, sorted(Path(runs_dir).glob("*"))):
+        if who := lock.holder(run):
+            say(f"note: {run} is being trained by {who}, passed over")
+        elif run.masked.begun and not run.begun:
+            say(f"note: {run} has only its masked epochs so far, passed over")
+
+
 def find_runs(runs_dir, chosen=None):
     """Runs: those in the folders `chosen`, else every finished run directly under `runs_dir`, sorted.
 
@@ -370,9 +372,7 @@ def find_runs(runs_dir, chosen=None):
                 run.check_checkpoint()
         return runs
     runs, damaged = [], []
-    for path in sorted(Path(runs_dir).glob(f"*/{lock.NAME}")):
-        if who := lock.holder(path.parent):
-            say(f"note: {path.parent} is being trained by {who}, passed over")
+    _say_begun(runs_dir)
     for path in sorted(Path(runs_dir).glob("*/results.json")):
         run = Run(path.parent)
         try:

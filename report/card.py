@@ -207,7 +207,10 @@ def beginning(results):
         parts.append(
             f"weights {Path(str(weights.get('path', '?'))).name}, SHA-256 {weights.get('sha256', '?')}"
         )
-    if init := results.get("init"):
+    init = results.get("init")
+    if init and init.get("own"):
+        parts.append(f"an encoder trained without labels first, in {init['minutes']:.1f} of the minutes")
+    elif init:
         parts.append(f"the encoder of {init.get('run', '?')}, trained without labels")
     return "; ".join(parts) or "random weights"
 

@@ -31,9 +31,9 @@ def list_runs(runs_dir, chosen=None):
     for folder in folders:
         cells, finished = row_of(folder)
         rows.append([printable(cell) for cell in cells])
-        last = folder / "last.pth"
-        if finished and last.is_file():
-            spare.append(last)
+        for last in (folder / "last.pth", folder / "masked/last.pth"):
+            if finished and last.is_file():
+                spare.append(last)
     lines = [*aligned([HEAD, *rows]), "", *totals(folders, spare)]
     if others:
         lines.append(f"{len(others)} other folders hold no run: {', '.join(map(printable, others))[:200]}")
@@ -42,7 +42,7 @@ def list_runs(runs_dir, chosen=None):
 
 def is_run(folder):
     """Whether a run was begun in a folder, or is just being begun."""
-    return (folder / "results.json").exists() or lock.holder(folder) is not None
+    return any(run.begun for run in (Run(folder), Run(folder).masked)) or lock.holder(folder) is not None
 
 
 def row_of(folder):
@@ -50,16 +50,20 @@ def row_of(folder):
     run, size = Run(folder), f"{bytes_in(folder) / 1e6:.1f}"
     if who := lock.holder(folder):
         return [str(folder), "-", "-", "-", f"being trained by {who}", size], False
+    stage = ""
+    if not run.begun:
+        run, stage = run.masked, "masked epochs: "  # it came no further
     try:
-        check_regular(folder / "results.json")  # to read from a pipe would wait for ever
+        check_regular(run.folder / "results.json")  # to read from a pipe would wait for ever
         results = run.results
         model = architecture(results["model"], results["model_config"])
         if run.kind in WITHOUT_CLASSES:
             model = {"mae": "masked autoencoder", "lungs": "lung finder"}[run.kind]
         elif members := results.get("members"):
             model = ensemble_name(members, results["model_config"])
-        cells = [str(folder), model, set_name(results), str(results.get("seed", "-")), state_of(run), size]
-        return cells, bool(results["finished"])
+        state = f"{stage}{state_of(run)}"
+        cells = [str(folder), model, set_name(results), str(results.get("seed", "-")), state, size]
+        return cells, bool(results["finished"] and not stage)
     except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         why = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder} ", "")
         return [str(folder), "-", "-", "-", f"damaged: {why[:100]}", size], False

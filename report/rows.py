@@ -18,7 +18,7 @@ from images.twins import PAIRS
 from layouts.listing import cohort_of
 from metrics import check_both_classes, check_scores
 from records.run import WITHOUT_CLASSES, find_runs
-from records.schema import NATURAL, REAL, mismatches
+from records.schema import ADDED, NATURAL, REAL, mismatches
 
 POINTS = {"at_rec": "@Rec", "at_0.5": "@0.5", "at_guaranteed": "@Guar", "at_in": "@In"}
 ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, which needs torch
@@ -197,7 +197,7 @@ class Entry:
 
     def _family(self):
         """A checksum of all that the runs of a family share: everything but the seed."""
-        settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
+        settings = ADDED["recipe"] | self.results["recipe"] | {"seed": None}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]

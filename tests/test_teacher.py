@@ -28,8 +28,8 @@ from tests.shared import (
     toy_subset,
     two_class_gradient,
 )
+from training.earlier.teacher import Teacher
 from training.loss import Supervised
-from training.teacher import Teacher
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
 THREE, FINDINGS = Task(("a", "b", "c")), Task(("a", "b", "c"), "sigmoid")

@@ -126,7 +126,7 @@ def test_a_stage_that_ends_says_nothing_of_what_follows(clock):
 def test_a_run_cut_short_by_steps_counts_those_alone(clock):
     """25 steps in epochs of 10: 3 validations, the last epoch of 5 steps; what comes before the epochs counts
     for the seeds that follow."""
-    left = TimeLeft(10, 25, seeds=2, following=1, before=1200)
+    left = TimeLeft(10, 25, seeds=2, following=1, around=(1200, 0))
     left.begin()
     clock.pass_time(60)
     left.end_step()

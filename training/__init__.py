@@ -9,7 +9,7 @@ In the order to read them:
     loss.py             what is minimised
     resume.py           going on with an interrupted run
     evaluate.py         a network that is not trained
-    teacher.py          learning from a finished run
     other_hospitals.py  images that join training
     seen.py             what an earlier run has seen
+    earlier/            what an earlier run gives: an encoder, or its answers
 """

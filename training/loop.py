@@ -21,7 +21,7 @@ from records.track import Tracker
 from training import resume
 from training.evaluate import predict_together, say_stage
 from training.loss import figures
-from training.step import Gradient, SharedDraws, WarmAverage, adamw, scheduled_rate
+from training.step import Gradient, SharedDraws, WarmAverage, optimiser, scheduled_rate
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Progress:
 
     `epoch`: how many epochs are over; `step`: how many steps of the next one are, `loss_sum`: the sum of
     their losses, `seconds`: the time they took before an interruption; `history`: a row an epoch, as in
-    results.json; `best_epoch`: its number, from 1 on, 0 before there is one; `head_seconds`: spent on the
-    head alone, before the epochs; `lr`: learning rate of the last step, None before the first."""
+    results.json; `best_epoch`: its number, from 1 on, 0 before there is one; `head_seconds`: spent before
+    the epochs, on the head or on masked ones; `lr`: learning rate of the last step, None before the first."""
 
     epoch: int = 0
     step: int = 0
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def minutes(self):
-        """Time of training so far, validation and the stage of the head included."""
+        """Time of training so far, validation and the stage before the epochs included."""
         epochs = sum(row["seconds"] for row in self.history)
         return (self.head_seconds + epochs) / 60
 
@@ -164,7 +164,7 @@ class Loop:
             self.gradient.draws = SharedDraws(self.device)
             torch.manual_seed(recipe.seed + (1 + self.rank) * 1_000_003)
         # What is validated and saved is the average of the weights, where there is one.
-        self.optimizer = adamw(model, recipe, self.device)
+        self.optimizer = optimiser(model, recipe, self.inputs)
         self.average, self.kept = None, model
         if recipe.ema:
             self.average = WarmAverage(model, recipe.ema)
@@ -225,7 +225,8 @@ class Loop:
         source = Batches(train, self.inputs, self.recipe.balance)
         plan, before = self.plan, self.progress.head_seconds
         may_end = "patience" in plan.used and self.recipe.epochs > self.recipe.patience
-        self.left = TimeLeft(self.steps, self.total, plan.seeds, plan.following, before, may_end)
+        around = before, plan.after
+        self.left = TimeLeft(self.steps, self.total, plan.seeds, plan.following, around, may_end)
         with stop_requests() as stop:
             # A linear probe has one epoch, which is over before the first step: see keep_head.
             if self.recipe.epochs == 0 and not self.progress.epoch:

@@ -34,7 +34,7 @@ from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
 from records.run import Run
-from training import other_hospitals, resume, seen
+from training import other_hospitals, resume, seen, step
 from training import recipe as recipes
 from training.evaluate import fit_head, say_stage
 from training.loop import Loop
@@ -57,6 +57,8 @@ class Plan:
     track: tuple = ()
     seeds: int = 1  # how many the command trains
     following: int = 0  # of them after this one
+    outer: Run = None  # the run that this is the first stage of, see earlier/masked.py
+    after: float = 0.0  # seconds that each takes after these epochs; None: not known
 
     def seed(self):
         """Seed everything that is random, before the model is built."""
@@ -155,27 +157,16 @@ def run_from_args(args, suffix=""):
     if first:  # the others might see the lock of the first one
         lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
     can_go_on = (folder / "last.pth").exists()
-    if args.resume:
+    if run.masked.begun and not (run.begun or args.overwrite):
+        resume.refuse_masked(run, args)
+    elif args.resume:
         if not can_go_on and not suffix:
             raise InputError(
                 f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
             )
     elif run.begun and not args.overwrite:
-        refuse_begun(run, can_go_on)
+        resume.refuse_begun(run, can_go_on)
     return run
-
-
-def refuse_begun(run, can_go_on):
-    """InputError: what can be done where a run is there already."""
-    if run.results["finished"]:
-        there, resume = "a finished", ""
-    else:
-        there = "an interrupted"
-        resume = "continue it with --resume, " if can_go_on else ""
-    raise InputError(
-        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
-        "--overwrite"
-    )
 
 
 def check_folder(folder):
@@ -262,7 +253,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     the classes of the data. `teacher`: a Teacher, or None; `encoder`: the Run that the model's weights came
     from, or None. InputError where one of the two learnt from images that are held out here.
     """
-    recipe = plan.recipe
+    step.check_optimiser(plan.recipe, model)
     with training(plan.run):
         # Prepare the data: images, their scaling, and the loss of their classes.
         images = prepare_data(plan.config, encoder, teacher)
@@ -272,17 +263,26 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
         inputs = scaled_inputs(plan, images.train, mean, std)
         if objective is None:
             targets = images.train.targets, images.val.targets
-            objective = supervised(recipe, plan.config.task, *targets, plan.device)
+            objective = supervised(plan.recipe, plan.config.task, *targets, plan.device)
 
         # Describe the run: what results.json keeps, and --resume compares.
         meta = describe_run(plan, model, name, images, inputs) | described
         tell(training_line(plan, model, name))
         loop = Loop(model, objective, plan, inputs, meta, teacher)
+        own = described.get("init", {}).get("own")  # masked epochs, of which this is the second stage
+        if own:
+            loop.progress.head_seconds = 60 * described["init"]["minutes"]
         if check := getattr(model, "check_training", None):  # batches too small for BatchNorm
             check(plan.config.img_size, min(2, loop.smallest_part(images.train)))
 
+        # What an earlier run left makes way: masked epochs to others, a run to its new first stage.
+        if not own and not encoder and not plan.resume:
+            plan.run.masked.clear(weights=True)
+        if plan.outer:
+            plan.outer.clear(weights=True)
+
         # Train the head alone, then all of it; the loop writes what it reaches.
-        if recipe.freeze_epochs:
+        if plan.recipe.freeze_epochs:
             train_head(plan, loop, images)
         return loop.fit(images.train, images.val, images.others)
 
@@ -384,7 +384,7 @@ def train_head(plan, loop, images):
         except KeyboardInterrupt:
             text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
             raise Interrupted(text, signal.SIGINT) from None
-        loop.progress.head_seconds = time.perf_counter() - started
+        loop.progress.head_seconds += time.perf_counter() - started
         if not recipe.epochs:
             loop.keep_head(loss, outputs, stage)
     if recipe.epochs:  # what comes next

@@ -19,6 +19,7 @@ ALPHA = Number(float, 0, 100)
 WEIGHT = Number(float, 0, 1e6)
 SHARE = Number(float, 0, 1)
 STEPS = Number(int, 0, 2**31)
+OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "plateau")
 THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before
 
@@ -45,9 +46,14 @@ class Recipe:
         COUNT,
         "N",
     )
+    optimiser: str = flag(
+        "adamw",
+        "adamw; or muon for the matrices of attention and MLP, at twice the rate, and AdamW for the rest",
+        OPTIMISERS,
+    )
     lr: float = flag(3e-4, "peak learning rate of AdamW", RATE, "X")
     weight_decay: float = flag(
-        0.05, "weight decay of AdamW; none on biases, norms, [CLS] and positions", Number(float, 0, 100), "X"
+        0.05, "weight decay; none on biases, norms, [CLS] and positions", Number(float, 0, 100), "X"
     )
     schedule: str = flag(
         "cosine",
@@ -133,6 +139,12 @@ class Recipe:
         0.0, "weight of a loss on attention outside the lungs; 0: none", WEIGHT, "W"
     )
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
+    masked_epochs: int = flag(
+        0,
+        "begin with N epochs without labels, as pretrain_mae.py --epochs N; --max-steps counts the others",
+        Number(int, 0, 2**20),
+        "N",
+    )
     mask_ratio: float = flag(0.75, "share of patches hidden, in (0, 1)", Number(float, 0, 1, True, True), "X")
     seed: int = flag(0, "random seed of initial weights, order and augmentation", SEED, "N")
 
@@ -162,8 +174,8 @@ class Recipe:
 
 # The fields that every training script uses, and those that some do.
 EVERY_ARM = (
-    *("epochs", "batch_size", "accumulate", "lr", "weight_decay", "schedule", "min_lr", "warmup_epochs"),
-    *("clip", "stop_on", "max_steps", "ema", "head_decay", "seed"),
+    *("epochs", "batch_size", "accumulate", "optimiser", "lr", "weight_decay", "schedule", "min_lr"),
+    *("warmup_epochs", "clip", "stop_on", "max_steps", "ema", "head_decay", "seed"),
 )
 SUPERVISED = (
     *("layer_decay", "backbone_lr_scale", "loss", "focal_gamma", "mixup", "cutmix", "randaugment", "watch"),
@@ -173,9 +185,10 @@ PATCH_DROP = ("patch_drop",)
 DROPOUT = ("drop_rate",)
 TWO_STAGES = ("freeze_epochs", "head_lr", "probe_views")
 MASKED = ("mask_ratio",)
+MASKED_FIRST = ("masked_epochs",)
 TAUGHT = ("teacher_weight",)
 HYBRID = ("frozen_epochs", "seg_weight", "attention_weight")
-SOME_ARM = (*SUPERVISED, *PATCH_DROP, *DROPOUT, *TWO_STAGES, *MASKED, *TAUGHT, *HYBRID)
+SOME_ARM = (*SUPERVISED, *PATCH_DROP, *DROPOUT, *TWO_STAGES, *MASKED, *MASKED_FIRST, *TAUGHT, *HYBRID)
 
 
 def not_used(used):
@@ -188,6 +201,7 @@ EVERYDAY = (
     *("--data-dir", "--labels", "--split", "--img-size", "--input", "--demo", "--download"),
     *("--model", "--weights", "--pretrained", "--init", "--masks", "--C"),
     *("--recipe", "--augment", "--epochs", "--batch-size", "--lr", "--freeze-epochs"),
+    "--masked-epochs",
     *("--out", "--overwrite", "--resume", "--seed", "--seeds", "--device"),
 )
 
@@ -280,6 +294,8 @@ def parse(parser, defaults, argv=None):
         if "freeze_epochs" in values:
             advice = ": give --freeze-epochs for a linear probe"
         raise InputError(f"--epochs 0 trains nothing{advice}")
+    if values["optimiser"] == "muon" and not values["epochs"]:
+        raise InputError("--optimiser muon: --epochs 0 trains the head alone, which AdamW does: leave it out")
     return args, replace(Recipe(), **fixed, **values), parse_augment(args.augment)
 
 

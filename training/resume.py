@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: what must be as it was, and what last.pth holds.
+"""Going on with an interrupted run: what is there already, what must be as it was, and what last.pth holds.
 
 `save_last` and `restore` write and read the state of a Loop; when they are called stands in loop.py.
 """
@@ -8,12 +8,38 @@ import torch
 from common.console import InputError, command_line, say
 from common.device import gather
 from common.scripts import LAST_VERSION
-from records.schema import GONE
+from records.schema import ADDED, GONE
 
 # What must be the same for a run to be resumed; of a dict every key of the new one but the IGNORED.
 CHECKED = ("model", "model_config", "recipe", "data", "split", "mean", "std", "weights", "init", "teacher")
 IGNORED = {"data": ("cache_dir", "verify_cache"), "weights": ("path",)}
 IGNORED |= dict.fromkeys(("init", "teacher"), ("run", "minutes"))
+
+
+# ---------------------------------------------------------------- where a run is there already
+
+
+def refuse_begun(run, can_go_on):
+    """InputError: what can be done where a run is there already."""
+    if run.results["finished"]:
+        there, resume = "a finished", ""
+    else:
+        there = "an interrupted"
+        resume = "continue it with --resume, " if can_go_on else ""
+    raise InputError(
+        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
+        "--overwrite"
+    )
+
+
+def refuse_masked(run, args):
+    """InputError where a run stopped in its masked epochs, unless the command line goes on with them."""
+    if args.resume and getattr(args, "masked_epochs", 0):
+        return
+    raise InputError(
+        f"{run} holds a run that stopped before the end of its masked epochs, or just after: "
+        f"{run.masked.to_finish}, choose another folder with --out, or replace it with --overwrite"
+    )
 
 
 # ---------------------------------------------------------------- what must be as it was
@@ -63,8 +89,8 @@ def _more_epochs(plan, epochs):
 def differences(old, new):
     """What differs between the settings of a run and those of the command that would resume it: list of text.
 
-    Values that the older version of a run did not record are not compared, nor those that are gone, if they
-    changed nothing."""
+    Values that the older version of a run did not record are not compared, unless ADDED has them, nor those
+    that are gone, if they changed nothing."""
     differ = []
     for key, settings in GONE.items():
         for name, usual in settings.items():
@@ -91,7 +117,7 @@ def _different_values(key, old, new):
     may_differ = IGNORED.get(key, ())
     if key != "data" and not _have_checksums(old, new):
         may_differ = ()
-    differ = []
+    differ, old = [], ADDED.get(key, {}) | old
     for name, value in new.items():
         if name not in old or name in may_differ:
             continue

@@ -13,6 +13,8 @@ from images.dicom import KEYED
 from images.split import cut
 from images.subset import same_images
 from layouts import tables
+from records.run import Run
+from records.schema import mismatches
 from training import other_hospitals
 
 # What decides which images validate and test, and the flag of each.
@@ -38,7 +40,7 @@ def refuse_known(flag, run, config, sides, split, held_out):
     val) of the first hospital, or its other sources hold images of validation, test, or `held_out`.
 
     config: the DataConfig here; split: its description; held_out: {name: Subset} of --also."""
-    for name, other in [(str(run), run), *run.forebears()]:
+    for name, other in [(str(run), run), *forebears(run)]:
         title = f"{flag} {run}"
         if other is not run:
             title += f": {name}, from which it was made,"
@@ -49,6 +51,30 @@ def refuse_known(flag, run, config, sides, split, held_out):
             raise InputError(_other_split(flag, title, other, config, split))
         _refuse_other_pictures(title, other, config, sides)
         _refuse_other_sources(title, other, config, sides[1], split, held_out)
+
+
+def forebears(run):
+    """The runs that a Run was made from, and those they were made from: the encoder it began with, its
+    teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as it
+    was. InputError if results.json is damaged."""
+    results = run.results
+    parts = [results[k] for k in ("init", "teacher") if k in results]
+    found = []
+    for part in parts + results.get("members", []):
+        if mismatches(part, {"run": str, "checkpoint": str}):
+            raise InputError(f"{run.folder / 'results.json'} is damaged: wrong init, teacher or members")
+        # Masked epochs lie in the run's own folder, which may have been moved.
+        other = run.masked if part.get("own") else Run(part["run"])
+        if _is_there(other, part["checkpoint"]):
+            found += [(part["run"], other), *forebears(other)]
+        else:
+            found.append((part["run"], None))
+    return found
+
+
+def _is_there(run, checkpoint):
+    """Whether a Run is there with the checkpoint of this checksum."""
+    return run.begun and run.checkpoint.exists() and run.checkpoint_sha256 == checkpoint
 
 
 # ---------------------------------------------------------------- the split
@@ -193,7 +219,7 @@ def _learnt(text, labelled, settings):
 def refuse_seen(run, site, folder, moved):
     """InputError if the Subset `site` holds images that the run, or one it was made from, was trained or
     validated on. `moved`: settings of the data that are not as they were trained."""
-    for name, other in [(str(run), run), *run.forebears()]:
+    for name, other in [(str(run), run), *forebears(run)]:
         if other is None:
             say(f"note: {run} was made from {name}, which is not there any more: its images are not compared")
             continue

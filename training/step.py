@@ -12,13 +12,17 @@ from typing import NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from common.console import say
+from common.console import InputError, say, tell
 from common.device import autocast, gather, processes
 from images.augment import Mix
 from training.loss import total_weight
+from training.optimisers.muon import Joined, Muon, hidden_matrices
 from training.recipe import THAWED
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
+# Muon's learning rate, as a share of AdamW's: of 2 and 5, 2 was better for the scratch ViT (validation and
+# the panel of docs/EXPERIMENTS.md).
+MUON_RATE = 2.0
 
 
 def random_state(device):
@@ -300,10 +304,55 @@ def parameter_groups(model, weight_decay, backbone=1.0, layer_decay=1.0):
     return out
 
 
-def adamw(model, recipe, device):
-    """AdamW for the parameters of a model, as a Recipe asks."""
+def optimiser(model, recipe, inputs):
+    """The optimiser of a model's parameters, as a Recipe asks: AdamW, or Muon for the matrices of attention
+    and MLP with AdamW for the rest. `inputs`: an Inputs, which knows device and precision."""
     groups = parameter_groups(model, recipe.weight_decay, recipe.backbone_lr_scale, recipe.layer_decay)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=device.type in ("cpu", "cuda"))
+    by_muon = []
+    if recipe.optimiser == "muon":
+        by_muon, groups = muon_groups(model, groups)
+    fused = inputs.device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+    if not by_muon:
+        return adamw
+    return Joined(Muon(by_muon, recipe.lr, inputs.amp), adamw)
+
+
+def check_optimiser(recipe, model):
+    """Say what --optimiser muon is for in this model. InputError where there is nothing."""
+    if recipe.optimiser != "muon":
+        return
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise InputError(
+            "--optimiser muon is for the matrices of attention and MLP, and this model has none (a convolution "
+            "is none): leave it out, and AdamW trains everything"
+        )
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    weights = sum(trained[key] for key in matrices)
+    rest = sum(trained.values()) - weights
+    kinds = sorted({".".join(name.split(".")[-3:-1]) for name, _ in matrices.values()})
+    tell(
+        f"optimiser: Muon for {len(matrices)} layers of attention and MLP ({', '.join(kinds)}: {weights:,} "
+        f"weights), AdamW for the other {rest:,} weights"
+    )
+
+
+def muon_groups(model, groups):
+    """Split the groups of parameter_groups -> (those for Muon, those left for AdamW)."""
+    matrices = hidden_matrices(model)
+    by_muon, rest = [], []
+    for group in groups:
+        by_parts = {}  # how many matrices a parameter holds, 0 for those that stay with AdamW: parameters
+        for p in group["params"]:
+            _, parts = matrices.get(id(p), ("", 0))
+            by_parts.setdefault(parts, []).append(p)
+        if left := by_parts.pop(0, []):
+            rest.append({**group, "params": left})
+        for parts, parameters in sorted(by_parts.items()):
+            scale = group["lr_scale"] * MUON_RATE
+            by_muon.append({**group, "params": parameters, "parts": parts, "lr_scale": scale})
+    return by_muon, rest
 
 
 # ---------------------------------------------------------------- the average of the weights

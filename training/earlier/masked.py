@@ -1,0 +1,89 @@
+"""Masked pretraining: a command of its own (pretrain_mae.py), or the first stage of train_scratch.py."""
+
+from dataclasses import replace
+
+from common.console import InputError, say
+from images.augment import parse_augment
+from models.mae import MaskedAutoencoder
+from training import plan as plans
+from training import recipe as recipes
+from training.loss import Reconstruction
+from vit import CONFIGS
+
+# The settings of both; docs/EXPERIMENTS.md has what they were chosen on.
+RECIPE = dict(
+    augment="plain,rotate=15,translate=0.1,scale=0.25,aspect=0.15,gamma=0.3",
+    epochs=90,
+    lr=1e-3,
+    batch_size=64,
+    warmup_epochs=4.0,
+)
+SHARED = ("optimiser", "accumulate", "seed")  # what the first stage takes from the recipe of the second
+
+
+def train(plan, model):
+    """Train a masked autoencoder of the ViT config `model` by a Plan; returns results.json's content."""
+    plan.seed()
+    shape = dict(
+        img_size=plan.config.img_size,
+        num_classes=plan.config.task.outputs,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+    )
+    autoencoder = MaskedAutoencoder({**CONFIGS[model], **shape}, plan.recipe.mask_ratio)
+    scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    return plans.train(plan, autoencoder, name=f"{model}, masked", objective=Reconstruction, **scaling)
+
+
+def first_stage(plan, *, resume, after):
+    """The Plan of the masked epochs that come first in a Plan: what `pretrain_mae.py --epochs N` does on its
+    images, in the folder masked/ of its run.
+
+    resume: whether an interrupted stage goes on; after: the seconds that the epochs after it take, None if
+    that is not known."""
+    changes = {name: value for name, value in RECIPE.items() if name != "augment"}
+    changes |= {name: getattr(plan.recipe, name) for name in SHARED}
+    run = plan.run.masked
+    return replace(
+        plan,
+        recipe=replace(recipes.Recipe(), **changes | {"epochs": plan.recipe.masked_epochs}),
+        augment=parse_augment(RECIPE["augment"]),
+        run=run,
+        resume=resume and (run.folder / "last.pth").exists(),
+        used=recipes.MASKED,
+        track=(),
+        outer=plan.run,
+        after=after,
+    )
+
+
+def first(plan, model, *, resume, after=None, teacher=None):
+    """Train the masked epochs of a Plan, or what an interruption left of them; of a run that has begun its
+    other epochs nothing is left. resume, after: see first_stage; teacher: the Teacher of the other epochs.
+
+    InputError if the run is one without masked epochs."""
+    if plan.resume:
+        if not plan.run.results.get("init", {}).get("own"):
+            raise InputError(
+                f"--resume: {plan.run} was begun without masked epochs: go on with --masked-epochs 0"
+            )
+        return
+    stage = first_stage(plan, resume=resume, after=after)
+    if stage.resume:
+        refuse_other_length(stage)
+    with plans.training(plan.run):
+        if teacher:  # whether it saw images held out here is better known now than after this stage
+            plans.prepare_data(plan.config, teacher=teacher)
+        if plan.track:
+            say(f"note: --track follows the epochs with labels; {stage.run}/results.json has the masked ones")
+        train(stage, model)
+
+
+def refuse_other_length(stage):
+    """InputError where masked epochs that go on were begun as another number of them."""
+    before = stage.run.results["recipe"].get("epochs")
+    if before != stage.recipe.epochs:
+        raise InputError(
+            f"--resume: {stage.run} was begun with --masked-epochs {before}, over which its learning rate "
+            "falls: go on with that number, or train anew with --overwrite"
+        )
