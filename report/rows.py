@@ -197,7 +197,7 @@ class Entry:
 
     def _family(self):
         """A checksum of all that the runs of a family share: everything but the seed."""
-        settings = {k: v for k, v in self.results["recipe"].items() if k != "seed"}
+        settings = {k: v for k, v in self.results["recipe"].items() if k not in ("seed", "test_views")}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
