@@ -64,8 +64,8 @@ class Explainer:
             raise InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
         if any("crop" in look for look in model.config.get("looks", ())):
             raise InputError(
-                f"{run}: its members cut an image themselves, perhaps to different cuts, so their maps do not "
-                "fit together: explain one of them"
+                f"{run}: its members cut an image themselves, perhaps to different cuts, so their maps do "
+                "not fit together: explain one of them"
             )
         stems = [getattr(part, "stem", part) for part in parts if part.kind != "cnn"]
         depth = min((len(stem.blocks) for stem in stems), default=None)

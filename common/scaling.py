@@ -80,10 +80,10 @@ def views_in_words(views):
     if not views:
         return "that of the image itself"
     if "members" in views:
-        return f"the mean of its members, of {' and '.join(map(str, views['members']))} views"
+        return f"the mean of its members', averaged over {' and '.join(map(str, views['members']))} views"
     if views["flip"]:
-        return "the mean of 14 shifted, zoomed and mirrored views"
-    return "the mean of 7 shifted and zoomed views"
+        return "averaged over 14 shifted, zoomed and mirrored views"
+    return "averaged over 7 shifted and zoomed views"
 
 
 def check_views(calibration, path, run, name):
@@ -108,7 +108,7 @@ def tta_flag(calibration, run):
     """The flag of calibrate.py that makes a calibration of a Run: " --tta", " --tta-flip" or ""."""
     if not calibration_name(calibration.get("tta"), run):
         return ""
-    return " --tta-flip" if calibration["tta"]["flip"] else " --tta"
+    return " --tta-flip" if calibration["tta"].get("flip") else " --tta"
 
 
 # ---------------------------------------------------------------- precision, and what differs

@@ -84,8 +84,8 @@ class Scorer:
 
     `run`: a run folder, or a Run; `device`: "auto" (cuda > mps > cpu), "cuda:1", "cpu" or a torch.device;
     `tta`: average over views, as calibrate.py --tta did (a run with views of its own does so without it);
-    `site`: a name of calibrate.py --site, for its thresholds; `views`: one of choices.VIEWS (default: those of
-    the training); `threshold`: one by hand in place of the run's, of several findings {finding: number}.
+    `site`: a name of calibrate.py --site, for its thresholds; `views`: one of choices.VIEWS (default: those
+    of the training); `threshold`: one by hand in place of the run's, of several findings {finding: number}.
 
     `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image, and of
     task.Triage where the thresholds have @In and none is by hand; `task`, `config`, `results`,

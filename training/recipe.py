@@ -109,8 +109,8 @@ class Recipe:
     )
     test_views: int = flag(
         1,
-        "views that the trained run averages its scores over: 1, the image itself, or 7, small shifts and "
-        "zooms, which take seven times as long",
+        "views that the trained run averages its scores over: 1, the image itself; 7, small shifts and zooms "
+        "too, and scoring takes seven times as long",
         TEST_VIEWS,
     )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
