@@ -54,7 +54,7 @@ def probability(logits):
 
 @pytest.fixture(scope="module")
 def seven(own_build, flags):
-    """Runs of one short training, calibrated: scratch and linear with seven views; plain, scratch with one."""
+    """Of one short training, calibrated: scratch and linear with seven views; plain, scratch with one."""
 
     def build(folder):
         short = (*flags, "--epochs", 1, "--max-steps", 3, "--batch-size", 16)
