@@ -22,9 +22,8 @@ class Inputs:
     """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `device`: torch.device;
     `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape whose logits are averaged
     (test-time augmentation), none for the image itself, or, of an ensemble, for what its members have;
-    `input_mode`: what of an image the model is shown,
-    one of lungs.INPUT_MODES; `reads_lungs`: whether the model is given the mask of the lungs, too, as the
-    last channel.
+    `input_mode`: what of an image the model is shown, one of lungs.INPUT_MODES; `reads_lungs`: whether the
+    model is given the mask of the lungs, too, as the last channel.
 
     "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
     the model may look; for a model that reads them, the lungs follow as one more channel. Random changes and

@@ -110,7 +110,7 @@ class Recipe:
     test_views: int = flag(
         1,
         "views that the trained run averages its scores over: 1, the image itself; 7, small shifts and zooms "
-        "too, and scoring takes seven times as long",
+        "too, for seven times the work",
         TEST_VIEWS,
     )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
