@@ -273,11 +273,11 @@ def main():
 def run_all(args, rule):
     """What the command line asks for, for every run."""
     say_scaling(rule)
-    device, sets, tta = pick_device(args.device), Sets(), None
+    device, sets, asked = pick_device(args.device), Sets(), None
     if args.tta or args.tta_flip:
-        tta = {"flip": args.tta_flip}
+        asked = {"flip": args.tta_flip}
     if args.site:
-        return site.calibrate(args, rule, device, tta)
+        return site.calibrate(args, rule, device, asked)
     if args.ensemble:
         ready = partial(images, sets, args)
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
@@ -286,14 +286,15 @@ def run_all(args, rule):
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         _ = run.config  # InputError, by its name, for a run that only an older version reads
+        tta = scaling.asked_views(asked, run)
         three = images(sets, args, run.results)
-        return score(run, three, device=device, batch_size=args.batch_size, tta=tta)
+        return tta, score(run, three, device=device, batch_size=args.batch_size, tta=tta)
 
     promised = set()
     try:
-        for run, scores in each_run(args.runs_dir, args.run, scores_of):
+        for run, (tta, scores) in each_run(args.runs_dir, args.run, scores_of):
             origin = {
-                "tta": tta,
+                "tta": tta or scaling.own_views(run.results),
                 "alike": sets.alike(settings(args, run.results)),
                 "precision": Inputs.of_run(run.results, device, tta).precision,
             }
@@ -304,7 +305,7 @@ def run_all(args, rule):
             for line in remarks(scores, rule, run.task):
                 sets.tell(line)
             sets.tell("\n" + shared_text(result))
-            show(title_of(run, tta), result)
+            show(title_of(run, result), result)
             promised |= guaranteed_points(result)
     finally:  # also where a run that was asked for by name is passed over
         if promised:
@@ -332,7 +333,7 @@ def calibrate_run(run, scores, rule, origin):
     }
     # The scores that thresholds apply to are kept beside the logits: reports need no torch.
     thresholds_apply_to = {f"{side}_p1": p1[side] for side in SIDES}
-    name = scaling.calibration_name(origin["tta"])
+    name = scaling.calibration_name(origin["tta"], run)
     run.save_calibration(result, scores | thresholds_apply_to, name)
     spread = spread_over_images(scores, p1, rule, run.task)
     write_predictions(run.predictions_file(name), run.task, result, scores, p1, spread)
@@ -350,11 +351,13 @@ def guaranteed_points(calibration):
     return points
 
 
-def title_of(run, tta):
+def title_of(run, calibration):
     """What the printed figures of a run are called."""
-    title = str(run)
-    if tta:
+    title, views = str(run), calibration["tta"]
+    if scaling.calibration_name(views, run):
         title += " with TTA"
+    elif views:
+        title += f", whose score is {scaling.views_in_words(views)}"
     if run.results["synthetic"]:
         title += " (SYNTHETIC data)"
     return title

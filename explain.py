@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from calibration.pooling import plural_of, unit_of
+from common import scaling
 from common.cli import Number, Parser
 from common.console import InputError, say, start
 from common.device import add_device_argument, pick_device
@@ -63,8 +64,8 @@ class Explainer:
             raise InputError(f"{run} has no Vision Transformer and no CNN: there is no map to draw")
         if any("crop" in look for look in model.config.get("looks", ())):
             raise InputError(
-                f"{run}: its members are shown different cuts of an image, so their maps do not fit "
-                "together: explain one of them"
+                f"{run}: its members cut an image themselves, perhaps to different cuts, so their maps do "
+                "not fit together: explain one of them"
             )
         stems = [getattr(part, "stem", part) for part in parts if part.kind != "cnn"]
         depth = min((len(stem.blocks) for stem in stems), default=None)
@@ -323,6 +324,8 @@ def main():
     explainer = Explainer(
         run, device, methods=methods, layer=args.layer, target=args.target, finding=args.finding
     )
+    if views := explainer.calibration.get("tta"):
+        say(f"note: the score of {run} is {scaling.views_in_words(views)}; its maps are of the image itself")
     if args.images:
         explain_files(explainer, args.images, args.lungs)
     else:

@@ -95,7 +95,7 @@ def draw(path, log, watched, alarm, title):
 
 def watched_of(run, args):
     """The Watched that the command line asks for. InputError where there is no such threshold or floor."""
-    finding, name = run.task.chosen_finding(args.finding), scaling.calibration_name(args.tta)
+    finding, name = run.task.chosen_finding(args.finding), scaling.calibration_name(args.tta, run)
     if args.site:
         source, where = run.site(args.site, name), f" at {args.site}"
         thresholds = source["findings"][finding]
@@ -230,9 +230,10 @@ def triage_lines(log, triage):
 def main():
     args = parse()
     run = Run(args.run)
+    args.tta = scaling.asked_views(args.tta, run)
     watched = watched_of(run, args)
     finding, threshold = watched.finding, watched.threshold
-    calibration = run.calibration(scaling.calibration_name(args.tta))
+    calibration = run.calibration(scaling.calibration_name(args.tta, run))
     if scaling.applied(calibration):
         say(
             f"note: this threshold is for scores after {scaling.fitted(calibration)}: scores that predict.py "

@@ -37,6 +37,7 @@ device.
 import common.prelude  # noqa: F401  (first: see there)
 
 from calibration import shift
+from common import scaling
 from common.cli import COUNT, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
 from common.device import add_device_argument
@@ -170,7 +171,7 @@ def report(scorer, args, counts):
     for it -> what was said, as lines."""
     run, verdict = scorer.run, scorer.verdict()
     if verdict is None:
-        say(line := no_verdict(scorer, args.tta))
+        say(line := no_verdict(scorer))
         if args.summary or args.keep:
             raise InputError(f"--summary, --keep: {run} has nothing to hold images against")
         return [line]
@@ -189,15 +190,15 @@ def report(scorer, args, counts):
     return lines
 
 
-def no_verdict(scorer, tta):
+def no_verdict(scorer):
     """What an older calibration lacks for a verdict, and how to get it, as text."""
-    flags = " --tta" if tta else ""
+    flag = scaling.tta_flag(scorer.calibration, scorer.run)
     lacking = "typicality and a verdict on all images together"
     if scorer.reference is not None:
         lacking = "a verdict on all images together, which needs the true labels of validation"
     return (
         f"note: {scorer.run} was calibrated by an older version: run python calibrate.py "
-        f"--run {scorer.run}{flags} for {lacking}"
+        f"--run {scorer.run}{flag} for {lacking}"
     )
 
 

@@ -10,7 +10,7 @@ scores it in the same way. Takes seconds.
 import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing package end in one line)
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import data
-from common.cli import Number, Parser
+from common.cli import Number, Parser, add_flags
 from common.console import InputError, start, tell
 from data import add_arguments
 from images.split import epoch_order, image_weights
@@ -94,6 +94,8 @@ def main():
     )
     text = "rare classes, as in the other training scripts"
     group.add_argument("--balance", choices=BALANCES, default="none", help=text)
+    others = [field.name for field in fields(recipe.Recipe) if field.name != "test_views"]
+    add_flags(group, recipe.Recipe, leave_out=others)
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     # As in training by epochs: what can be refused is, before data are drawn or fetched.
@@ -140,7 +142,7 @@ def train_linear(args, config, run):
         "model_config": {"kind": "linear", **model.config},
         "data": asdict(config),
         "split": images.split,
-        "recipe": {"C": args.C, "balance": args.balance, "amp": False},
+        "recipe": {"C": args.C, "balance": args.balance, "test_views": args.test_views, "amp": False},
         "mean": inputs.mean,
         "std": inputs.std,
         "input_range": input_range(images.train),

@@ -25,8 +25,7 @@ def make_ensemble(folders, out, overwrite, ready):
     check_out(run, runs, overwrite)
     check_members(runs)
     results = [r.results for r in runs]
-    looks = [r.config.input for r in runs]
-    shown, looks = (looks[0], None) if len(set(looks)) == 1 else ("full", looks)
+    shown, looks, views = looks_of(runs)
     with_lungs = [r for r in runs if r.config.reads_lungs or (looks and r.config.needs_lungs)]
     seen = {"input": shown, "reads_lungs": True} if with_lungs else {}  # by one member at least
     model = Ensemble(
@@ -35,6 +34,7 @@ def make_ensemble(folders, out, overwrite, ready):
         [r["std"] for r in results],
         looks,
         sigmoid=runs[0].task.kind == "sigmoid",
+        views=views,
     )
     for member, r in zip(model.members, runs):
         member.load_state_dict(r.model().state_dict())
@@ -72,6 +72,19 @@ def make_ensemble(folders, out, overwrite, ready):
     plan.save_run(run, model, about)
     print(f"ensemble of {len(runs)} runs; wrote {run}/checkpoint.pth and results.json", flush=True)
     return run
+
+
+def looks_of(runs):
+    """(what an ensemble of Runs is shown of an image, what each member then cuts out itself, or None, the
+    number of views of each member, or None where all have one)."""
+    looks = [r.config.input for r in runs]
+    views = [r.results["recipe"].get("test_views", 1) for r in runs]
+    if max(views) == 1:
+        views = None
+    # A run moves an image before what it may not see is covered: so must a member that has several views.
+    if len(set(looks)) > 1 or views and looks[0] != "full":
+        return "full", looks, views
+    return looks[0], None, views
 
 
 def say_precision(runs):

@@ -53,16 +53,16 @@ def score(run, sets, *, device, batch_size, tta=None):
     `cohort_arrays`.
 
     Sets: training, validation, test. Where it is missing, what new images are held against (shift.py) is
-    written too. `tta`: None, or {"flip": bool} for test-time augmentation."""
+    written too. `tta`: {"flip": bool} for test-time augmentation; None: the views that the run has itself."""
     train, *sides = sets
-    inputs = Inputs.of_run(run.results, device, tta)
+    inputs, views = Inputs.of_run(run.results, device, tta), tta or scaling.own_views(run.results)
     # The distance from training is learnt from a fixed draw: all images would take long and tell no more.
     drawn = np.random.default_rng(0).permutation(len(train))[: shift.TRAINING]
     sample = train.take(np.sort(drawn))
 
     # What was scored before is kept. The model is loaded all the same: a damaged run is not calibrated.
-    scores_key, reference_key = keys(run, inputs, sides, sample, tta)
-    name, model = scaling.calibration_name(tta), run.model()
+    scores_key, reference_key = keys(run, inputs, sides, sample, views)
+    name, model = scaling.calibration_name(tta, run), run.model()
     scores, learnt = kept_scores(run, name, scores_key), has_reference(run, name, reference_key)
     if scores and learnt:
         return scores | cohort_arrays(sides)
@@ -103,9 +103,9 @@ def cohort_arrays(sides):
     return arrays
 
 
-def keys(run, inputs, sides, sample, tta):
+def keys(run, inputs, sides, sample, views):
     """What the scores of validation and test depend on, and what the reference does, as checksums; `sample`:
-    the training images that the reference is learnt from.
+    the training images that the reference is learnt from; `views`: as in a calibration's "tta".
 
     Whatever decides a figure is in them: the model and how it is built, what it is shown, the images, their
     labels, and whose they are. The size of a batch and the device are not: they change the last digits."""
@@ -115,7 +115,7 @@ def keys(run, inputs, sides, sample, tta):
         run.results["mean"],
         run.results["std"],
         inputs.amp,
-        tta,
+        views,
         "none",  # the exposure, which older versions could change
         [run.task.kind, run.task.classes],
     ]

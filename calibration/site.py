@@ -166,7 +166,7 @@ def scored(run, subset, device, tta, batch_size):
     """(patients [N], (truth int8 [N, F], scores float64 [N, F], {finding: threshold or None}), cohort {name:
     array [N]} or None) of a Subset: what the own thresholds of a calibrated run apply to. By study or
     patient, N counts these."""
-    calibration = run.calibration(scaling.calibration_name(tta))
+    calibration = run.calibration(scaling.calibration_name(tta, run))
     inputs = Inputs.of_calibration(run, calibration, device)
     if tta and tta != calibration["tta"]:
         say(f"note: {run} was calibrated with the views {calibration['tta']}, so these are taken, not {tta}")
@@ -242,13 +242,14 @@ def promise(run, name, patients, scored_images, rule, *, tta=None, report=False)
     kept["jointly"] = joint
     if rule.min_specificity is not None:
         kept["min_specificity"] = rule.min_specificity
-    calibration_name = scaling.calibration_name(tta)
+    calibration_name = scaling.calibration_name(tta, run)
     kept["scores"] = scaling.basis(run.calibration(calibration_name), run)
     run.save_site(name, {**kept, "findings": findings}, calibration_name)
 
 
-def calibrate(args, rule, device, tta):
-    """What calibrate.py does with --site: thresholds for another hospital, for every run."""
+def calibrate(args, rule, device, asked_views):
+    """What calibrate.py does with --site: thresholds for another hospital, for every run. `asked_views`:
+    {"flip": bool} of --tta, or None."""
     if rule.min_recall < 1:
         guaranteed, more_if_joint = positives_needed(rule.min_recall, rule.confidence), ""
         if rule.jointly:
@@ -263,20 +264,21 @@ def calibrate(args, rule, device, tta):
     asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):
-        calibration = run.calibration(scaling.calibration_name(tta))
+        tta = scaling.asked_views(asked_views, run)
+        calibration = run.calibration(scaling.calibration_name(tta, run))
         unit_rule = of_calibration(rule, calibration, run, (args.by, args.pool))
         config = replace(run.config, **moved)
         site = other_hospitals.load_site(config, args.site, args.labels or "", args.patients or "")
         seen.refuse_seen(run, site, args.site, moved)
         check_columns(asked, site.cohort or {}, f"--site {args.site}")
-        return *scored(run, site, device, tta, args.batch_size), unit_rule
+        return tta, *scored(run, site, device, tta, args.batch_size), unit_rule
 
-    for run, (patients, scored_images, site_cohort, unit_rule) in each_run(
+    for run, (tta, patients, scored_images, site_cohort, unit_rule) in each_run(
         args.runs_dir, args.run, score_site
     ):
         if args.report:
             images = (*scored_images[:2], patients, site_cohort)
-            calibration = run.calibration(scaling.calibration_name(tta))
+            calibration = run.calibration(scaling.calibration_name(tta, run))
             print("\n".join(console_lines(f"{run} at {args.name}", images, calibration, asked)), flush=True)
         promise(run, args.name, patients, scored_images, unit_rule, tta=tta, report=args.report)
 

@@ -233,7 +233,7 @@ def add_flags(group, cls, leave_out=(), **defaults):
         if isinstance(field.default, bool):
             group.add_argument(name, action=argparse.BooleanOptionalAction, **settings)
         elif isinstance(kind, tuple):
-            group.add_argument(name, choices=kind, **settings)
+            group.add_argument(name, type=type(kind[0]), choices=kind, **settings)
         else:
             group.add_argument(name, type=kind or str, metavar=field.metadata["metavar"], **settings)
 
@@ -249,6 +249,6 @@ def _fits(value, field):
     if isinstance(kind, Number):
         return kind.contains(value) or value is None and field.default is None
     if isinstance(kind, tuple):
-        return isinstance(value, str) and value in kind
+        return type(value) is type(kind[0]) and value in kind
     like = (int, float) if isinstance(field.default, float) else type(field.default)
     return isinstance(value, like) and "\0" not in str(value)

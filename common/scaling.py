@@ -1,5 +1,6 @@
-"""What lies between a model's logits and the scores of a calibration: a temperature or Platt scaling, and the
-precision in which the logits were computed. What a calibration.json says of it, in words and for comparison.
+"""What lies between a model's logits and the scores of a calibration: the views that they are averaged over,
+a temperature or Platt scaling, and the precision in which the logits were computed. What a calibration.json
+says of it, in words and for comparison.
 
 A temperature divides all logits: it cannot undo what a weighted loss adds to them, the logarithm of the
 weight. Platt scaling gives the log odds of each finding against the rest a slope and a bias, so it can. Its
@@ -16,6 +17,7 @@ SIDES = {"val": "validation", "test": "test"}
 SCALING = "scaling (--temperature)"
 UNBALANCED = ("none", None)  # values of --balance that leave the prevalence of training as it is
 NOTICED = 0.05  # a mean score this far from the share of positives is said
+TEST_VIEWS = (1, 7)  # --test-views: of the image itself, or the mean of the views of --tta
 
 
 # ---------------------------------------------------------------- what is applied
@@ -43,10 +45,73 @@ def lines(calibration, findings):
     return tuple((platt[n].get("slope", 1.0), platt[n].get("bias", 0.0)) for n in findings)
 
 
-def calibration_name(tta):
-    """What Run.calibration and Run.scores call a calibration: "tta" if it has views, else "". `tta`: its
-    views, or whether there are any."""
-    return "tta" if tta else ""
+# ---------------------------------------------------------------- views
+
+
+def own_views(results):
+    """What the scores of a run are averaged over without being asked, of its results.json, in the form of a
+    calibration's "tta": None, the image itself; {"flip": False}, the views of --tta; of an ensemble
+    {"members": [1 or 7, ...]}, where each member has its own."""
+    if members := results["model_config"].get("views"):
+        return {"members": members}
+    if results["recipe"].get("test_views", 1) == 1:
+        return None
+    return {"flip": False}
+
+
+def asked_views(tta, run):
+    """What --tta asks of a Run -> `tta` (whether it is given, or {"flip": bool}), but None where it asks for
+    nothing more: a run with views of its own is always scored with these, as a note says. InputError where
+    mirrored views are asked of such a run."""
+    own = own_views(run.results)
+    if not tta or own is None:
+        return tta or None
+    if tta == {"flip": True}:
+        raise InputError(
+            f"--tta-flip: the score of {run} is {views_in_words(own)} (--test-views), and there are no "
+            "thresholds for another one: leave the flag out"
+        )
+    say(f"note: --tta adds nothing to {run}: its score is {views_in_words(own)} already (--test-views)")
+    return None
+
+
+def views_in_words(views):
+    """What scores with these views, a calibration's "tta", are of an image."""
+    if not views:
+        return "that of the image itself"
+    if "members" in views:
+        return f"the mean of its members', averaged over {', '.join(map(str, views['members']))} views"
+    if views["flip"]:
+        return "averaged over 14 shifted, zoomed and mirrored views"
+    return "averaged over 7 shifted and zoomed views"
+
+
+def check_views(calibration, path, run, name):
+    """InputError if the thresholds of a Run's own calibration, at `path`, were chosen with other views than
+    the run is scored with. `name`: as of `calibration_name`; "tta" is not checked, as its views are its own.
+    """
+    made, own = calibration.get("tta"), own_views(run.results)
+    if not name and made != own:
+        raise InputError(
+            f"{path} was made with other views than {run} has (--test-views): its score was "
+            f"{views_in_words(made)}, now it is {views_in_words(own)}: run calibrate.py again"
+        )
+
+
+def calibration_name(tta, run):
+    """What a Run calls a calibration: "tta" if it has other views than the run's own, else "". `tta`: its
+    views, or whether --tta asks for any (`asked_views`)."""
+    return "tta" if tta and tta != own_views(run.results) else ""
+
+
+def tta_flag(calibration, run):
+    """The flag of calibrate.py that makes a calibration of a Run: " --tta", " --tta-flip" or ""."""
+    if not calibration_name(calibration.get("tta"), run):
+        return ""
+    return " --tta-flip" if calibration["tta"].get("flip") else " --tta"
+
+
+# ---------------------------------------------------------------- precision, and what differs
 
 
 def precision_of(calibration, results):
@@ -155,8 +220,8 @@ def remark(calibration, run):
     """`nature` as a note of predict.py, with what to do; "" where there is nothing to say."""
     text = nature(calibration, run)
     if text and applied(calibration) != PLATT:
-        views = " --tta" if calibration.get("tta") else ""
-        text += f"; calibrate.py{views} --temperature platt makes probabilities of them"
+        flag = tta_flag(calibration, run)
+        text += f"; calibrate.py{flag} --temperature platt makes probabilities of them"
     return f"note: p_... are {text}" if text else ""
 
 

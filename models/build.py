@@ -2,12 +2,14 @@
 their own: logistic regression on pixels, and ensembles."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.console import InputError
+from images.augment import tta_views
 from lungs.show import INPUT_MODES
 from lungs.unet import LungNet
 from models.cnn import Cnn
@@ -51,42 +53,56 @@ class Ensemble(nn.Module):
     as a second channel where a member needs them -> logits (B, K).
 
     `members`: their model_configs; `means`, `stds`: the input scaling of each, one float a channel; `looks`:
-    what each is shown of the image, one of lungs.INPUT_MODES, None for all of it. Softmax of the logits (with
-    `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
+    what each is shown of the image, one of lungs.INPUT_MODES, None for all of it; `views`: over how many
+    views the logits of each are averaged first, 1 or 7 (augment.tta_views), None for 1. Softmax of the logits
+    (with `sigmoid`: sigmoid) gives the mean, which is computed without leaving logarithms.
     """
 
     kind = "ensemble"
 
-    def __init__(self, members, means, stds, looks=None, sigmoid=False):
+    def __init__(self, members, means, stds, looks=None, sigmoid=False, views=None):
         super().__init__()
         self.config = dict(members=members, means=means, stds=stds)
         self.config |= dict(looks=looks) if looks else {}
         self.config |= dict(sigmoid=True) if sigmoid else {}
+        self.config |= dict(views=views) if views else {}
         self.in_chans, self.looks = 1, looks or ["full"] * len(members)
-        self.shows = bool(looks)  # it cuts the image itself, so it must be told the view, too
+        self.views = [tuple(tta_views()) if number > 1 else () for number in views or [1] * len(members)]
+        self.shows = bool(looks or views)  # it cuts or moves the image itself, so it must be told the view
         self.reads_lungs = bool(looks) or any(member.get("kind") == Hybrid.kind for member in members)
         self.members = nn.ModuleList(build_model(config) for config in members)
-        if not len(self.members) == len(means) == len(stds) == len(self.looks) >= 2:
-            raise InputError("an ensemble needs two or more members, each with its mean, std and look")
+        if not len(self.members) == len(means) == len(stds) == len(self.looks) == len(self.views) >= 2:
+            raise InputError("an ensemble needs two or more members, each with its mean, std, look and views")
         if unknown := set(self.looks) - set(INPUT_MODES):
             raise InputError(
                 f"an ensemble's member is shown {unknown.pop()!r}, not one of {', '.join(INPUT_MODES)}"
             )
 
-    def scaled(self, x, view=lambda shown: shown):
-        """Grey, and masks where a member needs them -> the inputs of every member: a list of (B, C, H, W).
-        `view`: what is done to what each is shown, as for a run of its own (Inputs.views)."""
+    def parts(self, x):
+        """Grey, and masks where a member needs them -> (member, its Inputs, its grey) of every member, as for
+        a run of its own."""
         parts = []
-        for member, look, *scaling in zip(
-            self.members, self.looks, self.config["means"], self.config["stds"]
+        for member, look, views, *scaling in zip(
+            self.members, self.looks, self.views, self.config["means"], self.config["stds"]
         ):
             reads = getattr(member, "reads_lungs", False)
-            inputs = Inputs(*map(tuple, scaling), x.device, input_mode=look, reads_lungs=reads)
-            parts.append(inputs.scale(view(inputs.shown(x[:, :1], x[:, 1:]))))
+            inputs = Inputs(*map(tuple, scaling), x.device, views=views, input_mode=look, reads_lungs=reads)
+            parts.append((member, inputs, inputs.shown(x[:, :1], x[:, 1:])))
         return parts
 
-    def forward(self, x, *view):
-        logits = [member(part).float() for member, part in zip(self.members, self.scaled(x, *view))]
+    def scaled(self, x):
+        """Grey, and masks where a member needs them -> the inputs of every member, of the image itself: a
+        list of (B, C, H, W)."""
+        return [inputs.scale(grey) for _, inputs, grey in self.parts(x)]
+
+    def forward(self, x, view=None, together=False):
+        """`view`: the one that all members are shown in place of their own, as in Inputs.views; `together`:
+        as in Inputs.mean_logits."""
+        logits = []
+        for member, inputs, grey in self.parts(x):
+            if view is not None:
+                inputs = replace(inputs, views=(view,))
+            logits.append(inputs.mean_logits(member, grey, together))
         if self.config.get("sigmoid"):
             z = torch.stack(logits)
             return F.logsigmoid(z).logsumexp(0) - F.logsigmoid(-z).logsumexp(0)

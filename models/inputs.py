@@ -21,9 +21,9 @@ SCALING = {"mean": Number(float, -1000, 1000), "std": Number(float, 0, 1000, abo
 class Inputs:
     """How a model's inputs are made. `mean`, `std`: scaling, one float a channel; `device`: torch.device;
     `amp`: bf16 autocast; `views`: functions [B, C, S, S] -> the same shape whose logits are averaged
-    (test-time augmentation), none for the image itself; `input_mode`: what of an image the model is shown,
-    one of lungs.INPUT_MODES; `reads_lungs`: whether the model is given the mask of the lungs, too, as the
-    last channel.
+    (test-time augmentation), none for the image itself, or, of an ensemble, for what its members have;
+    `input_mode`: what of an image the model is shown, one of lungs.INPUT_MODES; `reads_lungs`: whether the
+    model is given the mask of the lungs, too, as the last channel.
 
     "Grey" below is [B, 1, S, S] in [0, 1], or what lungs.show gives: [B, 2, S, S], the second channel 1 where
     the model may look; for a model that reads them, the lungs follow as one more channel. Random changes and
@@ -46,8 +46,10 @@ class Inputs:
     def of_run(cls, results, device, tta=None):
         """The inputs of a run's results.json: bf16 if it was trained so and this device does it fast.
 
-        `tta`: None, or {"flip": bool} for test-time augmentation."""
-        views = tuple(tta_views(**tta)) if tta else ()
+        `tta`: {"flip": bool} for test-time augmentation; None: the views that the run has itself."""
+        tta, views = tta or scaling.own_views(results), ()
+        if tta and "members" not in tta:  # an ensemble averages over those itself
+            views = tuple(tta_views(**tta))
         return cls(
             mean=tuple(results["mean"]),
             std=tuple(results["std"]),
@@ -64,8 +66,7 @@ class Inputs:
         where this device can do that. What differs, or is not certain, is said in a line."""
         inputs = cls.of_run(run.results, device, calibration.get("tta"))
         precision, certain = scaling.precision_of(calibration, run.results)
-        flags = " --tta" if calibration.get("tta") else ""
-        again = f"calibrate.py{flags} --run {run}"
+        again = f"calibrate.py{scaling.tta_flag(calibration, run)} --run {run}"
         # Thresholds fit the precision they were chosen in, even where another one is faster.
         amp = precision == "bf16" and can_bf16(device)
         if not certain:
@@ -134,14 +135,17 @@ class Inputs:
         with autocast(self.device, self.amp):
             return self.mean_logits(model, grey)
 
-    def mean_logits(self, model, grey):
-        """`logits` in the precision of whoever calls: an exported graph has no autocast."""
+    def mean_logits(self, model, grey, together=False):
+        """`logits` in the precision of whoever calls: an exported graph has no autocast. `together`: all
+        views in one batch, so that the model is in a graph once."""
+        if getattr(model, "shows", False):  # the view is of what each member is shown; None: its own
+            logits = [model(self.scale(grey), view, together).float() for view in self.views or [None]]
+            return torch.stack(logits).mean(0)
+        if together and self.views:
+            every = torch.cat([self.scale(view(grey)) for view in self.views])  # (views * B, C, S, S)
+            return model(every).float().unflatten(0, (len(self.views), -1)).mean(0)
         views = self.views or [lambda x: x]
-        if getattr(model, "shows", False):  # the view is of what each member is shown
-            logits = [model(self.scale(grey), view).float() for view in views]
-        else:
-            logits = [model(self.scale(view(grey))).float() for view in views]
-        return torch.stack(logits).mean(0)
+        return torch.stack([model(self.scale(view(grey))).float() for view in views]).mean(0)
 
     def logits_and_features(self, model, grey):
         """Grey on the device -> `logits`, then what the heads read of the first view: float32

@@ -83,9 +83,9 @@ class Scorer:
         rows = scorer(["a.png", "b.dcm"])
 
     `run`: a run folder, or a Run; `device`: "auto" (cuda > mps > cpu), "cuda:1", "cpu" or a torch.device;
-    `tta`: average over views, as calibrate.py --tta did; `site`: a name of calibrate.py --site, for its
-    thresholds; `views`: one of choices.VIEWS (default: those of the training); `threshold`: one by hand in
-    place of the run's, of several findings {finding: number}.
+    `tta`: average over views, as calibrate.py --tta did (a run with views of its own does so without it);
+    `site`: a name of calibrate.py --site, for its thresholds; `views`: one of choices.VIEWS (default: those
+    of the training); `threshold`: one by hand in place of the run's, of several findings {finding: number}.
 
     `columns`: the keys of a row; `decisions`: list of task.Decision, what is decided of each image, and of
     task.Triage where the thresholds have @In and none is by hand; `task`, `config`, `results`,
@@ -98,7 +98,7 @@ class Scorer:
         if views not in (None, *VIEWS):
             raise InputError(f"views {views!r} is not one of {', '.join(VIEWS)}")
         device = pick_device(str(device))
-        self.model, name = run.model(), scaling.calibration_name(tta)
+        self.model, name = run.model(), scaling.calibration_name(scaling.asked_views(tta, run), run)
         self.calibration, self.site = run.calibration(name), site
         self.run, self.results, self.config, self.task = run, run.results, run.config, run.task
         # A site has its own thresholds, and @Guar decides only there.

@@ -45,11 +45,7 @@ class Exported(torch.nn.Module):
 
     def logits(self, image):
         """As Inputs.logits, but with the model once in the graph, not once a view."""
-        views = self.inputs.views
-        if not views or getattr(self.model, "shows", False):
-            return self.inputs.mean_logits(self.model, image)
-        every = torch.cat([self.inputs.scale(view(image)) for view in views])  # (views * B, C, S, S)
-        return self.model(every).float().unflatten(0, (len(views), -1)).mean(0)
+        return self.inputs.mean_logits(self.model, image, together=True)
 
     def shown(self, image):
         """What the model is shown of grey images, and which of them have too winding a shape to tell."""
@@ -218,7 +214,7 @@ def _difference(session, scorer, pixels):
 def counted(scorer, session, batch=32):
     """How many decisions on validation differ between the scores of the calibration and an ONNX file, as a
     line; why that cannot be told where the images or the scores are not there."""
-    name = scaling.calibration_name(scorer.calibration.get("tta"))
+    name = scaling.calibration_name(scorer.calibration.get("tta"), scorer.run)
     precision = scaling.precision_of(scorer.calibration, scorer.run.results)[0]
     try:
         kept, val = scorer.run.saved_scores(name), load_split(scorer.run, "val")

@@ -230,8 +230,7 @@ class Run:
     def calibration(self, name=""):
         """calibration.json (or that of test-time augmentation, "tta"), checked, in the present form: what it
         says of each finding is under "findings", by name, in the order of the columns.
-
-        InputError if absent, newer, damaged, or made for another checkpoint."""
+        InputError if absent, newer, damaged, or made for another checkpoint or other views."""
         path = self.folder / f"calibration{_dash(name)}.json"
         if not path.exists():
             lock.refuse_held(self, "calibrate it when that has ended")
@@ -244,6 +243,7 @@ class Run:
             raise InputError(f"{path} is damaged ({', '.join(wrong)[:200]}): run calibrate.py again")
         if calibration["checkpoint"] != self.checkpoint_sha256:
             raise InputError(f"{path} was made for another checkpoint: run calibrate.py again")
+        scaling.check_views(calibration, path, self, name)
         return calibration
 
     def save_calibration(self, calibration, scores, name=""):

@@ -4,6 +4,7 @@ present form. No torch, no files."""
 from common.cli import Number
 from common.files import CALIBRATION as CALIBRATION_FORMAT
 from common.proportions import curves_of
+from common.scaling import TEST_VIEWS
 from common.task import ANSWERS
 
 REAL = Number(float, -1e300, 1e300)
@@ -180,6 +181,11 @@ def wrong_results(results):
     watched = "val_dice" if kind == "lungs" else "val_auroc"
     if kind not in ("mae", "ensemble") and any(not SHARE.contains(h.get(watched)) for h in epochs):
         wrong.append("history")
+    if not _test_views(results["recipe"].get("test_views", 1)):
+        wrong.append("recipe.test_views")
+    views = results["model_config"].get("views", [])  # of an ensemble's members
+    if not isinstance(views, list) or not all(map(_test_views, views)):
+        wrong.append("model_config.views")
     counts = results["split"]["counts"]
     wrong += [f"split.counts.{side}" for side in counts if not _counts(counts[side])]
     for part, name in (("split", "original_size"), ("data", "input_range")):
@@ -189,9 +195,17 @@ def wrong_results(results):
     return wrong
 
 
+def _test_views(value):
+    """Whether a value is one of TEST_VIEWS."""
+    return type(value) is int and value in TEST_VIEWS
+
+
 def wrong_calibration(value, task):
     """Names of what is missing or wrong in a calibration.json of a Task."""
     wrong = [key for key, allowed in UNITS.items() if value.get(key, allowed[0]) not in allowed]
+    views = value.get("tta")
+    if views is not None and mismatches(views, {"flip": bool}) and mismatches(views, {"members": [int]}):
+        wrong.append("tta")
     wrong += mismatches(value, CALIBRATION) + wrong_scaling(value, task)
     return wrong + wrong_findings(value, task)
 

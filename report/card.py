@@ -70,7 +70,7 @@ def contents(entry, asked):
         "cohort": without_heading(cohort_blocks(entries)),
         "model": [table([*model_rows(entry), *pick(by_name, ("Input", "Taught by"))])],
         "training": [table([*training_rows(entry), *pick(by_name, of_training(entry))])],
-        "evaluation": [table(pick(by_name, ("Threshold rule", "Intervals")))],
+        "evaluation": [table(pick(by_name, ("Views averaged", "Threshold rule", "Intervals")))],
         "results": result_blocks(entries),
         "promise": without_heading(main.promise_blocks(entries)) + triage_blocks(entries),
         "groups": groups,

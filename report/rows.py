@@ -196,8 +196,8 @@ class Entry:
         return found | {"findings": who.prevalences(self.findings, truth)}
 
     def _family(self):
-        """A checksum of all that the runs of a family share: everything but the seed."""
-        settings = ADDED["recipe"] | self.results["recipe"] | {"seed": None}
+        """A checksum of all that the runs of a family share: all but the seed; the rule knows the views."""
+        settings = ADDED["recipe"] | self.results["recipe"] | {"seed": None, "test_views": None}
         data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from common.cli import COUNT, SEED, Number, Parser, add_flags, flag
 from common.console import InputError
 from common.device import add_device_argument
+from common.scaling import TEST_VIEWS
 from images.augment import add_augment_argument, parse_augment, parse_randaugment
 from images.split import BALANCES
 from records.track import add_track_argument
@@ -112,6 +113,12 @@ class Recipe:
         "each hospital (--also) counts alike, or is drawn alike",
         BALANCES,
     )
+    test_views: int = flag(
+        1,
+        "views that the trained run averages its scores over: 1, the image itself; 7, small shifts and zooms "
+        "too, for seven times the work",
+        TEST_VIEWS,
+    )
     patch_drop: float = flag(0.0, "share of patches left out in training, in [0, 1)", BELOW_ONE, "X")
     drop_path: float = flag(0.0, "how often training skips the last block, in [0, 1)", BELOW_ONE, "X")
     drop_rate: float = flag(0.0, "dropout: share of values set to 0, in [0, 1)", BELOW_ONE, "X")
@@ -179,7 +186,7 @@ EVERY_ARM = (
 )
 SUPERVISED = (
     *("layer_decay", "backbone_lr_scale", "loss", "focal_gamma", "mixup", "cutmix", "randaugment", "watch"),
-    *("patience", "label_smoothing", "balance", "drop_path"),
+    *("patience", "label_smoothing", "balance", "test_views", "drop_path"),
 )
 PATCH_DROP = ("patch_drop",)
 DROPOUT = ("drop_rate",)

@@ -3,6 +3,7 @@ done. No torch, no drawing."""
 
 import numpy as np
 
+from common import scaling
 from common.scaling import SIDES
 from images.split import say_shared
 from images.twins import say_copies, told
@@ -115,6 +116,17 @@ def input_text(entry):
     return text
 
 
+def views_text(entries):
+    """What the score of an image is taken of, as text; of which models, where they differ."""
+    names = {}
+    for e in entries:
+        views = scaling.views_in_words(e.calibration.get("tta"))
+        names.setdefault(f"the score of an image is {views}", []).append(e.name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{text}: {', '.join(of)}" for text, of in names.items())
+
+
 def helped_by(entries):
     """Rows on other hospitals and teachers, where training had any."""
     rows, others, teachers = [], {}, set()
@@ -156,6 +168,7 @@ def method_rows(entries, standard, prevalence, rule):
             "Model selection",
             f"the epoch with the {unique(watched, ' or ')}; training never opens the test images",
         ],
+        ["Views averaged", views_text(entries)],
         ["Threshold rule", rule],
         ["Intervals", "95%; bootstrap over patients, Wilson, DeLong; seeds as mean ± standard deviation"],
         [

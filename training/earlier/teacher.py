@@ -1,8 +1,11 @@
 """A finished run whose probabilities another model learns beside the labels."""
 
+from dataclasses import replace
+
 import torch
 
 from common.console import InputError, tell
+from images.augment import tta_views
 from models.inputs import Inputs
 from records.run import WITHOUT_CLASSES
 
@@ -36,7 +39,9 @@ class Teacher:
             before = ", ".join(f"{k} {getattr(there, k)}, here {getattr(config, k)}" for k in differ)
             raise InputError(f"--teacher {run} is shown something else than its student: {before}")
         self.run, self.share = run, share
-        self.model, self.inputs = run.model().to(device), Inputs.of_run(run.results, device)
+        # Of a teacher that is scored by several views one is enough: each image is changed at random anyway.
+        self.model, inputs = run.model().to(device), Inputs.of_run(run.results, device)
+        self.inputs = replace(inputs, views=tuple(tta_views()[:1]))
 
     def begin(self):
         """Say who teaches."""
