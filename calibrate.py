@@ -29,7 +29,7 @@ import data
 from calibration import site
 from calibration.ensemble import make_ensemble
 from calibration.operating_point import SIDES, Rule, evaluate
-from calibration.pooling import BY, POOLS, remarks, say_scaling, spread_over_images
+from calibration.pooling import BY, PLURAL, POOLS, remarks, say_scaling, spread_over_images, units_of
 from calibration.scores import each_run, score
 from calibration.wording import shared_text, show
 from cohort import who
@@ -44,6 +44,7 @@ from models.inputs import Inputs
 from records.predictions import write_predictions
 from records.run import WITHOUT_CLASSES
 from records.track import Tracker, add_track_argument
+from report.tables.classes import printed_text
 from training import other_hospitals
 
 
@@ -306,6 +307,7 @@ def run_all(args, rule):
                 sets.tell(line)
             sets.tell("\n" + shared_text(result))
             show(title_of(run, result), result)
+            show_classes(scores, result, rule, run.task)
             promised |= guaranteed_points(result)
     finally:  # also where a run that was asked for by name is passed over
         if promised:
@@ -338,6 +340,15 @@ def calibrate_run(run, scores, rule, origin):
     spread = spread_over_images(scores, p1, rule, run.task)
     write_predictions(run.predictions_file(name), run.task, result, scores, p1, spread)
     return result
+
+
+def show_classes(scores, calibration, rule, task):
+    """Print precision, recall and F1 of every class on test."""
+    units = units_of(scores, "test", rule.by, rule.pool)
+    truth = units.truth(task.truth(scores["test_labels"]))
+    p1 = units.scores(task.scores_from(scores["test_logits"], calibration))
+    if text := printed_text(task, calibration, truth, p1, PLURAL[rule.by]):
+        print(text)
 
 
 def guaranteed_points(calibration):

@@ -26,4 +26,5 @@ In the order to read them:
     sheets.py      how tables are spelt
     lookup.py      which image a name in a table means
     download.py    a set from Kaggle
+    download_account.py  which account that can use, and what Kaggle answered
 """

@@ -3,6 +3,7 @@
 `label` makes any name safe for matplotlib.
 """
 
+import itertools
 import textwrap
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -55,30 +56,49 @@ def _has_further_terms(results):
     return bool(recipe.get("seg_weight") or recipe.get("attention_weight") or "teacher" in results)
 
 
+# The panels of the training curves, column by column: figure, its word, its unit.
+FIGURES = (("loss", "loss", " (nats)"), ("accuracy", "accuracy", ""), ("auroc", "AUROC", ""))
+SIDES = {"train": "training", "val": "validation"}
+
+
 def draw_training(entries, styles=None):
-    """Loss and AUROC (or accuracy, if that was watched) per epoch, training beside validation; a dot marks
-    the epoch that was kept. Runs that did not record a figure have no line for it. What a hybrid or a teacher
-    adds to the loss is in that of training alone. `styles`: how to draw each (default: `line_style`)."""
+    """Loss, accuracy and AUROC an epoch, those of training above those of validation; a dot marks the epoch
+    that was kept. A panel says which figure no run has recorded, or how many have not. What a hybrid or a
+    teacher adds to the loss is in that of training alone. `styles`: how to draw each (default:
+    `line_style`)."""
     styles = styles or [line_style(i) for i in range(len(entries))]
     names = [label(e.name, 110) for e in entries]
-    accuracy = all(e.results["recipe"].get("watch") == "accuracy" for e in entries)
-    figure_name, word = ("accuracy", "accuracy") if accuracy else ("auroc", "AUROC")
-    training_loss = "training loss"
-    if any(_has_further_terms(e.results) for e in entries):
-        training_loss += " with all its terms"
-    keys = {"train_loss": training_loss, "val_loss": "validation loss"}
-    keys |= {f"train_{figure_name}": f"training {word}", f"val_{figure_name}": f"validation {word}"}
-    figure, axes = panels(4, 4.6, 3.2, names=names)
-    for e, name, style in zip(entries, names, styles):
-        history, best = e.results["history"], e.results["best_epoch"]
-        for ax, key in zip(axes, keys):
-            values = [np.nan if epoch.get(key) is None else epoch[key] for epoch in history]
-            ax.plot(range(1, len(history) + 1), values, label=name, **style)
-            if best:
+    figure, axes = panels(6, 4.2, 3.1, columns=3, names=names)
+    further = any(_has_further_terms(e.results) for e in entries)
+    for ax, (side, (key, word, unit)) in zip(axes, itertools.product(SIDES, FIGURES)):
+        lines = [_values(e, f"{side}_{key}") for e in entries]
+        for e, values, name, style in zip(entries, lines, names, styles):
+            ax.plot(range(1, len(values) + 1), values, label=name, **style)
+            if best := e.results["best_epoch"]:
                 ax.plot(best, values[best - 1], "o", color=style["color"])
-    for ax, word in zip(axes, keys.values()):
-        unit = " (nats)" if "loss" in word else ""
-        ax.set(xlabel="epoch", ylabel=word + unit, title=f"{word[0].upper()}{word[1:]}; dot: epoch kept")
+        title = f"{SIDES[side]} {word}"
+        if further and (side, key) == ("train", "loss"):
+            title += " with all its terms"
+        ax.set(xlabel="epoch", ylabel=title + unit, title=f"{title[0].upper()}{title[1:]}; dot: epoch kept")
+        _say_missing(ax, lines)
         ax.xaxis.get_major_locator().set_params(integer=True)
     finish(figure, axes)
     return figure, "Training curves"
+
+
+def _values(entry, key):
+    """A figure of the history, an epoch each; NaN where it was not recorded."""
+    return [np.nan if epoch.get(key) is None else epoch[key] for epoch in entry.results["history"]]
+
+
+def _say_missing(ax, lines):
+    """Write into a panel that its figure was not recorded, by any run or by so many."""
+    missing = sum(bool(np.isnan(values).all()) for values in lines)
+    if not missing:
+        return
+    text, place = f"not recorded by {missing} of {len(lines)} runs", (0.5, 0.04)
+    if missing == len(lines):
+        text, place = "not recorded", (0.5, 0.5)
+    ax.text(*place, text, transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.35")
+    if missing == len(lines):
+        ax.set(yticks=[])

@@ -33,8 +33,8 @@ def drawings(entries):
 
 def styles_of(view):
     """{Entry: keywords of Axes.plot}: one colour a model through the whole report; its seeds differ in the
-    dashes. Of more models than there are colours, those that remain are coloured, the others grey. Members of
-    ensembles, which only the training curves show, are grey too."""
+    dashes. Of more models than there are colours, those that remain are coloured, the others grey, and
+    so are members of ensembles, which only the training curves show, unless colours are left for all."""
     coloured = [c for s in view.standings for c in s.candidates]
     if len(coloured) > len(COLOURS):
         coloured = view.remaining[: len(COLOURS)]
@@ -42,22 +42,26 @@ def styles_of(view):
     for colour, candidate in zip(COLOURS, coloured):
         for k, e in enumerate((*candidate.entries, *candidate.again)):
             styles[e] = {"color": colour, "linestyle": DASHES[k % len(DASHES)], "zorder": 2}
+    # Training curves of members could not be told apart in one grey.
+    members = [e for e in view.entries if styles[e]["color"] == GREY]
+    if len(coloured) + len(members) <= len(COLOURS):
+        for colour, e in zip(COLOURS[len(coloured) :], members):
+            styles[e] |= {"color": colour}
     return styles
 
 
 def draw_all(view, folder, stem):
     """Write every plot of one test set to folder/stem-*.png -> {name: Image}.
 
-    Training curves are of all its Entries. Curves are of those shown; what has a panel a model is of those in
-    detail."""
-    trained = [e for e in view.entries if len(e.results["history"]) > 1 and not e.suffix]
+    Training curves are of all Entries that were trained (View.trained). Curves are of those shown; what has a
+    panel a model is of those in detail."""
     mark, written, styles = " [SYNTHETIC]" if view.entries[0].synthetic else "", {}, styles_of(view)
     for name, draw in drawings(view.entries).items():
         drawn = view.detailed
         if name in ("roc", "pr", "decision"):
             drawn = view.shown
         if name == "training":
-            drawn = trained
+            drawn = view.trained
         if not drawn:
             continue
         figure, caption = draw(drawn, [styles[e] for e in drawn])

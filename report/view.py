@@ -37,6 +37,14 @@ class View(NamedTuple):
             return self.shown
         return [e for c in first_of(self, MANY) for e in (*c.entries, *c.again)]
 
+    @property
+    def trained(self):
+        """The Entries that training curves are of: each run once. None where no run has two epochs."""
+        entries = [e for e in self.entries if e.results["history"] and not e.suffix]
+        if any(len(e.results["history"]) > 1 for e in entries):
+            return entries
+        return []
+
 
 def first_of(view, number):
     """The first Candidates of a View, those that remain before others."""

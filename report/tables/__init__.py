@@ -4,6 +4,7 @@ In the order to read them:
 
     main.py           one test set: what stands where, promises and intervals
     models.py         the main table, a row a model
+    classes.py        precision, recall and F1 of every class
     triage.py         negative, unsure and positive, where calibrations have @In
     cohort.py         who took part, and groups of patients
     pairs.py          which of two models is better

@@ -25,9 +25,10 @@ from report.cells import (
 from report.render import Bad, Code, Heading, Paragraph, Table
 from report.rows import POINTS, missing_ensembles
 from report.tables.audit import audit_blocks
+from report.tables.classes import report_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
 from report.tables.evidence import batch_blocks, map_blocks
-from report.tables.method import method_blocks, split_blocks
+from report.tables.method import method_blocks, split_blocks, training_blocks
 from report.tables.models import behind_table, legend, models_table
 from report.tables.pairs import pair_blocks
 from report.tables.probabilities import predictive_blocks, probability_blocks
@@ -49,7 +50,7 @@ def section(view, pictures=None):
     warning = "SYNTHETIC data set, not patients: " if first.synthetic else ""
     blocks = [Heading(2, warning + first.set), *split_blocks(entries), *in_short(view)]
     blocks += [*models_blocks(view), *drawn_here("roc", "pr")]
-    blocks += [*class_blocks(detailed), *drawn_here("confusion")]
+    blocks += [*class_blocks(detailed), *drawn_here("confusion"), *report_blocks(detailed)]
     blocks += [*promise_blocks(detailed), *drawn_here("scores", "auroc"), *triage_blocks(detailed)]
     blocks += interval_blocks(detailed)
     blocks += pair_blocks(shown)
@@ -58,9 +59,7 @@ def section(view, pictures=None):
     blocks += group_blocks(detailed, view.asked)
     blocks += audit_blocks(shown) + batch_blocks(shown) + map_blocks(shown)
     blocks += cohort_blocks(entries) + method_blocks(entries)
-    if training := drawn_here("training"):
-        blocks += [Heading(3, "Training"), *training]
-    return blocks
+    return blocks + training_blocks(view, drawn_here("training"))
 
 
 # ---------------------------------------------------------------- figures

@@ -183,3 +183,22 @@ def method_rows(entries, standard, prevalence, rule):
         made_by = (Code(e.results.get("command", "?")), f"{where}, torch {torch}")
         rows.append([f"Made by: {e.name}", made_by])
     return rows
+
+
+def training_blocks(view, pictures):
+    """The training curves, what they are of, and which runs have none; nothing without `pictures`."""
+    if not pictures:
+        return []
+    text = (
+        "Top: training, as its steps saw the images, augmented and with weights on their way, so its figures "
+        "may lie below those of validation (bottom). "
+    )
+    if view.entries[0].task.kind == "softmax":
+        text += "Accuracy is that of the most probable class. "
+    else:
+        text += "Accuracy is the share of all known labels that are right at 0.5. "
+    text += "A dot alone is a model that was fitted at once, or in one epoch."
+    without = [e.name for e in view.entries if not e.results["history"]]
+    if without:
+        text += f" No curve: {unique(without)}, which was put together without training."
+    return [Heading(3, "Training"), Paragraph(text), *pictures]
