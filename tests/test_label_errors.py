@@ -1,5 +1,5 @@
-"""audit.py --labels: the confident joint by its definition, made-up classes with known flips, a drawn set with
-images in the wrong folder."""
+"""audit.py --labels: the confident joint by its definition, made-up classes with known flips, a drawn set
+with images in the wrong folder."""
 
 import csv
 import shutil
@@ -13,8 +13,8 @@ from auditing.labels import asked, errors, written
 from common.console import InputError
 from common.task import Task
 from images.subset import Subset
-from tests.shared import refused, succeed
 from tests.shared import cli as run_script
+from tests.shared import refused, succeed
 
 pytest.importorskip("cleanlab")
 
@@ -194,14 +194,11 @@ def test_label_errors_from_the_command_line(wrong_folder, tmp_path):
     issues = [row for row in rows if row["issue"] == "yes"]
     assert [int(row["rank"]) for row in rows] == list(range(1, len(rows) + 1))
     assert rows[: len(issues)] == issues and 0 < len(issues) < len(rows) / 2
-    # Those that went to validation are not asked about.
-    in_training = {row["path"] for row in rows if row["path"].rpartition("/")[2] in moved}
-    assert in_training and in_training <= {row["path"] for row in issues}
-    assert all(
-        row["label"] == "PNEUMONIA" and float(row["probability"]) < 0.5
-        for row in issues
-        if row["path"] in in_training
-    )
+    # Of the images in the wrong folder, those that went to validation are not asked about.
+    asked_about = [row for row in rows if row["path"].rpartition("/")[2] in moved]
+    assert len(asked_about) >= 3 and sum(row["issue"] == "yes" for row in asked_about) >= 3
+    assert asked_about[0]["label"] == "PNEUMONIA" and asked_about[0]["likely"] == "NORMAL"
+    assert all(float(row["probability"]) < 0.5 for row in issues)
     assert f"{len(issues)} of {len(rows)} labels are likely errors" in done.out
     assert "[SYNTHETIC]" in done.out and "Nothing was changed" in done.out
     assert "was trained on these labels" not in done.err  # its features are pixels

@@ -10,7 +10,7 @@ from common.console import InputError
 from common.proportions import count_of
 
 LEAST = 2 * FOLDS  # patients of a class, so that each fold can hold some and leave most to learn from
-INSTALL = "python -m pip install 'cleanlab>=2.7'"
+INSTALL = "python -m pip install 'cleanlab>=2.9'"
 
 
 def check_cleanlab():
