@@ -120,8 +120,8 @@ def say_limits(run, side):
         say(f"note: training images of other hospitals ({also}) are not asked about")
     if side == "train" and has_learnt(run):
         say(
-            f"note: the backbone of {run} was trained on these labels, so it hides some of their errors; a "
-            "run of train_pretrained.py --epochs 0, whose backbone has seen no label, finds more"
+            f"note: the backbone of {run} was trained on these labels, so it may hide their errors; a "
+            "run of train_pretrained.py --epochs 0, whose backbone has seen no label, may find more"
         )
 
 
