@@ -7,6 +7,7 @@ import numpy as np
 from auditing.labels.errors import LEAST, find_errors, too_rare
 from auditing.reader import Change
 from common.console import InputError, say
+from common.task import is_healthy
 from data import read_listing
 from images import twins
 from records.run import WITHOUT_CLASSES
@@ -38,7 +39,8 @@ def questions(task, targets, finding=None):
     for k, name in enumerate(task.classes):
         if finding in (None, name):
             known = np.flatnonzero(targets[:, k] >= 0)
-            found.append(Question(name, (f"no {name}", name), known, targets[known, k].astype(int)))
+            absent = "a finding" if is_healthy(name) else f"no {name}"
+            found.append(Question(name, (absent, name), known, targets[known, k].astype(int)))
     return found
 
 

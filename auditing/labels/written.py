@@ -12,6 +12,7 @@ from records.predictions import cell
 
 COLUMNS = ("path", "patient", "label", "probability", "likely", "likely_probability", "rank", "issue")
 SHOWN, PRINTED = 12, 10
+WEAK = 0.8  # AUROC of a classifier that is wrong more often than labels usually are
 ADVICE = (
     "Contradicted is not wrong: look at each image before you believe it. Nothing was changed. To correct a\n"
     "label, move the image to the right class folder, or edit a copy of the table; to leave an image out,\n"
@@ -85,6 +86,13 @@ def lines(subset, found):
     told = []
     for question, errors in found:
         told.append(summary(question, errors))
+    weak = [question.finding or "these classes" for question, errors in found if auroc(errors) < WEAK]
+    if weak:
+        names = ", ".join(weak)
+        told.append(
+            f"AUROC below {WEAK:g}: the classifier is wrong more often than labels usually are, so a list is "
+            f"worth little: {names}"
+        )
     first = first_of(found, PRINTED)
     if first:
         told.append(f"first {len(first)}, with the out-of-fold probability of the label:")
