@@ -11,6 +11,9 @@ Writes audit.json into the run folder, which compare.py shows, and audit-SIDE-cl
 of the group with the worst specificity. What an earlier call found of other sections, of the other side and
 of other findings stays. About ten minutes on two cores for a ViT-Ti/16 and 1,000 images.
 
+--labels looks at the training images instead and lists those whose label the other patients' images
+contradict: audit-train-labels.csv and .png. It needs the package cleanlab.
+
 Any classifier can be audited; sections 4 and 5 need a threshold (calibrate.py). An audit can find a shortcut,
 not prove that there is none.
 """
@@ -24,6 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from auditing import clusters, looks, rules, signals
+from auditing.labels import written
+from auditing.labels.asked import answers, askable, features_of, patients_of, questions, say_limits
+from auditing.labels.errors import check_cleanlab
 from auditing.reader import Change, Reader
 from auditing.record import KEYS, NAME, TITLES, audit_of, kept_of, save_side
 from auditing.sheet import draw_sheet
@@ -39,6 +45,9 @@ from layouts.asked import add_moved_arguments, moved_settings
 from layouts.listing import cohort_of
 from records.run import Run
 
+LABELS = "labels"  # of --only, besides the sections
+SIDES_OF_LABELS = {"train": "training", **SIDES}
+MOST_IMAGES = 1200
 CORRUPTED = 3  # section 4 scores each image thirteen times, so it takes at most a third of them
 
 
@@ -214,33 +223,114 @@ def show(run, record, side, asked):
     print(f"wrote {run.folder / NAME}")
 
 
+# ---------------------------------------------------------------- labels
+
+
+def list_labels(args, run, moved):
+    """Write and show which labels of a side are likely to be wrong."""
+    check_cleanlab()  # now, not after ten minutes
+    side = args.side or "train"
+    reader = Reader(run, pick_device(args.device), run.task.findings[0])
+    # An uncertain label is none: what training made of it says nothing of the image.
+    subset = some_images(load_split(run, side, moved | {"uncertain": "ignore"}), args.most_images)
+    patients = patients_of(subset, replace(run.config, **moved))
+    asked = askable(questions(run.task, subset.targets, args.finding), subset, patients)
+    say_limits(run, side)
+    found = answers(asked, features_of(reader, subset, args.batch_size), patients)
+
+    paths = [run.folder / f"audit-{side}-labels.{ending}" for ending in ("csv", "png")]
+    mark = " [SYNTHETIC]" if run.results["synthetic"] else ""
+    name = f"{SIDES_OF_LABELS[side]} images"
+    written.write_list(paths[0], subset, found)
+    title = f"{run.folder.resolve().name}, {name}: labels that other patients' images contradict most{mark}"
+    if not written.write_sheet(paths[1], subset, found, title):
+        paths.pop()
+    print(f"{run}, labels of {len(subset)} {name}, {count_of(patients)} patients{mark}")
+    for line in written.lines(subset, found):
+        print(line)
+    print(written.ADVICE)
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def some_images(subset, most):
+    """A Subset, or that of at most `most` images of random patients, which is said."""
+    if most is None or len(subset) <= most:
+        return subset
+    sick = (subset.targets > 0).reshape(len(subset), -1).any(axis=1)
+    some = some_patients(sick, np.asarray(subset.patients), most)
+    say(
+        f"note: {len(some)} of {len(subset)} images are asked about, whole patients at random (--most-images)"
+    )
+    return subset.take(some)
+
+
 # ---------------------------------------------------------------- main
 
 
 def parse():
-    """Checked command line."""
+    """Checked command line; `only` are the sections, `lists_labels` is whether labels are asked about."""
     parser = Parser(__doc__)
     parser.add_argument("--run", default="outputs/pretrained", metavar="DIR", help="a run folder")
-    parser.add_argument("--side", choices=tuple(SIDES), default="val", help="the images to look at")
-    parser.add_argument("--finding", metavar="NAME", help="of several findings (default: the first)")
-    parser.add_argument("--only", nargs="+", choices=KEYS, default=KEYS, help="sections (default: all)")
+    parser.add_argument(
+        "--side", choices=tuple(SIDES_OF_LABELS), help="the images to look at (default: val, of labels train)"
+    )
+    parser.add_argument(
+        "--finding", metavar="NAME", help="of several findings (default: the first, of labels all)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=(*KEYS, LABELS), help="sections, or labels (default: all sections)"
+    )
     parser.add_argument(
         "--most-images",
         type=Number(int, 20, 10**9),
-        default=1200,
         metavar="N",
-        help="at most this many images, whole patients at random; a third as many under the thirteen changes",
+        help="at most this many images, whole patients at random; a third as many under the thirteen changes "
+        f"(default: {MOST_IMAGES}, of labels all)",
     )
     parser.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="images a step")
     group = parser.add_argument_group("where the images are now")
-    add_moved_arguments(group)
+    add_moved_arguments(group, leave_out=("labels",))
+    group.add_argument(
+        "--labels",
+        nargs="?",
+        const=True,
+        metavar="CSV",
+        help="alone: list labels that are likely to be wrong, as --only labels; with CSV: where the table of "
+        "findings is now (default: as trained)",
+    )
     add_device_argument(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+
+    # --labels alone is what to do; with a table it is where that is.
+    alone, given = args.labels is True, args.only or []
+    if alone:
+        args.labels = None
+    args.lists_labels = alone or LABELS in given
+    args.only = [key for key in KEYS if key in given]
+    if not given and not alone:
+        args.only = list(KEYS)
+    if args.only and args.side == "train":
+        raise InputError(
+            "--side train is for --labels alone: the other sections look at images not trained on"
+        )
+    return args
 
 
 def main():
     args, started = parse(), time.monotonic()
-    run, asked = Run(args.run), [key for key in KEYS if key in args.only]
+    run = Run(args.run)
+    moved = moved_settings(args, run.config.data_dir)
+    if args.lists_labels:
+        list_labels(args, run, moved)
+    if args.only:
+        ask_sections(args, run, moved)
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def ask_sections(args, run, moved):
+    """Ask the sections of the command line about a run; write and show what they say."""
+    asked, side = args.only, args.side or "val"
     finding = args.finding or run.task.findings[0]
     finding = run.task.chosen_finding(finding)
     audit_of(run)  # a damaged file is said now, not after ten minutes
@@ -251,16 +341,14 @@ def main():
     if reader.calibration and unit_of(reader.calibration) != "image":
         say(f"note: the threshold of {run} is for {plural_of(reader.calibration)}; here it is for images")
 
-    moved = moved_settings(args, run.config.data_dir)
     reader.config = replace(run.config, **moved)
-    subset, most = load_split(run, args.side, moved), args.most_images
-    audit = Audit(side_of(subset, run.task, finding, args.side, most), reader, asked, most)
+    subset, most = load_split(run, side, moved), args.most_images or MOST_IMAGES
+    audit = Audit(side_of(subset, run.task, finding, side, most), reader, asked, most)
     audit.score(args.batch_size)
     found = audit.answers()
     if "clusters" in asked:
         write_sheet(audit)
-    show(run, keep(audit, found), args.side, asked)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    show(run, keep(audit, found), side, asked)
 
 
 if __name__ == "__main__":

@@ -331,14 +331,14 @@ def load_train_val(config, tell=print):
 
 
 def load_split(run, split, moved=None):
-    """The Subset "val" or "test" of a run's images; `moved`: settings of the data that are not as they were
-    trained. InputError if they are not those it was trained with."""
+    """The Subset "train", "val" or "test" of a run's images; `moved`: settings of the data that are not as
+    they were trained. InputError if they are not those it was trained with."""
     config = replace(run.config, **(moved or {}))
-    _, val, info = load_train_val(config, tell=say)
+    train, val, info = load_train_val(config, tell=say)
     refuse_other_images(config, info["fingerprint"], run.results["split"]["fingerprint"], run)
-    if split == "val":
-        return val
-    return load_test(config)
+    if split == "test":
+        return load_test(config)
+    return {"train": train, "val": val}[split]
 
 
 def refuse_other_images(config, here, trained_on, run):

@@ -10,5 +10,6 @@ looks.py     sections 1, 2 and 4: borders, lungs, changed images
 signals.py   section 3: what else the features tell
 clusters.py  section 5: whether the false alarms are of one kind
 rules.py     the verdicts
-sheet.py     typical patients of the worst group
+sheet.py     pictures with a text under each
+labels/      images whose label is likely to be wrong
 """

@@ -1,4 +1,4 @@
-"""The sheet of an audit: typical patients of the group with the worst specificity."""
+"""The sheets of an audit: typical patients of the worst group, and labels that are likely to be wrong."""
 
 import textwrap
 

@@ -75,16 +75,23 @@ def original_sizes(config, files, results):
 
 def probe(x, signal, patients):
     """The probability of a signal for every image by a logistic regression that never saw its patient: x
-    [N, D], signal bool [N] -> float64 [N].
+    [N, D], signal bool [N] -> float64 [N]."""
+    return out_of_fold(x, signal.astype(int), patients, 2)[:, 1]
 
-    Features are standardised; the prior of the weights gives log odds one spread whatever D is."""
-    told = np.zeros(len(x))
+
+def out_of_fold(x, y, patients, count):
+    """The probability of each class for every image by a logistic regression that never saw its patient: x
+    [N, D], classes y int [N] from 0 to `count` - 1 -> float64 [N, count].
+
+    Five folds of whole patients, alike in classes. Features are standardised; the prior of the weights gives
+    log odds one spread whatever D is."""
+    told = np.zeros((len(x), count))
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    for rest, held_out in folds.split(x, signal, patients):
+    for rest, held_out in folds.split(x, y, patients):
         model = LogisticRegression(C=SPREAD / x.shape[1], max_iter=2000)
-        told[held_out] = (
-            make_pipeline(StandardScaler(), model).fit(x[rest], signal[rest]).predict_proba(x[held_out])[:, 1]
-        )
+        fitted = make_pipeline(StandardScaler(), model).fit(x[rest], y[rest])
+        # A class that is in no other fold keeps probability 0.
+        told[np.ix_(held_out, fitted.classes_)] = fitted.predict_proba(x[held_out])
     return told
 
 

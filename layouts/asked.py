@@ -46,11 +46,12 @@ def asked(args, values):
     return {"labels": str(path), "layout": layout.name, "blank": blank, "classes": classes}
 
 
-def add_moved_arguments(group):
-    """The flags that say where the images of a run are now."""
+def add_moved_arguments(group, leave_out=()):
+    """The flags that say where the images of a run are now, but those of the fields `leave_out`."""
     for name, (metavar, text) in MOVED.items():
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, metavar=metavar, help=f"{text} (default: as trained)")
+        if name not in leave_out:
+            group.add_argument(flag, metavar=metavar, help=f"{text} (default: as trained)")
 
 
 def moved_settings(args, data_dir, *more):

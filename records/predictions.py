@@ -72,10 +72,10 @@ def _first_columns(scores, side):
     for name in ("study", "age", "sex", "view"):
         columns.append(scores.get(f"{side}_cohort_{name}", np.full(len(files), "")))
     columns.append(np.full(len(files), side))
-    return [[_cell(value) for value in column] for column in columns]
+    return [[cell(value) for value in column] for column in columns]
 
 
-def _cell(value):
+def cell(value):
     """Text or a number as the text of a cell; NaN is empty."""
     if isinstance(value, (float, np.floating)):
         return _number(value)

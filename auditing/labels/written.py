@@ -1,0 +1,126 @@
+"""What is printed and written of likely label errors: a list of all labels, and a sheet of the first."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from auditing.sheet import draw_sheet
+from common.files import atomic_path
+from records.predictions import cell
+
+COLUMNS = ("path", "patient", "label", "probability", "likely", "likely_probability", "rank", "issue")
+SHOWN, PRINTED = 12, 10
+WEAK = 0.8  # AUROC of a classifier that is wrong more often than labels usually are
+ADVICE = (
+    "Contradicted is not wrong: look at each image before you believe it. Nothing was changed. To correct a\n"
+    "label, move the image to the right class folder, or edit a copy of the table; to leave an image out,\n"
+    "move it out of the folder, or delete its row. Then train again (docs/AUDIT.md)."
+)
+
+
+def write_list(path, subset, found):
+    """A CSV with a row for every label of `found` ([(Question, Errors)]), the likely errors first; an older
+    file is replaced.
+
+    COLUMNS: the file, its patient (empty where not known), the label, its out-of-fold probability, the most
+    probable class and its probability, the rank from 1 on, and "yes" for a likely error. Of a table of
+    findings, "finding" comes first and each has its own ranks."""
+    of_table = bool(found[0][0].finding)
+    first = ["finding"] if of_table else []
+    with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*first, *COLUMNS])
+        for question, errors in found:
+            if of_table:
+                first = [cell(question.finding)]
+            for rank, i in enumerate(errors.order, 1):
+                issue = "yes" if errors.issue[i] else "no"
+                writer.writerow([*first, *_row(subset, question, errors, i), rank, issue])
+
+
+def _row(subset, question, errors, i):
+    """The cells of COLUMNS but the last two, of label i."""
+    at, likely = question.positions[i], errors.likely[i]
+    file, patient = subset.files[at], subset.patients[at]
+    return [
+        cell(file),
+        cell(patient if patient != file else ""),
+        cell(question.classes[errors.y[i]]),
+        cell(errors.of_label[i]),
+        cell(question.classes[likely]),
+        cell(errors.p[i, likely]),
+    ]
+
+
+def first_of(found, most):
+    """[(Question, Errors, rank, i)] of the likely errors to show: at most `most`, of several findings in
+    turn."""
+    listed = []
+    for number, (question, errors) in enumerate(found):
+        for rank, i in enumerate(errors.order[: int(errors.issue.sum())], 1):
+            listed.append((rank, number, question, errors, i))
+    listed.sort(key=lambda entry: entry[:2])
+    return [(question, errors, rank, i) for rank, _, question, errors, i in listed[:most]]
+
+
+def write_sheet(path, subset, found, title):
+    """A PNG of the first likely errors -> True. Where there is none, an older sheet goes -> False."""
+    first = first_of(found, SHOWN)
+    if not first:
+        path.unlink(missing_ok=True)
+        return False
+    texts = []
+    for question, errors, rank, i in first:
+        name = Path(subset.files[question.positions[i]]).name
+        label, likely = question.classes[errors.y[i]], question.classes[errors.likely[i]]
+        texts.append(f"{rank}. {name}\nlabel {label} ({errors.of_label[i]:.3f}), likely {likely}")
+    positions = np.array([question.positions[i] for question, _, _, i in first])
+    draw_sheet(path, subset.pixels(positions), texts, title)
+    return True
+
+
+def lines(subset, found):
+    """What is printed of `found`: list of text."""
+    told = []
+    for question, errors in found:
+        told.append(summary(question, errors))
+    weak = [question.finding or "these classes" for question, errors in found if auroc(errors) < WEAK]
+    if weak:
+        names = ", ".join(weak)
+        told.append(
+            f"AUROC below {WEAK:g}: the classifier is wrong more often than labels usually are, so a list is "
+            f"worth little: {names}"
+        )
+    first = first_of(found, PRINTED)
+    if first:
+        told.append(f"first {len(first)}, with the out-of-fold probability of the label:")
+    for question, errors, rank, i in first:
+        label, likely = question.classes[errors.y[i]], question.classes[errors.likely[i]]
+        file = subset.files[question.positions[i]]
+        told.append(f"  {rank:>4}  {errors.of_label[i]:.3f}  {label} -> {likely}?  {file}")
+    return told
+
+
+def summary(question, errors):
+    """How many labels of a Question are likely errors, of which class, and how well its classes are told
+    apart, in a line."""
+    parts = []
+    for k, name in enumerate(question.classes):
+        mine = errors.y == k
+        parts.append(f"{int(errors.issue[mine].sum())} of {int(mine.sum())} {name}")
+    issues = f"{int(errors.issue.sum())} of {len(errors.y)} labels are likely errors ({', '.join(parts)})"
+    about = ""
+    if question.finding:
+        about = f"{question.finding}: "
+    return f"  {about}{issues}; AUROC out of fold {auroc(errors):.3f}"
+
+
+def auroc(errors):
+    """How well the out-of-fold probabilities tell the labels apart: of several classes, the mean AUROC of
+    each against the others."""
+    if errors.p.shape[1] == 2:
+        return float(roc_auc_score(errors.y, errors.p[:, 1]))
+    each = [roc_auc_score(errors.y == k, errors.p[:, k]) for k in range(errors.p.shape[1])]
+    return float(np.mean(each))
