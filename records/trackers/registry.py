@@ -2,6 +2,10 @@
 checkpoint and its settings. MLflow keeps the code as files ("models from code"), so nothing is pickled.
 """
 
+from common.prelude import REQUIREMENTS, ROOT
+
+import contextlib
+import io
 import os
 import tempfile
 import uuid
@@ -12,7 +16,6 @@ from PIL import Image
 
 from common import scaling
 from common.console import say
-from common.prelude import REQUIREMENTS, ROOT
 from images.drawn import draw_radiograph
 from records.run import WITHOUT_CLASSES
 from records.trackers.kept import PROJECT, settings_files, staged, title
@@ -78,7 +81,8 @@ def save_model(run, tta, path):
     with tempfile.TemporaryDirectory() as folder:
         image = os.path.join(folder, "drawn.png")
         Image.fromarray(draw_radiograph(np.random.default_rng(0))).save(image)
-        rows = mlflow.pyfunc.load_model(str(path), model_config={"device": "cpu"}).predict([image])
+        with contextlib.redirect_stderr(io.StringIO()):  # its notes are for those who load it
+            rows = mlflow.pyfunc.load_model(str(path), model_config={"device": "cpu"}).predict([image])
     description = mlflow.models.Model.load(str(path))
     description.signature = signature_of(rows)
     description.save(str(path / "MLmodel"))

@@ -24,9 +24,11 @@ class Wandb:
         )
         place = dict(dir=beside, mode=mode, settings=settings)
         self.image, self.artifact, self.title = wandb.Image, wandb.Artifact, title(run)
-        about = dict(project=PROJECT, name=run.folder.name, id=known or uuid.uuid4().hex[:8])
+        about = dict(name=run.folder.name)
+        if "WANDB_SWEEP_ID" not in os.environ:  # a sweep has its own project, and a name for each run
+            about |= dict(project=PROJECT, id=known or uuid.uuid4().hex[:8])
         self.run = wandb.init(**about, **place, resume="allow", reinit="finish_previous")
-        self.reference = about["id"]
+        self.reference = self.run.id
 
     def parameters(self, values):
         self.run.config.update(values, allow_val_change=True)
