@@ -67,23 +67,27 @@ def test_container_holds_every_module(image):
     assert len(files) > 100 and [path for path in files if not (image / path).exists()] == []
 
 
+START = """
+import contextlib, io, runpy, sys
+scripts = sys.argv[1:]
+for name in scripts:
+    sys.argv = [f"{name}.py", "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(f"{name}.py", run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    print(name, code, out.getvalue().startswith(f"usage: {name}"))
+print([sys.modules[name].__file__ for name in ("common", "data", "vit", "metrics")])
+"""
+
+
 def test_every_script_starts_in_the_container(image):
     """--help of every script, from the copied files alone, in one process: starting torch takes seconds."""
     entry, default = json.loads(value_of_line("ENTRYPOINT")), json.loads(value_of_line("CMD"))
     assert entry == ["python"] and default[0].removesuffix(".py") in ALL
-    code = "\n".join(
-        [
-            "import contextlib, io, runpy, sys",
-            f"for name in {list(ALL)!r}:",
-            "    sys.argv = [name + '.py', '--help']",
-            "    with contextlib.redirect_stdout(io.StringIO()) as out:",
-            "        try: runpy.run_path(name + '.py', run_name='__main__')",
-            "        except SystemExit as end: code = end.code",
-            "    print(name, code or 0, out.getvalue().startswith('usage: ' + name))",
-            "print({m.__file__ for n, m in sys.modules.items() if n in ('common', 'data', 'vit', 'metrics')})",
-        ]
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=image, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", START, *ALL], cwd=image, capture_output=True, text=True)
     *started, used = done.stdout.splitlines()
     assert started == [f"{name} 0 True" for name in ALL], done.stderr
     assert all(path.startswith(str(image)) for path in ast.literal_eval(used))

@@ -17,6 +17,7 @@ class MLflow:
     def __init__(self, run, known):
         for name, value in (("MAX_RETRIES", 1), ("TIMEOUT", PATIENCE)):  # else minutes, if a server is down
             os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", str(value))
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         import mlflow
         from mlflow.entities import Metric, Param
 
