@@ -1,5 +1,6 @@
 """MLflow: runs in the database mlruns/mlflow.db next to the run folder, or at MLFLOW_TRACKING_URI."""
 
+import inspect
 import logging
 import os
 import re
@@ -59,9 +60,11 @@ class MLflow:
         self.monitor = measured("mlflow", self._begin_monitor)
 
     def _begin_monitor(self):
-        """MLflow's own system metrics, begun. ImportError without psutil."""
+        """MLflow's own system metrics, begun. ImportError without psutil, or of an older MLflow."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        if "tracking_uri" not in inspect.signature(SystemMetricsMonitor).parameters:
+            raise ImportError("it would write elsewhere", name="'mlflow>=3.7'")
         place = dict(resume_logging=bool(self.known), tracking_uri=self.uri)
         monitor = SystemMetricsMonitor(self.reference, sampling_interval=SECONDS, **place)
         monitor.start()
