@@ -22,7 +22,6 @@ from prediction.output import thresholds_of_columns, with_six_digits
 from prediction.scorer import Scorer
 from records.run import Run
 
-
 # It would infer the signature from type hints; ours lists the columns of the run.
 warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
