@@ -9,7 +9,6 @@ the run's files and the code beside it. No other file imports this one.
 """
 
 import os
-import warnings
 
 import mlflow
 import pandas as pd
@@ -21,9 +20,6 @@ from models.inputs import Inputs
 from prediction.output import thresholds_of_columns, with_six_digits
 from prediction.scorer import Scorer
 from records.run import Run
-
-# It would infer the signature from type hints; ours lists the columns of the run.
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
 
 class NotCalibrated(Run):

@@ -1,4 +1,4 @@
-"""Tests of docs/SWEEPS.md: what it tells to run parses, and what it chooses has the best validation figure."""
+"""Tests of docs/SWEEPS.md: its commands parse, and what it chooses has the best validation figure."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_optuna_example(tmp_path, monkeypatch):
 
 
 def test_wandb_sweep_file():
-    """Each of its parameters is a flag, with values that it takes; and the figure is one that --track logs."""
+    """Its parameters are flags, with values that they take; --track logs the figure."""
     yaml = pytest.importorskip("yaml")
     sweep = yaml.safe_load(BLOCKS["yaml"])
     assert sweep["metric"] == {"name": "best_val_auroc", "goal": "maximize"}

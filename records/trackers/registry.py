@@ -65,11 +65,13 @@ def _register(client, run_id, run, tta, description):
 
 def save_model(run, tta, path):
     """Write a Run as an MLflow model to the folder `path`, with the signature of what it returns for one
-    drawn image. So each model has scored an image before it is registered."""
+    drawn image. So each model has scored an image before it is registered.
+
+    What MLflow and the model say on stderr meanwhile is for those who load it, and not shown."""
     import mlflow
 
     files = {"checkpoint.pth": run.checkpoint, **settings_files(run, tta)}
-    with staged(files) as folder:
+    with staged(files) as folder, contextlib.redirect_stderr(io.StringIO()):
         mlflow.pyfunc.save_model(
             path,
             python_model=str(WRAPPER),
@@ -81,7 +83,7 @@ def save_model(run, tta, path):
     with tempfile.TemporaryDirectory() as folder:
         image = os.path.join(folder, "drawn.png")
         Image.fromarray(draw_radiograph(np.random.default_rng(0))).save(image)
-        with contextlib.redirect_stderr(io.StringIO()):  # its notes are for those who load it
+        with contextlib.redirect_stderr(io.StringIO()):
             rows = mlflow.pyfunc.load_model(str(path), model_config={"device": "cpu"}).predict([image])
     description = mlflow.models.Model.load(str(path))
     description.signature = signature_of(rows)
