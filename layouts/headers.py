@@ -63,7 +63,7 @@ def secret_key(cache_dir):
 def key_of_call(cache_dir):
     """(a key for names that are only printed, whether it is that of the cache folder): where there is no such
     folder, or its key may not be read, one for this call alone."""
-    if Path(cache_dir).is_dir():
+    if cache_dir and Path(cache_dir).is_dir():
         with contextlib.suppress(OSError, InputError):
             return secret_key(cache_dir), True
     return secrets.token_bytes(KEY_BYTES), False

@@ -4,4 +4,5 @@ In the order to read them:
 
     scorer.py   files in, a row each out: scores, decisions, typicality, notes
     output.py   order, digits and destination of the rows
+    mlflow_model.py   a run as a model of MLflow's registry
 """

@@ -9,6 +9,6 @@ In the order to read them:
     predictions.py  its scores and decisions, for spreadsheets
     lock.py      who trains there
     curves.py    training curves
-    track.py     TensorBoard, MLflow, W&B
+    track.py     TensorBoard, MLflow, W&B; one file each in trackers/
     onnx.py      a run as one file for other programs
 """

@@ -25,7 +25,7 @@ LINES = {"README.md": (120, 120), "CONTRIBUTING.md": (40, 120)}  # lines, charac
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*|\.\.\.")  # DIR, N, ...: what the reader fills in
+PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*|\.\.\.|\$\w+")  # DIR, N, ...: what the reader fills in; $lr
 
 
 # ---------------------------------------------------------------- links
