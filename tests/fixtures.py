@@ -25,7 +25,15 @@ detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: F
 
 import data
 from images.drawn import make_synthetic
+from report import rows
 from tests.shared import google_arrays, succeed
+from vit import CONFIGS
+
+# The scratch arm is small here: what is tested of its runs holds at any size, and 5 million weights are
+# 80 MB at every epoch's end. Tests of its true size ask for `shipped_scratch`.
+SHIPPED = dict(CONFIGS["scratch"]), rows.ARCHITECTURES["scratch"]
+CONFIGS["scratch"] |= dict(embed_dim=64, depth=2, num_heads=4)
+rows.ARCHITECTURES["scratch"] = (SHIPPED[1][0], (64, 2, 4, 16))
 
 draw_figure = Figure.savefig
 NOT_DRAWN = {
@@ -112,6 +120,14 @@ def tiny_npz(built_once):
 def flags(synthetic, cache):
     """Data flags for a run of seconds."""
     return ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32]
+
+
+@pytest.fixture
+def shipped_scratch(monkeypatch):
+    """train_scratch.py's model in its true size; its config."""
+    monkeypatch.setitem(CONFIGS, "scratch", SHIPPED[0])
+    monkeypatch.setitem(rows.ARCHITECTURES, "scratch", SHIPPED[1])
+    return SHIPPED[0]
 
 
 @pytest.fixture

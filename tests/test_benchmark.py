@@ -122,7 +122,7 @@ def test_compare_takes_medians_of_turns(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("| name | 4.0 | 1.0 | 4.00 | 2.00 to 8.00 | ")
 
 
-def test_step_flops_against_torch_counter():
+def test_step_flops_against_torch_counter(shipped_scratch):
     """The formula against torch's own count of a forward and backward pass (which skips the gradient by the
     image)."""
     from torch.utils.flop_counter import FlopCounterMode
