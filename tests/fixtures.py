@@ -24,8 +24,11 @@ from common import device as device_module
 detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: False
 
 import data
+from common.files import atomic_path
 from images.drawn import make_synthetic
-from report import rows
+from models import map_pictures
+from records import curves
+from report import figures, rows
 from tests.shared import google_arrays, succeed
 from vit import CONFIGS
 
@@ -52,7 +55,61 @@ def draw_nothing(self, path, **settings):
     Image.new("L", (1, 1)).save(path, format="png")
 
 
-Figure.savefig = draw_nothing
+class Blank:
+    """Axes that take whatever is drawn on them, and show nothing."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+    def __getitem__(self, place):
+        return 0.0
+
+
+class Unfilled(Figure):
+    """A figure of Blank axes."""
+
+    def legend(self, *args, **kwargs):
+        pass
+
+    suptitle = legend
+
+
+def blank_panels(count, width, height, columns=2, names=()):
+    return Unfilled(), [Blank()] * -(-count // columns) * columns
+
+
+draw_all = figures.draw_all
+
+
+def draw_no_lines(view, folder, stem):
+    """`figures.draw_all`, which computes what it draws, but to build the lines takes most of compare.py's
+    time: it draws them where pictures are drawn."""
+    if Figure.savefig is draw_figure:
+        return draw_all(view, folder, stem)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (curves, figures):
+            patch.setattr(module, "panels", blank_panels)
+        return draw_all(view, folder, stem)
+
+
+draw_maps = map_pictures.draw
+
+
+def draw_no_maps(path, *about):
+    """`map_pictures.draw`, or one grey pixel: see `draw_nothing`."""
+    if Figure.savefig is draw_figure or not NOT_DRAWN & set(Path(path).parts):
+        return draw_maps(path, *about)
+    with atomic_path(path) as tmp:
+        draw_nothing(None, tmp)
+
+
+Figure.savefig, figures.draw_all, map_pictures.draw = draw_nothing, draw_no_lines, draw_no_maps
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")
