@@ -81,7 +81,8 @@ class Unfilled(Figure):
 
 
 def blank_panels(count, width, height, columns=2, names=()):
-    return Unfilled(), [Blank()] * -(-count // columns) * columns
+    columns = min(columns, count)
+    return Unfilled(), [Blank()] * columns * -(-count // columns)
 
 
 draw_all = figures.draw_all
