@@ -24,8 +24,19 @@ from common import device as device_module
 detect_bf16, device_module.fast_bf16 = device_module.fast_bf16, lambda device: False
 
 import data
+from common.files import atomic_path
 from images.drawn import make_synthetic
+from models import map_pictures
+from records import curves
+from report import figures, rows
 from tests.shared import google_arrays, succeed
+from vit import CONFIGS
+
+# The scratch arm is small here: what is tested of its runs holds at any size, and 5 million weights are
+# 80 MB at every epoch's end. Tests of its true size ask for `shipped_scratch`.
+SHIPPED = dict(CONFIGS["scratch"]), rows.ARCHITECTURES["scratch"]
+CONFIGS["scratch"] |= dict(embed_dim=64, depth=2, num_heads=4)
+rows.ARCHITECTURES["scratch"] = (SHIPPED[1][0], (64, 2, 4, 16))
 
 draw_figure = Figure.savefig
 NOT_DRAWN = {
@@ -44,7 +55,62 @@ def draw_nothing(self, path, **settings):
     Image.new("L", (1, 1)).save(path, format="png")
 
 
-Figure.savefig = draw_nothing
+class Blank:
+    """Axes that take whatever is drawn on them, and show nothing."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+    def __getitem__(self, place):
+        return 0.0
+
+
+class Unfilled(Figure):
+    """A figure of Blank axes."""
+
+    def legend(self, *args, **kwargs):
+        pass
+
+    suptitle = legend
+
+
+def blank_panels(count, width, height, columns=2, names=()):
+    columns = min(columns, count)
+    return Unfilled(), [Blank()] * columns * -(-count // columns)
+
+
+draw_all = figures.draw_all
+
+
+def draw_no_lines(view, folder, stem):
+    """`figures.draw_all`, which computes what it draws, but to build the lines takes most of compare.py's
+    time: it draws them where pictures are drawn."""
+    if Figure.savefig is draw_figure:
+        return draw_all(view, folder, stem)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (curves, figures):
+            patch.setattr(module, "panels", blank_panels)
+        return draw_all(view, folder, stem)
+
+
+draw_maps = map_pictures.draw
+
+
+def draw_no_maps(path, *about):
+    """`map_pictures.draw`, or one grey pixel: see `draw_nothing`."""
+    if Figure.savefig is draw_figure or not NOT_DRAWN & set(Path(path).parts):
+        return draw_maps(path, *about)
+    with atomic_path(path) as tmp:
+        draw_nothing(None, tmp)
+
+
+Figure.savefig, figures.draw_all, map_pictures.draw = draw_nothing, draw_no_lines, draw_no_maps
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")
@@ -112,6 +178,14 @@ def tiny_npz(built_once):
 def flags(synthetic, cache):
     """Data flags for a run of seconds."""
     return ["--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32]
+
+
+@pytest.fixture
+def shipped_scratch(monkeypatch):
+    """train_scratch.py's model in its true size; its config."""
+    monkeypatch.setitem(CONFIGS, "scratch", SHIPPED[0])
+    monkeypatch.setitem(rows.ARCHITECTURES, "scratch", SHIPPED[1])
+    return SHIPPED[0]
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from fractions import Fraction
@@ -83,6 +85,48 @@ def popen(*argv, cwd):
         return subprocess.Popen(
             [sys.executable, *map(str, argv)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=err, text=True
         )
+
+
+class Forked:
+    """A process as of `popen` that has imported everything already, which takes seconds: a fork of this one
+    that runs the script's main(). `about`: of its environment."""
+
+    def __init__(self, script, *argv, cwd, about=()):
+        main = importlib.import_module(script).main
+        read, write = os.pipe()
+        arguments = main, script, argv, cwd, write, about
+        self.process = multiprocessing.get_context("fork").Process(target=as_script, args=arguments)
+        self.process.start()
+        os.close(write)
+        self.stdout, self.returncode = os.fdopen(read), None
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout):
+        out = self.stdout.read()
+        self.process.join(timeout)
+        self.stdout.close()
+        self.returncode = self.process.exitcode
+        return out, None
+
+
+def as_script(main, script, argv, cwd, write, about=()):
+    """Ends this process as the script's would."""
+    os.environ |= dict(about)
+    os.chdir(cwd)
+    sys.argv, code = [f"{script}.py", *map(str, argv)], 0
+    sys.stdout, sys.stderr = os.fdopen(write, "w", buffering=1), open("stderr.txt", "w", buffering=1)
+    try:
+        start(main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def read_json(*parts):

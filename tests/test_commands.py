@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from common import scripts
-from images import decode, drawn
+from images import decode
 from images.drawn import make_synthetic
 from images.split import split_train_val
 from layouts.folders import list_images
@@ -138,12 +138,12 @@ def test_training_never_opens_a_test_image(synthetic, tmp_path, tiny_npz, monkey
 
 def test_demo(tmp_path, monkeypatch):
     """--demo draws the set, appends -demo to the run's folder and says what it is."""
-    real = make_synthetic
-    monkeypatch.setattr(drawn, "make_synthetic", lambda root: real(root, train=48, test=16))
+    monkeypatch.setattr(plan, "make_synthetic", lambda root: make_synthetic(root, train=48, test=16))
     done = succeed("train_linear", "--demo", "--img-size", 32, cwd=tmp_path)
     assert "SYNTHETIC" in done.out
     results = read_json(tmp_path, "outputs/linear-demo/results.json")
     assert results["synthetic"] is True and results["data"]["data_dir"] == "Data/synthetic"
+    assert results["split"]["train"] + results["split"]["val"] == 48
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Data", "outputs"]
     assert "SYNTHETIC" in succeed("calibrate", cwd=tmp_path).out
 

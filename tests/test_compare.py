@@ -68,7 +68,7 @@ from vit import CONFIGS
 NASTY = "a$b_c|d`e<img src=x>*f*](g)\\h\ni\x1bj\udcff"  # matplotlib, markdown, HTML, terminals, UTF-8
 ASKED = Asked(age_bands())
 RULE = Rule(min_recall=0.9, confidence=0.9, bootstrap=100)
-SCRATCH = dict(kind="vit", embed_dim=256, depth=6, num_heads=8, patch_size=16)
+SCRATCH = {"kind": "vit", **CONFIGS["scratch"]}
 
 
 def noisy_scores(seed, classes=("NORMAL", "PNEUMONIA"), known=True):
@@ -135,7 +135,7 @@ def edit_results(run, change):
 # ---------------------------------------------------------------- rows
 
 
-def test_architectures_are_those_of_vit():
+def test_architectures_are_those_of_vit(shipped_scratch):
     keys = ("embed_dim", "depth", "num_heads", "patch_size")
     assert {k: shape for k, (_, shape) in rows_module.ARCHITECTURES.items()} == {
         name: tuple(config[k] for k in keys) for name, config in CONFIGS.items()
@@ -155,14 +155,14 @@ def test_architectures_are_those_of_vit():
         ("my-model", (384, 12, 6, 32), "my-model"),
     ],
 )
-def test_architecture_is_named_by_what_it_is(model, shape, name):
+def test_architecture_is_named_by_what_it_is(model, shape, name, shipped_scratch):
     config = {"kind": "vit", **dict(zip(rows_module.SIZES, shape))}
     assert rows_module.architecture(model, config) == name
 
 
 def test_architecture_of_other_kinds_and_damage():
     wide = {**SCRATCH, "mlp_ratio": 3}
-    assert rows_module.architecture("scratch", wide) == "ViT scratch 256x6, patch 16, MLP ratio 3"
+    assert rows_module.architecture("scratch", wide) == "ViT scratch 64x2, patch 16, MLP ratio 3"
     assert (
         rows_module.architecture("linear", {"kind": "linear", "side": 48}) == "Logistic regression 48x48 px"
     )

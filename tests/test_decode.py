@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -17,10 +18,10 @@ from PIL import Image
 
 from common.console import InputError
 from common.files import sha256
-from images import decode, find
+from images import cache, decode, find
 from images.cache import load_images
 from images.decode import MAX_PIXELS, RESIZES, open_dicom, read_image, to_grey
-from tests.shared import REPO, SHARED, full_decode, popen, smooth_picture
+from tests.shared import SHARED, full_decode, smooth_picture
 
 # ---------------------------------------------------------------- decoding
 
@@ -710,26 +711,29 @@ def test_decoding_says_what_remains(small_set, monkeypatch, capsys):
 
 def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     """kill -9 in the middle of decoding leaves no cache that could be trusted; the next run builds it."""
-    script = (
-        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from images import cache\n"
-        "real, root = cache._decode, pathlib.Path(sys.argv[2])\n"
-        "if sys.argv[3] == 'slow': cache._decode = lambda *a: (time.sleep(0.3), real(*a))[1]\n"
-        "files = sorted(str(p.relative_to(root)) for p in root.glob('train/*/*'))\n"
-        "cache.load_images(root, files, size=32, resize='squash', cache_dir='cache', skip_bad=False,\n"
-        "                   name='train')"
-    )
-    process = popen("-c", script, REPO, synthetic, "slow", cwd=tmp_path)
-    cache, deadline = tmp_path / "cache", time.time() + 60
-    while not list(cache.glob(".*.npy")) and time.time() < deadline:
+    files = sorted(str(p.relative_to(synthetic)) for p in synthetic.glob("train/*/*"))
+    folder, real = tmp_path / "cache", cache._decode
+    settings = dict(size=32, resize="squash", cache_dir=str(folder), skip_bad=False, name="train")
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return real(*arguments)
+
+    def build():
+        cache._decode = slow  # of this process alone
+        cache.load_images(synthetic, files, **settings)
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    deadline = time.time() + 60
+    while not list(folder.glob(".*.npy")) and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.4)
     process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -9
-    assert list(cache.glob(".*.npy")) and not list(cache.glob("[!.]*"))  # only the unfinished temporary file
-    process = popen("-c", script, REPO, synthetic, "fast", cwd=tmp_path)
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and not list(cache.glob(".*"))
-    [path] = cache.glob("[!.]*-train-*.npy")
-    files = sorted(Path(synthetic).glob("train/*/*"))
-    assert np.array_equal(np.load(path), np.stack([decode.decode(f, 32) for f in files]))
+    process.join(timeout=60)
+    assert process.exitcode == -9
+    assert list(folder.glob(".*.npy")) and not list(folder.glob("[!.]*"))  # only the unfinished temporary file
+    cache.load_images(synthetic, files, **settings)
+    assert not list(folder.glob(".*"))
+    [path] = folder.glob("[!.]*-train-*.npy")
+    assert np.array_equal(np.load(path), np.stack([decode.decode(synthetic / f, 32) for f in files]))

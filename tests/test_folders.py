@@ -250,12 +250,12 @@ def test_nih_sample_against_a_plain_reading():
 def test_a_large_table_is_read_in_seconds(tmp_path):
     """Rows without end, of which three have images."""
     touch(tmp_path / "images/0.png", tmp_path / "images/1.png", tmp_path / "images/2.png")
-    rows = (f"{i}.png,{'Mass|Edema' if i % 3 else 'No Finding'},0,{i // 5}\n" for i in range(200_000))
+    rows = (f"{i}.png,{'Mass|Edema' if i % 3 else 'No Finding'},0,{i // 5}\n" for i in range(50_000))
     (tmp_path / "t.csv").write_text(NIH + "".join(rows))
     started = time.process_time()
     found = table(tmp_path / "t.csv")
     assert found.targets.tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 5
 
 
 def test_images_of_a_table_have_any_name(tmp_path, capsys):

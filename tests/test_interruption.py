@@ -10,6 +10,7 @@ import pytest
 from tests.shared import (
     LINK,
     REPO,
+    Forked,
     cli,
     load_pth,
     popen,
@@ -36,7 +37,10 @@ def uninterrupted(built_once, flags, tiny_npz):
 def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, signum, code):
     """SIGTERM, and the scratch arm: test_several.py, in this process."""
     script, (argv, reference) = "train_pretrained", uninterrupted
-    process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
+    if signum == signal.SIGKILL:  # no script notices it: a fork of this process does, too
+        process = Forked(script, *argv, cwd=tmp_path)
+    else:
+        process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
     for line in process.stdout:
         if line.startswith("epoch 1/4"):
             time.sleep(0.02)  # into the second epoch
@@ -84,12 +88,13 @@ def test_calibrate_and_compare_as_processes(runs, tmp_path, monkeypatch):
     (tmp_path / "outputs/scratch/calibration.json").unlink()
     (tmp_path / "no/torch").mkdir(parents=True)
     (tmp_path / "no/torch/__init__.py").write_text("raise ImportError('blocked')\n")
-    for script, argv in (("calibrate", ("--bootstrap", 100)), ("compare", ())):
-        if script == "compare":
-            monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no"))
-        process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    calibrated = Forked("calibrate", "--bootstrap", 100, cwd=tmp_path)
+    calibrated.communicate(timeout=120)
+    assert calibrated.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "no"))
+    process = popen(REPO / "compare.py", cwd=tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
     assert out.startswith("# ") and "| ViT scratch [SYNTHETIC] @Rec |" in out
     drawn = list((tmp_path / "outputs/figures").glob("synthetic-*.png"))
     assert len(re.findall(LINK, out)) == len(drawn) == 7

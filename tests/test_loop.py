@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -34,10 +33,9 @@ from records.run import Run
 from tests.shared import (
     CPU,
     NONE,
-    REPO,
+    Forked,
     cli,
     load_pth,
-    popen,
     randomise,
     read_json,
     refused,
@@ -607,22 +605,39 @@ def test_accumulated_step_equals_the_whole_one(tmp_path, weight):
         assert torch.allclose(ends[0][name], ends[1][name], atol=2e-4), name
 
 
-def as_rank(rank, port, argv, cwd):
-    """train_scratch.py as torchrun starts the process `rank` of two; ends this process with its exit code."""
-    about = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in about.items()}
-    done = cli("train_scratch", *argv, cwd=cwd)
-    os._exit(done.code if "nothing is left to do" in done.err or rank else 1)
+def told_by_torchrun(cwd):
+    """The environment that torchrun gives each of two processes."""
+    (cwd / "told.py").write_text(
+        "import json, os\n"
+        "with open(os.environ['RANK'] + '.json', 'w') as file:\n"
+        "    json.dump(dict(os.environ), file)\n"
+    )
+    argv = ("--standalone", "--nproc_per_node", 2, "told.py")
+    launcher = Forked("torch.distributed.run", *argv, cwd=cwd)
+    launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, (cwd / "stderr.txt").read_text()
+    return [read_json(cwd, f"{rank}.json") for rank in (0, 1)]
+
+
+def two_processes(told, argv, cwd):
+    """train_scratch.py in the processes of `told` -> [(exit code, stdout, stderr)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = {"MASTER_PORT": str(free.getsockname()[1])}
+    # The launcher has ended, and the place where its processes met with it.
+    port |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    both = []
+    for rank, about in enumerate(told):
+        folder = cwd / str(rank)
+        folder.mkdir(exist_ok=True)
+        both.append(Forked("train_scratch", *argv, cwd=folder, about={**about, **port}))
+    printed = [process.communicate(timeout=120)[0] for process in both]
+    errors = [(cwd / f"{rank}/stderr.txt").read_text() for rank in (0, 1)]
+    return list(zip([process.returncode for process in both], printed, errors))
 
 
 def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
-    """torchrun with 2 gloo processes against one process: same global batch, changed and mixed alike, same
+    """torchrun's 2 gloo processes against one process: same global batch, changed and mixed alike, same
     losses and scores to rounding; one writer; a resume with another number of processes is refused."""
     flags = [
         "--data-dir",
@@ -639,29 +654,17 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
         *("--drop-rate", 0, "--drop-path", 0, "--patch-drop", 0, "--lr", 1e-4),
     ]
     succeed("train_scratch", *flags, "--out", "one", cwd=tmp_path)
-
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    process = popen(*torchrun, REPO / "train_scratch.py", *flags, "--out", "two", cwd=tmp_path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, (tmp_path / "stderr.txt").read_text()
-    assert out.count("model: scratch") == 1
+    told = told_by_torchrun(tmp_path)
+    argv = (*flags, "--out", tmp_path / "two")
+    first, second = two_processes(told, argv, tmp_path)
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert (first[1] + second[1]).count("model: scratch") == 1
     one, two = (read_json(tmp_path, name, "results.json") for name in ("one", "two"))
     for a, b in zip(one["history"], two["history"], strict=True):
         for key in ("train_loss", "val_loss", "val_auroc"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
-    # Finished: nothing is left to do. These two have imported everything already, which torchrun's take
-    # half a minute for.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = (*flags, "--out", "two", "--resume")
-    fork = multiprocessing.get_context("fork")
-    both = [fork.Process(target=as_rank, args=(k, port, argv, tmp_path)) for k in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(timeout=120)
-    assert [process.exitcode for process in both] == [0, 0]
+    first, second = two_processes(told, (*argv, "--resume"), tmp_path)
+    assert first[0] == second[0] == 0 and "nothing is left to do" in first[2]
     assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
 
 

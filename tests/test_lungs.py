@@ -367,15 +367,15 @@ def test_predict_gives_the_scores_of_a_masked_run(looks, synthetic):
 
 
 @pytest.fixture(scope="module")
-def parts(own_build, flags):
+def parts(own_build, flags, tiny_npz):
     """Runs that are shown different parts of an image, and their ensemble "mean", all calibrated."""
     members = [f"outputs/{look}" for look in ("full", "masked-crop", "outside")]
 
     def build(cwd):
         rule = ("--min-recall", 0.9, "--bootstrap", 100)
         for member in members:
-            argv = ("train_linear", *flags[:4], "--img-size", 64, "--input", Path(member).name)
-            succeed(*argv, "--out", member, cwd=cwd)
+            argv = ("train_pretrained", *flags, "--weights", tiny_npz, "--max-steps", 2, "--epochs", 1)
+            succeed(*argv, "--input", Path(member).name, "--out", member, cwd=cwd)
         succeed("calibrate", "--ensemble", *members, "--out", "outputs/mean", *rule, cwd=cwd)
         succeed("calibrate", "--run", *members, *rule, cwd=cwd)
 

@@ -51,10 +51,13 @@ RESULT_KEYS = {
 @pytest.mark.parametrize(
     "name, params, epochs",
     [
-        # 32 px: 5 positions in the place of 197, each 256 wide
-        ("scratch", 4_987_138 - 192 * 256, 2),
-        ("linear", 32 * 32 + 1, 1),
         # embedding, [CLS], 5 positions, 2 blocks (norms, qkv, proj, fc1, fc2), norm, head
+        (
+            "scratch",
+            64 * 769 + 64 + 5 * 64 + 2 * (4 * 64 + 192 * 65 + 64 * 65 + 256 * 65 + 64 * 257) + 128 + 130,
+            2,
+        ),
+        ("linear", 32 * 32 + 1, 1),
         (
             "pretrained",
             24 * 769 + 24 + 5 * 24 + 2 * (4 * 24 + 72 * 25 + 24 * 25 + 96 * 25 + 24 * 97) + 48 + 50,

@@ -32,13 +32,13 @@ from vit import Attention, Dropout, DropPath, VisionTransformer, build_vit
         ("l16", 2, 303_303_682),
     ],
 )
-def test_parameter_counts(name, classes, count):
+def test_parameter_counts(name, classes, count, shipped_scratch):
     with torch.device("meta"):
         model = build_vit(name, num_classes=classes)
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_initial_values():
+def test_initial_values(shipped_scratch):
     model = build_vit("scratch")
     state = dict(model.named_parameters())
     for name in (
