@@ -7,8 +7,7 @@ scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/, sites/, monitor/                 left by predict.py --keep, calibrate.py --site, monitor.py
-audit.json, audit-SIDE-clusters.png        left by audit.py
-audit-SIDE-labels.csv and .png             left by audit.py --labels
+audit.json, audit-SIDE-*                   left by audit.py: pictures, and the list of labels
 explain/, explain/val/, explain/test/      left by explain.py
 training.lock                              there while the run is trained, see lock.py
 track.json, tensorboard/                   left by --track
