@@ -181,7 +181,10 @@ def test_an_ensemble_of_runs_with_views_and_without(seven):
     graph."""
     members = ("outputs/scratch", "outputs/linear", "outputs/plain")
     done = succeed("calibrate", "--ensemble", *members, "--out", "mean", "--tta", *ONLY, cwd=seven)
-    assert "--tta adds nothing to mean: its score is the mean of its members', averaged over" in done.err
+    assert (
+        "--tta adds nothing to mean: its score is the mean of its members', each over its own views (7, 7, 1)"
+        in done.err
+    )
     mean, runs = Run(seven / "mean"), [Run(seven / folder) for folder in members]
     assert mean.calibration()["tta"] == {"members": [7, 7, 1]} and mean.calibrated() == [""]
     for side in ("val_p1", "test_p1"):
