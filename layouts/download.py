@@ -62,8 +62,8 @@ def not_through(name, target, tries, answers):
             *lines,
             "By hand:",
             f"  1. open https://www.kaggle.com/datasets/{name} in a browser and download the zip",
-            f"  2. unzip it so that {target}/train and {target}/test hold the class folders, or, for a table of",
-            f"     findings, {target}/images and the CSV file",
+            f"  2. unzip it so that {target}/train and {target}/test hold the class folders, or, for a",
+            f"     table of findings, {target}/images and the CSV file",
             "  3. run the same command again without --download",
         ]
     )

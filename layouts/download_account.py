@@ -68,8 +68,10 @@ def _user_and_key():
     """The older pair of variables, of which one alone is not used."""
     names = ("KAGGLE_USERNAME", "KAGGLE_KEY")
     given = [name for name in names if os.environ.get(name)]
-    says = {0: "not set", 1: f"{given[0] if given else ''} alone is set, so it is not used", 2: "set"}
-    return Place(f"environment: {' and '.join(names)}", len(given) == 2, says[len(given)])
+    says = "set" if given else "not set"
+    if len(given) == 1:
+        says = f"{given[0]} alone is set, so it is not used"
+    return Place(f"environment: {' and '.join(names)}", len(given) == 2, says)
 
 
 def _kaggle_json(home):
@@ -167,8 +169,8 @@ def advice(status, found, name):
         return f"Kaggle does not know the account of {account} (any more): {new}."
     if status == 403:
         return (
-            f"The account of {account} may not read this set: open https://www.kaggle.com/datasets/{name} with "
-            "it, and accept the terms."
+            f"The account of {account} may not read this set: open "
+            f"https://www.kaggle.com/datasets/{name} with it, and accept the terms."
         )
     if status is not None and status >= 500:
         return "The fault is Kaggle's: try again later."

@@ -45,7 +45,7 @@ def answers(task, calibration, side, truth, scores):
     if not task.alone:
         others = task.findings[1:] if question not in task.classes else task.findings
     found = []
-    for point, mark in POINTS.items():
+    for point in POINTS:
         if task.one_of_many and point == "at_0.5":  # there the most probable class decides
             continue
         if question not in others:
@@ -199,7 +199,7 @@ def report_text(entries):
     if first.task.one_of_many:
         text += (
             f" The most probable class is the answer of K classes; {first.findings[0]!r} and each class "
-            "against all others are decided at their thresholds, and then any number of classes may be called."
+            "against all others are decided at their thresholds, so any number of classes may be called."
         )
     if first.task.kind == "sigmoid" and not first.task.alone:
         text += (
