@@ -37,8 +37,8 @@ class Place(NamedTuple):
 def places():
     """The Places that kagglehub and the kaggle command look into, the first usable one of which counts."""
     home = Path.home() / ".kaggle"
-    found = [_token(), _token_file(home), _user_and_key(), _kaggle_json(home)]
-    return found + [_kagglehub_login(any(place.usable for place in found)), _kaggle_login(home)]
+    found = [_login(), _token(), _token_file(home), _user_and_key(), _kaggle_json(home)]
+    return [*found, _colab(any(place.usable for place in found)), _kaggle_login(home)]
 
 
 def _token():
@@ -93,22 +93,31 @@ def _kaggle_json(home):
     return Place(str(path), True, "found")
 
 
-def _kagglehub_login(explained):
-    """kagglehub.login() and the secrets of Colab, which only kagglehub itself knows. `explained`: whether
-    another place has an account, which kagglehub then means."""
-    name = "kagglehub.login() or secrets of Colab"
-    config = getattr(sys.modules.get("kagglehub"), "config", None)
+def _login():
+    """kagglehub.login(), which holds in the process that called it."""
+    name, config = "kagglehub.login()", _kagglehub_config()
     if config is None:
         return Place(name, False, "kagglehub was not loaded")
+    usable = getattr(config, "_kaggle_credentials", None) is not None
+    return Place(name, usable, "found" if usable else "none in this process, where alone it holds")
+
+
+def _colab(explained):
+    """The secrets of Colab, which only kagglehub reads. `explained`: whether another place has an account,
+    which kagglehub then takes."""
+    name, config = "secrets of Colab", _kagglehub_config()
+    if config is None or explained:
+        return Place(name, False, "not asked")
     try:
-        held = config.get_kaggle_credentials() is not None
+        usable = config.get_kaggle_credentials() is not None
     except Exception:  # a damaged kaggle.json, which has its own line
-        held = False
-    usable = held and not explained
-    absent = (
-        "not used, as an account stands above" if explained else "none in this process, where alone it holds"
-    )
-    return Place(name, usable, "found" if usable else absent)
+        usable = False
+    return Place(name, usable, "found" if usable else "none")
+
+
+def _kagglehub_config():
+    """kagglehub's own settings; None where it was not imported."""
+    return getattr(sys.modules.get("kagglehub"), "config", None)
 
 
 def _kaggle_login(home):
