@@ -334,7 +334,7 @@ def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
     )
     assert [e.name for e in group] == [
         f"ViT scratch in {tmp_path / 'x'}",
-        "ViT 192x6, patch 16",
+        "ViT 192x2, patch 16",
         f"ViT scratch in {tmp_path / 'z'}",
         "Ensemble of 2 models (both)",
     ]
