@@ -8,6 +8,7 @@ from sklearn.metrics import classification_report
 
 from calibration.operating_point import Rule, evaluate
 from calibration.pooling import units_of
+from common.console import InputError
 from common.task import Task
 from report.render import to_markdown
 from report.rows import Entry
@@ -121,6 +122,17 @@ def test_classes_of_one_image():
         zero_division=0,
     )
     assert classes.as_text(found["each class @Rec"]) == each
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c.pop(), lambda c: c[0].pop(), lambda c: c[0].__setitem__(0, 10**9)]
+)
+def test_counts_that_cannot_be_right_are_refused(damage):
+    arrays = drawn(FIVE)
+    _, calibration, truth, scores = answered(FIVE, arrays)
+    damage(calibration["summary"]["test"]["confusion"])
+    with pytest.raises(InputError, match="confusion"):
+        classes.answers(FIVE, calibration, "test", truth, scores)
 
 
 def test_findings_of_which_some_are_unknown():

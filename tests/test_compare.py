@@ -560,7 +560,7 @@ def test_nasty_names(tmp_path, pictures_drawn):
     loads = Loads((tmp_path / "r.html").read_text("utf-8"))
     assert loads.found == [] and loads.pictures == 7
     shapes = [{len(row) for row in table} for table in tables(done.out.replace("\\|", ""))]
-    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 15
+    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 16
     plain = re.sub("(`+).*?\\1", "", done.out)  # outside code
     plain = re.sub(r"(?<!\\)\*\*(.+?)(?<!\\)\*\*", r"\1", plain)  # the report's own marks
     assert "<" not in plain.replace("&lt;", "") and not re.search(r"(?<!\\)\*", plain)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import classification_report
 
-from common.console import printable
+from common.console import InputError, printable
 from common.scaling import SIDES
 from report.render import Heading, Paragraph, Table
 from report.rows import POINTS
@@ -52,13 +52,25 @@ def answers(task, calibration, side, truth, scores):
             found += _yes_or_no(task, calibration, side, point, question, truth, scores)
         if others:
             found += _together(task, calibration, side, point, others, truth, scores)
-    confusion = calibration["summary"][side].get("confusion") if task.one_of_many else None
-    if confusion is not None:
-        pairs = np.array(list(np.ndindex(len(task.classes), len(task.classes))))
-        of_class, decided = np.repeat(pairs, np.ravel(confusion), axis=0).T
-        title = "most probable class"
-        found.insert(1, Answers(title, list(task.classes), of_class, decided, short=True))
+    if task.one_of_many:
+        found[1:1] = _most_probable(task, calibration["summary"][side].get("confusion"), side, len(truth))
     return found
+
+
+def _most_probable(task, confusion, side, most):
+    """[Answers] of the most probable of K classes, from the counts [K, K] of a calibration, rows the truth; []
+    where there are none. InputError if they are not those of `most` images or fewer."""
+    if confusion is None:
+        return []
+    k = len(task.classes)
+    if [len(row) for row in confusion] != [k] * k or sum(map(sum, confusion)) > most:
+        raise InputError(
+            f"the calibration is damaged (summary.{side}.confusion is not that of {most} images and {k} "
+            "classes): run calibrate.py again"
+        )
+    pairs = np.array(list(np.ndindex(k, k)))
+    truth, decided = np.repeat(pairs, np.ravel(confusion), axis=0).T
+    return [Answers("most probable class", list(task.classes), truth, decided, short=True)]
 
 
 def _row(calibration, name, side, point):
