@@ -219,9 +219,7 @@ def move_in(source, target):
     """Move what a folder holds into `target`; by train/ or a table a set is known, so these come last."""
     entries = sorted(source.iterdir(), key=lambda path: (path.name == "train", path.suffix == ".csv"))
     if taken := [path.name for path in entries if (target / path.name).exists()]:
-        raise InputError(
-            f"{target} already holds {', '.join(taken[:5])}: name an empty folder with --data-dir"
-        )
+        raise InputError(f"{target} already holds {', '.join(taken[:5])}: name an empty folder with --data-dir")
     for path in entries:
         os.replace(path, target / path.name)
 

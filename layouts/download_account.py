@@ -18,9 +18,7 @@ WORDS = {
     429: "429, too many requests",
     NO_ANSWER: "no answer from www.kaggle.com",
 }
-LOST = (
-    r"Max retries|Failed to resolve|Name or service|getaddrinfo|Connection|timed out|Network is unreach|Proxy"
-)
+LOST = r"Max retries|Failed to resolve|Name or service|getaddrinfo|Connection|timed out|Network is unreach|Proxy"
 
 
 class Place(NamedTuple):
@@ -103,9 +101,7 @@ def _kagglehub_login(explained):
     except Exception:  # a damaged kaggle.json, which has its own line
         held = False
     usable = held and not explained
-    absent = (
-        "not used, as an account stands above" if explained else "none in this process, where alone it holds"
-    )
+    absent = "not used, as an account stands above" if explained else "none in this process, where alone it holds"
     return Place(name, usable, "found" if usable else absent)
 
 

@@ -73,10 +73,7 @@ def raises(error):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (
-            Refused(401),
-            ("401, the account was not accepted", "No account was found", download_account.SETTINGS),
-        ),
+        (Refused(401), ("401, the account was not accepted", "No account was found", download_account.SETTINGS)),
         (Refused(403), ("403, not allowed", "No account was found")),
         (Refused(404), ("404, there is no such set", "Is the name right?", f"datasets/{SET}")),
         (Refused(429), ("429", "Wait some minutes")),
@@ -132,12 +129,7 @@ def test_the_places_of_an_account_are_told_apart(kaggle, monkeypatch):
     assert "the account of kagglehub.login()" in text
     # kaggle.json: damaged, incomplete, right.
     path = kaggle.home / "kaggle.json"
-    for content, says in (
-        ("{", "not JSON"),
-        ('{"username": "a"}', "without key"),
-        ("", "empty"),
-        ("[]", "without"),
-    ):
+    for content, says in (("{", "not JSON"), ('{"username": "a"}', "without key"), ("", "empty"), ("[]", "without")):
         path.write_text(content)
         assert f"{path}: there, but" in message(kaggle) and says in message(kaggle)
     path.write_text(json.dumps({"username": "a", "key": SECRET}))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
-from training.teacher import Teacher
 
 import explain
 import predict
@@ -21,6 +20,7 @@ from models.inputs import Inputs
 from records import onnx as onnx_module
 from records.run import Run
 from tests.shared import CPU, cli, predict_rows, read_json, refused, strip_time, succeed
+from training.teacher import Teacher
 
 # Zoom, and shift of the image to the left and up as a share of its side: what docs/MODELS.md says.
 SEVEN = ((1, 0, 0), (1, 0.03, 0), (1, -0.03, 0), (1, 0, 0.03), (1, 0, -0.03), (0.95, 0, 0), (1.05, 0, 0))
