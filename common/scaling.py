@@ -80,7 +80,7 @@ def views_in_words(views):
     if not views:
         return "that of the image itself"
     if "members" in views:
-        return f"the mean of its members', averaged over {', '.join(map(str, views['members']))} views"
+        return f"the mean of its members', each over its own views ({', '.join(map(str, views['members']))})"
     if views["flip"]:
         return "averaged over 14 shifted, zoomed and mirrored views"
     return "averaged over 7 shifted and zoomed views"

@@ -62,8 +62,8 @@ def not_through(name, target, tries, answers):
             *lines,
             "By hand:",
             f"  1. open https://www.kaggle.com/datasets/{name} in a browser and download the zip",
-            f"  2. unzip it so that {target}/train and {target}/test hold the class folders, or, for a table of",
-            f"     findings, {target}/images and the CSV file",
+            f"  2. unzip it so that {target}/train and {target}/test hold the class folders, or, for a",
+            f"     table of findings, {target}/images and the CSV file",
             "  3. run the same command again without --download",
         ]
     )
@@ -219,7 +219,9 @@ def move_in(source, target):
     """Move what a folder holds into `target`; by train/ or a table a set is known, so these come last."""
     entries = sorted(source.iterdir(), key=lambda path: (path.name == "train", path.suffix == ".csv"))
     if taken := [path.name for path in entries if (target / path.name).exists()]:
-        raise InputError(f"{target} already holds {', '.join(taken[:5])}: name an empty folder with --data-dir")
+        raise InputError(
+            f"{target} already holds {', '.join(taken[:5])}: name an empty folder with --data-dir"
+        )
     for path in entries:
         os.replace(path, target / path.name)
 

@@ -18,7 +18,9 @@ WORDS = {
     429: "429, too many requests",
     NO_ANSWER: "no answer from www.kaggle.com",
 }
-LOST = r"Max retries|Failed to resolve|Name or service|getaddrinfo|Connection|timed out|Network is unreach|Proxy"
+LOST = (
+    r"Max retries|Failed to resolve|Name or service|getaddrinfo|Connection|timed out|Network is unreach|Proxy"
+)
 
 
 class Place(NamedTuple):
@@ -35,8 +37,8 @@ class Place(NamedTuple):
 def places():
     """The Places that kagglehub and the kaggle command look into, the first usable one of which counts."""
     home = Path.home() / ".kaggle"
-    found = [_token(), _token_file(home), _user_and_key(), _kaggle_json(home)]
-    return found + [_kagglehub_login(any(place.usable for place in found)), _kaggle_login(home)]
+    found = [_login(), _token(), _token_file(home), _user_and_key(), _kaggle_json(home)]
+    return [*found, _colab(any(place.usable for place in found)), _kaggle_login(home)]
 
 
 def _token():
@@ -66,8 +68,10 @@ def _user_and_key():
     """The older pair of variables, of which one alone is not used."""
     names = ("KAGGLE_USERNAME", "KAGGLE_KEY")
     given = [name for name in names if os.environ.get(name)]
-    says = {0: "not set", 1: f"{given[0] if given else ''} alone is set, so it is not used", 2: "set"}
-    return Place(f"environment: {' and '.join(names)}", len(given) == 2, says[len(given)])
+    says = "set" if given else "not set"
+    if len(given) == 1:
+        says = f"{given[0]} alone is set, so it is not used"
+    return Place(f"environment: {' and '.join(names)}", len(given) == 2, says)
 
 
 def _kaggle_json(home):
@@ -89,20 +93,31 @@ def _kaggle_json(home):
     return Place(str(path), True, "found")
 
 
-def _kagglehub_login(explained):
-    """kagglehub.login() and the secrets of Colab, which only kagglehub itself knows. `explained`: whether
-    another place has an account, which kagglehub then means."""
-    name = "kagglehub.login() or secrets of Colab"
-    config = getattr(sys.modules.get("kagglehub"), "config", None)
+def _login():
+    """kagglehub.login(), which holds in the process that called it."""
+    name, config = "kagglehub.login()", _kagglehub_config()
     if config is None:
         return Place(name, False, "kagglehub was not loaded")
+    usable = getattr(config, "_kaggle_credentials", None) is not None
+    return Place(name, usable, "found" if usable else "none in this process, where alone it holds")
+
+
+def _colab(explained):
+    """The secrets of Colab, which only kagglehub reads. `explained`: whether another place has an account,
+    which kagglehub then takes."""
+    name, config = "secrets of Colab", _kagglehub_config()
+    if config is None or explained:
+        return Place(name, False, "not asked")
     try:
-        held = config.get_kaggle_credentials() is not None
+        usable = config.get_kaggle_credentials() is not None
     except Exception:  # a damaged kaggle.json, which has its own line
-        held = False
-    usable = held and not explained
-    absent = "not used, as an account stands above" if explained else "none in this process, where alone it holds"
-    return Place(name, usable, "found" if usable else absent)
+        usable = False
+    return Place(name, usable, "found" if usable else "none")
+
+
+def _kagglehub_config():
+    """kagglehub's own settings; None where it was not imported."""
+    return getattr(sys.modules.get("kagglehub"), "config", None)
 
 
 def _kaggle_login(home):
@@ -163,8 +178,8 @@ def advice(status, found, name):
         return f"Kaggle does not know the account of {account} (any more): {new}."
     if status == 403:
         return (
-            f"The account of {account} may not read this set: open https://www.kaggle.com/datasets/{name} with "
-            "it, and accept the terms."
+            f"The account of {account} may not read this set: open "
+            f"https://www.kaggle.com/datasets/{name} with it, and accept the terms."
         )
     if status is not None and status >= 500:
         return "The fault is Kaggle's: try again later."

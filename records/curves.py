@@ -80,8 +80,8 @@ def draw_training(entries, styles=None):
         if further and (side, key) == ("train", "loss"):
             title += " with all its terms"
         ax.set(xlabel="epoch", ylabel=title + unit, title=f"{title[0].upper()}{title[1:]}; dot: epoch kept")
-        _say_missing(ax, lines)
         ax.xaxis.get_major_locator().set_params(integer=True)
+        _say_missing(ax, lines)
     finish(figure, axes)
     return figure, "Training curves"
 
@@ -101,4 +101,4 @@ def _say_missing(ax, lines):
         text, place = "not recorded", (0.5, 0.5)
     ax.text(*place, text, transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.35")
     if missing == len(lines):
-        ax.set(yticks=[])
+        ax.set(xticks=[], yticks=[])

@@ -7,8 +7,7 @@ scores[-tta].npz, calibration[-tta].json   left by calibrate.py
 predictions[-tta].csv                      left by calibrate.py: scores and decisions for spreadsheets
 reference[-tta].npz                        left by calibrate.py: what new images are held against
 batches/, sites/, monitor/                 left by predict.py --keep, calibrate.py --site, monitor.py
-audit.json, audit-SIDE-clusters.png        left by audit.py
-audit-SIDE-labels.csv, .png                left by audit.py --labels
+audit.json, audit-SIDE-*                   left by audit.py: pictures, and the list of labels
 explain/, explain/val/, explain/test/      left by explain.py
 training.lock                              there while the run is trained, see lock.py
 masked/                                    the run of train_scratch.py --masked-epochs, its first stage
@@ -55,8 +54,7 @@ WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for other
 # What belongs to the scores, and what to the weights. A name with * stands for all that fit.
 OF_SCORES = ("scores.npz", "calibration.json", "reference.npz", "predictions.csv", "sites/*.json")
 OF_SCORES += ("scores-tta.npz", "calibration-tta.json", "reference-tta.npz", "predictions-tta.csv")
-OF_WEIGHTS = ("checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*.png")
-OF_WEIGHTS += ("audit-*-labels.csv",)
+OF_WEIGHTS = ("checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*")
 
 
 class Run:

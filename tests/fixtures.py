@@ -111,6 +111,7 @@ def draw_no_maps(path, *about):
 
 
 Figure.savefig, figures.draw_all, map_pictures.draw = draw_nothing, draw_no_lines, draw_no_maps
+os.fsync = lambda file: None  # a machine that loses power is not among the tests, and a disk is slow
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 settings.register_profile("ci", database=None, deadline=None, derandomize=True, max_examples=150)
 settings.load_profile("ci")

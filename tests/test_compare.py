@@ -334,7 +334,7 @@ def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
     )
     assert [e.name for e in group] == [
         f"ViT scratch in {tmp_path / 'x'}",
-        "ViT 192x6, patch 16",
+        "ViT 192x2, patch 16",
         f"ViT scratch in {tmp_path / 'z'}",
         "Ensemble of 2 models (both)",
     ]
@@ -560,7 +560,7 @@ def test_nasty_names(tmp_path, pictures_drawn):
     loads = Loads((tmp_path / "r.html").read_text("utf-8"))
     assert loads.found == [] and loads.pictures == 7
     shapes = [{len(row) for row in table} for table in tables(done.out.replace("\\|", ""))]
-    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 14
+    assert all(len(shape) == 1 for shape in shapes) and len(shapes) == 15
     plain = re.sub("(`+).*?\\1", "", done.out)  # outside code
     plain = re.sub(r"(?<!\\)\*\*(.+?)(?<!\\)\*\*", r"\1", plain)  # the report's own marks
     assert "<" not in plain.replace("&lt;", "") and not re.search(r"(?<!\\)\*", plain)

@@ -73,7 +73,10 @@ def raises(error):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (Refused(401), ("401, the account was not accepted", "No account was found", download_account.SETTINGS)),
+        (
+            Refused(401),
+            ("401, the account was not accepted", "No account was found", download_account.SETTINGS),
+        ),
         (Refused(403), ("403, not allowed", "No account was found")),
         (Refused(404), ("404, there is no such set", "Is the name right?", f"datasets/{SET}")),
         (Refused(429), ("429", "Wait some minutes")),
@@ -125,17 +128,22 @@ def test_the_places_of_an_account_are_told_apart(kaggle, monkeypatch):
     """One after the other is filled, the least important first; each is then the one that is blamed."""
     hub(monkeypatch, raises(Refused(401)), account="Colab")
     text = message(kaggle)
-    assert "kagglehub.login() or secrets of Colab: found" in text
-    assert "the account of kagglehub.login()" in text
+    assert "secrets of Colab: found" in text and "the account of secrets of Colab" in text
+    assert "kagglehub.login(): none in this process" in text
     # kaggle.json: damaged, incomplete, right.
     path = kaggle.home / "kaggle.json"
-    for content, says in (("{", "not JSON"), ('{"username": "a"}', "without key"), ("", "empty"), ("[]", "without")):
+    for content, says in (
+        ("{", "not JSON"),
+        ('{"username": "a"}', "without key"),
+        ("", "empty"),
+        ("[]", "without"),
+    ):
         path.write_text(content)
         assert f"{path}: there, but" in message(kaggle) and says in message(kaggle)
     path.write_text(json.dumps({"username": "a", "key": SECRET}))
     text = message(kaggle)
     assert f"{path}: found" in text and f"does not know the account of {path}" in text
-    assert "KAGGLE_API_TOKEN: not set" in text and "not used, as an account stands above" in text
+    assert "KAGGLE_API_TOKEN: not set" in text and "secrets of Colab: not asked" in text
     # The environment: half a pair is not used.
     monkeypatch.setenv("KAGGLE_KEY", SECRET)
     assert "KAGGLE_KEY alone is set, so it is not used" in message(kaggle)
@@ -145,6 +153,8 @@ def test_the_places_of_an_account_are_told_apart(kaggle, monkeypatch):
     assert f"the account of {kaggle.home / 'access_token'}" in message(kaggle)
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     assert "the account of environment: KAGGLE_API_TOKEN" in message(kaggle)
+    sys.modules["kagglehub"].config._kaggle_credentials = SECRET  # as kagglehub.login() leaves it
+    assert "the account of kagglehub.login()" in message(kaggle)
     hub(monkeypatch, raises(Refused(403)))
     assert "may not read this set" in message(kaggle)
 

@@ -87,13 +87,14 @@ def test_updates_of_muon_by_hand(shape, parts):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
-def test_muon_is_that_of_torch():
-    """Its own iterations are in bfloat16, of which three digits are left; several shapes in one group."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_is_that_of_torch(bf16):
+    """Its iterations are in bfloat16, of which two digits are left; several shapes in one group."""
     rng = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=rng) for shape in ((12, 6), (12, 6), (6, 12), (8, 8))]
     ours, theirs = ([nn.Parameter(x.clone()) for x in starts] for _ in range(2))
     settings = {"lr": 0.02, "weight_decay": 0.1}
-    muon = Muon([{"params": ours, "weight_decay": 0.1}], lr=0.02)
+    muon = Muon([{"params": ours, "weight_decay": 0.1}], lr=0.02, bf16=bf16)
     other = torch.optim.Muon(theirs, **settings, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for a, b in zip(ours, theirs):

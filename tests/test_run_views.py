@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
+from training.teacher import Teacher
 
 import explain
 import predict
 from auditing.reader import Reader
+from calibration.ensemble import make_ensemble
 from common import scripts
 from common.files import write_json
-from data import load_split, load_train_val
+from data import load_split
 from images.augment import tta_views
 from models.inputs import Inputs
 from records import onnx as onnx_module
 from records.run import Run
 from tests.shared import CPU, cli, predict_rows, read_json, refused, strip_time, succeed
-from training.teacher import Teacher
 
 # Zoom, and shift of the image to the left and up as a share of its side: what docs/MODELS.md says.
 SEVEN = ((1, 0, 0), (1, 0.03, 0), (1, -0.03, 0), (1, 0, 0.03), (1, 0, -0.03), (0.95, 0, 0), (1.05, 0, 0))
@@ -134,18 +135,16 @@ def test_thresholds_of_a_site_are_chosen_on_the_views_of_the_run(seven, syntheti
 
 def test_thresholds_chosen_with_other_views_are_refused(seven, tmp_path):
     """As those that another version made, or of results.json edited since."""
-    results = Run(seven / "outputs/scratch").results
-    for name, views, said in (("scratch", 1, "averaged over 7"), ("plain", 7, "that of the image itself")):
+    for name, views, said in (("linear", 1, "averaged over 7"), ("plain", 7, "that of the image itself")):
         run = Run(shutil.copytree(seven / "outputs" / name, tmp_path / name))
-        run.save_results({**run.results, "recipe": {**results["recipe"], "test_views": views}})
-        for script in ("predict", "compare"):
-            paths = [next(seven.glob("outputs/*/checkpoint.pth"))] if script == "predict" else []
-            done = cli(script, *paths, "--run", name, cwd=tmp_path)
-            refused(done, f"{name}/calibration.json was made with other views", f"was {said}", "calibrate.py")
-        succeed("calibrate", "--run", name, *ONLY, cwd=tmp_path)
-        assert bool(run.calibration()["tta"]) == (views == 7)
+        results, words = run.results, (f"{name}/calibration.json was made with other views", f"was {said}")
+        run.save_results({**results, "recipe": {**results["recipe"], "test_views": views}})
+        refused(cli("predict", "x.png", "--run", name, cwd=tmp_path), *words)
+        refused(cli("compare", "--run", name, cwd=tmp_path), *words)
+    succeed("calibrate", "--run", name, *ONLY, cwd=tmp_path)
+    assert run.calibration()["tta"] == {"flip": False}
     for wrong in (3, "7", True, None):
-        run.save_results({**run.results, "recipe": {**results["recipe"], "test_views": wrong}})
+        run.save_results({**results, "recipe": {**results["recipe"], "test_views": wrong}})
         refused(cli("calibrate", "--run", name, cwd=tmp_path), "recipe.test_views")
 
 
@@ -182,7 +181,10 @@ def test_an_ensemble_of_runs_with_views_and_without(seven):
     graph."""
     members = ("outputs/scratch", "outputs/linear", "outputs/plain")
     done = succeed("calibrate", "--ensemble", *members, "--out", "mean", "--tta", *ONLY, cwd=seven)
-    assert "--tta adds nothing to mean: its score is the mean of its members', averaged over" in done.err
+    assert (
+        "--tta adds nothing to mean: its score is the mean of its members', each over its own views (7, 7, 1)"
+        in done.err
+    )
     mean, runs = Run(seven / "mean"), [Run(seven / folder) for folder in members]
     assert mean.calibration()["tta"] == {"members": [7, 7, 1]} and mean.calibrated() == [""]
     for side in ("val_p1", "test_p1"):
@@ -205,24 +207,31 @@ def test_an_ensemble_of_runs_with_views_and_without(seven):
 
 def test_views_of_members_that_see_the_lungs_only(seven, tmp_path):
     """A member that is shown a part is moved before what it may not see is covered, as when it is alone."""
-    for name, look in (("a", "masked"), ("b", "masked-crop")):
+    looks = {"a": "masked", "b": "masked", "c": "masked-crop"}
+    for name, look in looks.items():
         run = Run(shutil.copytree(seven / "outputs/scratch", tmp_path / name))
         run.save_results({**run.results, "data": {**run.results["data"], "input": look}})
-    runs = [Run(tmp_path / name) for name in ("a", "b")]
-    for members in ("aa", "ab"):
-        folders = [tmp_path / members[0], tmp_path / members[1]]
-        if members == "aa":
-            folders[1] = shutil.copytree(folders[0], tmp_path / "again")
-        succeed("calibrate", "--ensemble", *folders, "--out", tmp_path / members, *ONLY, cwd=tmp_path)
-    _, val, _ = load_train_val(Run(tmp_path / "ab").config)
-    alone = []
-    for run in runs:
-        inputs = Inputs.of_run(run.results, CPU)
-        grey = inputs.grey(val.pixels(), val.lungs())
-        by_view = [replace(inputs, views=(view,)).logits(run.model(), grey) for view in tta_views()]
-        alone.append(torch.stack(by_view).mean(0).softmax(1)[:, 1].detach().numpy())
-    for members, expected in (("aa", alone[0]), ("ab", np.mean(alone, axis=0))):
-        assert np.allclose(Run(tmp_path / members).scores()["val_p1"], expected, atol=1e-5)
+    pixels = load_split(Run(seven / "outputs/scratch"), "val").pixels()[:6]
+    masks = np.zeros(pixels.shape, bool)
+    masks[:, 6:27, 5:14] = masks[:, 4:25, 18:28] = True
+
+    def found(run, **changes):
+        inputs = replace(Inputs.of_run(run.results, CPU), **changes)
+        with torch.inference_mode():
+            return inputs.logits(run.model(), inputs.grey(pixels, masks))
+
+    alone = {}
+    for name in looks:
+        by_view = [found(Run(tmp_path / name), views=(view,)) for view in tta_views()]
+        alone[name] = torch.stack(by_view).mean(0).softmax(1)
+    assert (alone["a"] - alone["c"]).abs().max() > 1e-4
+    for members in ("ab", "bc"):
+        run = make_ensemble(
+            [tmp_path / name for name in members], tmp_path / members, False, lambda about: None
+        )
+        assert run.input_modes == sorted({looks[name] for name in members})
+        expected = torch.stack([alone[name] for name in members]).mean(0)
+        assert torch.allclose(found(run).softmax(1), expected, atol=1e-6)
 
 
 # ---------------------------------------------------------------- what is said

@@ -325,8 +325,8 @@ def check_optimiser(recipe, model):
     matrices = hidden_matrices(model)
     if not matrices:
         raise InputError(
-            "--optimiser muon is for the matrices of attention and MLP, and this model has none (a convolution "
-            "is none): leave it out, and AdamW trains everything"
+            "--optimiser muon is for the matrices of attention and MLP, and this model has none (no "
+            "convolution counts): leave it out, and AdamW trains everything"
         )
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     weights = sum(trained[key] for key in matrices)

@@ -10,7 +10,6 @@ from sklearn.metrics import classification_report
 
 from common.console import printable
 from common.scaling import SIDES
-from report.cells import unique
 from report.render import Heading, Paragraph, Table
 from report.rows import POINTS
 
@@ -46,7 +45,7 @@ def answers(task, calibration, side, truth, scores):
     if not task.alone:
         others = task.findings[1:] if question not in task.classes else task.findings
     found = []
-    for point, mark in POINTS.items():
+    for point in POINTS:
         if task.one_of_many and point == "at_0.5":  # there the most probable class decides
             continue
         if question not in others:
@@ -132,9 +131,11 @@ def printed_text(task, calibration, truth, scores, unit):
         lines = [f"{left:{width}}    {right}".rstrip() for left, right in pairs]
     else:
         lines = [line for block in blocks for line in block]
-    text = [f"classification report on test ({unit}); compare.py has that of validation, too:", *lines]
-    if left_out := unique((name for one in shown for name in one.left_out), ", "):
-        text.append(f"without a threshold or figures on test, so not in it: {left_out}")
+    text = [f"classification report on test ({unit}):", *lines]
+    if left_out := list(dict.fromkeys(name for one in shown for name in one.left_out)):
+        text.append(
+            f"{len(left_out)} left out, without a threshold or figures on test: {', '.join(left_out)}"
+        )
     return "\n".join(f"  {line}" for line in text)
 
 
@@ -155,7 +156,10 @@ def report_blocks(entries):
             rows += _beside(title, *(sides[side].get(title, {}) for side in SIDES))
         if rows:
             head, groups = ["Class", *FIGURES * 2], [("", 1), *((word, 4) for word in SIDES.values())]
-            tables += [Paragraph(f"{e.name}:"), Table(head, rows, groups=tuple(groups))]
+            tables += [
+                Paragraph(f"Every class, rule by rule, of {e.name}:"),
+                Table(head, rows, groups=tuple(groups)),
+            ]
     if not tables:
         return []
     return [Heading(3, "Classification report"), Paragraph(report_text(entries)), *tables]
@@ -195,7 +199,7 @@ def report_text(entries):
     if first.task.one_of_many:
         text += (
             f" The most probable class is the answer of K classes; {first.findings[0]!r} and each class "
-            "against all others are decided at their thresholds, and then any number of classes may be called."
+            "against all others are decided at their thresholds, so any number of classes may be called."
         )
     if first.task.kind == "sigmoid" and not first.task.alone:
         text += (
