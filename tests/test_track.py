@@ -393,7 +393,7 @@ def test_a_run_without_classes_is_not_registered(tmp_path, runs, capsys):
     results = read_json(runs.out / "scratch/results.json")
     results["model_config"] = {"kind": "mae"}
     (run.folder / "results.json").write_text(json.dumps(results))
-    register(None, "", run, False)
+    register(None, "", run, "")
     assert "no classes to score, so no model is registered" in capsys.readouterr().err
 
 
