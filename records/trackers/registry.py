@@ -27,7 +27,8 @@ DECISIONS = "probabilities and decisions, as predict.py gives them"
 
 def register(client, run_id, run, name):
     """Make a Run the newest version of the model PROJECT-FOLDER, and say so. Where that fails, a note says
-    why: the rest of the tracking does not depend on it. `name`: of its calibration, "tta" for that of calibrate.py --tta."""
+    why: the rest of the tracking does not depend on it. `name`: of its calibration, as Run.calibration takes
+    it."""
     if run.kind in WITHOUT_CLASSES:
         say(f"note: --track mlflow: {run} has no classes to score, so no model is registered")
         return
