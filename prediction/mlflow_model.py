@@ -35,6 +35,7 @@ class NotCalibrated(Run):
             "findings": {finding: {} for finding in self.task.findings},
             "temperature": 1.0,
             "temperature_applied": False,
+            "tta": scaling.own_views(self.results),
             "precision": Inputs.of_run(self.results, self.device).precision,
         }
 
@@ -70,7 +71,8 @@ class Screening(mlflow.pyfunc.PythonModel):
     def load_context(self, context):
         folder, options = context.artifacts["run"], context.model_config
         device, tta = options["device"], options["tta"]
-        if scaling.calibration_name(tta) in Run(folder).calibrated():
+        run = Run(folder)
+        if scaling.calibration_name(tta, run) in run.calibrated():
             self.scorer = Scorer(folder, device, tta=tta)
             self.columns = self.scorer.columns
         else:

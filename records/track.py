@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import scaling
 from common.console import say
 from common.files import atomic_path
 from records.trackers.kept import best_files, last_files
@@ -88,7 +89,7 @@ class Tracker:
         # The last one first: trackers call `latest` what they were given last.
         if files := last_files(self.run):
             self._all("last", files)
-        self._all("best", best_files(self.run), False)
+        self._all("best", best_files(self.run), "")
 
     def calibrated(self, calibration):
         """What calibrate.py found, with dotted names, the pictures of explain.py, and the best checkpoint
@@ -99,8 +100,8 @@ class Tracker:
             if path.exists():
                 self._all("picture", name, str(path))
         if self.open:
-            tta = bool(calibration["tta"])
-            self._all("best", best_files(self.run, tta), tta)
+            name = scaling.calibration_name(calibration["tta"], self.run)
+            self._all("best", best_files(self.run, name), name)
 
     def _curves(self, results):
         from records.curves import draw_training  # slow to import

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from common.scripts import ALL
-from tests.container import context, copied, instructions, left_out
+from studies.container import context, copied, instructions, left_out
 from tests.shared import REPO
 
 LINES = instructions(REPO / "Dockerfile")

@@ -393,7 +393,7 @@ def test_a_run_without_classes_is_not_registered(tmp_path, runs, capsys):
     results = read_json(runs.out / "scratch/results.json")
     results["model_config"] = {"kind": "mae"}
     (run.folder / "results.json").write_text(json.dumps(results))
-    register(None, "", run, False)
+    register(None, "", run, "")
     assert "no classes to score, so no model is registered" in capsys.readouterr().err
 
 
@@ -445,3 +445,18 @@ def test_staged_files_where_there_are_no_links(tmp_path, monkeypatch):
     with staged({"b.pth": tmp_path / "a"}) as folder:
         assert not (folder / "b.pth").is_symlink() and sha256(folder / "b.pth") == sha256(tmp_path / "a")
     assert not folder.exists()
+
+
+def test_registered_model_averages_over_the_views_of_a_run(tmp_path, runs):
+    """Before it is calibrated, too: a run that was trained with --test-views 7 is scored with these."""
+    pytest.importorskip("mlflow")
+    from prediction.mlflow_model import NotCalibrated, Unthresholded
+
+    for views, count in ((1, 0), (7, 7)):
+        run = tmp_path / str(views)
+        shutil.copytree(runs.out / "linear", run)
+        results = read_json(run / "results.json")
+        results["recipe"]["test_views"] = views
+        (run / "results.json").write_text(json.dumps(results))
+        scorer = Unthresholded(NotCalibrated(run, "cpu"), "cpu")
+        assert len(scorer.inputs.views) == count and scorer.told == ["path", "p_pneumonia", "note"]

@@ -16,7 +16,7 @@ Each is opened with (run, known): `known` is what its `reference` was the last t
     figures(values, epoch)  {name: float}; epoch None for figures of the whole run
     picture(name, path)     a PNG
     last(files)             {name: path} of the checkpoint after the last epoch
-    best(files, tta)        {name: path} of the best epoch's checkpoint and what scoring with it needs
+    best(files, name)       the same of the best epoch, and what scoring with it needs; the calibration's name
     close()
     fail()                  only if it has that: the run is followed no more
 """

@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common import scaling
-
 PROJECT = "chest-xray-screening"
 PATIENCE = 15  # seconds that a server may take to answer
 
@@ -23,20 +21,19 @@ def title(run):
     return plain(Path(os.path.abspath(run.folder)).name)
 
 
-def best_files(run, tta=False):
+def best_files(run, name=""):
     """{name: path} of a Run: its best epoch and what scoring with it needs; calibrated, what calibrate.py
-    left too (`tta`: with --tta)."""
+    left too (`name`: "tta" for what --tta left)."""
     files = {f"{plain(run.results['model'])}-best.pth": run.checkpoint}
-    return files | settings_files(run, tta)
+    return files | settings_files(run, name)
 
 
-def settings_files(run, tta=False):
+def settings_files(run, name=""):
     """{name: path} of what scoring needs besides the weights. Of what calibrate.py writes, the files that
     are there."""
     files = {"results.json": run.folder / "results.json"}
-    name = scaling.calibration_name(tta)
     if name in run.calibrated():
-        calibration = run.folder / ("calibration-tta.json" if tta else "calibration.json")
+        calibration = run.folder / ("calibration-tta.json" if name else "calibration.json")
         for path in (calibration, run.reference_file(name)):
             if path.exists():
                 files[path.name] = path

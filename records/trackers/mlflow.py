@@ -82,10 +82,10 @@ class MLflow:
         with staged(files) as folder:
             self.client.log_artifacts(self.reference, str(folder), "checkpoints")
 
-    def best(self, files, tta):
+    def best(self, files, name):
         with staged(files) as folder:
             self.client.log_artifacts(self.reference, str(folder), "checkpoints")
-        register(self.client, self.reference, self.run, tta)
+        register(self.client, self.reference, self.run, name)
 
     def _stop_monitor(self):
         """Its thread writes to the run, so it ends before the run does."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import scaling
 from common.console import say
 from images.drawn import draw_radiograph
 from records.run import WITHOUT_CLASSES
@@ -26,16 +25,16 @@ PROBABILITIES = "probabilities only: the run is not calibrated"
 DECISIONS = "probabilities and decisions, as predict.py gives them"
 
 
-def register(client, run_id, run, tta):
+def register(client, run_id, run, name):
     """Make a Run the newest version of the model PROJECT-FOLDER, and say so. Where that fails, a note says
-    why: the rest of the tracking does not depend on it. `tta`: scored as after calibrate.py --tta."""
+    why: the rest of the tracking does not depend on it. `name`: of its calibration, as Run.calibration takes
+    it."""
     if run.kind in WITHOUT_CLASSES:
         say(f"note: --track mlflow: {run} has no classes to score, so no model is registered")
         return
-    calibrated = scaling.calibration_name(tta) in run.calibrated()
-    description = DECISIONS if calibrated else PROBABILITIES
+    description = DECISIONS if name in run.calibrated() else PROBABILITIES
     try:
-        version = _register(client, run_id, run, tta, description)
+        version = _register(client, run_id, run, name, description)
     except Exception as error:  # no registry, no right to write to it, no space
         detail = " ".join(str(error).split())[:200]
         say(f"note: --track mlflow: no model is registered: {type(error).__name__} ({detail})")
@@ -43,34 +42,34 @@ def register(client, run_id, run, tta):
     say(f"--track mlflow: registered models:/{version.name}/{version.version}, {description}")
 
 
-def _register(client, run_id, run, tta, description):
+def _register(client, run_id, run, name, description):
     """The new ModelVersion."""
     from mlflow.exceptions import MlflowException
 
     # Each version has a folder of its own: a later one must not change it.
-    name, place = f"{PROJECT}-{title(run)}", f"model-{uuid.uuid4().hex[:8]}"
+    model, place = f"{PROJECT}-{title(run)}", f"model-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model")
-        save_model(run, tta, path)
+        save_model(run, name, path)
         client.log_artifacts(run_id, str(path), place)
     try:
-        client.create_registered_model(name, description="Chest X-ray screening. Not a medical device.")
+        client.create_registered_model(model, description="Chest X-ray screening. Not a medical device.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
     tags = {"run": str(run), "checkpoint": run.checkpoint_sha256}
-    return client.create_model_version(name, source, run_id, tags=tags, description=description)
+    return client.create_model_version(model, source, run_id, tags=tags, description=description)
 
 
-def save_model(run, tta, path):
+def save_model(run, name, path):
     """Write a Run as an MLflow model to the folder `path`, with the signature of what it returns for one
     drawn image. So each model has scored an image before it is registered.
 
     What MLflow and the model say on stderr meanwhile is for those who load it, and not shown."""
     import mlflow
 
-    files = {"checkpoint.pth": run.checkpoint, **settings_files(run, tta)}
+    files = {"checkpoint.pth": run.checkpoint, **settings_files(run, name)}
     with staged(files) as folder, contextlib.redirect_stderr(io.StringIO()):
         mlflow.pyfunc.save_model(
             path,
@@ -78,7 +77,7 @@ def save_model(run, tta, path):
             artifacts={"run": str(folder)},
             code_paths=code_paths(),
             pip_requirements=str(REQUIREMENTS),
-            model_config={"tta": bool(tta), "device": "auto"},
+            model_config={"tta": name == "tta", "device": "auto"},
         )
     with tempfile.TemporaryDirectory() as folder:
         image = os.path.join(folder, "drawn.png")

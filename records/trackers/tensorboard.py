@@ -33,7 +33,7 @@ class TensorBoard:
     def last(self, files):
         """Nothing: see above."""
 
-    def best(self, files, tta):
+    def best(self, files, name):
         """Nothing: see above."""
 
     def close(self):

@@ -48,7 +48,7 @@ class Wandb:
     def last(self, files):
         self._keep(files, ["last"])
 
-    def best(self, files, tta):
+    def best(self, files, name):
         # The newest version is `latest`, whoever names it so: the best is kept after the last.
         self._keep(files, ["best", "latest"])
 
