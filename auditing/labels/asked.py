@@ -28,6 +28,8 @@ class Question:
 def questions(task, targets, finding=None):
     """The Questions of targets (see Task): one of classes, however many; one a finding of a table, or that of
     `finding` alone. InputError for a finding that the table has no labels of."""
+    if finding is not None:
+        task.chosen_finding(finding)  # InputError if there is none of this name
     if task.kind == "softmax":
         if finding is not None and task.one_of_many:
             say("note: --finding is not used for labels: an image is of one class, so all are asked together")
