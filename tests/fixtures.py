@@ -198,7 +198,7 @@ def pictures_drawn(monkeypatch):
 @pytest.fixture
 def graph_as_it_is(monkeypatch):
     """torch leaves the graph of an ONNX file as it is: its optimiser takes a time that grows with the square
-    of the nodes, half a minute of a network's. It is at work in test_predict.py and test_several.py."""
+    of the nodes. It is at work on the smaller graphs of test_predict.py, test_cnn.py and test_several.py."""
     export = torch.onnx.export
     monkeypatch.setattr(torch.onnx, "export", lambda *a, **settings: export(*a, **settings, optimize=False))
 

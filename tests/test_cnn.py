@@ -198,7 +198,7 @@ def test_cosine_ends_at_its_floor():
 # ---------------------------------------------------------------- the script
 
 
-def test_cnn_from_training_to_prediction(flags, synthetic, tmp_path, graph_as_it_is):
+def test_cnn_from_training_to_prediction(flags, synthetic, tmp_path):
     name, weights = "test_resnet", tmp_path / "w.safetensors"  # timm's own for tests: four blocks
     torch.manual_seed(0)
     save_file(timm.create_model(name, num_classes=10).state_dict(), weights)

@@ -461,8 +461,10 @@ def test_a_graph_with_the_lungs_inside_gives_what_predict_does(
     hybrid, which is shown the masks too."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(show, "ROUNDS", 3)  # enough for these shapes: unsettled ones would be NaN
+    for name in ("ROUNDS", "SHORTEN"):
+        monkeypatch.setattr(show, name, 2)  # enough for these shapes: unsettled ones would be NaN
     argv = ("train_hybrid", *flags, "--weights", tiny_npz, "--d-model", 24, "--batch-size", 32)
+    argv = (*argv, "--depth", 1)
     succeed(*argv, "--epochs", 1, "--input", "masked-crop", "--out", "hybrid", cwd=looks)
     succeed("calibrate", "--run", "hybrid", "--min-recall", 0.9, "--bootstrap", 100, cwd=looks)
     assert "by at most" in succeed("predict", "--export", "m.onnx", "--run", "hybrid", cwd=looks).out

@@ -330,13 +330,16 @@ def test_signals_against_test_by_hand(own_bench):
 
 
 def test_studies_run_as_scripts_from_anywhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, REPO / "studies" / "experiments.py", "--runs-dir", "nowhere"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "no finished runs under nowhere" in done.stderr
+    """One that needs no torch, as a process; each has the line by which it finds the project."""
+    argv = [sys.executable, REPO / "studies" / "pictures.py", "--no-such-flag"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: unrecognized arguments: --no-such-flag" in done.stderr
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    scripts = [p for p in (REPO / "studies").glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+    without = {p.name for p in scripts if f"\n{line}" not in p.read_text()}
+    assert without <= {"paint.py", "turns.py"} and len(scripts) > 20  # these need no such line
+    done = cli("studies.experiments", "--runs-dir", "nowhere", cwd=tmp_path)
+    refused(done, "no finished runs under nowhere")
     refused(cli("studies.kermany", cwd=tmp_path), "--stamps --border is required")
 
 
