@@ -501,9 +501,9 @@ def test_adapt_study_on_drawn_hospitals(synthetic, cache, tmp_path):
     sides = [(tmp_path / f"tables/nih_{s}.csv").read_text().splitlines()[1:] for s in ("learn", "held")]
     ours, theirs = ({line.split(",")[1] for line in side} for side in sides)
     assert len(sides[0]) + len(sides[1]) == 48 and not ours & theirs
-    flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--out", "run", "--input", "crop")
+    argv = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--out", "run")
     also = [f"{tmp_path}/{name}:{tmp_path}/tables/{name}_learn.csv" for name in ("nih", "rsna")]
-    succeed("train_linear", *flags, "--also", *also, cwd=tmp_path)
+    succeed("train_linear", *argv, "--input", "crop", "--also", *also, cwd=tmp_path)
     succeed("calibrate", "--run", tmp_path / "run", "--bootstrap", 200, cwd=tmp_path)
     rows = table_rows(succeed("studies.adapt", *there, "--run", tmp_path / "run", cwd=tmp_path).out)
     assert len(rows) == 1 and len(rows[0]) == 9 and all(0 <= float(c.split()[0]) <= 1 for c in rows[0][1:])
