@@ -195,6 +195,14 @@ def pictures_drawn(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", draw_figure)
 
 
+@pytest.fixture
+def graph_as_it_is(monkeypatch):
+    """torch leaves the graph of an ONNX file as it is: its optimiser takes a time that grows with the square
+    of the nodes. It is at work on the smaller graphs of test_predict.py, test_cnn.py and test_several.py."""
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **settings: export(*a, **settings, optimize=False))
+
+
 @pytest.fixture(scope="session")
 def runs(built_once, flags, tiny_npz):
     """One run of each kind, calibrated and compared: folder, and what calibrate and compare printed. Read

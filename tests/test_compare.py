@@ -2,7 +2,9 @@
 
 Most work on run folders written here by hand, with real thresholds and intervals but no trained model."""
 
+import copy
 import csv
+import functools
 import itertools
 import json
 import os
@@ -86,10 +88,20 @@ def noisy_scores(seed, classes=("NORMAL", "PNEUMONIA"), known=True):
     return arrays
 
 
+@functools.cache
+def evaluated(seed, classes, rule):
+    """What calibrate.py makes of `noisy_scores`."""
+    return evaluate(noisy_scores(seed, classes), rule, Task(classes))
+
+
 def write_run(folder, seed=0, *, scores=None, suffix="", rule=RULE, with_p1=True, **changes):
     """A calibrated run on disk -> Run. `changes` replace keys of results.json."""
     classes = changes.get("data", {}).get("classes", ["NORMAL", "PNEUMONIA"])
-    scores = scores or noisy_scores(seed, classes)
+    if scores:
+        calibration, p1 = evaluate(scores, rule, Task(tuple(classes)))
+    else:
+        scores = noisy_scores(seed, classes)
+        calibration, p1 = copy.deepcopy(evaluated(seed, tuple(classes), rule))
     counts = {
         s: {c: int((scores[f"{s}_labels"] == k).sum()) for k, c in enumerate(classes)}
         for s in ("val", "test")
@@ -110,7 +122,6 @@ def write_run(folder, seed=0, *, scores=None, suffix="", rule=RULE, with_p1=True
     run.folder.mkdir(parents=True, exist_ok=True)
     run.checkpoint.write_bytes(f"weights {folder} {seed}".encode(errors="surrogatepass"))
     run.save_results(results)
-    calibration, p1 = evaluate(scores, rule, Task(tuple(classes)))
     calibration |= dict(format=FORMAT, checkpoint=run.checkpoint_sha256, tta=None)
     calibration["tta"] = {"flip": False} if suffix else None
     columns = {f"{side}_p1": p for side, p in p1.items()} if with_p1 else {}

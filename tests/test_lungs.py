@@ -455,17 +455,16 @@ def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):
 
 
 def test_a_graph_with_the_lungs_inside_gives_what_predict_does(
-    looks, flags, tiny_npz, synthetic, monkeypatch
+    looks, flags, tiny_npz, synthetic, monkeypatch, graph_as_it_is
 ):
     """Whole chests, lungs alone on black, and no lungs: what is exported of a masked run, and the file of a
     hybrid, which is shown the masks too."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    # Enough for these shapes (unsettled ones would be NaN), and torch's optimiser of ONNX files takes a time
-    # that grows with the square of the nodes.
-    monkeypatch.setattr(show, "ROUNDS", 2)
-    monkeypatch.setattr(show, "SHORTEN", 2)
+    for name in ("ROUNDS", "SHORTEN"):
+        monkeypatch.setattr(show, name, 2)  # enough for these shapes: unsettled ones would be NaN
     argv = ("train_hybrid", *flags, "--weights", tiny_npz, "--d-model", 24, "--batch-size", 32)
+    argv = (*argv, "--depth", 1)
     succeed(*argv, "--epochs", 1, "--input", "masked-crop", "--out", "hybrid", cwd=looks)
     succeed("calibrate", "--run", "hybrid", "--min-recall", 0.9, "--bootstrap", 100, cwd=looks)
     assert "by at most" in succeed("predict", "--export", "m.onnx", "--run", "hybrid", cwd=looks).out

@@ -330,13 +330,16 @@ def test_signals_against_test_by_hand(own_bench):
 
 
 def test_studies_run_as_scripts_from_anywhere(tmp_path):
-    done = subprocess.run(
-        [sys.executable, REPO / "studies" / "experiments.py", "--runs-dir", "nowhere"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "no finished runs under nowhere" in done.stderr
+    """One that needs no torch, as a process; each has the line by which it finds the project."""
+    argv = [sys.executable, REPO / "studies" / "pictures.py", "--no-such-flag"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: unrecognized arguments: --no-such-flag" in done.stderr
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    scripts = [p for p in (REPO / "studies").glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+    without = {p.name for p in scripts if f"\n{line}" not in p.read_text()}
+    assert without <= {"paint.py", "turns.py"} and len(scripts) > 20  # these need no such line
+    done = cli("studies.experiments", "--runs-dir", "nowhere", cwd=tmp_path)
+    refused(done, "no finished runs under nowhere")
     refused(cli("studies.kermany", cwd=tmp_path), "--stamps --border is required")
 
 
@@ -476,7 +479,7 @@ def test_promises_are_kept_in_simulation(monkeypatch, capsys):
     assert low[1].startswith("1.000") and 10 < float(low[2]) < 40
 
 
-def test_adapt_study_on_drawn_hospitals(bench, tmp_path):
+def test_adapt_study_on_drawn_hospitals(synthetic, cache, tmp_path):
     """Tables for --also, whole patients on one side, then a row for a run."""
     from PIL import Image
 
@@ -493,16 +496,16 @@ def test_adapt_study_on_drawn_hospitals(bench, tmp_path):
     lines = [f"images/{i:02d}.png,{i},{groups[i % 3]},{int(i % 3 == 0)}" for i in range(48)]
     (tmp_path / "rsna/labels.csv").write_text("\n".join(["path,patient,group,pneumonia", *lines]))
     there = ("--nih", tmp_path / "nih", "--rsna", tmp_path / "rsna", "--tables", tmp_path / "tables")
-    done = succeed("studies.adapt", *there, cwd=bench)
+    done = succeed("studies.adapt", *there, cwd=tmp_path)
     assert "nih_learn.csv: " in done.out and "8 with pneumonia" in done.out
     sides = [(tmp_path / f"tables/nih_{s}.csv").read_text().splitlines()[1:] for s in ("learn", "held")]
     ours, theirs = ({line.split(",")[1] for line in side} for side in sides)
     assert len(sides[0]) + len(sides[1]) == 48 and not ours & theirs
-    flags = ("--data-dir", bench / "xray", "--img-size", 32, "--out", tmp_path / "run", "--input", "crop")
+    argv = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--out", "run")
     also = [f"{tmp_path}/{name}:{tmp_path}/tables/{name}_learn.csv" for name in ("nih", "rsna")]
-    succeed("train_linear", *flags, "--also", *also, cwd=bench)
-    succeed("calibrate", "--run", tmp_path / "run", "--bootstrap", 200, cwd=bench)
-    rows = table_rows(succeed("studies.adapt", *there, "--run", tmp_path / "run", cwd=bench).out)
+    succeed("train_linear", *argv, "--input", "crop", "--also", *also, cwd=tmp_path)
+    succeed("calibrate", "--run", tmp_path / "run", "--bootstrap", 200, cwd=tmp_path)
+    rows = table_rows(succeed("studies.adapt", *there, "--run", tmp_path / "run", cwd=tmp_path).out)
     assert len(rows) == 1 and len(rows[0]) == 9 and all(0 <= float(c.split()[0]) <= 1 for c in rows[0][1:])
 
 

@@ -56,7 +56,7 @@ def test_directions_in_which_views_vary_are_the_leading_singular_vectors():
 
 
 def test_a_head_of_cross_entropy_is_a_balanced_logistic_regression(monkeypatch):
-    monkeypatch.setattr(transfer, "EPOCHS", 200)
+    monkeypatch.setattr(transfer, "EPOCHS", 80)
     monkeypatch.setattr(transfer, "RATE", 1e-2)
     monkeypatch.setattr(transfer, "DECAY", 0.0)
     x, y = clouds(apart=2.0)

@@ -157,7 +157,7 @@ def test_drop_path():
     assert DropPath(0.0).train()(x) is x
 
 
-def test_drop_path_schedule_is_linear_in_depth():
+def test_drop_path_schedule_is_linear_in_depth(shipped_scratch):
     model = build_vit("scratch")
     assert [block.drop_path.p for block in model.blocks] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
     assert small_vit(depth=1, drop_path_rate=0.3).blocks[0].drop_path.p == 0
