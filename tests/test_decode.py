@@ -732,14 +732,8 @@ def test_kill_while_the_cache_is_built(synthetic, tmp_path):
     process.kill()
     process.join(timeout=60)
     assert process.exitcode == -9
-<<<<<<< HEAD
-    assert list(folder.glob(".*.npy")) and not list(
-        folder.glob("[!.]*")
-    )  # only the unfinished temporary file
-=======
     # Only the unfinished temporary file.
     assert list(folder.glob(".*.npy")) and not list(folder.glob("[!.]*"))
->>>>>>> t
     cache.load_images(synthetic, files, **settings)
     assert not list(folder.glob(".*"))
     [path] = folder.glob("[!.]*-train-*.npy")
