@@ -58,8 +58,8 @@ def answers(task, calibration, side, truth, scores):
 
 
 def _most_probable(task, confusion, side, most):
-    """[Answers] of the most probable of K classes, from the counts [K, K] of a calibration, rows the truth; []
-    where there are none. InputError if they are not those of `most` images or fewer."""
+    """[Answers] of the most probable of K classes, from the counts [K, K] of a calibration, rows the truth;
+    [] where there are none. InputError if they are not those of `most` images or fewer."""
     if confusion is None:
         return []
     k = len(task.classes)
