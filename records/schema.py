@@ -13,7 +13,8 @@ SHARE = Number(float, 0, 1)
 NATURAL = Number(int, 0, 2**53)
 
 GONE = {"data": {"normalise": "none"}, "recipe": {"teacher_features": 0.0}}  # values that changed nothing
-ADDED = {"recipe": {"optimiser": "adamw"}}  # what versions did that did not yet record it
+# What versions did that did not yet record it.
+ADDED = {"recipe": {"optimiser": "adamw", "masked_epochs": 0, "test_views": 1}}
 
 # What a file must hold at least: a type, a Number, [what every item is], {key: what its value is}.
 RESULTS = {
