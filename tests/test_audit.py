@@ -87,6 +87,7 @@ def made(monkeypatch):
                 "mean": [0.0],
                 "std": [1.0],
                 "recipe": {"amp": False},
+                "model_config": {},
                 "data": {},
                 "split": {"original_size": {"width": [9, 9], "height": [9, 9]}},
             },
