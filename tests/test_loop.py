@@ -72,7 +72,7 @@ class ToyObjective(Supervised):
 def toy_loop(out, *, objective=None, model=None, resume=False, augment=None, settings=None, **fields):
     """A Loop over a small ViT with dropout, DropPath and augmentation: 5 steps an epoch."""
     torch.manual_seed(1)
-    model = model or small_vit(in_chans=1, depth=2, drop_rate=0.1, drop_path_rate=0.1)
+    model = model or small_vit(in_chans=1, drop_rate=0.1, drop_path_rate=0.1)
     fields = {"epochs": 3, "patience": 9, "lr": 1e-3, "batch_size": 8, **fields}
     plan = Plan(
         replace(recipe.Recipe(), **fields),
