@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 import train_scratch
-import vit
 from common import console
 from common.console import TimeLeft
 from records import lock
@@ -16,16 +15,9 @@ from records.run import Run, find_runs
 from tests.shared import cli, load_pth, read_json, refused, same_tensors, strip_time, succeed
 from training import plan, recipe, seen, step
 
-TINY = dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)
 MASKED_STEPS, STEPS = 2, 5  # an epoch: 77 images by 64, by 16
-AMONG = ("--model", "tiny", "--device", "cpu", "--no-amp")
+AMONG = ("--device", "cpu", "--no-amp")
 ONE = ("--masked-epochs", 2, "--epochs", 2, "--batch-size", 16)
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """A ViT of a few thousand parameters, --model tiny."""
-    monkeypatch.setitem(vit.CONFIGS, "tiny", TINY)
 
 
 @pytest.fixture
@@ -36,11 +28,9 @@ def argv(flags):
 @pytest.fixture(scope="module")
 def whole(built_once, flags):
     """An uninterrupted run: its folder, outputs/scratch of another."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vit.CONFIGS, "tiny", TINY)
-        cwd, _ = built_once(
-            "masked_first", lambda cwd: succeed("train_scratch", *flags, *AMONG, *ONE, cwd=cwd).code
-        )
+    cwd, _ = built_once(
+        "masked_first", lambda cwd: succeed("train_scratch", *flags, *AMONG, *ONE, cwd=cwd).code
+    )
     return cwd / "outputs/scratch"
 
 
@@ -126,7 +116,7 @@ def test_stopped_between_the_stages_it_goes_on(argv, whole, tmp_path, monkeypatc
         refused(done, "masked epochs", "--masked-epochs 2", "--resume")
     longer = [*argv, "--masked-epochs", 3, "--out", "outputs/run", "--resume"]
     refused(cli("train_scratch", *longer, cwd=tmp_path), "--masked-epochs 2")
-    other = [*argv, "--img-size", 16, "--out", "outputs/run", "--resume"]
+    other = [*argv, "--img-size", 48, "--out", "outputs/run", "--resume"]
     refused(cli("train_scratch", *other, cwd=tmp_path), "img_size")
     succeed("train_scratch", *argv, "--out", "outputs/run", "--resume", cwd=tmp_path)
     assert same_runs(whole, tmp_path / "outputs/run")
