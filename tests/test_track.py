@@ -227,6 +227,30 @@ def wandb_records(path):
     return records
 
 
+def when_written(files, artifacts):
+    """The records of .wandb files, once LOGGED and so many artifacts of models are in them: on a busy machine
+    the last ones come after `finish`. AssertionError if they do not come within a minute."""
+    from google.protobuf.message import DecodeError
+
+    end = time.monotonic() + 60
+    while True:
+        content = b"".join(file.read_bytes() for file in files)
+        # Key and JSON lie side by side in the file.
+        pairs = {k: re.escape(k).encode() + rb".{0,3}" + str(v).encode() for k, v in LOGGED.items()}
+        missing = [k for k, pair in pairs.items() if not re.search(pair, content, re.DOTALL)]
+        try:
+            records = [record for file in files for record in wandb_records(file)]
+        except DecodeError:  # a record that is just being written
+            records = []
+        models = [
+            r for r in records if r.WhichOneof("record_type") == "artifact" and r.artifact.type == "model"
+        ]
+        if not missing and len(models) >= artifacts:
+            return records
+        assert time.monotonic() < end, (missing, len(models))
+        time.sleep(0.2)
+
+
 def check_artifacts(records, run):
     """The versions of a run's artifact: the last checkpoint and the best after training, the best again with
     its thresholds."""
@@ -253,7 +277,7 @@ def test_wandb(tmp_path, runs, capsys):
     def items(values):
         return {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in values}
 
-    records = [record for file in files for record in wandb_records(file)]
+    records = when_written(files, 3)
     config = items(u for r in records if r.WhichOneof("record_type") == "run" for u in r.run.config.update)
     config |= items(u for r in records for u in r.config.update)
     assert config["recipe.lr"] == 3e-4 and config["model"] == "scratch"
@@ -262,14 +286,6 @@ def test_wandb(tmp_path, runs, capsys):
     assert rows == [(1, 0.5, 1), (2, 0.875, 2)]
     assert any("Training curves" in str(h) for h in history)
     check_artifacts(records, run)
-    # On a busy machine the last records come after `finish`; key and JSON lie side by side in the file.
-    end, missing = time.monotonic() + 60, set(LOGGED)
-    while missing and time.monotonic() < end:
-        content = b"".join(file.read_bytes() for file in files)
-        pairs = {k: re.escape(k).encode() + rb".{0,3}" + str(v).encode() for k, v in LOGGED.items()}
-        missing = {k for k, pair in pairs.items() if not re.search(pair, content, re.DOTALL)}
-        time.sleep(0.2 if missing else 0)
-    assert not missing
     assert "note" not in capsys.readouterr().err
 
 
