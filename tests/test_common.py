@@ -1,6 +1,7 @@
 """Tests of common: files, numbers, flags, and how scripts start and stop."""
 
 import argparse
+import ast
 import math
 import os
 import re
@@ -190,6 +191,13 @@ def test_results_are_utf8_whatever_the_locale():
 
 
 ROOT_SCRIPTS = sorted(p.stem for p in REPO.glob("*.py") if '__name__ == "__main__"' in p.read_text())
+
+
+@pytest.mark.parametrize("script", ROOT_SCRIPTS)
+def test_scripts_end_with_their_start(script):
+    """What a process of one does that a call of its main() does not: nothing but this."""
+    *_, last = ast.parse((REPO / f"{script}.py").read_text()).body
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    start(main)"
 
 
 def started(script, *argv, cwd, fakes):

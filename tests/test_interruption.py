@@ -35,12 +35,10 @@ def uninterrupted(built_once, flags, tiny_npz):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_interrupted_process_resumes_bit_for_bit(uninterrupted, tmp_path, signum, code):
-    """SIGTERM, and the scratch arm: test_several.py, in this process."""
+    """SIGTERM, and the scratch arm: test_several.py, in this process. Ctrl-C of every script while it still
+    imports: test_common.py."""
     script, (argv, reference) = "train_pretrained", uninterrupted
-    if signum == signal.SIGKILL:  # no script notices it: a fork of this process does, too
-        process = Forked(script, *argv, cwd=tmp_path)
-    else:
-        process = popen(REPO / f"{script}.py", *argv, cwd=tmp_path)
+    process = Forked(script, *argv, cwd=tmp_path)
     for line in process.stdout:
         if line.startswith("epoch 1/4"):
             time.sleep(0.02)  # into the second epoch
