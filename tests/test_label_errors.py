@@ -233,7 +233,14 @@ def test_backbones_that_have_learnt_the_labels(runs):
     assert asked.has_learnt(Run(runs.out / "scratch"))
     head = SimpleNamespace(kind="vit", results={"recipe": {"epochs": 0}})
     assert not asked.has_learnt(head)
-    both = SimpleNamespace(kind="ensemble", forebears=lambda: [("a", head), ("b", None)])
-    assert asked.has_learnt(both)
-    both.forebears = lambda: [("a", head)]
-    assert not asked.has_learnt(both)
+
+    def ensemble(*members):
+        of = [{"run": str(m.folder), "checkpoint": m.checkpoint_sha256} for m in members]
+        return SimpleNamespace(kind="ensemble", results={"members": of})
+
+    linear, scratch = Run(runs.out / "linear"), Run(runs.out / "scratch")
+    assert not asked.has_learnt(ensemble(linear, linear))
+    assert asked.has_learnt(ensemble(linear, scratch))
+    # A member that is not there any more may have learnt them.
+    gone = SimpleNamespace(folder=runs.out / "gone", checkpoint_sha256="0" * 64)
+    assert asked.has_learnt(ensemble(linear, gone))

@@ -11,6 +11,7 @@ from common.task import is_healthy
 from data import read_listing
 from images import twins
 from records.run import WITHOUT_CLASSES
+from training.seen import forebears
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def say_limits(run, side):
 def has_learnt(run):
     """Whether labels have changed a Run's backbone, or that of a member of an ensemble."""
     if run.kind == "ensemble":
-        members = [member for _, member in run.forebears()]
+        members = [member for _, member in forebears(run)]
         return any(member is None or has_learnt(member) for member in members)
     if run.kind == "linear" or run.kind in WITHOUT_CLASSES:  # pixels; masked images
         return False
