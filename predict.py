@@ -142,7 +142,7 @@ def count_of_notes(count, notes, typicality):
     # Kinds that do not occur are not listed; that one could not be looked for is.
     counts = [f"{notes[kind]} {text}" for kind, text in kinds.items() if notes.get(kind)]
     if not typicality:
-        counts.append("which are odd cannot be told")
+        counts.append("how many are odd cannot be told")
     text = f"{count} files, {notes['noted']} with a note"
     if counts:
         text += f": {', '.join(counts)}"

@@ -17,7 +17,7 @@ from common.console import InputError, say, start
 from common.device import first_process_first
 from common.scripts import there_is
 from records.run import Run
-from training import plan, recipe
+from training import plan, recipe, resume
 from training.earlier import masked
 from training.earlier.teacher import Teacher
 from vit import CONFIGS, build_vit
@@ -115,6 +115,27 @@ def begin_with(p, args, model):
     return None, {"init": described, "command": command}
 
 
+def train_one(p, args, teacher, after):
+    """Train the run of one Plan, its masked epochs first; returns how many seconds the others took, None
+    without masked ones. after: of masked.first."""
+    p = masked_first(p, args, teacher, after)
+    p.seed()
+    model = build_vit(
+        args.model,
+        num_classes=p.config.task.outputs,
+        img_size=p.config.img_size,
+        drop_rate=p.recipe.drop_rate,
+        drop_path_rate=p.recipe.drop_path,
+        patch_drop_rate=p.recipe.patch_drop,
+    )
+    encoder, described = begin_with(p, args, model)
+    scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    results = plan.train(p, model, name=args.model, **scaling, teacher=teacher, encoder=encoder, **described)
+    if not p.recipe.masked_epochs:
+        return None
+    return 60 * (results["minutes"] - results["init"]["minutes"])
+
+
 def main():
     args, plans = plan.from_command_line(__doc__, DEFAULTS, add_own_flags)
     if args.init and args.masked_epochs:
@@ -124,23 +145,8 @@ def main():
         )
     teacher, after = teacher_of(args, plans[0]), None
     for p in plans:
-        p = masked_first(p, args, teacher, after)
-        p.seed()
-        model = build_vit(
-            args.model,
-            num_classes=p.config.task.outputs,
-            img_size=p.config.img_size,
-            drop_rate=p.recipe.drop_rate,
-            drop_path_rate=p.recipe.drop_path,
-            patch_drop_rate=p.recipe.patch_drop,
-        )
-        encoder, described = begin_with(p, args, model)
-        scaling = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-        results = plan.train(
-            p, model, name=args.model, **scaling, teacher=teacher, encoder=encoder, **described
-        )
-        if p.recipe.masked_epochs:  # what is known of the next seed's
-            after = 60 * (results["minutes"] - results["init"]["minutes"])
+        with resume.stopped_between_stages(p.run):
+            after = train_one(p, args, teacher, after)
 
 
 if __name__ == "__main__":

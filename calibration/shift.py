@@ -229,7 +229,7 @@ def sentence(verdict):
         return "no image could be read: nothing can be said of these"
     p = verdict["p"]
     tests = ", ".join(f"{name} {in_short(value)}" for name, value in p.items())
-    odd = f"which are odd cannot be told (that takes {ODD_NEEDS} validation images)"
+    odd = f"how many are odd cannot be told (that takes {ODD_NEEDS} validation images)"
     if verdict["odd"] is not None:
         odd = f"{100 * verdict['odd']:.1f}% odd (validation {100 * ODD:.0f}%)"
     called, usual = verdict["called"], verdict["called_in_validation"]

@@ -103,7 +103,8 @@ def test_stopped_between_the_stages_it_goes_on(argv, whole, tmp_path, monkeypatc
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_scratch, "build_vit", stop)
-        assert cli("train_scratch", *argv, "--out", "outputs/run", cwd=tmp_path).code == 130
+        done = cli("train_scratch", *argv, "--out", "outputs/run", cwd=tmp_path)
+        assert done.code == 130 and "goes on with" in done.err and "--resume" in done.err
     # What is there is no model, and everybody says so.
     listed = succeed("compare", "--list", cwd=tmp_path).out
     assert "masked epochs: finished" in listed and "last.pth of a finished run" in listed

@@ -235,7 +235,7 @@ def test_notes_are_counted_by_kind():
         "300 files, 124 with a note: 1 unreadable, 122 odd (typicality 0.01 or less), 3 of a "
     )
     assert predict.count_of_notes(3, Counter(), True) == "3 files, 0 with a note"
-    assert "which are odd cannot be told" in predict.count_of_notes(3, Counter(), False)
+    assert "how many are odd cannot be told" in predict.count_of_notes(3, Counter(), False)
     shifted = {"verdict": "shifted", "patients": 300}
     advice = predict.advice(shifted, "outputs/linear", None)
     assert "label some" in advice and "calibrate.py --run outputs/linear --site DIR --name" in advice

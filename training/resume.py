@@ -3,9 +3,12 @@
 `save_last` and `restore` write and read the state of a Loop; when they are called stands in loop.py.
 """
 
+import signal
+from contextlib import contextmanager
+
 import torch
 
-from common.console import InputError, command_line, say
+from common.console import InputError, Interrupted, command_line, say
 from common.device import gather
 from common.scripts import LAST_VERSION
 from records.schema import ADDED, GONE
@@ -160,10 +163,28 @@ def command(plan, longer):
 
 def how_to_go_on(progress):
     """What is said of a training that was stopped: where, and the command that goes on with it."""
+    return f"stopped {progress.place}; saved. Go on with:\n  {command_that_goes_on()}"
+
+
+def command_that_goes_on():
+    """The command line, with --resume and without --overwrite."""
     again = command_line().replace(" --overwrite", "")
-    if " --resume" not in again:
-        again += " --resume"
-    return f"stopped {progress.place}; saved. Go on with:\n  {again}"
+    return again if " --resume" in again else f"{again} --resume"
+
+
+@contextmanager
+def stopped_between_stages(run):
+    """Within the block Ctrl-C ends in the command that goes on, where it came between the masked epochs of a
+    Run, which are saved, and the others."""
+    try:
+        yield
+    except Interrupted:  # within a stage, which says it itself
+        raise
+    except KeyboardInterrupt:
+        if run.begun or not run.masked.begun:
+            raise
+        how = f"stopped; what is saved goes on with:\n  {command_that_goes_on()}"
+        raise Interrupted(how, signal.SIGINT) from None
 
 
 # ---------------------------------------------------------------- last.pth
