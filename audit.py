@@ -28,7 +28,15 @@ import numpy as np
 
 from auditing import clusters, looks, rules, signals
 from auditing.labels import written
-from auditing.labels.asked import answers, askable, features_of, patients_of, questions, say_limits
+from auditing.labels.asked import (
+    answers,
+    askable,
+    features_of,
+    patients_of,
+    questions,
+    say_limits,
+    some_images,
+)
 from auditing.labels.errors import check_cleanlab
 from auditing.reader import Change, Reader
 from auditing.record import KEYS, NAME, TITLES, audit_of, kept_of, save_side
@@ -251,18 +259,6 @@ def list_labels(args, run, moved):
     print(written.ADVICE)
     for path in paths:
         print(f"wrote {path}")
-
-
-def some_images(subset, most):
-    """A Subset, or that of at most `most` images of random patients, which is said."""
-    if most is None or len(subset) <= most:
-        return subset
-    sick = (subset.targets > 0).reshape(len(subset), -1).any(axis=1)
-    some = some_patients(sick, np.asarray(subset.patients), most)
-    say(
-        f"note: {len(some)} of {len(subset)} images are asked about, whole patients at random (--most-images)"
-    )
-    return subset.take(some)
 
 
 # ---------------------------------------------------------------- main

@@ -264,6 +264,7 @@ def calibrate(args, rule, device, asked_views):
     asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):
+        """The views of a Run, what `scored` gives of the site, and the Rule of its calibration."""
         tta = scaling.asked_views(asked_views, run)
         calibration = run.calibration(scaling.calibration_name(tta, run))
         unit_rule = of_calibration(rule, calibration, run, (args.by, args.pool))

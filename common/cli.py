@@ -181,7 +181,8 @@ class Number:
     def __str__(self):
         left = "(" if self.above else "["
         right = ")" if self.below else "]"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
+        low, high = (str(end) if self.kind is int else f"{end:g}" for end in (self.low, self.high))
+        return f"{left}{low}, {high}{right}"
 
     def __call__(self, text):
         try:

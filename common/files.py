@@ -134,3 +134,15 @@ def sha256(data):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def bytes_in(folder):
+    """The size of all files under a folder; links count as nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(Path(place, name)).st_size
+            except OSError:  # gone while we looked
+                continue
+    return total

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.console import InputError, Pace, progress, say
+from common.files import bytes_in
 from images.find import EXTENSIONS
 from layouts.download_account import advice, in_words, places, status_of, status_of_text
 from layouts.folders import find_root
@@ -180,15 +181,6 @@ def megabytes(process, folder, every):
     while process.poll() is None:
         time.sleep(every)
         yield bytes_in(folder) // 1_000_000
-
-
-def bytes_in(folder):
-    """The size of a folder's files, those aside that vanish meanwhile."""
-    total = 0
-    for path in files_in(folder):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
-    return total
 
 
 def failed(status, text):

@@ -69,6 +69,7 @@ class Screening(mlflow.pyfunc.PythonModel):
     "device", where to compute (auto: cuda > mps > cpu)."""
 
     def load_context(self, context):
+        """MLflow's name for getting ready: the Scorer of the run that lies among the model's files."""
         folder, options = context.artifacts["run"], context.model_config
         device, tta = options["device"], options["tta"]
         run = Run(folder)

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from common.console import InputError, printable
-from common.files import check_regular
+from common.files import bytes_in, check_regular
 from records import lock
 from records.run import WITHOUT_CLASSES, Run
 from report.rows import architecture, ensemble_name, set_name
@@ -111,18 +111,6 @@ def calibrated(run, name):
             return f"calibrated{views} for another checkpoint"
         return f"calibration{views} damaged"
     return f"calibrated{views}"
-
-
-def bytes_in(folder):
-    """The size of all files under a folder; links count as nothing."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(Path(place, name)).st_size
-            except OSError:  # gone while we looked
-                continue
-    return total
 
 
 def aligned(rows):

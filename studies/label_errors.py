@@ -17,8 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
-from audit import some_images
-from auditing.labels.asked import features_of, has_learnt, patients_of, questions
+from auditing.labels.asked import features_of, has_learnt, patients_of, questions, some_images
 from auditing.labels.errors import find_errors
 from auditing.labels.written import auroc
 from auditing.reader import Reader

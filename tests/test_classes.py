@@ -14,27 +14,17 @@ from report.render import to_markdown
 from report.rows import Entry
 from report.tables import classes
 from tests.test_compare import tables, write_run
+from tests.test_labels import several
 
 QUICK = Rule(bootstrap=20, min_recall=0.9, confidence=0.8)
 FIVE = Task(("Normal", "a", "b", "c", "accuracy"))  # a class that is called as an average
 FOUR = Task(("No Finding", "Effusion", "Mass", "Edema"), "sigmoid")
 
 
-def drawn(task, n=300, unknown=0.0, seed=0):
+def drawn(task, n=300, unknown=0.0):
     """Scores of a made-up model, as in scores.npz: two images a patient."""
-    rng, arrays = np.random.default_rng(seed), {}
-    for side in ("val", "test"):
-        if task.kind == "softmax":
-            labels = rng.integers(task.outputs, size=n)
-            logits = rng.normal(0, 1, (n, task.outputs)) + 1.5 * np.eye(task.outputs)[labels]
-        else:
-            labels = (rng.random((n, task.outputs)) < 0.3).astype(np.int8)
-            logits = rng.normal(0, 1, (n, task.outputs)) + 1.5 * labels - 1
-            labels[rng.random(labels.shape) < unknown] = -1
-        arrays[f"{side}_labels"], arrays[f"{side}_logits"] = labels, logits.astype(np.float32)
-        arrays[f"{side}_files"] = np.array([f"{i}.png" for i in range(n)])
-        arrays[f"{side}_patients"] = np.array([f"p{i // 2}" for i in range(n)])
-    return arrays
+    files = {f"{side}_files": np.array([f"{i}.png" for i in range(n)]) for side in ("val", "test")}
+    return several(task, n, unknown=unknown) | files
 
 
 def answered(task, arrays, rule=QUICK, side="test"):

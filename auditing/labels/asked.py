@@ -6,6 +6,7 @@ import numpy as np
 
 from auditing.labels.errors import LEAST, find_errors, too_rare
 from auditing.reader import Change
+from auditing.side import some_patients
 from common.console import InputError, say
 from common.task import is_healthy
 from data import read_listing
@@ -98,6 +99,18 @@ def without_rare(question, patients):
     classes = tuple(question.classes[k] for k in kept)
     y = np.searchsorted(kept, question.y[inside])
     return Question(question.finding, classes, question.positions[inside], y)
+
+
+def some_images(subset, most):
+    """A Subset, or that of at most `most` images of random patients, which is said."""
+    if most is None or len(subset) <= most:
+        return subset
+    sick = (subset.targets > 0).reshape(len(subset), -1).any(axis=1)
+    some = some_patients(sick, np.asarray(subset.patients), most)
+    say(
+        f"note: {len(some)} of {len(subset)} images are asked about, whole patients at random (--most-images)"
+    )
+    return subset.take(some)
 
 
 def patients_of(subset, config):
