@@ -54,6 +54,8 @@ from studies.workload import HEAD, RECIPE, Baseline, Ours, enlarge
 from training.evaluate import predict
 from vit import CONFIGS
 
+LABELS = "supervised"  # the recipe of epochs with labels alone
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -270,8 +272,8 @@ def script_rows(args, root, work):
     alone."""
     run, device = work / "runs/scratch", args.device
     flags = {"data_dir": root.resolve(), "cache_dir": work / "cache", "img_size": args.img_size, "out": run}
-    name = "train_scratch.py, 20 steps and a validation"
-    yield name, *start_script("train_scratch.py", epochs=1, max_steps=20, device=device, **flags)
+    name, flags["device"], flags["recipe"] = "train_scratch.py, 20 steps and a validation", device, LABELS
+    yield name, *start_script("train_scratch.py", epochs=1, max_steps=20, **flags)
     imports, _ = start_script("-c", "import calibrate")
     for name in ("calibrate.py", "calibrate.py again, scores kept"):
         name = f"{name} (imports: {imports:.1f} s of it)"
@@ -288,6 +290,7 @@ def process_growth(args, work):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     make_synthetic(work / "drawn", train=args.images, test=8)
     flags = {"data_dir": work / "drawn", "cache_dir": work / "cache", "img_size": args.img_size, "epochs": 2}
+    flags |= {"recipe": LABELS}
     lines = ["\n| processes | threads each | images/s | by formula |", "| ---: | ---: | ---: | ---: |"]
     alone = None
     for n in (1, 2, 4, 8):

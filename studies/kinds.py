@@ -29,7 +29,8 @@ class Kind(NamedTuple):
     deleted: bool = False
 
 
-SCRATCH = f"train_scratch {TWO} {TRAIN} --epochs 3"
+LABELS = "--recipe paper --patch-drop 0.5 --ema 0.99"  # older versions have no masked epochs first
+SCRATCH = f"train_scratch {TWO} {TRAIN} {LABELS} --epochs 3"
 MORE = "--loss focal --mixup 0.2 --cutmix 0.2 --randaugment 2,9 --balance undersample --watch accuracy"
 KINDS = {
     "scratch": Kind(SCRATCH, (*USUAL, EXPLAIN), reread=True),
@@ -59,11 +60,11 @@ KINDS = {
         needs=("pretrained",),
     ),
     "findings": Kind(
-        f"train_scratch {TABLE} {TRAIN} --epochs 3",
+        f"train_scratch {TABLE} {TRAIN} {LABELS} --epochs 3",
         (f"{CALIBRATE} --jointly --temperature platt", PREDICT, f"{EXPLAIN} --finding Square"),
         reread=True,
     ),
-    "classes": Kind(f"train_scratch {THREE} {TRAIN} --epochs 4 {MORE}"),
+    "classes": Kind(f"train_scratch {THREE} {TRAIN} {LABELS} --epochs 4 {MORE}"),
     "ensemble": Kind(
         "",
         (

@@ -37,6 +37,7 @@ from studies.signals import panel, read_figures
 SCRIPTS = Path(__file__).resolve().parents[1]
 LOOKS = ("full", "crop", "masked", "masked-crop", "outside")
 TI, DINO = "ViT-Ti_16-224.npz", "dinov2_vits14.safetensors"
+LABELS = "--recipe supervised"  # the scratch arm's default when these parts were run
 LITE = "tf_efficientnet_lite0.safetensors"
 PROBE = "--freeze-epochs 100 --epochs 0"
 TEACHER = "--teacher {out}/ti16-"
@@ -68,7 +69,7 @@ def lungs():
         for name, weights in (("ti16", TI), ("dinov2", DINO)):
             rows.append(Row(f"{name}-probe-{look}", "train_pretrained", f"--input {look} {PROBE}", weights))
             rows.append(Row(f"{name}-{look}", "train_pretrained", f"--input {look}", weights, seeds))
-        rows.append(Row(f"scratch-{look}", "train_scratch", f"--input {look}", "", seeds))
+        rows.append(Row(f"scratch-{look}", "train_scratch", f"--input {look} {LABELS}", "", seeds))
     return rows
 
 
@@ -90,7 +91,7 @@ def arms():
 
 def five():
     """The arms with weights on five classes, and the scratch arm; one seed."""
-    scratch = Row("five-scratch-default", "train_scratch", "--split published")
+    scratch = Row("five-scratch-default", "train_scratch", f"--split published {LABELS}")
     return [scratch] + [
         row._replace(name=f"five-{row.name}", flags=f"{row.flags} --split published", seeds=(0,))
         for row in arms()
@@ -121,12 +122,14 @@ def accuracy():
                 three,
             ),
             Row(f"hybrid-{look}", "train_hybrid", see, TI, three),
-            Row(f"scratch-{look}", "train_scratch", see, "", three),
-            Row(f"scratch-{look}-taught", "train_scratch", f"{see} {TEACHER}{look}-seed0", "", three),
+            Row(f"scratch-{look}", "train_scratch", f"{see} {LABELS}", "", three),
+            Row(
+                f"scratch-{look}-taught", "train_scratch", f"{see} {LABELS} {TEACHER}{look}-seed0", "", three
+            ),
             Row(
                 f"scratch-{look}-taught-nih",
                 "train_scratch",
-                f"{see} {TEACHER}{look}-seed0 --also-unlabelled {{nih}}",
+                f"{see} {LABELS} {TEACHER}{look}-seed0 --also-unlabelled {{nih}}",
                 "",
                 three,
             ),
@@ -134,7 +137,7 @@ def accuracy():
             Row(
                 f"scratch-{look}-mae-nih",
                 "train_scratch",
-                f"{see} --epochs 10 --init {{out}}/mae-{look}-nih",
+                f"{see} {LABELS} --epochs 10 --init {{out}}/mae-{look}-nih",
                 "",
                 three,
             ),
@@ -159,7 +162,7 @@ def scratch():
         "scratch-masked": f"{muon} {masked}",
     }
     return [
-        Row(name, "train_scratch", f"--epochs 15 {flags}".strip(), "", three, scored=False)
+        Row(name, "train_scratch", f"--epochs 15 {LABELS} {flags}".strip(), "", three, scored=False)
         for name, flags in variants.items()
     ]
 

@@ -72,7 +72,7 @@ def test_everyday_flags_exist(command_lines):
     assert set(calibrate.everyday) <= set(calibrate._option_string_actions)
 
 
-def test_docs_list_the_flags_of_the_parsers():
+def test_docs_list_the_flags_of_the_parsers(shipped_recipe):
     text = (REPO / "docs/FLAGS.md").read_text(encoding="utf-8")
     assert text == flags.document(), "make it anew: python studies/flags.py > docs/FLAGS.md"
 

@@ -144,6 +144,11 @@ def test_masked_epochs_and_init_exclude_each_other(argv, tmp_path):
     refused(cli("train_scratch", *argv, "--init", "x", cwd=tmp_path), "--init", "--masked-epochs 0")
 
 
+def test_init_replaces_the_masked_epochs_of_the_default(flags, shipped_recipe, tmp_path):
+    assert shipped_recipe["masked_epochs"]
+    refused(cli("train_scratch", *flags, "--init", "x", cwd=tmp_path), "--init x holds no run")
+
+
 def test_a_recipe_may_begin_masked(monkeypatch):
     """A named recipe sets the field; --masked-epochs 0 turns it off."""
     from tests.test_recipe import parsed
@@ -157,18 +162,16 @@ def test_a_recipe_may_begin_masked(monkeypatch):
 
 
 def test_both_stages_share_what_they_must(argv, tmp_path):
-    """The optimiser, the seed and the parts of a step; --max-steps counts steps with labels alone. Each seed
-    has masked epochs of its own."""
+    """The optimiser, the seed, the parts of a step, --max-steps. Each seed has its own masked epochs."""
     more = ("--optimiser", "muon", "--accumulate", 2, "--seeds", 0, 1, "--max-steps", 2)
     succeed("train_scratch", *argv, *more, cwd=tmp_path)
     encoders = []
     for seed in (0, 1):
         run = tmp_path / f"outputs/scratch-seed{seed}"
         one, two = read_json(run, "masked/results.json"), read_json(run, "results.json")
-        for name, value in (("optimiser", "muon"), ("accumulate", 2), ("seed", seed)):
+        for name, value in (("optimiser", "muon"), ("accumulate", 2), ("max_steps", 2), ("seed", seed)):
             assert one["recipe"][name] == two["recipe"][name] == value
-        assert one["recipe"]["max_steps"] is None and len(one["history"]) == 2
-        assert two["recipe"]["max_steps"] == 2 and len(two["history"]) == 1
+        assert len(one["history"]) == len(two["history"]) == 1
         encoders.append(load_pth(run, "masked/checkpoint.pth"))
     assert not same_tensors(*encoders)
 
@@ -228,7 +231,7 @@ def test_the_run_is_locked_during_both_stages(argv, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step.Gradient, "add", add)
     succeed("train_scratch", *argv, "--max-steps", 1, "--out", "run", cwd=tmp_path)
-    assert held.count(None) == 1 and len(held) == 2 + 2 * MASKED_STEPS + 1  # train locks it itself
+    assert held.count(None) == 1 and len(held) == 2 + 1 + 1  # train locks it itself
 
 
 def test_time_left_covers_both_stages(monkeypatch):

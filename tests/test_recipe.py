@@ -24,10 +24,15 @@ def parsed(script, *argv):
     return recipe.parse(parser, defaults, list(argv))
 
 
-def test_recipe_flag_chooses_the_defaults():
+def test_recipe_flag_chooses_the_defaults(shipped_recipe):
     """--recipe swaps defaults; a flag given by hand wins over both, before or after it."""
     _, default, augment = parsed("train_scratch")
     assert (default.patch_drop, default.ema, default.drop_rate, default.drop_path) == (0.5, 0.99, 0.0, 0.05)
+    assert (default.optimiser, default.masked_epochs) == ("muon", 25)
+    assert asdict(augment) == {**asdict(PRESETS["strong"]), "frame": 0.5, "tone": 0.5}
+    _, labels, augment = parsed("train_scratch", "--recipe", "supervised")
+    assert (labels.patch_drop, labels.ema, labels.drop_rate, labels.drop_path) == (0.5, 0.99, 0.0, 0.05)
+    assert (labels.optimiser, labels.masked_epochs) == ("adamw", 0)
     assert asdict(augment) == {**asdict(PRESETS["robust"]), "frame": 0.5, "tone": 0.5}
     _, paper, augment = parsed("train_scratch", "--recipe", "paper")
     plain = dict(drop_rate=0.1, drop_path=0.05, patch_drop=0.0, ema=0.0, epochs=15, batch_size=32, lr=3e-4)

@@ -85,7 +85,7 @@ class Recipe:
     )
     max_steps: int = flag(
         None,
-        "stop after N steps of the whole model (default: no limit)",
+        "stop after N steps of the whole model, and of the masked epochs (default: no limit)",
         Number(int, 1, 2**31),
         "N",
     )
@@ -148,7 +148,7 @@ class Recipe:
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
     masked_epochs: int = flag(
         0,
-        "begin with N epochs without labels, as pretrain_mae.py --epochs N; --max-steps counts the others",
+        "begin with N epochs without labels, as pretrain_mae.py --epochs N; not with --init",
         Number(int, 0, 2**20),
         "N",
     )
@@ -213,7 +213,11 @@ EVERYDAY = (
 )
 
 
-RECIPES = {"default": "the settings chosen in docs/EXPERIMENTS.md", "paper": "the plain ones of earlier work"}
+RECIPES = {
+    "default": "the settings chosen in docs/EXPERIMENTS.md",
+    "supervised": "labels from the first epoch on, the default until 2026-11-30",
+    "paper": "the plain ones of earlier work",
+}
 
 
 class Defaults(NamedTuple):
@@ -285,8 +289,11 @@ def parse(parser, defaults, argv=None):
     # The recipe that is named changes the defaults, so it is read first, and --help shows these.
     early = Parser(None, add_help=False)
     early.add_argument("--recipe", default=None)
-    name = early.parse_known_args(argv)[0].recipe
-    chosen = defaults.recipes.get(name) or next(iter(defaults.recipes.values()))
+    early.add_argument("--init", default=None)
+    given = early.parse_known_args(argv)[0]
+    chosen = defaults.recipes.get(given.recipe) or next(iter(defaults.recipes.values()))
+    if given.init and "masked_epochs" in chosen:  # it brings what these would train
+        chosen = chosen | {"masked_epochs": 0}
     flags = {f.name for f in fields(Recipe)} | {"augment"}
     parser.set_defaults(**{k: v for k, v in chosen.items() if k in flags})
     args = parser.parse_args(argv)

@@ -18,7 +18,12 @@ RECIPE = dict(
     batch_size=64,
     warmup_epochs=4.0,
 )
-SHARED = ("optimiser", "accumulate", "seed")  # what the first stage takes from the recipe of the second
+SHARED = (
+    "optimiser",
+    "accumulate",
+    "max_steps",
+    "seed",
+)  # what the first stage takes from the recipe of the second
 
 
 def train(plan, model):
