@@ -1,4 +1,4 @@
-"""All tests of the project: pytest test_all.py (seven minutes on two slow cores; no data, no network).
+"""All tests of the project: pytest test_all.py (three minutes on two cores; no data, no network).
 
 They live in tests/, one file a room; `pytest tests/test_vit.py` runs one of them. This file gathers them, so
 that one command runs all. Expected values come from brute force, closed form, counts by hand, or an
