@@ -11,7 +11,8 @@ What is finished is skipped, what was stopped goes on. The parts:
 - five: the same recipes on five classes in published parts (--data-dir is that set's);
 - accuracy: the candidates of docs/notebook/20-accuracy-the-rule.md. By its rule they are not scored on the
   test images: there is no calibration, and the signals include the corruptions (give --nih for the panel);
-- scratch: the candidates of docs/notebook/37-scratch-the-rule.md, not scored on the test images either.
+- scratch: the candidates of docs/notebook/37-scratch-the-rule.md, not scored on the test images either;
+- pretrained: those of docs/notebook/39-what-was-left.md, likewise.
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
 seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this
@@ -167,7 +168,28 @@ def scratch():
     ]
 
 
-PARTS = {"lungs": lungs, "arms": arms, "five": five, "accuracy": accuracy, "scratch": scratch}
+def pretrained():
+    """The members of the ensemble, as they are and with Muon at low rates."""
+    three = (0, 1, 2)
+    rows = []
+    for name, look, weights, rates in (
+        ("ti16-masked-crop", "masked-crop", TI, {"": "", "-muon": "1.5e-5", "-muon-low": "5e-6"}),
+        ("dinov2-full", "full", DINO, {"": "", "-muon": "1.5e-5"}),
+    ):
+        for ending, rate in rates.items():
+            flags = f"--input {look}" + (f" --optimiser muon --lr {rate}" if rate else "")
+            rows.append(Row(name + ending, "train_pretrained", flags, weights, three, scored=False))
+    return rows
+
+
+PARTS = {
+    "lungs": lungs,
+    "arms": arms,
+    "five": five,
+    "accuracy": accuracy,
+    "scratch": scratch,
+    "pretrained": pretrained,
+}
 
 
 def commands(row, args):
