@@ -129,7 +129,8 @@ def device_name(device):
     """A readable name of the device, for results.json."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads, {platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} {'thread' if threads == 1 else 'threads'}, {platform.machine()})"
 
 
 def versions():

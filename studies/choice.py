@@ -24,7 +24,7 @@ from records.run import Run
 from studies import matrix
 from studies.signals import BORROWED_LEAST, panel, read_figures
 
-# arm: the row of its present default; a taught model is no pure one, so it is listed beside them
+# arm: the row of its default when the rule was written; a taught model is no pure one, so it is listed beside
 DEFAULTS = {"pretrained": "ti16-full", "scratch": "scratch-full", "scratch with a teacher": None}
 TIE = 0.005
 NO_REASON = ("scratch-muon", "scratch-masked")  # trained longer or better, with no reason to transfer

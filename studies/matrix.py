@@ -150,7 +150,7 @@ def accuracy():
 
 
 def scratch():
-    """The candidates for the first command, and the present default beside them."""
+    """The candidates for the first command, and its former default, scratch-full, beside them."""
     three = (0, 1, 2)
     muon, masked, strong = "--optimiser muon", "--masked-epochs 25", "--augment strong,frame=0.5,tone=0.5"
     variants = {
@@ -216,7 +216,8 @@ def carry_out(folder, steps):
     """Run what is not done yet; returns whether all of it went well."""
     train, *others = steps
     state = Run(folder)
-    todo = [] if state.begun and state.results["finished"] else [train + ["--resume"] * state.begun]
+    begun = state.begun or state.masked.begun
+    todo = [] if state.begun and state.results["finished"] else [train + ["--resume"] * begun]
     todo += [s for s in others if not ("calibrate.py" in s and not todo and "" in state.calibrated())]
     for command in todo:
         print(f"$ python {shlex.join(command)}", file=sys.stderr, flush=True)

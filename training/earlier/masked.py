@@ -70,7 +70,8 @@ def first(plan, model, *, resume, after=None, teacher=None):
     if plan.resume:
         if not plan.run.results.get("init", {}).get("own"):
             raise InputError(
-                f"--resume: {plan.run} was begun without masked epochs: go on with --masked-epochs 0"
+                f"--resume: {plan.run} was begun without masked epochs: go on with --recipe supervised if a "
+                "bare command began it before 2026-11-30, else with --masked-epochs 0"
             )
         return
     stage = first_stage(plan, resume=resume, after=after)
