@@ -1,7 +1,9 @@
 """Pretrain the encoder of the scratch ViT without labels: a masked autoencoder.
 
-    python pretrain_mae.py --epochs 90
+    python pretrain_mae.py --epochs 25 --optimiser muon
     python train_scratch.py --init outputs/mae
+
+train_scratch.py does both by itself; this command keeps an encoder for several runs.
 
 Three quarters of the patches are hidden and guessed from the others (He et al. 2022, arXiv:2111.06377), so a
 step costs about a third of a supervised one. Uses no labels; with --also-unlabelled it learns from images of

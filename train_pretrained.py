@@ -7,7 +7,7 @@ other flag; the position embedding is resized to --img-size. docs/WEIGHTS.md lis
 checkpoint.pth, last.pth and results.json to outputs/pretrained. On 2 CPU cores with AVX512-BF16 an epoch of
 4,172 images takes about a minute and a half for Ti/16.
 
-    python train_pretrained.py --weights weights/dinov2_vits14.safetensors --freeze-epochs 30 --epochs 0
+    python train_pretrained.py --weights weights/dinov2_vits14_pretrain.pth --freeze-epochs 30 --epochs 0
 
 trains the head alone on frozen features: a linear probe.
 """

@@ -563,12 +563,13 @@ def test_every_row_of_the_matrix_is_a_command_its_script_takes(monkeypatch, caps
         raise Parsed
 
     monkeypatch.setattr(plan, "join_processes", stop)  # what comes after parsing
-    argv = ["matrix.py", "lungs", "arms", "five", "accuracy", "--nih", "N"]
+    argv = ["matrix.py", *matrix.PARTS, "--nih", "N"]
     monkeypatch.setattr(sys, "argv", argv)
     args = matrix.parse()
     rows = [row for part in args.parts for row in matrix.PARTS[part]()]
     assert all(r.scored for r in matrix.lungs() + matrix.arms() + matrix.five())
-    assert not any(r.scored for r in matrix.accuracy())  # candidates are chosen among without the test set
+    # Candidates are chosen among without the test set.
+    assert not any(r.scored for r in matrix.accuracy() + matrix.scratch() + matrix.pretrained())
     folders = {}
     for row in rows:
         for folder, (train, *others) in matrix.commands(row, args):
@@ -604,6 +605,24 @@ def test_matrix_trains_what_is_not_there_and_skips_what_is(own_bench, tiny_npz, 
     assert again == rows and len(calls) == 2
     done = succeed(*argv[:-1], "ti16-probe-(crop|full)", "--", "--img-size", 7, cwd=own_bench)
     assert "exit code 2" in done.err and len(table_rows(done.out)) == 1 and calls[2:] == ["train_pretrained"]
+
+
+def test_matrix_goes_on_with_a_run_stopped_in_its_masked_epochs(tmp_path, monkeypatch):
+    from studies import matrix
+
+    calls = []
+
+    def run(argv, **how):
+        calls.append(argv)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    for name in ("stopped/masked", "new"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "stopped" / "masked" / "results.json").write_text("{}")
+    for name in ("stopped", "new"):
+        matrix.carry_out(tmp_path / name, [["train_scratch.py"]])
+    assert ["--resume" in argv for argv in calls] == [True, False]
 
 
 def test_matrix_without_rows_is_refused(tmp_path):

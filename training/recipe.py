@@ -148,7 +148,8 @@ class Recipe:
     teacher_weight: float = flag(0.5, "share of the loss that imitates --teacher, in [0, 1]", SHARE, "W")
     masked_epochs: int = flag(
         0,
-        "begin with N epochs without labels, as pretrain_mae.py --epochs N; not with --init",
+        "before --epochs, train N without labels, as pretrain_mae.py --epochs N with this --optimiser; not "
+        "with --init",
         Number(int, 0, 2**20),
         "N",
     )

@@ -21,7 +21,7 @@ from training.recipe import THAWED
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
 # Muon's learning rate, as a share of AdamW's: of 2 and 5, 2 was better for the scratch ViT (validation and
-# the panel of docs/EXPERIMENTS.md).
+# the panel of docs/notebook/20).
 MUON_RATE = 2.0
 
 

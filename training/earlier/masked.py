@@ -82,6 +82,11 @@ def first(plan, model, *, resume, after=None, teacher=None):
             plans.prepare_data(plan.config, teacher=teacher)
         if plan.track:
             say(f"note: --track follows the epochs with labels; {stage.run}/results.json has the masked ones")
+        recipe = stage.recipe
+        say(
+            f"masked epochs first: {recipe.epochs}, in batches of {recipe.batch_size}, lr up to {recipe.lr:g}; "
+            "--batch-size, --lr and the other flags of the recipe are for the epochs with labels"
+        )
         train(stage, model)
 
 

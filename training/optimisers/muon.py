@@ -2,9 +2,8 @@
 https://kellerjordan.github.io/posts/muon/): momentum, made orthogonal, for the matrices of attention and MLP.
 
 torch.optim.Muon is the same algorithm. It always multiplies in bfloat16, though, which a CPU without such
-instructions emulates: one matrix of 768 x 256 then takes 290 ms instead of 16 ms. This one needs no newer
-torch than the rest, treats fused queries, keys and values as three matrices, and takes all matrices of one
-shape at once.
+instructions emulates, at eighteen times the time (docs/MODELS.md). This one needs no newer torch than the
+rest, treats fused queries, keys and values as three matrices, and takes all matrices of one shape at once.
 """
 
 import re
