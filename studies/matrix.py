@@ -153,8 +153,8 @@ def scratch():
     """The candidates for the first command, and its former default, scratch-full, beside them."""
     three = (0, 1, 2)
     muon, masked, strong = "--optimiser muon", "--masked-epochs 25", "--augment strong,frame=0.5,tone=0.5"
+    former = [row for row in accuracy() if row.name == "scratch-full"]
     variants = {
-        "scratch-full": "",
         "scratch-masked-strong": f"{muon} {masked} {strong}",
         "scratch-masked-strong-short": f"{muon} --masked-epochs 12 {strong}",
         "scratch-masked-strong-smooth": f"{muon} {masked} {strong} --label-smoothing 0.2",
@@ -162,8 +162,8 @@ def scratch():
         "scratch-muon": muon,
         "scratch-masked": f"{muon} {masked}",
     }
-    return [
-        Row(name, "train_scratch", f"--epochs 15 {LABELS} {flags}".strip(), "", three, scored=False)
+    return former + [
+        Row(name, "train_scratch", f"--epochs 15 {LABELS} {flags}", "", three, scored=False)
         for name, flags in variants.items()
     ]
 
