@@ -160,7 +160,7 @@ def scratch():
         "scratch-masked-strong-smooth": f"{muon} {masked} {strong} --label-smoothing 0.2",
         "scratch-masked-strong-batch16": f"{muon} {masked} {strong} --batch-size 16",
         "scratch-muon": muon,
-        "scratch-masked": f"{muon} {masked}",
+        "scratch-masked-first": f"{muon} {masked}",
     }
     return former + [
         Row(name, "train_scratch", f"--epochs 15 {LABELS} {flags}", "", three, scored=False)

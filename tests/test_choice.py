@@ -80,7 +80,7 @@ def test_candidates_of_the_matrix_are_of_one_arm_and_barred_if_they_saw_nih(name
 
 
 def test_a_row_without_a_reason_to_transfer_is_not_chosen():
-    strong, masked = made("scratch-masked-strong", [0.7] * 3), made("scratch-masked", [0.9] * 3)
+    strong, masked = made("scratch-masked-strong", [0.7] * 3), made("scratch-masked-first", [0.9] * 3)
     assert choice.winner([strong, masked])[0] is strong and masked.standing == "no reason to transfer"
     assert {row.name for row in matrix.scratch()} >= {"scratch-full", *choice.NO_REASON}
 
