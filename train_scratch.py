@@ -15,7 +15,7 @@ import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing p
 
 from dataclasses import replace
 
-from common.console import InputError, say, start
+from common.console import InputError, in_one_line, say, start
 from common.device import first_process_first
 from common.scripts import there_is
 from records.run import Run
@@ -87,7 +87,7 @@ def load_encoder(model, run, config):
     try:
         model.load_state_dict({**model.state_dict(), **weights})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)
         raise InputError(f"--init {run} does not fit this model: {reason}") from None
     return {"run": str(run), "checkpoint": run.checkpoint_sha256, "minutes": run.results["minutes"]}
 

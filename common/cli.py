@@ -20,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, everyday=None, **kwargs):
         super().__init__(description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        for name in (None, "store"):  # of the groups of flags, too
+            self.register("action", name, _Store)
         self.everyday = everyday
         self._positionals.title, self._optionals.title = "arguments", "flags"
         if self.add_help:
@@ -94,6 +96,19 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         print(parser.format_help(everything=True), end="")
         parser.exit()
+
+
+class _Store(argparse._StoreAction):
+    """Keeps a value, the last one if a flag is given twice; of a flag that takes a list, the values of all,
+    so that `--run A --run B` is `--run A B`."""
+
+    filled = None  # the result of parsing in which this flag was given already
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.nargs == "+" and self.filled is namespace:
+            values = [*getattr(namespace, self.dest), *values]
+        self.filled = namespace
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _asks_for_help(action):

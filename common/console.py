@@ -316,3 +316,13 @@ def printable(text):
     """Text on one line that any UTF-8 file can hold: line ends become spaces, the unprintable is escaped."""
     text = " ".join(str(text).splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_one_line(text, most=300):
+    """A text, or what an exception says, in one line. Of more than `most` characters the middle is left out,
+    marked "...": libraries put the cause last."""
+    line = " ".join(str(text).split())
+    if len(line) <= most:
+        return line
+    tail = most // 3
+    return f"{line[: most - tail - 5].rstrip()} ... {line[-tail:].lstrip()}"

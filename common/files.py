@@ -86,6 +86,17 @@ def _alive(pid):
     return True
 
 
+def remove(folder, patterns, itself=False):
+    """Delete the files of a folder that match one of `patterns`; `itself`: the folder too, if it is empty
+    then."""
+    for pattern in patterns:
+        for path in list(folder.glob(pattern)):
+            path.unlink(missing_ok=True)
+    if itself:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
+
+
 def write_json(path, value):
     """Write `value` as indented JSON, atomically. NaN and infinity are refused (not valid JSON)."""
     text = json.dumps(value, indent=1, allow_nan=False)

@@ -16,6 +16,7 @@ import stat
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from common.console import in_one_line
 from images import dicom
 from images.find import HEAD, READ, kind_of
 from layouts import arrays
@@ -51,7 +52,7 @@ def _oserror_only():
     except OSError:
         raise
     except Exception as error:  # MemoryError too, but not KeyboardInterrupt
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
+        reason = in_one_line(f"{type(error).__name__}: {error}").rstrip(": ")
         raise OSError(f"damaged or not supported ({reason})") from None
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.console import in_one_line
+
 JPEG, JPEG2000 = "pylibjpeg pylibjpeg-libjpeg", "pylibjpeg pylibjpeg-openjpeg"
 DECODERS = (  # beginnings of transfer syntaxes, longest first, and the packages that decode them
     ("1.2.840.10008.1.2.4.9", JPEG2000),
@@ -163,7 +165,7 @@ def _check_decoder(file):
 
 def _not_decoded(syntax, error):
     """Why compressed pixels could not be decoded, and what may help."""
-    reason = " ".join(str(error).split())[:300]
+    reason = in_one_line(error)
     packages = _packages(syntax)
     if packages is None or not syntax.is_encapsulated:
         return f"damaged or not supported ({reason})"

@@ -12,7 +12,7 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.console import InputError, Pace, progress, say
+from common.console import InputError, Pace, in_one_line, progress, say
 from common.files import bytes_in
 from images.find import EXTENSIONS
 from layouts.download_account import advice, in_words, places, status_of, status_of_text
@@ -29,6 +29,8 @@ def download(data_dir, name=KAGGLE):
 
     Says how much is fetched, and how far it is. The set appears in `data_dir` when it is complete. Nothing is
     done when that already has a train/ folder or a table."""
+    # The address of a set's page is often pasted.
+    name = re.sub(r"^(https?://)?(www\.)?kaggle\.com/(datasets/)?", "", name).partition("?")[0].rstrip("/")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"--download {name}: a Kaggle set is named OWNER/NAME, such as {KAGGLE}")
     target = Path(data_dir)
@@ -185,7 +187,7 @@ def megabytes(process, folder, every):
 
 def failed(status, text):
     """(status, fault) of a download that failed, with the end of what was said about it."""
-    said = " ".join(text.split())[:200]
+    said = in_one_line(text)
     return status, said if status is None else f"{in_words(status)} ({said})"
 
 

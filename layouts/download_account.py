@@ -16,7 +16,7 @@ WORDS = {
     403: "403, not allowed",
     404: "404, there is no such set, or it is private",
     429: "429, too many requests",
-    NO_ANSWER: "no answer from www.kaggle.com",
+    NO_ANSWER: "Kaggle did not answer",
 }
 LOST = (
     r"Max retries|Failed to resolve|Name or service|getaddrinfo|Connection|timed out|Network is unreach|Proxy"
@@ -43,8 +43,11 @@ def places():
 
 def _token():
     """KAGGLE_API_TOKEN in the environment."""
-    usable = bool(os.environ.get("KAGGLE_API_TOKEN"))
-    return Place("environment: KAGGLE_API_TOKEN", usable, "set" if usable else "not set")
+    token = os.environ.get("KAGGLE_API_TOKEN", "")
+    says = "set" if token else "not set"
+    if re.search(r"\s", token.strip()):
+        says = "set, but with a space or a line break inside: copy it again"
+    return Place("environment: KAGGLE_API_TOKEN", bool(token), says)
 
 
 def _token_file(home):
@@ -167,6 +170,9 @@ def advice(status, found, name):
     account = next((place.name for place in found if place.usable), None)
     new = f"make a token at {SETTINGS} and set KAGGLE_API_TOKEN to it"
     if status == NO_ANSWER:
+        proxy = next((n for n in ("HTTPS_PROXY", "https_proxy") if os.environ.get(n)), None)
+        if proxy:
+            return f"Is there a network, and does the proxy answer that {proxy} names?"
         return "Is there a network? Behind a proxy, set HTTPS_PROXY."
     if status == 404:
         return f"Is the name right? It is the end of the address of the set's page: datasets/{name}."

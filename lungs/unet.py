@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.console import InputError
+from common.console import InputError, in_one_line
 from common.safe_files import load_safetensors
 
 SIDE = 128  # px, of the images that the U-Net and the heuristic look at
@@ -110,6 +110,6 @@ def load_net(path):
             net = LungNet(tuple(widths))
         net.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200] if widths else "other names of tensors"
+        reason = in_one_line(error) if widths else "other names of tensors"
         raise InputError(f"{path} does not hold the U-Net of train_lungs.py: {reason}") from None
     return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # faster on a CPU

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.console import InputError
+from common.console import InputError, in_one_line
 from common.files import sha256
 from common.safe_files import check_state_dict, listed
 from loading import cnns
@@ -202,7 +202,7 @@ def download(model):
     try:
         body = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # no network, no such file: each library has errors of its own
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         raise InputError(
             f"--pretrained: the weights of {name} cannot be fetched ({reason}). By hand: get them from "
             f"{source} and name the file with --weights"

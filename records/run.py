@@ -33,6 +33,7 @@ from common.files import (
     check_format,
     check_regular,
     read_json,
+    remove,
     sha256,
     write_json,
 )
@@ -213,12 +214,10 @@ class Run:
             raise InputError(f"{path} is damaged: missing or wrong {', '.join(wrong)}")
         return last
 
-    def clear(self, *, weights):
+    def clear(self, *, weights, folder=False):
         """Remove what belongs to earlier weights: scores and calibrations; with `weights` the model itself
-        too."""
-        for pattern in (*OF_SCORES, *(OF_WEIGHTS if weights else ())):
-            for path in list(self.folder.glob(pattern)):
-                path.unlink(missing_ok=True)
+        too, with `folder` the folder if that was all in it."""
+        remove(self.folder, (*OF_SCORES, *(OF_WEIGHTS if weights else ())), folder)
         self.__dict__.pop("results", None)
 
     # ------------------------------------------------------------ scores and calibration

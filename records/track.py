@@ -10,12 +10,14 @@ same one.
 """
 
 import contextlib
+import os
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 from common import scaling
-from common.console import say
+from common.console import in_one_line, say
 from common.files import atomic_path
 from records.trackers.kept import best_files, last_files
 from records.trackers.mlflow import MLflow
@@ -30,6 +32,14 @@ def add_track_argument(group):
     """--track."""
     text = "follow the run in these trackers, each a package to install; offline unless set up otherwise"
     group.add_argument("--track", nargs="+", choices=BACKENDS, default=[], metavar="TRACKER", help=text)
+
+
+def address_of(name):
+    """Where the environment sends a tracker, in parentheses, without a password; "" if it says nothing."""
+    variable = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}.get(name)
+    if address := os.environ.get(variable or ""):
+        return f" ({variable}={re.sub('//[^/@]*@', '//', address)})"
+    return ""
 
 
 # ---------------------------------------------------------------- a run
@@ -57,8 +67,10 @@ class Tracker:
             with contextlib.suppress(Exception):  # it cannot fail more than it has
                 getattr(failed, "fail", lambda: None)()
             reason = "the package is not here" if isinstance(error, ImportError) else type(error).__name__
-            detail = " ".join(str(error).split())[:200]
-            say(f"note: --track {name}: {reason} ({detail}); the run goes on without it")
+            say(
+                f"note: --track {name}{address_of(name)}: {reason} ({in_one_line(error)}); the run goes on "
+                "without it"
+            )
 
     def _all(self, method, *values):
         for name, backend in list(self.open.items()):

@@ -1,6 +1,6 @@
 """The pictures of the report, from the functions of plots.py. No torch.
 
-A drawing function takes Entries and their styles and returns (figure, caption)."""
+A drawing function takes Entries and their styles and returns (figure, title)."""
 
 import itertools
 from pathlib import Path
@@ -16,6 +16,22 @@ from report.cells import alone
 from report.render import Image
 
 matplotlib.use("Agg")
+
+# What each picture shows, after its title in the report.
+SHOWN = {
+    "training": "Of each epoch; the dot is the epoch that was kept",
+    "pr": "Circle: @Rec, square: @0.5 (it covers the circle where both are the same), dotted line: recall "
+    "floor, grey line: the prevalence, which is the precision of a model that knows nothing",
+    "confusion": "Each percentage is a share of its row",
+    "scores": "Share of each class by score, on a logarithmic axis; what lies right of the dashed threshold "
+    "is called sick",
+    "reliability": "Images sorted by score, in bins of equal size: a bin's share of the sick against its "
+    "mean score, before and after scaling. On the thin diagonal scores are probabilities",
+    "decision": "Net benefit is the share of true positives less that of false positives, weighted by the "
+    "odds of the threshold probability (Vickers and Elkin 2006). A model helps where its curve is above both "
+    "grey and black line. Scores are scaled to probabilities here, whether or not the run uses that, so the "
+    "circle, @Rec, stands at the probability that its threshold means",
+}
 
 
 def drawings(entries):
@@ -64,14 +80,15 @@ def draw_all(view, folder, stem):
             drawn = view.trained
         if not drawn:
             continue
-        figure, caption = draw(drawn, [styles[e] for e in drawn])
-        figure.suptitle(label(f"{caption} - {view.entries[0].set}{mark}", 60), fontsize=11)
+        figure, title = draw(drawn, [styles[e] for e in drawn])
+        figure.suptitle(label(f"{title} - {view.entries[0].set}{mark}", 60), fontsize=11)
         path = Path(folder, f"{stem}-{name}.png")
         dpi = min(130, 60_000 / max(figure.get_size_inches()))  # a PNG has at most 65,535 px a side
         with atomic_path(path) as tmp:
             figure.savefig(tmp, dpi=dpi)
         plt.close(figure)
-        written[name] = Image(path, caption + mark)
+        shown = f". {SHOWN[name]}." if name in SHOWN else ""
+        written[name] = Image(path, title + mark + shown)
     return written
 
 
@@ -157,7 +174,7 @@ def draw_reliability(entries, styles):
     figure, axes = panels(2 * len(entries), 4.4, 3.2)
     for ax, ((e, style), side) in zip(axes, itertools.product(zip(entries, styles), SIDES)):
         plots.reliability(ax, e, side=side, colour=style["color"])
-    return figure, "Reliability"
+    return figure, "Reliability on validation and test"
 
 
 def draw_findings(entries, styles):

@@ -13,6 +13,7 @@ import itertools
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
+from scipy.special import expit, logit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from common import scaling
@@ -118,10 +119,20 @@ def decision(ax, entries, finding=None, styles=None):
 
 
 def probability_at(column, threshold):
-    """The scaled probability at which decisions are those of a threshold on the scores: the least of the
-    images called sick; 1 where none is."""
+    """The scaled probability that a threshold on the scores stands for: between the images on either side of
+    it log-odds are interpolated, of which the scaling of one finding is a straight line (of three and more
+    classes it is not). The least probability where all are called sick; 1 where none is."""
     called = column.scores >= threshold
-    return float(column.probabilities[called].min()) if called.any() else 1.0
+    if not called.any():
+        return 1.0
+    above = np.flatnonzero(called)[column.scores[called].argmin()]
+    if called.all():
+        return float(column.probabilities[above])
+    below = np.flatnonzero(~called)[column.scores[~called].argmax()]
+    ends = [below, above]
+    x, y = (logit(np.clip(v[ends], 1e-12, 1 - 1e-12)) for v in (column.scores, column.probabilities))
+    at = np.interp(logit(np.clip(threshold, 1e-12, 1 - 1e-12)), x, y)
+    return float(expit(at))
 
 
 # ---------------------------------------------------------------- one model

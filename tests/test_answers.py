@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from scipy.special import expit, logit
 
 from common.files import write_json
 from common.proportions import wilson_interval
@@ -498,6 +499,21 @@ def test_rec_on_the_decision_curve(tmp_path):
     row, n = entry.row("PNEUMONIA", "test", "at_rec"), len(entry.column("PNEUMONIA", "test").truth)
     assert benefit == pytest.approx(row["tp"] / n - row["fp"] / n * chance / (1 - chance))
     plt.close(figure)
+
+
+def test_probability_of_a_threshold_between_images():
+    """Platt scaling, and a temperature, of any threshold: that of a score at the threshold itself."""
+    scores = np.array([0.03, 0.4, 0.41, 0.9, 0.62])
+    for slope, bias in ((1 / 0.268, 0.0), (0.4, -1.3)):
+        scaled = expit(slope * logit(scores) + bias)
+        column = SimpleNamespace(scores=scores, probabilities=scaled)
+        for threshold in (0.05, 0.39178, 0.41, 0.5, 0.899):
+            expected = expit(slope * logit(threshold) + bias)
+            assert plots.probability_at(column, threshold) == pytest.approx(expected, abs=1e-9)
+        assert plots.probability_at(column, 0.95) == 1.0
+        assert plots.probability_at(column, 0.01) == pytest.approx(scaled.min())
+    sure = SimpleNamespace(scores=np.array([0.0, 1.0]), probabilities=np.array([0.0, 1.0]))
+    assert plots.probability_at(sure, 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("count", [3, 10])

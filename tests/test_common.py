@@ -17,7 +17,7 @@ import pytest
 from common import cli as cli_module
 from common import prelude
 from common.cli import COUNT, Number, Parser, add_flags, check_fields
-from common.console import InputError, Interrupted, advice, notes_once, say, start
+from common.console import InputError, Interrupted, advice, in_one_line, notes_once, say, start
 from common.files import atomic_path, check_output, read_json, sha256, write_json
 from tests.shared import REPO, cli, folder_bytes, refused
 
@@ -320,3 +320,23 @@ def test_notes_are_said_once_where_that_is_asked(capsys):
             say(text)
     say("a")
     assert capsys.readouterr().err.split() == ["a", "b", "a"]
+
+
+def test_a_flag_with_a_list_given_twice_takes_both_lists():
+    parser = Parser("doc")
+    group = parser.add_argument_group("group")
+    group.add_argument("--run", nargs="+", default=["all"])
+    group.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--out")
+    for _ in range(2):  # nothing is left over from an earlier command line
+        args = parser.parse_args("--run a b --out 1 --seeds 3 --run c --out 2".split())
+        assert (args.run, args.seeds, args.out) == (["a", "b", "c"], [3], "2")
+    assert parser.parse_args([]).run == ["all"] and parser.parse_args(["--run", "d"]).run == ["d"]
+
+
+def test_a_long_error_in_one_line_keeps_both_ends():
+    assert in_one_line("a\n  b  c") == "a b c"
+    assert in_one_line(ValueError("x" * 300)) == "x" * 300
+    text = in_one_line("begin " + "y" * 900 + " Connection\nrefused")
+    assert len(text) <= 300 and text.startswith("begin yy") and text.endswith("yy Connection refused")
+    assert " ... " in text

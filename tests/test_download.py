@@ -22,7 +22,8 @@ SECRET = "s3cret-t0ken"
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch):
     """A home without an account, no tool, and a Kaggle whose set has 3,210,000,000 bytes."""
-    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+    names = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR")
+    for name in (*names, "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     (home / ".kaggle").mkdir(parents=True)
@@ -81,8 +82,8 @@ def raises(error):
         (Refused(404), ("404, there is no such set", "Is the name right?", f"datasets/{SET}")),
         (Refused(429), ("429", "Wait some minutes")),
         (Refused(503), ("503, service unavailable", "Kaggle's")),
-        (ConnectionRefusedError("no"), ("no answer from www.kaggle.com", "HTTPS_PROXY")),
-        (OSError("Max retries exceeded with url: /x"), ("no answer from www.kaggle.com",)),
+        (ConnectionRefusedError("no"), ("Kaggle did not answer", "HTTPS_PROXY")),
+        (OSError("Max retries exceeded with url: /x"), ("Kaggle did not answer",)),
         (ValueError("odd"), ("kagglehub: odd",)),
     ],
 )
@@ -92,6 +93,27 @@ def test_each_answer_of_kaggle_is_told_apart(kaggle, monkeypatch, fault, words):
     for word in (*words, "kaggle: not installed (pip install kaggle)"):
         assert word in text, text
     assert not kaggle.target.exists()
+
+
+def test_a_proxy_that_is_set_is_named(kaggle, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    hub(monkeypatch, raises(OSError("Max retries exceeded (Caused by ProxyError('Unable to connect'))")))
+    text = message(kaggle)
+    assert "does the proxy answer that https_proxy names?" in text and "set HTTPS_PROXY" not in text
+
+
+@pytest.mark.parametrize("page", ["https://www.kaggle.com/datasets/{}", "kaggle.com/{}/", "{}?select=a"])
+def test_the_address_of_a_page_names_its_set(kaggle, monkeypatch, page):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise Refused(404)
+
+    hub(monkeypatch, fetch)
+    with pytest.raises(InputError, match=f"the download of {SET} did not"):
+        download.download(kaggle.target, page.format(SET))
+    assert asked == [SET]
 
 
 def test_an_answer_that_caused_another_error_is_found():
@@ -151,6 +173,8 @@ def test_the_places_of_an_account_are_told_apart(kaggle, monkeypatch):
     assert "the account of environment: KAGGLE_USERNAME and KAGGLE_KEY" in message(kaggle)
     (kaggle.home / "access_token").write_text(SECRET)
     assert f"the account of {kaggle.home / 'access_token'}" in message(kaggle)
+    monkeypatch.setenv("KAGGLE_API_TOKEN", f"{SECRET}\nb")
+    assert "KAGGLE_API_TOKEN: set, but with a space or a line break inside" in message(kaggle)
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
     assert "the account of environment: KAGGLE_API_TOKEN" in message(kaggle)
     sys.modules["kagglehub"].config._kaggle_credentials = SECRET  # as kagglehub.login() leaves it

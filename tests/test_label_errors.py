@@ -169,6 +169,37 @@ def test_list_and_lines_of_a_table(tmp_path):
     assert told[4].split() == ["1", "0.200", "no", "Mass", "->", "Mass?", "b.png"]
 
 
+def test_a_list_with_remarks_or_other_labels_is_kept(tmp_path, capsys):
+    path, names = tmp_path / "list.csv", ["a.png", "b.png"]
+    subset = Subset(names, None, None, np.arange(2), patients=names)
+
+    def write(*names, images=2):
+        y = np.arange(images)
+        found = errors.Errors(y, np.full((images, 2), 0.5), y > 0, y)
+        asked_of = [asked.Question(name, (f"no {name}", name), y, y) for name in names]
+        written.write_list(path, subset, [(question, found) for question in asked_of])
+        return capsys.readouterr().err, sorted(p.name for p in tmp_path.iterdir())
+
+    assert write("Mass", "Edema") == ("", ["list.csv"])
+    assert write("Mass", "Edema") == ("", ["list.csv"])  # the same again
+    both = path.read_bytes()
+    said, files = write("Mass")
+    assert "has 2 labels that are not asked about now" in said and files == ["list-1.csv", "list.csv"]
+    assert (tmp_path / "list-1.csv").read_bytes() == both
+    said, files = write("Mass", images=1)
+    assert "has 1 label that is not asked about now" in said
+    assert files == ["list-1.csv", "list-2.csv", "list.csv"]
+    # A column of somebody's own, as a spreadsheet writes it: with a byte order mark and other line ends.
+    marked = [line + b",no\r\n" for line in path.read_bytes().splitlines()]
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(marked).replace(b"issue,no", b"issue,keep"))
+    before = path.read_bytes()
+    said, files = write("Mass", images=1)
+    assert "the list of before has the column keep: it is kept as" in said and len(files) == 4
+    assert (tmp_path / "list-3.csv").read_bytes() == before
+    path.write_bytes(b"\xff\xfe?")  # not a text
+    assert "list-4.csv" in write("Mass")[0] and (tmp_path / "list-4.csv").read_bytes() == b"\xff\xfe?"
+
+
 # ---------------------------------------------------------------- the script
 
 

@@ -136,7 +136,7 @@ def test_an_overwritten_run_leaves_nothing(argv, whole, tmp_path):
     plain = argv.copy()
     plain[plain.index("--masked-epochs") + 1] = 0
     succeed("train_scratch", *plain, "--max-steps", 1, "--out", "run", "--overwrite", cwd=tmp_path)
-    assert not list((run / "masked").iterdir()) and "init" not in read_json(run, "results.json")
+    assert not (run / "masked").exists() and "init" not in read_json(run, "results.json")
     refused(cli("train_scratch", *argv, "--out", "run", "--resume", cwd=tmp_path), "without masked epochs")
 
 

@@ -324,7 +324,11 @@ def test_a_server_that_is_down_costs_a_note(tmp_path, monkeypatch, capsys):
     tracker = track.Tracker(["mlflow"], Run(tmp_path / "scratch"))
     tracker.begin(META)
     tracker.close()
-    assert "--track mlflow:" in capsys.readouterr().err and time.monotonic() - started < 60
+    said = capsys.readouterr().err
+    assert "--track mlflow (MLFLOW_TRACKING_URI=http://127.0.0.1:9):" in said
+    assert "refused" in said and time.monotonic() - started < 60
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there/a@b")
+    assert track.address_of("mlflow") == " (MLFLOW_TRACKING_URI=http://there/a@b)"
 
 
 def test_mlflow_gets_names_it_allows(store, capsys):

@@ -277,7 +277,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
 
         # What an earlier run left makes way: masked epochs to others, a run to its new first stage.
         if not own and not encoder and not plan.resume:
-            plan.run.masked.clear(weights=True)
+            plan.run.masked.clear(weights=True, folder=True)
         if plan.outer:
             plan.outer.clear(weights=True)
 

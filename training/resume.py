@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.console import InputError, Interrupted, command_line, say
+from common.console import InputError, Interrupted, command_line, in_one_line, say
 from common.device import gather
 from common.scripts import LAST_VERSION
 from records.schema import ADDED, GONE
@@ -233,7 +233,7 @@ def restore(loop):
             seen = last["seen"][loop.rank]
         loop.gradient.put_back(seen)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise InputError(f"--resume: {loop.run.folder / 'last.pth'} is damaged ({reason})") from None
 
 

@@ -1,12 +1,15 @@
 """What is printed and written of likely label errors: a list of all labels, and a sheet of the first."""
 
 import csv
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from auditing.sheet import draw_sheet
+from common.console import say
 from common.files import atomic_path
 from records.predictions import cell
 
@@ -21,23 +24,56 @@ ADVICE = (
 
 
 def write_list(path, subset, found):
-    """A CSV with a row for every label of `found` ([(Question, Errors)]), the likely errors first; an older
-    file is replaced.
+    """A CSV with a row for every label of `found` ([(Question, Errors)]), the likely errors first. An older
+    file is replaced, or kept under another name if it holds what the new one does not (see keep_older).
 
     COLUMNS: the file, its patient (empty where not known), the label, its out-of-fold probability, the most
     probable class and its probability, the rank from 1 on, and "yes" for a likely error. Of a table of
     findings, "finding" comes first and each has its own ranks."""
     of_table = bool(found[0][0].finding)
     first = ["finding"] if of_table else []
+    rows = [[*first, *COLUMNS]]
+    for question, errors in found:
+        if of_table:
+            first = [cell(question.finding)]
+        for rank, i in enumerate(errors.order, 1):
+            issue = "yes" if errors.issue[i] else "no"
+            rows.append([*first, *_row(subset, question, errors, i), rank, issue])
+    keep_older(path, rows)
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*first, *COLUMNS])
-        for question, errors in found:
-            if of_table:
-                first = [cell(question.finding)]
-            for rank, i in enumerate(errors.order, 1):
-                issue = "yes" if errors.issue[i] else "no"
-                writer.writerow([*first, *_row(subset, question, errors, i), rank, issue])
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def keep_older(path, rows):
+    """Rename the list at `path` to the next free NAME-1.csv, NAME-2.csv, ..., and say so, if it has a column
+    or a label (by finding and path) that `rows`, the new list, lacks: somebody's remarks, other findings,
+    other images. A list that cannot be read is kept, too."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            older = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, csv.Error):
+        older = [["(not readable)"]]
+    columns = [name for name in older[0] if name not in rows[0]] if older else []
+    lost = len(labels_in(older) - labels_in(rows))
+    if not columns and not lost:
+        return
+    what = [f"the column{'s' * (len(columns) > 1)} {', '.join(columns)}"] if columns else []
+    what += [f"{lost} label{'s that are' if lost > 1 else ' that is'} not asked about now"] if lost else []
+    number = next(n for n in itertools.count(1) if not path.with_stem(f"{path.stem}-{n}").exists())
+    kept = path.with_stem(f"{path.stem}-{number}")
+    os.replace(path, kept)
+    say(f"note: the list of before has {' and '.join(what)}: it is kept as {kept}")
+
+
+def labels_in(rows):
+    """The (finding, path) of each label of a list, as a set; of classes the finding is ""."""
+    if not rows or "path" not in rows[0]:
+        return set()
+    at = rows[0].index("path")
+    of = rows[0].index("finding") if "finding" in rows[0] else None
+    return {("" if of is None else row[of], row[at]) for row in rows[1:] if len(row) > at}
 
 
 def _row(subset, question, errors, i):

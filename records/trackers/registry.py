@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.console import say
+from common.console import in_one_line, say
 from images.drawn import draw_radiograph
 from records.run import WITHOUT_CLASSES
 from records.trackers.kept import PROJECT, settings_files, staged, title
@@ -36,7 +36,7 @@ def register(client, run_id, run, name):
     try:
         version = _register(client, run_id, run, name, description)
     except Exception as error:  # no registry, no right to write to it, no space
-        detail = " ".join(str(error).split())[:200]
+        detail = in_one_line(error)
         say(f"note: --track mlflow: no model is registered: {type(error).__name__} ({detail})")
         return
     say(f"--track mlflow: registered models:/{version.name}/{version.version}, {description}")

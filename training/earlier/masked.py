@@ -77,6 +77,7 @@ def first(plan, model, *, resume, after=None, teacher=None):
     stage = first_stage(plan, resume=resume, after=after)
     if stage.resume:
         refuse_other_length(stage)
+        say("note: settings of the epochs with labels, which have not begun, are those of this command")
     with plans.training(plan.run):
         if teacher:  # whether it saw images held out here is better known now than after this stage
             plans.prepare_data(plan.config, teacher=teacher)
@@ -84,8 +85,8 @@ def first(plan, model, *, resume, after=None, teacher=None):
             say(f"note: --track follows the epochs with labels; {stage.run}/results.json has the masked ones")
         recipe = stage.recipe
         say(
-            f"masked epochs first: {recipe.epochs}, in batches of {recipe.batch_size}, lr up to {recipe.lr:g}; "
-            "--batch-size, --lr and the other flags of the recipe are for the epochs with labels"
+            f"masked epochs first: {recipe.epochs}, in batches of {recipe.batch_size}, lr up to "
+            f"{recipe.lr:g}; --batch-size, --lr and other flags of the recipe are for the epochs with labels"
         )
         train(stage, model)
 
