@@ -217,7 +217,7 @@ def hybrids(flags, tiny_npz, own_build):
         argv = ("train_hybrid", *flags, "--weights", tiny_npz, "--batch-size", 16, "--d-model", 24)
         argv = (*argv, "--epochs", 3, "--frozen-epochs", 1, "--seg-weight", 0.5, "--attention-weight", 0.3)
         done = succeed(*argv, "--global-tokens", "--seeds", 0, 1, cwd=cwd)
-        assert "stage: all but the stem, 1 epochs" in done.err and "stage: everything, 2 epochs" in done.err
+        assert "stage: all but the stem, 1 epoch" in done.err and "stage: everything, 2 epochs" in done.err
         succeed("calibrate", "--min-recall", 0.9, "--bootstrap", 100, cwd=cwd)
 
     return own_build("hybrids", build)[0]
