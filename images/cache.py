@@ -4,6 +4,7 @@ The cache is read as a memory map. It is rebuilt where a file of the set has cha
 (CACHE_VERSION).
 """
 
+import contextlib
 import itertools
 import os
 import zlib
@@ -18,7 +19,7 @@ from common.files import atomic_path, read_json, sha256, write_json
 from images.decode import _check_regular, _decode
 from layouts import arrays
 
-CACHE_VERSION = 5  # raise it when decoding changes, so that old caches are rebuilt
+CACHE_VERSION = 6  # raise it when decoding changes, so that old caches are rebuilt
 
 
 # ---------------------------------------------------------------- many files, cached
@@ -49,6 +50,9 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
     info = valid_cache(path, key, verify)
+    if info and _now_readable(info, root, files, size, resize):
+        say(f"cache {path} lacks images that can be read now: rebuilding it")
+        info = None
     if info is None:
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
@@ -66,6 +70,16 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     sizes = {"width": info["width"], "height": info["height"]}
     images, levels = np.load(path, mmap_mode="r", allow_pickle=False), np.array(info["levels"])
     return Decoded(images, np.array(info["kept"], dtype=np.int64), levels, sizes, path, info["crc32"])
+
+
+def _now_readable(info, root, files, size, resize):
+    """Whether an image that could not be read when a cache was built can be read now: a decoder was
+    installed, or a disk is back, which changes neither size nor time of the file."""
+    for i in sorted(set(range(len(files))) - set(info["kept"])):
+        with contextlib.suppress(OSError):
+            _decode(Path(root, files[i]), size, resize)
+            return True
+    return False
 
 
 def _stamp(path):

@@ -76,6 +76,9 @@ def read(path, max_pixels):
     if file.get("VOILUTSequence"):
         values = _look_up(file.VOILUTSequence[0], values)
     elif "WindowWidth" in file:
+        # pydicom rescales the window's output once more, which a negative slope turns round; what becomes
+        # black and white is found later.
+        _delete(file, "RescaleSlope", "RescaleIntercept")
         values = apply_windowing(values, file)
     values = np.asarray(values, dtype=np.float64)
     if photometric == "MONOCHROME1":  # low values are bright there

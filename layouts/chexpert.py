@@ -57,6 +57,7 @@ def _rows_of(path, root):
     sheet = open_sheet(path)
     names, patients, studies, stays = [], [], [], {}
     for name in sheet.text("Path"):
+        name = name.replace("\\", "/")
         prefix = PREFIX.match(name)
         if prefix:
             if prefix[0] not in stays:  # only where that folder lies in the data folder

@@ -32,12 +32,13 @@ def sex(text):
 
 def view(text):
     """PA, AP, lateral, "other" for a view that is known and none of these (oblique, say), or ""."""
-    words = re.sub(r"[\s_-]+", " ", text.strip()).upper()
-    if words in ("", "UNK", "UNKNOWN", "NONE", "NAN", "FRONTAL"):
+    words = re.sub(r"[\W_]+", "", text).upper()  # "Frontal PA", "P.A.", "postero-anterior"
+    words = words.removeprefix("FRONTAL").removesuffix("VIEW").removesuffix("FRONTAL")
+    if words in ("", "UNK", "UNKNOWN", "NONE", "NAN"):
         return ""
-    if words.startswith("PA") or words.startswith("POSTEROANT"):
+    if words.startswith(("PA", "POSTEROANT")):
         return "PA"
-    if words.startswith("AP") or words.startswith("ANTEROPOST"):
+    if words.startswith(("AP", "ANTEROPOST")):
         return "AP"
     if words in ("L", "LL", "RL", "LLAT", "RLAT") or "LATERAL" in words:
         return "lateral"

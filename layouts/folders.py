@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
 from images.find import EXTENSIONS, Search, is_passed_over, subfolders
-from layouts.listing import SIDES, Index, Reading, joined_cohorts, patient_id, same_name
+from layouts.listing import SIDES, Index, Reading, joined_cohorts, patient_id
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
 SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
@@ -182,9 +183,19 @@ def list_images(root, side, classes=CLASSES):
         )
     search.pass_over(_loose(place), "files beside the class folders")
     search.tell(place)
-    patients = [patient_id(file) for file in files]
+    patients = [_patient(file) for file in files]
+    known = np.array([patient != file for patient, file in zip(patients, files)], dtype=bool)
     sides = np.full(len(files), side, dtype="U5")
-    return Index(files, np.array(targets, dtype=np.int64), patients, same_name(files), sides)
+    return Index(files, np.array(targets, dtype=np.int64), patients, known, sides)
+
+
+def _patient(file):
+    """patient_id of a file SIDE/CLASS/...; but an image in a folder of its case, as viewers export them
+    (SIDE/CLASS/case7/IM-0001-0001.jpg), stands for itself: these numbers start again in every folder."""
+    *folders, name = Path(file).parts
+    if len(folders) > 2 and re.match(r"IM-\d+-", name):
+        return file
+    return patient_id(file)
 
 
 def _loose(folder):

@@ -122,11 +122,6 @@ def _filled(cohorts, lengths, name):
     return values
 
 
-def same_name(files):
-    """`known` where only file names tell: whether `patient_id` finds a patient in them."""
-    return np.array([patient_id(f) != f for f in files], dtype=bool)
-
-
 def patient_id(name):
     """The patient in a file name of the Kermany set; any other name stands for a patient of its own.
 

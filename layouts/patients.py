@@ -8,9 +8,14 @@ from common.console import InputError, say_once
 from layouts.lookup import Listed
 from layouts.sheets import columns, open_sheet
 
+NOBODY = ("na", "n/a", "#n/a", "nan", "null", "none", "unknown", "unk")  # in lower case
+
 
 def clean_patient(text):
-    """A patient's name; a number that a spreadsheet wrote as a fraction becomes whole again: 12.0 -> 12."""
+    """A patient's name, "" where a word says that it is not known (NOBODY); a number that a spreadsheet wrote
+    as a fraction becomes whole again: 12.0 -> 12."""
+    if text.strip().lower() in NOBODY:
+        return ""
     return re.sub(r"^(\d+)\.0+$", r"\1", text.strip())
 
 

@@ -629,11 +629,11 @@ def test_caches_of_other_settings_do_not_mix(small_set):
 
 
 def test_cache_of_this_version_stays_valid(small_set):
-    """The key and the file's name are those of version 5: changing either would decode every set again."""
+    """The key and the file's name are those of version 6: changing either would decode every set again."""
     files, _, _ = load_small(small_set)
     root = Path(small_set.data_dir)
     stats = [os.stat(root / file) for file in files]
-    key = [5, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
+    key = [6, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
     assert json.loads(cache_file(small_set).with_suffix(".json").read_text())["key"] == sha256(key)
     place = sha256([str(root.resolve()), "train", 16, "squash"])[:8]
     assert cache_file(small_set).name == f"set-train-16-squash-{place}.npy"
@@ -662,6 +662,29 @@ def test_bad_files_are_named_or_skipped(small_set, capsys, no_hang):
     for path in (text, pipe, link):
         path.unlink()
     assert load_small(small_set)[2] == list(range(25))
+
+
+def test_images_that_can_be_read_later_are_read_again(small_set, monkeypatch, capsys):
+    """A decoder that is installed changes neither the size nor the time of a file."""
+    good = cache._decode
+
+    def without_decoder(path, size, resize):
+        if path.name == "n03.jpeg":
+            raise OSError("needs other packages")
+        return good(path, size, resize)
+
+    Image.fromarray(np.full((20, 20), 9, np.uint8)).save(Path(small_set.data_dir, "train/NORMAL/n03.jpeg"))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_decode", without_decoder)
+        for _ in range(2):
+            files, _, rows = load_small(small_set, skip_bad=True)
+            assert len(rows) == len(files) - 1
+    capsys.readouterr()
+    files, pixels, rows = load_small(small_set)
+    assert len(rows) == len(files) and pixels[files.index("train/NORMAL/n03.jpeg")].max() == 9
+    assert "lacks images that can be read now" in capsys.readouterr().err
+    load_small(small_set)
+    assert "rebuilding" not in capsys.readouterr().err
 
 
 def test_no_readable_image_is_an_input_error(tmp_path):

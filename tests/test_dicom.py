@@ -96,6 +96,20 @@ def test_dicom_grey_range(tmp_path, kind):
     assert np.abs(np.asarray(open_dicom(tmp_path / "a.dcm")) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize(
+    "slope, intercept, centre", [(-1, 4095, 3000), (-0.5, 2047.5, 1500), (2, -100, 1500)]
+)
+def test_window_after_a_slope(tmp_path, slope, intercept, centre, photometric):
+    """A window acts on rescaled values (part 3, C.11.2), which a negative slope turns round."""
+    tags = dict(RescaleSlope=slope, RescaleIntercept=intercept, WindowCenter=centre, WindowWidth=700)
+    tags = {name: str(value) for name, value in tags.items()}
+    save_dicom(tmp_path / "a.dcm", deep(), 12, photometric=photometric, **tags)
+    shown = np.clip((deep() * slope + intercept - (centre - 0.5)) / 699 + 0.5, 0, 1)
+    expected = by_definition(-shown if photometric == "MONOCHROME1" else shown)
+    assert np.abs(np.asarray(open_dicom(tmp_path / "a.dcm")) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("sequence", ["ModalityLUTSequence", "VOILUTSequence"])
 def test_dicom_tables(tmp_path, sequence, bits):

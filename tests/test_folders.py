@@ -279,6 +279,10 @@ def test_patients_of_a_table(tmp_path):
     (tmp_path / "p.csv").write_text("path,patient\nx/a.png,1.0\nx/b.png,1\nother.png,3\n")
     named = read_patients(tmp_path / "p.csv", found)
     assert named.patients == ["1", "1", "c.jpg"] and named.known.tolist() == [True, True, False]
+    # What stands for no patient is not one.
+    (tmp_path / "p.csv").write_text("path,patient\nx/a.png,NA\nx/b.png,unknown\nc.jpg,Nan Wu\n")
+    named = read_patients(tmp_path / "p.csv", found)
+    assert named.patients == ["x/a.png", "x/b.png", "Nan Wu"] and named.known.tolist() == [False, False, True]
     for text, message in (
         ("path,patient\nx/a.png,1\nx/a.png,2\n", "row 3: x/a.png has two patients"),
         ("path,patient\n/abs/a.png,1\n", "lists none of the images; paths are relative .* x/a.png"),
@@ -351,6 +355,24 @@ def test_folders_below_a_class_belong_to_it(tmp_path, capsys):
     assert index.files == [f"train/{name}" for name in names] and index.targets.tolist() == [0, 0, 0, 0, 1]
     counts = "1 .gif, 1 .txt, 1 files beside the class folders, 1 folders of masks, 1 hidden"
     assert capsys.readouterr().err == f"note: {tmp_path}/train: passed over: {counts}\n"
+
+
+def test_numbers_within_case_folders_are_no_patients(tmp_path):
+    """Viewers number the images of every case from IM-0001 on; Kermany's own names lie in the class folder,
+    and person1 or NORMAL2-IM-0001 is one child wherever it lies."""
+    names = [f"NORMAL/case{k}/IM-0001-000{i}.jpg" for k in (1, 2) for i in (1, 2)]
+    names += ["NORMAL/a/NORMAL2-IM-0007-0001.jpeg", "NORMAL/b/NORMAL2-IM-0007-0002.jpeg"]
+    names += ["PNEUMONIA/IM-0115-0001.jpeg", "PNEUMONIA/IM-0115-0002.jpeg"]
+    names += ["PNEUMONIA/bacteria/person1_bacteria_1.jpeg", "PNEUMONIA/virus/person1_virus_2.jpeg"]
+    touch(*(tmp_path / "train" / name for name in names))
+    index = list_images(tmp_path, "train")
+    found = {
+        Path(file).relative_to("train").as_posix(): who for file, who in zip(index.files, index.patients)
+    }
+    assert [found[name] for name in names[:4]] == [f"train/{name}" for name in names[:4]]
+    own = ["NORMAL2-IM-0007"] * 2 + ["IM-0115"] * 2 + ["person1"] * 2
+    assert [found[name] for name in names[4:]] == own
+    assert index.known.sum() == 6
 
 
 def test_flat_folders_are_listed_as_ever():

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -269,7 +270,15 @@ def test_chexpert_against_the_rows(sets, capsys):
         assert index.cohort["age"][i] == float(row["Age"]) and index.cohort["sex"][i] == row["Sex"][0]
         view = row["AP/PA"] if row["Frontal/Lateral"] == "Frontal" else "lateral"
         assert index.cohort["view"][i] == view
+    # As a program of Windows writes the paths.
+    text = (root / table).read_text()
+    slashed = re.sub(r"^[^,]*", lambda path: path[0].replace("/", "\\"), text, flags=re.M)
+    (root / "windows.csv").write_text(slashed)
+    windows = listing_of(root, "windows.csv", views="all").index
+    assert windows.files == index.files and windows.patients == index.patients and windows.known.all()
+    assert windows.cohort["study"].tolist() == index.cohort["study"].tolist()
     frontal = [file for file in rows if rows[file]["Frontal/Lateral"] == "Frontal"]
+    capsys.readouterr()
     assert sorted(listing_of(root, table).index.files) == sorted(frontal)
     assert f"left out {60 - len(frontal)} lateral of 60 images" in capsys.readouterr().err
     only = listing_of(root, table, views="AP").index.cohort["view"]
@@ -710,7 +719,9 @@ def test_ages(text, years):
         ("COSTAL", "other"),
         ("LAO", "other"),
     ]
-    + [("", ""), ("UNK", ""), ("nan", "")],
+    + [("", ""), ("UNK", ""), ("nan", ""), ("Frontal", ""), ("frontal view", "")]
+    + [("postero-anterior", "PA"), ("antero-posterior", "AP"), ("P.A.", "PA"), ("Frontal PA", "PA")]
+    + [("PA view", "PA"), ("AP erect", "AP"), ("left lateral", "lateral")],
 )
 def test_views(text, view):
     assert cohort.view(text) == view

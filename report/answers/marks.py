@@ -202,6 +202,9 @@ def patients_mark(entry, asked):
         return Mark("open", "patients unknown", NAMES)
     if unknown:
         return Mark("open", f"unknown for {unknown} images; no other is on two sides", NAMES)
+    test_unknown = entry.people["test"]["unknown_patients"]
+    if shared_test is not None and test_unknown:
+        return Mark("open", f"unknown for {test_unknown} test images; no other is on two sides", NAMES)
     if shared_test is None:
         text = "apart in training and validation; those of test are numbered separately"
         return Mark("open", text, NAMES)

@@ -5,7 +5,7 @@ from collections import Counter
 from calibration.wording import new_patients
 from cohort.figures import clustered_proportion
 from common.proportions import reported_interval
-from report.cells import floors, interval, named, with_interval
+from report.cells import alone, floors, interval, named, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph
 from report.rows import POINTS
 
@@ -88,6 +88,9 @@ def lines_of(candidate, point):
     if not found:
         return [f"{start}: none; {missing(candidate, point)}."]
     if len(found) == 1:
+        e, finding, _ = found[0]
+        if not alone(candidate.entries):
+            start += f", {finding} alone ({len(e.findings) - 1} other findings have none)"
         return [(f"{start} ", *one_line(*found[0], point))]
     return [(f"{start}: ", *many_line(candidate, point, found))]
 

@@ -186,7 +186,8 @@ def audited(candidate):
 def ensembles(standing):
     """A line on each ensemble, which stands for its members."""
     return [
-        f"{c.name} stands for its {len(c.entries[0].members)} members; the second table of figures has them."
+        f"{c.name} stands for its {len(c.entries[0].members)} members; the second table of figures has those "
+        "that are among these runs."
         for c in standing.candidates
         if c.entries[0].members
     ]

@@ -271,11 +271,10 @@ def promise_text(entries):
         text += (
             " Each holds for its finding alone, not for all at once; calibrate.py --jointly asks for that."
         )
-    text += (
-        " No such promise survives a shift in the data, so compare validation with test. The validation "
-        "images also chose the epoch, which flatters the validation figures a little. Patients are those of "
-        f"validation with the finding ({unit}, where patients are unknown)."
-    )
+    text += " No such promise survives a shift in the data, so compare validation with test."
+    if any(e.run.kind != "linear" for e in entries):
+        text += " The validation images also chose the epoch, which flatters the validation figures a little."
+    text += f" Patients are those of validation with the finding ({unit}, where patients are unknown)."
     if refused:
         text += f" Where @Guar is missing: {refusals(refused)}."
     return text + missing_text(entries)

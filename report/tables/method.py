@@ -27,10 +27,11 @@ def sizes(entry):
         counts = ", ".join(f"{count} {name}" for name, count in split["counts"][side].items())
         images.append(f"{side}: {split[side]} images ({counts})")
     for side, word in SIDES.items():
-        column, count = entry.columns[side], "unknown"
-        if column.patients_known:
-            count = len(np.unique(column.patients))
-        patients.append(f"{count} {word}")
+        known, unknown = entry.people[side]["patients"], entry.people[side]["unknown_patients"]
+        count = str(known) if known else "unknown"
+        if known and unknown:
+            count += f" and {unknown} images of unknown patients"
+        patients.append(f"{count} {word}" if not unknown or not known else f"{count} in {word}")
     return "; ".join([*images, f"patients: {', '.join(patients)}"])
 
 
@@ -154,7 +155,9 @@ def method_rows(entries, standard, prevalence, rule):
     }
     # Answers that differ between models are joined; the first model's data are those of all.
     inputs = sorted(map(input_text, entries))
-    watched = [figures.get(e.results["recipe"].get("watch", "auroc"), "?") for e in entries]
+    by_epoch = [e for e in entries if e.run.kind != "linear"]  # logistic regression has no epochs
+    watched = [figures.get(e.results["recipe"].get("watch", "auroc"), "?") for e in by_epoch]
+    chosen = f"the epoch with the {unique(watched, ' or ')}" if watched else "none"
     rows = [
         ["Data", first.set + drawn],
         ["Reference standard", f"{standard}, as published"],
@@ -164,10 +167,7 @@ def method_rows(entries, standard, prevalence, rule):
         ["Copies", unique(say_copies(e.results["split"], e.calibration.get("alike")) for e in entries)],
         *helped_by(entries),
         ["Input", f"{unique(inputs)}; pixels only"],
-        [
-            "Model selection",
-            f"the epoch with the {unique(watched, ' or ')}; training never opens the test images",
-        ],
+        ["Model selection", f"{chosen}; training never opens the test images"],
         ["Views averaged", views_text(entries)],
         ["Threshold rule", rule],
         ["Intervals", "95%; bootstrap over patients, Wilson, DeLong; seeds as mean ± standard deviation"],
