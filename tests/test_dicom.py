@@ -105,7 +105,7 @@ def test_window_after_a_slope(tmp_path, slope, intercept, centre, photometric):
     tags = dict(RescaleSlope=slope, RescaleIntercept=intercept, WindowCenter=centre, WindowWidth=700)
     tags = {name: str(value) for name, value in tags.items()}
     save_dicom(tmp_path / "a.dcm", deep(), 12, photometric=photometric, **tags)
-    shown = np.clip((deep() * slope + intercept - (centre - 0.5)) / 699 + 0.5, 0, 1)
+    shown = np.clip((deep().astype(float) * slope + intercept - (centre - 0.5)) / 699 + 0.5, 0, 1)
     expected = by_definition(-shown if photometric == "MONOCHROME1" else shown)
     assert np.abs(np.asarray(open_dicom(tmp_path / "a.dcm")) - expected).max() <= 1
 
