@@ -113,7 +113,7 @@ def watched_of(run, args):
     if not floor or not 0 < floor < 1:
         raise InputError(f"a recall floor of {floor} cannot be watched: name one below 1 with --min-recall")
     triage = ()
-    if "rule_in" in thresholds:
+    if "rule_in" in thresholds and args.point == "rec":  # the three answers lie between @Rec and @In
         triage = thresholds["threshold"], thresholds["rule_in"]["threshold"]
     return Watched(finding, threshold, floor, triage=triage)
 
@@ -243,7 +243,7 @@ def main():
     if unit != "image":
         (column,) = columns_of(unit, [column])
         say(f"note: this threshold is for scores of a {unit}, as predict.py gives them under {column}")
-    log = read_log(args.log, threshold, truths(run.task, finding), column)
+    log = read_log(args.log, threshold, truths(run.task, finding), column, unit)
     say_counts(args.log, log)
 
     # One floor is tested: the other figure is shown, and nothing is promised of it.

@@ -126,12 +126,16 @@ def grouped(files, patients, studies, by="image", pool="max", strict=True):
         )
     if not known.any():
         return Units(by, pool, np.arange(len(files)), patients, len(files))
-    names, shared = _study_names(files, patients, studies, known, known_patients)
+    names, shared, owners = _study_names(files, patients, studies, known, known_patients)
+    # The patient of a study whose first image names nobody.
+    pairs = zip(patients, studies, known_patients)
+    patients = np.array([who if tells else owners.get(study, who) for who, study, tells in pairs], dtype=str)
     return Units(by, pool, _numbered(names), patients, int((~known).sum()), shared)
 
 
 def _study_names(files, patients, studies, known, known_patients):
-    """(a name for the study of each image, list [N]; how many studies name several patients).
+    """(a name for the study of each image, list [N]; how many studies name several patients; {study: patient}
+    of those that name one).
 
     A study is of one person, so one that names several is taken as one study for each of them. An image whose
     study is not known stands alone, under the name of its file."""
@@ -147,7 +151,8 @@ def _study_names(files, patients, studies, known, known_patients):
             names.append(("study", study, patients[i]))
         else:
             names.append(("study", study))
-    return names, len(shared)
+    owners = {study: next(iter(found)) for study, found in patients_of.items() if len(found) == 1}
+    return names, len(shared), owners
 
 
 def _numbered(names):

@@ -68,8 +68,8 @@ def shared_text(calibration):
         f"  @Rec: recall >= {floor:g} there; for new patients like them below it with {chances}",
     ]
     granted = [g for g in guarantees.values() if g["threshold"] is not None]
-    if joint:
-        lines.append(joint_text(joint))
+    if joint and granted:
+        lines.append(joint_text(joint, len(granted)))
     elif granted:
         alone = ", each finding alone" if len(calibration["findings"]) > 1 else ""
         lines.append(f"  @Guar: true recall >= {floor:g} with confidence {granted[0]['confidence']:g}{alone}")
@@ -79,10 +79,13 @@ def shared_text(calibration):
     return "\n".join(lines + rule_in_lines(calibration))
 
 
-def joint_text(joint):
-    """What "jointly" of a calibration says, as a line."""
+def joint_text(joint, granted=None):
+    """What "jointly" of a calibration says, as a line; granted: how many findings have a threshold, if
+    known."""
     promises = joint.get("promises", joint["findings"])
     what = f"the floors of {joint['findings']} findings"
+    if granted is not None and granted < joint["findings"]:
+        what = f"the floors of {granted} of {joint['findings']} findings"
     if "promises" in joint:
         what = f"@InGuar too: the {promises} floors of recall and specificity"
     return (

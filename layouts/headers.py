@@ -145,8 +145,7 @@ def cohort_of_files(root, files, cache_dir):
     rows = [texts.get(file) or nothing for file in files]
     found = {name: np.array([row[name] for row in rows], dtype=str) for name in KEPT}
     where = f"DICOM headers in {root}"
-    _forget_file_names(found["patient"], files, secret_key(cache_dir))
-    _mend_studies(found, where)
+    mend(found, files, secret_key(cache_dir), where)
     found["age"] = cohort.ages(found["age"].tolist(), where)
     found["sex"] = cohort.sexes(found["sex"].tolist(), where)
     found["view"] = cohort.views(found["view"].tolist())
@@ -231,6 +230,13 @@ def _fingerprint(key):
 
 
 # ---------------------------------------------------------------- ids that cannot be believed
+
+
+def mend(found, files, key, where):
+    """Mend the "patient" and "study" of `found`, text [N] each, of DICOM files of these names, in place:
+    what numbers images is no patient, and a study is of one person. Notes say what was changed, `where`."""
+    _forget_file_names(found["patient"], files, key)
+    _mend_studies(found, where)
 
 
 def _forget_file_names(patients, files, key):

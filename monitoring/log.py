@@ -1,6 +1,7 @@
 """The log of scores and diagnoses that monitor.py reads: one image a patient, in order. No torch."""
 
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     sick: bool | None
     patient: str
     time: str
+    study: str  # of its patient; "" where one patient's rows are one, or nothing tells
 
 
 def truths(task, finding):
@@ -48,8 +50,9 @@ def truths(task, finding):
     return tuple([word.lower() for word in words] for words in (absent, present))
 
 
-def check_row(cell, score, words, where):
-    """{column: text} -> Row; `score`: the column of the scores. InputError for a value that is wrong."""
+def check_row(cell, score, words, where, unit="image"):
+    """{column: text} -> Row; `score`: the column of the scores; `unit`: as for read_log. InputError for a
+    value that is wrong."""
     try:
         value = float(cell[score])
     except ValueError:
@@ -67,9 +70,11 @@ def check_row(cell, score, words, where):
     sick = diagnosis in present if diagnosis else None
     # Without a column patient the file name may tell, as in training.
     patient = clean_patient(cell.get("patient", ""))
-    if not patient and patient_id(cell["path"]) != cell["path"]:
-        patient = patient_id(cell["path"])
-    return Row(cell["path"], value, sick, patient, cell.get("time", ""))
+    who = patient_id(cell["path"])
+    if not patient and who != cell["path"]:
+        patient = f"{Path(cell['path']).parent.as_posix()}/{who}"  # the numbers start again in other folders
+    study = cell.get("study", "") if unit == "study" else ""
+    return Row(cell["path"], value, sick, patient, cell.get("time", ""), study)
 
 
 def check_columns(path, head, score):
@@ -82,9 +87,10 @@ def check_columns(path, head, score):
     raise InputError(f"{path} has no column {' and '.join(missing)}; it has {', '.join(head)}")
 
 
-def read_log(path, threshold, words, column="score"):
+def read_log(path, threshold, words, column="score", unit="image"):
     """LOG.csv -> Log; `words`: see `truths`; `column`: how predict.py calls the scores, used where no column
-    is called score.
+    is called score; `unit`: what has one score, an image, a study or a patient. A study or patient is sick if
+    any of its rows says so, and counts at its first.
 
     InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
     diagnosis, an image or a time out of order that comes twice."""
@@ -92,20 +98,21 @@ def read_log(path, threshold, words, column="score"):
     score = "score" if "score" in head else column
     check_columns(path, head, score)
     images, patients, last = set(), set(), ""
-    sick, scores, counts = [], [], dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
+    places, sick, scores = {}, [], []
+    counts = dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
     for number, values in numbered(rows):
         padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
         where = f"{path}, row {number}"
-        row = check_row(dict(zip(head, padded)), score, words, where)
+        row = check_row(dict(zip(head, padded)), score, words, where, unit)
         # The sequential test counts patients in the order of their diagnoses, each image once.
         if row.path in images:
             raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")
-        if row.time < last:
+        if row.time and row.time < last:  # what waits for a diagnosis need not have one
             raise InputError(
                 f"{where}: time {row.time[:40]} is before that of an earlier row: sort the rows by time"
             )
         images.add(row.path)
-        last = row.time
+        last = row.time or last
         if row.score is None:
             counts["unscored"] += 1
             continue
@@ -118,8 +125,11 @@ def read_log(path, threshold, words, column="score"):
         patient = row.patient or row.path
         if patient in patients:
             counts["left_out"] += 1
+            if (patient, row.study) in places and unit != "image":
+                sick[places[patient, row.study]] |= row.sick
             continue
         patients.add(patient)
+        places[patient, row.study] = len(sick)
         sick.append(row.sick)
         scores.append(row.score)
     scores = np.array(scores, float)

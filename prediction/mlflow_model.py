@@ -30,12 +30,13 @@ class NotCalibrated(Run):
         self.device = pick_device(device)
 
     def calibration(self, name=""):
-        """A calibration that changes no score and decides nothing."""
+        """A calibration that changes no score and decides nothing; "tta": with the seven views."""
+        views = {"flip": False} if name else scaling.own_views(self.results)
         return {
             "findings": {finding: {} for finding in self.task.findings},
             "temperature": 1.0,
             "temperature_applied": False,
-            "tta": scaling.own_views(self.results),
+            "tta": views,
             "precision": Inputs.of_run(self.results, self.device).precision,
         }
 
@@ -73,6 +74,7 @@ class Screening(mlflow.pyfunc.PythonModel):
         folder, options = context.artifacts["run"], context.model_config
         device, tta = options["device"], options["tta"]
         run = Run(folder)
+        tta = scaling.asked_views(tta, run)  # None where they are the run's own
         if scaling.calibration_name(tta, run) in run.calibrated():
             self.scorer = Scorer(folder, device, tta=tta)
             self.columns = self.scorer.columns

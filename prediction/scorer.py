@@ -4,6 +4,7 @@ import itertools
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import plausible
 from models.inputs import Inputs
+from prediction.people import people_of
 from records.run import Run
 
 BY_HAND = "@hand"  # the operating point of a threshold by hand
@@ -42,8 +44,12 @@ class File(NamedTuple):
 
     @property
     def patient(self):
-        """The patient, by the header or else by the name; the name itself where neither tells."""
-        return self.told["patient"] or patient_id(self.name)
+        """The patient, by the header or else by the name, whose numbers start again in every folder; the name
+        itself where neither tells."""
+        who = patient_id(self.name)
+        if who != self.name:
+            who = f"{Path(self.name).parent.as_posix()}/{who}"
+        return self.told["patient"] or who
 
 
 # ---------------------------------------------------------------- thresholds by hand
@@ -324,7 +330,8 @@ class Scorer:
         if self.unit == "image":
             return rows
         rows = list(rows)
-        names, patients = [file.name for file, _ in rows], [file.patient for file, _ in rows]
+        names = [file.name for file, _ in rows]
+        patients, studies = people_of([file for file, _ in rows], self.key)
         if table and rows:
             nothing = np.zeros(len(names), dtype=int)
             index = read_patients(table, Index(names, nothing, patients, nothing > 0, nothing.astype(str)))
@@ -333,6 +340,6 @@ class Scorer:
             ]
         if self.unit == "study" and not self.key_stays:
             say("note: no key in the run's cache folder: the names of studies are of this call only")
-        studies, columns = [file.told["study"] for file, _ in rows], list(self.task.score_columns.values())
+        columns = list(self.task.score_columns.values())
         fill_in([row for _, row in rows], patients, studies, self.calibration, columns, self.decisions)
         return rows

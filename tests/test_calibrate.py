@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 import metrics
-from calibration import intervals, shift
+from calibration import intervals, shift, wording
 from calibration import scores as scores_module
 from common import files as files_module
 from common import proportions, safe_files
@@ -241,7 +241,8 @@ def test_a_finding_that_is_rare_on_test_has_a_threshold(tmp_path):
     succeed("train_linear", *argv, cwd=tmp_path)
     done = succeed("calibrate", "--bootstrap", 100, "--jointly", cwd=tmp_path)
     reason = "0 test images with it, fewer than 5"
-    assert f"no figures on test: {reason}" in done.out and "floors of 2 findings" in done.out
+    assert f"no figures on test: {reason}" in done.out
+    assert "no @Guar of Mass" in done.out and "hold at once" not in done.out  # none is granted
     mass = read_json(tmp_path, "outputs/linear/calibration.json")["findings"]["Mass"]
     assert mass["test_why_not"] == reason and 0 < mass["threshold"] < 1
     report = succeed("compare", "--csv", "t.csv", cwd=tmp_path).out
@@ -249,6 +250,26 @@ def test_a_finding_that_is_rare_on_test_has_a_threshold(tmp_path):
     printed = succeed("predict", "set", "--run", "outputs/linear", cwd=tmp_path).out.splitlines()
     for row in csv.DictReader(printed):
         assert row["decision@Rec_mass"] == ("yes" if float(row["p_mass"]) >= mass["threshold"] else "no")
+
+
+@pytest.mark.parametrize(
+    "thresholds, said",
+    [
+        ((0.1, 0.2), "@Guar: the floors of 2 findings hold at once"),
+        ((0.1, None), "@Guar: the floors of 1 of 2 findings hold at once"),
+        ((None, None), ""),
+    ],
+)
+def test_joint_floors_are_those_that_were_granted(thresholds, said):
+    findings = {}
+    for name, threshold in zip("AB", thresholds):
+        guarantee = {"threshold": threshold, "confidence": 0.95, "why_not": "too few"}
+        val = {"at_rec": {"tp": 29, "fn": 1}}
+        findings[name] = {"guarantee": guarantee | {"positive_patients": 30}, "val": val}
+    joint = {"findings": 2, "confidence": 0.95}
+    text = wording.shared_text({"min_recall": 0.95, "jointly": joint, "findings": findings})
+    assert said in text and ("hold at once" in text) == bool(said)
+    assert text.count("no @Guar of") == thresholds.count(None)
 
 
 def test_data_elsewhere_and_other_data(own_runs, synthetic, tmp_path):
