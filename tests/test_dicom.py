@@ -13,12 +13,15 @@ from PIL import Image
 from scipy.stats.mstats import mquantiles
 
 import data
+from calibration import pooling
 from common.console import InputError
 from images import decode, find
 from images.decode import open_dicom, read_image
 from images.split import split_patients, without_keys
 from layouts import headers
 from layouts.listing import Index
+from prediction.people import people_of, told_by_names
+from prediction.scorer import File
 from report.rows import load_entries
 from tests.shared import SHARED, cli, of_one, read_json, refused, save_dicom, smooth_picture, succeed
 
@@ -584,6 +587,45 @@ def test_a_run_on_dicom_by_study(tmp_path):
     for secret in ("MRN-", "Doe", "1.2.5."):
         assert secret.encode() not in text and secret.encode("utf-32-le") not in text
     assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("by", ["study", "patient"])
+@pytest.mark.parametrize(
+    "ids, together",
+    [
+        (("ANONYMOUS",) * 4, [[0, 1], [2, 3]]),  # the study stands for the patient
+        (("a", "b", "c", "d"), [[0, 1], [2, 3]]),  # the names of the files
+        (("p", "q", "r", "r"), [[0, 1], [2, 3]]),  # two ids in one study are one patient
+    ],
+)
+def test_predict_tells_patients_as_calibrate_does(tmp_path, ids, together, by):
+    """Four files of two studies: the same units in both."""
+    tags = {
+        f"{name}.dcm": {"PatientID": who, "StudyInstanceUID": f"1.2.{k // 2}"}
+        for k, (name, who) in enumerate(zip("abcd", ids))
+    }
+    draw_headers(tmp_path / "set", tags)
+    found = headers.cohort_of_files(tmp_path / "set", sorted(tags), tmp_path / "cache")
+    known = [told or name for told, name in zip(found["patient"].tolist(), sorted(tags))]
+    calibrated = pooling.grouped(sorted(tags), known, found["study"], by).numbers
+    key, _ = headers.key_of_call(tmp_path / "cache")
+    paths = [str(tmp_path / "set" / name) for name in sorted(tags)]
+    patients, studies = people_of([File(path, headers.of_file(path, key)) for path in paths], key)
+    predicted = pooling.grouped(paths, patients, np.array(studies), by).numbers
+    assert calibrated.tolist() == predicted.tolist() == [0, 0, 1, 1]
+    assert [np.flatnonzero(predicted == k).tolist() for k in (0, 1)] == together
+
+
+def test_numbers_of_other_folders_are_other_patients():
+    names = [
+        "ann/IM-0001-0001.png",
+        "bob/IM-0001-0001.png",
+        "bob/IM-0001-0002.png",
+        "test/person7_virus_1.png",
+    ]
+    names += ["test/person7_virus_2.png", "x.png"]
+    patients = ["ann/IM-0001", "bob/IM-0001", "bob/IM-0001", "person7", "person7", "x.png"]
+    assert told_by_names(names) == patients
 
 
 def test_predict_and_site_by_study(tmp_path):

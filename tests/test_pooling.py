@@ -245,3 +245,15 @@ def test_report_by_patient(own_runs):
     assert linear.name == "Logistic regression 32x32 px [SYNTHETIC], by patient (max)"
     report = succeed("compare", cwd=own_runs).out
     assert "by patient (max)" in report and f"Test: {len(column.truth)} patients (" in report
+
+
+def test_a_study_has_the_patient_that_any_of_its_images_names():
+    """Two studies of each of thirty patients, whose first images name nobody: thirty patients, not sixty."""
+    files = np.array([f"{s}-{i}" for s in range(60) for i in range(2)])
+    studies = np.array([f"s{s}" for s in range(60) for _ in range(2)])
+    patients = np.array([files[2 * s + i] if i == 0 else f"p{s // 2}" for s in range(60) for i in range(2)])
+    units = grouped(files, patients, studies, "study")
+    assert len(units) == 60 and len(set(units.whose.tolist())) == 30
+    y, p = np.ones(60, int), np.linspace(0.1, 0.9, 60)
+    with pytest.raises(InputError, match="30 independent positives"):
+        choose_threshold_with_guarantee(y, p, 0.95, 0.95, units.whose)

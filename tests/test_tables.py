@@ -107,6 +107,30 @@ def test_monitor_reads_what_the_others_read(tmp_path):
         read_log(put(tmp_path, text.replace("0.9", "0,9")), 0.5, words)
 
 
+def test_monitor_counts_patients_of_other_folders(tmp_path):
+    """Viewers number the images of every patient from IM-0001 on: a hundred patients, not one."""
+    rows = [f"p{k:03d}/IM-0001-0001.jpg,{0.9 if k == 0 else 0.1},1" for k in range(100)]
+    rows.append("p000/IM-0001-0002.jpg,0.1,1")
+    log = read_log(put(tmp_path, "path,score,diagnosis\n" + "\n".join(rows)), 0.5, (["0"], ["1"]))
+    assert len(log.sick) == 100 and log.called.sum() == 1 and log.left_out == 1
+
+
+def test_monitor_by_study_and_patient(tmp_path):
+    """Sick by any row of the study, or the patient, as in calibrate.py; by image the first row counts."""
+    text = (
+        "path,patient,study,score,diagnosis,time\n"
+        "a,P1,s1,0.1,0,2026-11-01\nb,P1,s1,0.1,1,2026-11-01\nw,P9,s9,0.2,,\n"
+        "c,P2,s2,0.8,0,2026-11-02\nd,P2,s3,0.8,1,2026-11-03\n"
+    )
+    path, words = put(tmp_path, text), (["0"], ["1"])
+    for unit, sick in (("image", [0, 0]), ("study", [1, 0]), ("patient", [1, 1])):
+        log = read_log(path, 0.5, words, unit=unit)
+        assert log.sick.tolist() == sick, unit
+        assert log.called.tolist() == [False, True] and log.waiting == 1 and log.left_out == 2
+    with pytest.raises(InputError, match="row 3: time 2026-10-31 is before that of an earlier row"):
+        read_log(put(tmp_path, text.replace("1,2026-11-01\nw", "1,2026-10-31\nw")), 0.5, words)
+
+
 # ---------------------------------------------------------------- names of images
 
 

@@ -480,3 +480,5 @@ def test_registered_model_averages_over_the_views_of_a_run(tmp_path, runs):
         (run / "results.json").write_text(json.dumps(results))
         scorer = Unthresholded(NotCalibrated(run, "cpu"), "cpu")
         assert len(scorer.inputs.views) == count and scorer.told == ["path", "p_pneumonia", "note"]
+    asked = Unthresholded(NotCalibrated(tmp_path / "1", "cpu"), "cpu", tta=True)  # model_config={"tta": True}
+    assert len(asked.inputs.views) == 7
