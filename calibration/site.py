@@ -316,9 +316,11 @@ def joint_line(name, joint, each):
 
 def advice(findings, rule):
     """With several findings, the confidence at which all of them get @Guar, as lines of text; none where all
-    have it, or none can."""
+    have it, or @In is asked for, too."""
     decided = [chosen for chosen in findings.values() if "why_not" not in chosen]
     if len(findings) == 1 or not any("instead" in chosen for chosen in decided):
+        return []
+    if rule.min_specificity:  # @InGuar would have to be granted, too
         return []
     # The rarest finding limits all; joint floors share the confidence (shared_out).
     fewest, sharing = min(chosen["positive_patients"] for chosen in decided), 1
@@ -381,7 +383,8 @@ def instead_line(finding, chosen, rule, alone):
             f"of {less['floor']:g} with confidence {confidence:.6g} (--min-recall {less['floor']:g})"
         )
     if less["confidence"] is not None:
-        flag = f" (--guarantee {less['confidence']:g})" if alone else ""
+        sure = alone and not rule.jointly and not rule.min_specificity  # nothing else must be granted too
+        flag = f" (--guarantee {less['confidence']:g})" if sure else ""
         options.append(f"of {floor:g} with confidence {less['confidence']:g}{flag}")
     if not options:
         return text

@@ -1,5 +1,7 @@
 """Every figure of every group of a side, as JSON, as a table and in words. No torch, no files."""
 
+from collections import Counter
+
 import numpy as np
 
 from cohort.figures import ERROR, Curve, Proportion, family
@@ -99,13 +101,13 @@ METHOD = (
 def verdicts(found, floor):
     """What stands out in what `figures_of_groups` found, as a list of texts: broken floors, gaps that are no
     chance. Of two groups that are each other's rest the one with the lower figure is named."""
-    texts = []
+    texts, sizes = [], Counter(attribute for attribute, _ in found["groups"])
     for name, rows in found["figures"].items():
         told = set()
         for (attribute, value), row in sorted(zip(found["groups"], rows), key=_gap):
             if row.get("broken"):
                 texts.append(f"{name} of {attribute} {value} is {row['value']:.3f}, floor {floor:g}")
-            question = (round(abs(row.get("gap", 0)), 12), row.get("p"))
+            question = attribute if sizes[attribute] == 2 else (attribute, value)
             if row.get("adjusted", 1) <= ERROR and question not in told:
                 told.add(question)
                 gap = f"{row['gap']:+.3f} (p {in_short(row['adjusted'])})"

@@ -252,7 +252,9 @@ def cell(calibration, finding):
 
 def in_report(entries):
     """What the scores of entries.Entry are, and which decisions their scaling changes, as text."""
-    text = "A temperature of two classes and Platt scaling change no ranking and no decision @Rec and @Guar. "
+    text = "A temperature of two classes and Platt scaling change no ranking and no decision @Rec and @Guar"
+    averaged = any(e.calibration.get("pool") == "mean" for e in entries)
+    text += " by image; the mean score of a study or patient may change sides. " if averaged else ". "
     for e in entries:
         changed = _changes(e.calibration["findings"])
         if changed:

@@ -254,6 +254,7 @@ def test_a_study_has_the_patient_that_any_of_its_images_names():
     patients = np.array([files[2 * s + i] if i == 0 else f"p{s // 2}" for s in range(60) for i in range(2)])
     units = grouped(files, patients, studies, "study")
     assert len(units) == 60 and len(set(units.whose.tolist())) == 30
-    y, p = np.ones(60, int), np.linspace(0.1, 0.9, 60)
+    y, p = np.ones(61, int), np.linspace(0.1, 0.9, 61)
+    y[60] = 0
     with pytest.raises(InputError, match="30 independent positives"):
-        choose_threshold_with_guarantee(y, p, 0.95, 0.95, units.whose)
+        choose_threshold_with_guarantee(y, p, 0.95, 0.95, np.append(units.whose, "healthy"))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_what_too_few_can_promise_instead_is_what_they_can():
     for how in ((less["floor"] + 1e-3, 0.95), (0.95, less["confidence"] + 1e-3)):
         with pytest.raises(InputError):
             choose_threshold_with_guarantee(y, p, *how, patients)
+
+
+@pytest.mark.parametrize("more", [{"min_specificity": 0.99}, {"jointly": True}])
+def test_no_confidence_is_advised_where_more_must_be_granted(more):
+    """--guarantee asks for @InGuar too, and --jointly shares it out: the confidence alone may be refused."""
+    y, p, patients = made_up(30, 1)
+    rule = replace(RULE, **more)
+    found = site_module.choose(y, p, patients, replace(rule, jointly=False))
+    text = "\n".join(site_module.lines("x", "sick", found, rule))
+    assert "with confidence 0.785" in text and "--guarantee" not in text
+    assert "--guarantee 0.785" in "\n".join(site_module.lines("x", "sick", found, RULE))
 
 
 def test_advice_of_a_site_is_granted_to_the_last_printed_digit():

@@ -191,6 +191,18 @@ def test_recall_counts_the_sick_and_specificity_the_healthy():
     assert groups_module.verdicts(found, 0.95) == ["recall @Rec of sex M is 0.367, floor 0.95"]
 
 
+def test_only_groups_that_are_each_others_rest_are_told_once():
+    rows = [{"gap": gap, "p": 0.003, "adjusted": 0.01} for gap in (-0.25, -0.25, 0.5)]
+    found = {"groups": [("ward", name) for name in "abc"], "figures": {"specificity @Rec": rows}}
+    told = groups_module.verdicts(found, 0.95)
+    assert [text.split(" differs")[0][-6:] for text in told] == ["ward a", "ward b", "ward c"]
+    rows = [{"gap": gap, "p": 0.003, "adjusted": 0.01} for gap in (0.25, -0.25)]
+    found = {"groups": [("sex", "F"), ("sex", "M")], "figures": {"specificity @Rec": rows}}
+    assert [text.split(" differs")[0] for text in groups_module.verdicts(found, 0.95)] == [
+        "specificity @Rec of sex M"
+    ]
+
+
 def test_one_class_alone_has_no_auroc():
     y, groups = np.ones(30, int), [group(np.arange(30) < 15), group(np.arange(30) >= 15, value="M")]
     found = groups_module.figures_of_groups(
