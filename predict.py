@@ -178,8 +178,9 @@ def report(scorer, args, counts):
     lines = list(filter(None, [shift.sentence(verdict), advice(verdict, run, args.site)]))
     for line in lines:
         say(line)
-    # compare.py leaves out what another checkpoint has said, so the checkpoint is kept.
+    # compare.py leaves out what another checkpoint or threshold has said, so these are kept.
     origin = {"run": str(run), "checkpoint": run.checkpoint_sha256, "paths": args.paths[:20]}
+    origin |= {"site": args.site, "called_at": scorer.called_at}
     if scorer.by_hand:
         origin["thresholds_by_hand"] = scorer.by_hand
     summary = {**origin, **counts, **verdict}

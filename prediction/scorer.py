@@ -225,11 +225,16 @@ class Scorer:
             )
         return scores, logits, whole, features
 
+    @property
+    def called_at(self):
+        """The threshold at which the model calls sick by its first finding: @Rec, of the run or its site, or
+        one by hand."""
+        first = next(decision for decision in self.decisions if decision.point in ("@Rec", BY_HAND))
+        return 0.5 if first.threshold is None else first.threshold
+
     def called(self, scores):
         """Whom the model calls sick by its first finding, bool [N]: scores [N, F]."""
-        first = next(decision for decision in self.decisions if decision.point in ("@Rec", BY_HAND))
-        threshold = 0.5 if first.threshold is None else first.threshold
-        return scores[:, 0] >= threshold
+        return scores[:, 0] >= self.called_at
 
     def typicalities(self, files, scores, logits, features):
         """The typicality of every image, float [B], or None each without a reference; they join the batch."""

@@ -195,7 +195,16 @@ def test_predict_says_whether_images_are_like_validation(own_runs, synthetic):
     report = succeed("compare", cwd=own_runs).out
     assert "as an older version said (by an older test" in report
     assert "are they like validation?" in report and found["says"] in report
+    # At today's threshold the share that was called is a figure, at that of an earlier calibration none.
+    row = next(line for line in report.splitlines() if "drawn test" in line)
+    assert f"| {100 * found['called']:.1f}% |" in row
     path = own_runs / "outputs/linear/batches/drawn test.json"
+    kept = read_json(own_runs, "outputs/linear/batches/drawn test.json")
+    path.write_text(json.dumps({**kept, "called_at": kept["called_at"] + 0.01}))
+    done = succeed("compare", cwd=own_runs)
+    assert "drawn test" in done.err and "called at another threshold than today's @Rec" in done.err
+    row = next(line for line in done.out.splitlines() if "drawn test" in line and line.startswith("|"))
+    assert f"| {100 * found['called']:.1f}% |" not in row and "| - | - |" in row
     path.write_text(json.dumps({"images": 3}))
     refused(cli("compare", cwd=own_runs), "drawn test.json is damaged")
 

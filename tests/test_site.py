@@ -64,6 +64,7 @@ def test_no_confidence_is_advised_where_more_must_be_granted(more):
     found = site_module.choose(y, p, patients, replace(rule, jointly=False))
     text = "\n".join(site_module.lines("x", "sick", found, rule))
     assert "with confidence 0.785" in text and "--guarantee" not in text
+    found = site_module.choose(y, p, patients, RULE)
     assert "--guarantee 0.785" in "\n".join(site_module.lines("x", "sick", found, RULE))
 
 

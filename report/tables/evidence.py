@@ -20,6 +20,12 @@ def batch_blocks(entries):
                 continue
             counts = [str(verdict[key]) for key in ("images", "patients")]
             shares = [per_cent(verdict[key]) for key in ("odd", "called", "called_in_validation")]
+            if of_other_threshold(verdict, entry):
+                say(
+                    f"note: batch {name} of {entry.run} was called at another threshold than today's @Rec "
+                    "(of a site, of an earlier calibration, or of other views), so the shares called are left out"
+                )
+                shares[1:] = "-", "-"
             says = verdict["says"]
             if "version" not in verdict:
                 says += " (by an older test, which took another share of sick people for a shift)"
@@ -36,6 +42,13 @@ def batch_blocks(entries):
     )
     head = ["Model: images", "Images", "Patients", "Odd", "Called", "Called in validation", "p", "Verdict"]
     return [Heading(3, "Other images: are they like validation?"), Paragraph(text), Table(head, rows)]
+
+
+def of_other_threshold(verdict, entry):
+    """Whether what predict.py --keep wrote was decided at another threshold than the @Rec of an Entry. Older
+    versions did not say."""
+    at, today = verdict.get("called_at"), entry.calibrated[entry.findings[0]].get("threshold", 0.5)
+    return isinstance(at, float) and abs(at - today) > 1e-9
 
 
 def per_cent(share):
