@@ -200,6 +200,10 @@ def keep(audit, found):
     sections -> the side's record."""
     side, reader = audit.side, audit.reader
     earlier = kept_of(audit_of(reader.run), side.name, reader.finding) or {"lines": [], "figures": {}}
+    for key, (line, _) in found.items():
+        line["images"] = len(side.y)  # an earlier call may have taken others
+        if key in ("corruptions", "clusters"):
+            line["threshold"] = reader.threshold
     lines = {line["key"]: line for line in earlier["lines"]} | {k: line for k, (line, _) in found.items()}
     lines = [lines[key] for key in KEYS if key in lines]
     record = {

@@ -6,8 +6,9 @@ A side is there if it was audited. It holds
 
     "finding"    what was asked
     "images", "patients"   how many were looked at; "of_images": how many the side has
-    "lines"      [{"key": one of KEYS, "verdict": one of VERDICTS, "text": sentence}], in the order of KEYS;
-                 a section that was never run has no line
+    "lines"      [{"key": one of KEYS, "verdict": one of VERDICTS, "text": sentence, "images": how many were
+                 looked at for it, "threshold": at which it judged, if at one}], in the order of KEYS; a
+                 section that was never run has no line; older versions kept neither images nor threshold
     "shortcut"   {"verdict", "text"}: what border, lungs and features say together
     "figures"    {key: the figures behind the line}, JSON
     "others"     {finding: the same, without "others"} of further findings that were asked for
@@ -58,7 +59,30 @@ def audit_of(run):
     if audit["checkpoint"] != run.checkpoint_sha256:
         say_once(f"note: {path} is of another checkpoint, so it is left out: run python audit.py --run {run}")
         return None
+    for found in audit["sides"].values():
+        for each in (found, *found["others"].values()):
+            _forget_other_thresholds(run, each)
     return audit
+
+
+def _forget_other_thresholds(run, found):
+    """Take the sections out of what an audit found of a finding that judged another threshold than today's
+    @Rec, and say so."""
+    calibration = run.calibration() if "" in run.calibrated() else {"findings": {}}
+    today = calibration["findings"].get(found["finding"], {}).get("threshold")
+    stale = []
+    for line in found["lines"]:
+        at = line.get("threshold", found["figures"].get(line["key"], {}).get("threshold"))
+        if isinstance(at, float) and at != today:
+            stale.append(line)
+    if not stale:
+        return
+    names = ", ".join(TITLES[line["key"]] for line in stale)
+    say_once(
+        f"note: the audit of {run} judged another threshold than today's @Rec of {found['finding']}: {names} "
+        f"left out; run python audit.py --run {run}"
+    )
+    found["lines"] = [line for line in found["lines"] if line not in stale]
 
 
 def wrong_audit(audit):

@@ -451,7 +451,7 @@ def a_side(finding="A", verdict="kept"):
 
 
 def test_an_audit_is_kept_side_by_side(tmp_path, capsys):
-    run = SimpleNamespace(folder=tmp_path, checkpoint_sha256="one")
+    run = SimpleNamespace(folder=tmp_path, checkpoint_sha256="one", calibrated=list)
     assert record.audit_of(run) is None
     record.save_side(run, "val", a_side("B"), "A")
     assert record.audit_of(run)["sides"]["val"]["finding"] == "B"  # nothing else is there to show
@@ -509,11 +509,29 @@ def test_audit_of_a_run(bench, monkeypatch):
     assert again["lines"][1:] == first["lines"][1:] and again["images"] <= 60
     assert again["figures"]["border"] != first["figures"]["border"]
 
+    # The report gives each section its own number of images.
+    few, all_of_them = again["images"], first["images"]
+    report = succeed("compare", "--run", "outputs/linear", cwd=bench).out
+    assert f", {few} (Border), {all_of_them} (Lungs)" in report and f"| {few} to {all_of_them} |" in report
+
     # A section is interrupted: what was there stays.
     kept = path.read_text()
     monkeypatch.setattr(Reader, "outputs", lambda *about: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli("audit", "--run", "outputs/linear", cwd=bench).code == 130
     assert path.read_text() == kept
+
+
+def test_sections_of_another_threshold_are_left_out(tmp_path, capsys):
+    run = SimpleNamespace(folder=tmp_path, checkpoint_sha256="one", calibrated=lambda: [""])
+    run.calibration = lambda: {"findings": {"A": {"threshold": 0.25}}}
+    side = a_side()
+    for key, at in (("corruptions", 0.25), ("clusters", 0.5)):
+        side["lines"].append(rules.line(key, "kept", key) | {"threshold": at})
+    record.save_side(run, "val", side, "A")
+    lines = record.audit_of(run)["sides"]["val"]["lines"]
+    assert [line["key"] for line in lines] == ["border", "corruptions"]
+    said = capsys.readouterr().err
+    assert "judged another threshold than today's @Rec of A: False alarms left out" in said
 
 
 def test_audit_of_a_run_without_threshold(own_runs):

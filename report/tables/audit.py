@@ -44,13 +44,24 @@ def audit_text(found):
         "whole patients. Shortcut puts border, lungs and other signals together. An audit can find a "
         "shortcut; it cannot prove that there is none. docs/AUDIT.md has the rules."
     )
-    partly = [(e, side, each) for e, side, each in found if each["images"] < each["of_images"]]
-    for entry, side, each in partly:
+    for entry, side, each in found:
+        counts = images_of(each)
+        if min(counts.values()) == each["of_images"]:
+            continue
+        taken = str(each["images"])
+        if len(set(counts.values())) > 1:
+            taken = ", ".join(f"{count} ({title})" for title, count in counts.items())
         text += (
-            f" Of {entry.name}, {each['images']} of {each['of_images']} {SIDES[side]} images were taken, at "
-            "random by patient."
+            f" Of {entry.name}, {taken} of {each['of_images']} {SIDES[side]} images were taken, at random by "
+            "patient."
         )
     return text
+
+
+def images_of(found):
+    """{title of a section: how many images it looked at}; calls of audit.py may take different ones."""
+    counts = {TITLES[line["key"]]: line.get("images", found["images"]) for line in found["lines"]}
+    return counts or {"": found["images"]}
 
 
 def name_of(entry, side, found):
@@ -62,7 +73,9 @@ def verdict_row(entry, side, found):
     """The verdicts of a side, a dash for sections that were not run."""
     verdicts = {line["key"]: line["verdict"] for line in found["lines"]}
     verdicts = [found["shortcut"]["verdict"], *(verdicts.get(key, "-") for key in KEYS)]
-    return [name_of(entry, side, found), str(found["images"]), *map(marked, verdicts)]
+    counts = sorted(set(images_of(found).values()))
+    images = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return [name_of(entry, side, found), images, *map(marked, verdicts)]
 
 
 def marked(verdict):

@@ -23,7 +23,7 @@ def batch_blocks(entries):
             if of_other_threshold(verdict, entry):
                 say(
                     f"note: batch {name} of {entry.run} was called at another threshold than today's @Rec "
-                    "(of a site, of an earlier calibration, or of other views), so the shares called are left out"
+                    "(of a site, an earlier calibration, or other views): the shares called are left out"
                 )
                 shares[1:] = "-", "-"
             says = verdict["says"]
