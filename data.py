@@ -247,6 +247,7 @@ def read_listing(config):
         index = with_headers(root, index, config.cache_dir)
     if config.undersample:
         index = index.take(undersampled(index.targets, config.split_seed))
+        flow = [*flow, ["undersampled", len(index.files)]]
     index = index._replace(content=twins.contents(root, index.files))
     return Listing(root, index, *cut_test(index, config), flow)
 

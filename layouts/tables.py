@@ -155,15 +155,17 @@ def read_set(table, data_dir, findings, choices=None, *, published=False, pooled
     InputError if that is asked for and nothing is published."""
     root = Path(data_dir)
     reading = read(table, root, findings, choices, published=published)
-    index = reading.index
+    index, flow = reading.index, reading.flow
     if not pooled:
         index = published_lists(index, root)
+    if len(index.files) < len(reading.index.files):
+        flow = [*flow, ["published", len(index.files)]]
     if not published:
         index = index._replace(side=np.where(index.side == "val", "train", index.side))
     elif not np.isin(index.side, ("val", "test")).any():
         lists = " and ".join(LISTS.values())
         raise InputError(f"--split published: {root} has no {lists}, and the table publishes no parts either")
-    return root, replace(reading, index=index)
+    return root, replace(reading, index=index, flow=flow)
 
 
 def read_table(path, root, findings, choices=None):

@@ -147,6 +147,8 @@ def test_published_lists(tmp_path, capsys):
     found = published_lists(table(path), tmp_path)
     assert found.files == ["images/a.png", "images/b.png"] and found.side.tolist() == ["train", "test"]
     assert "1 images are in neither train_val_list.txt nor test_list.txt" in capsys.readouterr().err
+    _, reading = tables.read_set(path, tmp_path, tables.table_findings(path, ()))
+    assert reading.flow[-1] == ["published", 2] and reading.flow[-2][1] == 3
     (tmp_path / "test_list.txt").write_text("b.png\na.png\n")
     with pytest.raises(InputError, match="a.png is in .*train_val_list.txt and in .*test_list.txt"):
         published_lists(table(path), tmp_path)

@@ -70,6 +70,8 @@ def test_pooled_by_image(pool, tmp_path):
 
 def test_pooled_and_undersampled(pool, tmp_path):
     sides, info, _ = load(pool, tmp_path, split="pooled-image", undersample=True)
+    flow = dict(info["flow"])
+    assert flow["undersampled"] == flow["readable"] < flow["found"]
     assert [classes(sides[s]) for s in SIDES] == [[48, 48], [16, 16], [16, 16]]
     assert info["counts"]["test"] == {"NORMAL": 16, "PNEUMONIA": 16}
 
