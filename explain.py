@@ -119,7 +119,7 @@ class Explainer:
     def lung_masks(self, subset, index, source):
         """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
         files = [subset.files[i] for i in index]
-        found = lung_masks.masks_of(source, subset.pixels(index), files)
+        found = lung_masks.masks_of(source, subset.pixels(index), files, self.run.config.resize)
         if self.exact.input_mode not in ("crop", "masked-crop"):
             return found
         own = torch.from_numpy(subset.lungs(index)).unsqueeze(1).float()

@@ -34,7 +34,7 @@ DEFAULTS = recipe.Defaults(
         "default": {**COMMON, "augment": "strong", "epochs": 6, "ema": 0.99},
         "paper": {**COMMON, "augment": "plain", "epochs": 15},
     },
-    used=recipe.SUPERVISED + recipe.PATCH_DROP + recipe.DROPOUT + recipe.HYBRID,
+    used=recipe.SUPERVISED + recipe.DROPOUT + recipe.HYBRID,
     data=dict(reads_lungs=True),
 )
 

@@ -15,7 +15,7 @@ import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing p
 
 from dataclasses import replace
 
-from common.console import InputError, in_one_line, say, start
+from common.console import InputError, command_line, in_one_line, say, start
 from common.device import first_process_first
 from common.scripts import there_is
 from records.run import Run
@@ -115,7 +115,7 @@ def begin_with(p, args, model):
         return None, {"init": p.run.results["init"]}
     with first_process_first():  # which has written it
         described = load_encoder(model, p.run.masked, p.config) | {"own": True}
-    command = p.run.masked.results["command"]  # that began the run, which may be resumed here
+    command = command_line().replace(" --resume", "")  # whose settings these epochs have
     return None, {"init": described, "command": command}
 
 

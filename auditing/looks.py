@@ -52,7 +52,8 @@ class Lungs:
 
     def __init__(self, side, reader):
         subset, source = side.subset, reader.config.lungs
-        find = lung_masks.open_source(source, subset.images.shape[-1], subset.files, f"{side.name} images")
+        what, resize = f"{side.name} images", reader.config.resize
+        find = lung_masks.open_source(source, subset.images.shape[-1], subset.files, what, resize)
         packed, good = [], []
         batches = np.array_split(np.arange(len(subset)), max(1, len(subset) // 64))
         for some in progress(batches, len(subset), "finding lungs", "images", size=len):

@@ -148,8 +148,7 @@ def _make(path, key, source, found, files, title):
 def of_images(config, decoded, files, title):
     """The packed masks of Decoded images, as a DataConfig asks for them: see load_masks. `title`: what images
     these are. InputError where masks from a file do not fit how the images are resized."""
-    if holds_masks(config.lungs) and config.resize != "squash":
-        raise InputError(f"--lungs {config.lungs}: masks from a file go with --resize squash only")
+    check_resize(config.lungs, config.resize)
     fate = "these are left out" if config.input == "pair" else "these are shown as they are"
     if config.reads_lungs:
         fate += ", cut in the middle where left and right are read apart"
@@ -172,11 +171,19 @@ def not_found(config):
     return text
 
 
-def open_source(source, side, files=(), what=""):
+def check_resize(source, resize):
+    """InputError where masks from a file do not fit how the images are resized."""
+    if holds_masks(source) and resize != "squash":
+        raise InputError(f"--lungs {source}: masks from a file go with --resize squash only")
+
+
+def open_source(source, side, files=(), what="", resize="squash"):
     """A source as a function (images uint8 [B, side, side], their names) -> masks bool [B, side, side].
 
-    InputError if it holds masks, and none of `files`; `what` says which these are."""
+    InputError if it holds masks, and none of `files`, which `what` names, or if the images were resized in
+    another way than by squashing: masks in a file are of whole images."""
     if holds_masks(source):
+        check_resize(source, resize)
         given = GivenMasks(source, side)
         given.check(files, what)
         return lambda pixels, files: given.of(files)
@@ -185,10 +192,10 @@ def open_source(source, side, files=(), what=""):
     return lambda pixels, files: finder(pixels)
 
 
-def masks_of(source, pixels, files):
+def masks_of(source, pixels, files, resize="squash"):
     """Masks bool [B, S, S] of images uint8 [B, S, S] by any source; `files`: their names, which a .npz is
-    asked by."""
-    return open_source(source, pixels.shape[-1])(pixels, files)
+    asked by; `resize`: how the images were made square."""
+    return open_source(source, pixels.shape[-1], resize=resize)(pixels, files)
 
 
 class GivenMasks:

@@ -159,6 +159,9 @@ def load_weights(model, path):
     heads = tuple(f"{name}." for name in ("head", "classifier", "fc", *heads))
     dropped = [name for name in state if name not in wanted and name.startswith(heads)]
     found = {name: value for name, value in state.items() if name not in dropped}
+    # Files older than torch 0.4.1 do not count BatchNorm's batches, and nothing here reads the count.
+    counts = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    found = counts | found
     if text := differences(found, wanted, held.state):
         raise InputError(f"{path} does not hold {model.config['name']}: {text}")
     if bad := sorted(n for n, v in found.items() if not torch.isfinite(v).all()):

@@ -18,11 +18,12 @@ from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
 from report.answers.standing import Behind, patients_needed, standings
-from report.answers.threshold import EVERYBODY, calls, floor_verdict
+from report.answers.threshold import EVERYBODY, calls, floor_verdict, lines_of
 from report.answers.which import which_blocks
 from report.render import Bad, Best, to_markdown
 from report.rows import Entry
 from report.tables import main as tables_module
+from report.tables.method import sizes
 from report.tables.models import in_order_of, models_table
 from report.view import only_top, view_of
 from tests.shared import cli, refused, succeed, tables
@@ -466,6 +467,28 @@ def test_list_of_runs(tmp_path):
     refused(cli("compare", "--list", "--runs-dir", "nowhere", cwd=tmp_path), "no run folders")
     refused(cli("compare", "--list", "--top", 2, cwd=tmp_path), "--list", "--top")
     refused(cli("compare", "--list", "--run", "outputs/figures", cwd=tmp_path), "outputs/figures")
+
+
+def test_one_threshold_of_several_findings_is_named(tmp_path, monkeypatch):
+    classes = ["NORMAL", "COVID", "TB"]
+    entry = Entry(write_run(tmp_path / "a", data={"classes": classes}))
+    candidate = view_of([entry], ASKED).candidates[0]
+    rows = entry.row
+    monkeypatch.setattr(entry, "row", lambda name, *at: rows(name, *at) if name == "COVID" else None)
+    ((first, *_),) = lines_of(candidate, "at_rec")
+    others = len(entry.findings) - 1
+    assert first.endswith(f", @Rec, COVID alone ({others} other findings have none) ")
+
+
+def test_images_of_unknown_patients_are_no_patients(tmp_path):
+    entry = Entry(write_run(tmp_path / "a"))
+    for known, unknown, words in (
+        (184, 231, "184 and 231 images of unknown patients in validation"),
+        (184, 0, "patients: 184 validation"),
+        (0, 231, "patients: unknown validation"),
+    ):
+        entry.people["val"] |= {"patients": known, "unknown_patients": unknown}
+        assert words in sizes(entry)
 
 
 # ---------------------------------------------------------------- plots

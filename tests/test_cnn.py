@@ -67,6 +67,19 @@ def test_weights_of_a_file_reach_the_model(body):
     again.load_state_dict(model.state_dict())
 
 
+def test_files_that_do_not_count_batches_are_read(body, tmp_path):
+    """Those of 2017 and 2018, CheXNet's for one: torch 0.4.1 began to count them."""
+    peer, path = body
+    old = {n: v for n, v in peer.state_dict().items() if not n.endswith("num_batches_tracked")}
+    assert len(old) < len(peer.state_dict())
+    torch.save(old, tmp_path / "old.pth")
+    models = cnn.Cnn(NAME).eval(), cnn.Cnn(NAME).eval()
+    for model, file in zip(models, (path, tmp_path / "old.pth")):
+        cnn.load_weights(model, file)
+    with torch.no_grad():
+        assert torch.equal(models[0].features(X), models[1].features(X))
+
+
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "NaN", "other", "text", "npz"])
 def test_wrong_cnn_weights_are_refused(body, tmp_path, change):
     state = {n: v.clone() for n, v in body[0].state_dict().items()}
@@ -160,6 +173,20 @@ def test_layer_decay_is_timms():
     got = step.rate_scales(ours, layer_decay=0.7)
     assert got.keys() == expected.keys()
     assert got == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name, blocks", [("resnet18", (1, 2, 3, 4)), ("convnextv2_atto", (0, 1, 2, 3))])
+def test_layer_decay_of_a_cnn_has_no_steps_without_weights(name, blocks):
+    """The last part below the head gets the decay once, each part or stage below it once more."""
+    model = cnn.Cnn(name)
+    scales = step.rate_scales(model, layer_decay=0.5)
+    part = "body.layer{}." if name == "resnet18" else "body.stages.{}."
+    found = [{v for n, v in scales.items() if n.startswith(part.format(k))} for k in blocks]
+    assert all(len(values) == 1 for values in found)
+    rates = [values.pop() for values in found]
+    assert [b / a for a, b in zip(rates, rates[1:])] == [2, 2, 2]
+    assert {v for n, v in scales.items() if n.startswith("head.")} == {1.0}
+    assert rates[-1] == 0.5 if name == "resnet18" else rates[-1] in (0.5, 0.25)  # a norm before the head
 
 
 def test_backbone_rate_and_decay_of_groups():

@@ -209,6 +209,10 @@ def test_bad_sizes():
 # ---------------------------------------------------------------- the script
 
 
+def test_a_hybrid_drops_no_patches(tmp_path):
+    refused(cli("train_hybrid", "--demo", "--patch-drop", 0.5, cwd=tmp_path), "--patch-drop is a flag of")
+
+
 @pytest.fixture(scope="module")
 def hybrids(flags, tiny_npz, own_build):
     """A folder with a calibrated hybrid of two seeds, with all options."""

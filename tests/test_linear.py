@@ -84,3 +84,11 @@ def test_balances_that_need_epochs_or_classes_are_refused(flags, tmp_path):
     refused(cli("train_linear", *how, "undersample-once", cwd=tmp_path), "needs one class an image")
     succeed("train_linear", *how, "weights", cwd=tmp_path)
     assert not (tmp_path / "outputs/linear/training.lock").exists()
+
+
+def test_the_report_of_logistic_regression_has_no_epoch(own_runs):
+    """It is fitted once; of a network validation chose the epoch."""
+    alone = succeed("compare", "--run", "outputs/linear", cwd=own_runs).out
+    assert "chose the epoch" not in alone and "| Model selection | none; training never opens" in alone
+    both = succeed("compare", cwd=own_runs).out
+    assert "chose the epoch" in both and "the epoch with the best validation AUROC" in both

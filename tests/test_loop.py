@@ -26,6 +26,7 @@ from common import console, device
 from common.console import InputError, Interrupted, Pace
 from common.task import Task
 from images.augment import PRESETS, Augment
+from images.split import epoch_order
 from images.subset import Subset
 from models.batches import Batches
 from models.inputs import Inputs
@@ -45,8 +46,8 @@ from tests.shared import (
     succeed,
     toy_subset,
 )
+from training import evaluate, recipe
 from training import loop as loop_module
-from training import recipe
 from training import step as step_module
 from training.evaluate import fit_head, predict
 from training.loop import Progress
@@ -383,6 +384,22 @@ def test_a_run_whose_rate_does_not_know_its_end_can_be_made_longer(tmp_path, cap
         toy_fit(tmp_path / "c", epochs=2, resume=True, **how)
 
 
+def test_a_run_that_was_all_warm_up_cannot_be_made_longer(tmp_path):
+    """Its rate rose faster than that of a longer run."""
+    toy_fit(tmp_path, epochs=1, schedule="constant", warmup_epochs=2.0)
+    with pytest.raises(InputError, match="--epochs 1, too few for its warm-up"):
+        toy_fit(tmp_path, epochs=4, resume=True, schedule="constant", warmup_epochs=2.0)
+
+
+def test_a_run_that_died_in_its_first_epoch_has_no_checkpoint(tmp_path):
+    """Nor after it went on and died again: untrained weights are no model."""
+    broken = ToyObjective(lambda losses: 1 / 0)
+    for resume in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            toy_fit(tmp_path, epochs=2, resume=resume, objective=broken)
+        assert (tmp_path / "last.pth").exists() and not (tmp_path / "checkpoint.pth").exists()
+
+
 def test_more_epochs_of_a_planned_rate_are_another_run(tmp_path):
     """The message says how to train longer; nothing is changed."""
     toy_fit(tmp_path, epochs=1)
@@ -558,6 +575,36 @@ def test_probe_views_are_more_rows_of_the_table(tmp_path):
         assert len(outputs) == len(subset)
     for a, b in zip(*heads):
         assert np.allclose(a, b, atol=1e-4)
+
+
+def test_probe_views_are_of_the_images_that_undersampling_leaves(tmp_path):
+    """What the images look like that it leaves out changes nothing."""
+    settings = replace(recipe.Recipe(), batch_size=8, probe_views=2, balance="undersample-once")
+    stage, weights = recipe.Stage("head", 2, 1e-2), []
+    targets = np.array([0] * 4 + [1] * 14)
+    kept = epoch_order(settings.seed, 0, targets, "undersample-once")
+    assert len(kept) == 8
+    for grey in (0, 200):
+        pixels = toy_subset(18, 0).pixels()
+        pixels[np.setdiff1d(np.arange(18), kept)] = grey
+        train = Subset([f"{i}.png" for i in range(18)], targets, pixels, np.arange(18))
+        model = randomise(small_vit(in_chans=1))
+        how = dict(objective=ToyObjective(label_smoothing=0.0), recipe=settings, inputs=INPUTS)
+        fit_head(model, train, stage, augment=lambda x: x / 2, **how)
+        weights.append(model.head.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_processes_validate_with_the_statistics_that_are_kept(monkeypatch):
+    """BatchNorm's of the first process, before anything is scored."""
+    model, sent = torch.nn.BatchNorm2d(3), []
+    monkeypatch.setattr(evaluate, "processes", lambda: (1, 2))
+    monkeypatch.setattr(evaluate.dist, "broadcast", lambda buffer, source: sent.append((buffer, source)))
+    monkeypatch.setattr(evaluate, "predict", lambda *about, **how: torch.full((10, 2), float(len(sent))))
+    monkeypatch.setattr(evaluate, "gather", lambda own: [own, own])
+    logits = evaluate.predict_together(model, toy_subset(20, 0), INPUTS, "validation")
+    assert [source for _, source in sent] == [0, 0, 0] and (logits == 3).all()
+    assert all(a is b for (a, _), b in zip(sent, model.buffers()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")

@@ -246,6 +246,15 @@ def test_given_masks_go_by_name_and_certainty(tmp_path):
     assert np.array_equal(got[1], two_lungs(32)) and not got[0].any() and not got[2].any()
 
 
+@pytest.mark.parametrize("resize", ["pad", "crop"])
+def test_masks_of_a_file_are_not_laid_over_images_resized_otherwise(tmp_path, resize):
+    path = write_masks(tmp_path / "m.npz", ["a.png"], two_lungs()[None])
+    pixels = np.zeros((1, 32, 32), np.uint8)
+    with pytest.raises(InputError, match="masks from a file go with --resize squash only"):
+        masks_module.masks_of(path, pixels, ["a.png"], resize)
+    assert masks_module.masks_of(path, pixels, ["a.png"], "squash").any()
+
+
 def test_masks_of_other_images_are_refused(small_set, tmp_path, capsys):
     """Names relative to another folder match nothing: the run would be one of whole images, unnoticed."""
     file = f"train/NORMAL/{min(f.name for f in Path(small_set.data_dir, 'train/NORMAL').iterdir())}"

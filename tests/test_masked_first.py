@@ -133,11 +133,26 @@ def test_an_overwritten_run_leaves_nothing(argv, whole, tmp_path):
         stop_at(patch, 1)
         done = cli("train_scratch", *argv, "--seed", 1, "--out", "run", "--overwrite", cwd=tmp_path)
     assert done.code == 143 and [p.name for p in run.iterdir()] == ["masked"]
+    # The same command goes on, --overwrite and all.
+    again = (*argv, "--seed", 1, "--out", "run", "--overwrite", "--resume")
+    assert "resuming run/masked" in succeed("train_scratch", *again, cwd=tmp_path).err
     plain = argv.copy()
     plain[plain.index("--masked-epochs") + 1] = 0
     succeed("train_scratch", *plain, "--max-steps", 1, "--out", "run", "--overwrite", cwd=tmp_path)
     assert not (run / "masked").exists() and "init" not in read_json(run, "results.json")
     refused(cli("train_scratch", *argv, "--out", "run", "--resume", cwd=tmp_path), "without masked epochs")
+
+
+def test_the_command_of_a_run_is_the_one_whose_settings_it_has(argv, tmp_path):
+    """Settings of the epochs with labels may change while none has begun."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 1)
+        assert cli("train_scratch", *argv, "--out", "run", cwd=tmp_path).code == 143
+    done = succeed("train_scratch", *argv, "--lr", "2e-4", "--out", "run", "--resume", cwd=tmp_path)
+    assert "settings of the epochs with labels, which have not begun, are those of this command" in done.err
+    results = read_json(tmp_path, "run/results.json")
+    assert "--lr 2e-4" in results["command"] and "--resume" not in results["command"]
+    assert results["recipe"]["lr"] == 2e-4
 
 
 def test_masked_epochs_and_init_exclude_each_other(argv, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+import monitor
 from calibration import site as site_module
 from calibration import triage, wording
 from calibration.operating_point import Rule, evaluate
@@ -371,6 +372,23 @@ def test_the_chain_of_commands(own_runs, synthetic, tmp_path):
     refused(
         cli("monitor", "--run", "outputs/scratch", log, "--point", "in", cwd=own_runs), "--min-specificity"
     )
+
+
+def test_three_answers_are_watched_at_rec_alone(own_runs):
+    """They lie between @Rec and @In; of @Guar, which is lower, they would call a sick patient who is found
+    negative."""
+    run = Run(own_runs / "outputs/linear")
+    task = SimpleNamespace(chosen_finding=lambda finding: ("PNEUMONIA", 0))
+    found = {"threshold": 0.5, "guarantee": {"threshold": 0.2}, "rule_in": {"threshold": 0.8}}
+    fake = SimpleNamespace(
+        task=task,
+        results=run.results,
+        calibration=lambda name: {"findings": {"PNEUMONIA": found}, "min_recall": 0.9},
+    )
+    for point, threshold, answers in (("rec", 0.5, (0.5, 0.8)), ("guar", 0.2, ())):
+        args = SimpleNamespace(finding=None, tta=False, site=None, point=point, min_recall=None)
+        watched = monitor.watched_of(fake, args)
+        assert (watched.threshold, watched.triage) == (threshold, answers)
 
 
 def test_the_report_shows_who_is_left_to_read(own_runs):

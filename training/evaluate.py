@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from common import console
 from common.console import InputError, say
@@ -38,6 +39,9 @@ def predict_together(model, subset, inputs, title):
     """The logits of every image of a Subset, in order, on the CPU; under torchrun every process takes its
     share."""
     rank, number = processes()
+    if number > 1:  # each has BatchNorm's statistics of its own images; those of the first one are kept
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     mine = subset.take(np.arange(rank, len(subset), number))
     own_logits = predict(model, mine, inputs, progress=title)
     logits = own_logits.new_empty(len(subset), own_logits.shape[1])
@@ -75,8 +79,12 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=stage.lr, weight_decay=decay)
     say_stage(model, stage)
     model.head.train()
+    rows, balance = np.arange(len(all_targets)), recipe.balance
+    if len(views) > 1 and balance == "undersample-once":  # the same images in all views
+        once = epoch_order(recipe.seed, 0, train.targets, balance, train.sources)
+        rows, balance = (once + len(train) * np.arange(len(views))[:, None]).ravel(), "none"
     for epoch in range(stage.epochs):
-        order = epoch_order(recipe.seed, epoch, all_targets, recipe.balance, sources)
+        order = rows[epoch_order(recipe.seed, epoch, all_targets[rows], balance, sources[rows])]
         total = 0.0
         for index in torch.from_numpy(order).to(inputs.device).split(recipe.batch_size):
             y, w = targets[index], weights[index]

@@ -188,7 +188,7 @@ class Loop:
         """Go on from where the run was stopped."""
         resume.restore(self)
         # last.pth is written before checkpoint.pth: the process may have died before it could write that.
-        if self.progress.step == 0 and self.progress.best_epoch == self.progress.epoch:
+        if self.progress.step == 0 and self.progress.best_epoch == self.progress.epoch > 0:
             self._save_model()
         say(f"resuming {self.run} {self.progress.place}")
 

@@ -157,7 +157,7 @@ def run_from_args(args, suffix=""):
     if first:  # the others might see the lock of the first one
         lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
     can_go_on = (folder / "last.pth").exists()
-    if run.masked.begun and not (run.begun or args.overwrite):
+    if run.masked.begun and not (run.begun or args.overwrite and not args.resume):
         resume.refuse_masked(run, args)
     elif args.resume:
         if not can_go_on and not suffix:

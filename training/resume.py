@@ -82,6 +82,12 @@ def _more_epochs(plan, epochs):
             f"or train anew with --epochs {recipe.epochs} and --overwrite, or another --out. Only a run with "
             "--schedule constant or plateau can be made longer"
         )
+    if epochs < max(1, recipe.warmup_epochs):
+        raise InputError(
+            f"--resume: {run} was begun with --epochs {epochs}, too few for its warm-up, which differs from "
+            f"that of {recipe.epochs} epochs: train anew with --epochs {recipe.epochs} and --overwrite, or "
+            "another --out"
+        )
     say(
         f"{run} was begun with --epochs {epochs} and goes on to {recipe.epochs}, as if begun with these "
         f"(--schedule {recipe.schedule}, --lr {recipe.lr:g}); its calibration is removed"

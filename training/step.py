@@ -23,6 +23,7 @@ PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 2  # see plateau_factor
 # Muon's learning rate, as a share of AdamW's: of 2 and 5, 2 was better for the scratch ViT (validation and
 # the panel of docs/notebook/20).
 MUON_RATE = 2.0
+STAGES = ("stages", "blocks", "features")  # what timm calls the part of a CNN that holds its blocks
 
 
 def random_state(device):
@@ -268,17 +269,22 @@ def rate_scales(model, backbone=1.0, layer_decay=1.0):
     2020, arXiv:2003.10555; Bao et al. 2022, arXiv:2106.08254), times `backbone` for all but the head and,
     where model.stem is what came pretrained, the other parts above that.
 
-    A parameter outside model.layers() belongs to the last layer below the head if it is a norm's, else to the
-    first: [CLS], positions."""
-    layers = [module for _, module in model.layers()]
+    Layers are those of model.layers() that have weights; of a CNN's stages each block is one. A parameter
+    outside them belongs to the last pretrained layer if it is a norm's, else to the first: [CLS],
+    positions."""
+    layers = []
+    for name, module in model.layers():
+        inner = list(module.children()) if name in STAGES else [module]
+        layers += [part for part in inner if any(True for _ in part.parameters())]
     depth = {}
     for i, module in enumerate(layers):
         depth |= {id(p): i for p in module.parameters()}
     top, scales = len(layers) - 1, {}
     stem = {id(p) for p in getattr(model, "stem", model).parameters()}
     # Without a stem, all but the head came pretrained.
+    last = max((i for i in range(top) if any(id(p) in stem for p in layers[i].parameters())), default=0)
     for name, p in model.named_parameters():
-        outside = max(0, top - 1) if name.startswith(("norm.", "fc_norm.")) else 0
+        outside = last if name.removeprefix("stem.").startswith(("norm.", "fc_norm.")) else 0
         layer = depth.get(id(p), outside)
         pretrained = layer < top and id(p) in stem
         factor = backbone if pretrained else 1.0
