@@ -160,7 +160,7 @@ def load_weights(model, path):
     dropped = [name for name in state if name not in wanted and name.startswith(heads)]
     found = {name: value for name, value in state.items() if name not in dropped}
     # Files older than torch 0.4.1 do not count BatchNorm's batches, and nothing here reads the count.
-    counts = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    counts, loaded = {n: v for n, v in wanted.items() if n.endswith("num_batches_tracked")}, sorted(found)
     found = counts | found
     if text := differences(found, wanted, held.state):
         raise InputError(f"{path} does not hold {model.config['name']}: {text}")
@@ -173,7 +173,7 @@ def load_weights(model, path):
     model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
     if own.norm_eps:
         model.set_norm_eps(own.norm_eps)
-    report = _report(path, sorted(found), dropped, own.or_else(usual))
+    report = _report(path, loaded, dropped, own.or_else(usual))
     return report | {"sha256": sha256(Path(path)), "notes": [*held.notes, *notes, *own.notes]}
 
 

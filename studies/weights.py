@@ -222,10 +222,13 @@ def densenet():
 
 
 def chexnet():
-    """CheXNet's file of 2017: wrapped, in DataParallel, names with dots, a classifier with a sigmoid."""
+    """CheXNet's file of 2017: wrapped, in DataParallel, names with dots, a classifier with a sigmoid, and
+    before torch 0.4.1, which began to count BatchNorm's batches."""
     case, saved = densenet(), {}
     for name, value in case.saved.items():
         name = re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
+        if name.endswith("num_batches_tracked"):
+            continue
         saved["module.densenet121." + name.replace("classifier.", "classifier.0.")] = value
     return case._replace(saved={"epoch": 3, "state_dict": saved, "best_loss": 0.1})
 
