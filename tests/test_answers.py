@@ -470,14 +470,16 @@ def test_list_of_runs(tmp_path):
 
 
 def test_one_threshold_of_several_findings_is_named(tmp_path, monkeypatch):
-    classes = ["NORMAL", "COVID", "TB"]
-    entry = Entry(write_run(tmp_path / "a", data={"classes": classes}))
+    entry = Entry(write_run(tmp_path / "a"))
     candidate = view_of([entry], ASKED).candidates[0]
-    rows = entry.row
-    monkeypatch.setattr(entry, "row", lambda name, *at: rows(name, *at) if name == "COVID" else None)
     ((first, *_),) = lines_of(candidate, "at_rec")
-    others = len(entry.findings) - 1
-    assert first.endswith(f", @Rec, COVID alone ({others} other findings have none) ")
+    assert first.endswith(", @Rec ")
+    rows = entry.row
+    monkeypatch.setattr(entry, "findings", ("PNEUMONIA", "Edema", "Mass"))
+    monkeypatch.setattr("report.answers.threshold.alone", lambda entries: False)
+    monkeypatch.setattr(entry, "row", lambda name, *at: rows(name, *at) if name == "PNEUMONIA" else None)
+    ((first, *_),) = lines_of(candidate, "at_rec")
+    assert first.endswith(", @Rec, PNEUMONIA alone (2 other findings have none) ")
 
 
 def test_images_of_unknown_patients_are_no_patients(tmp_path):

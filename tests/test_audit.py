@@ -82,7 +82,7 @@ def made(monkeypatch):
         run = SimpleNamespace(
             kind="vit",
             task=Task(),
-            config=SimpleNamespace(needs_lungs=False, lungs="x.safetensors", img_size=SIZE),
+            config=SimpleNamespace(needs_lungs=False, lungs="x.safetensors", img_size=SIZE, resize="squash"),
             results={
                 "mean": [0.0],
                 "std": [1.0],

@@ -378,7 +378,7 @@ def test_three_answers_are_watched_at_rec_alone(own_runs):
     """They lie between @Rec and @In; of @Guar, which is lower, they would call a sick patient who is found
     negative."""
     run = Run(own_runs / "outputs/linear")
-    task = SimpleNamespace(chosen_finding=lambda finding: ("PNEUMONIA", 0))
+    task = SimpleNamespace(chosen_finding=lambda finding: "PNEUMONIA")
     found = {"threshold": 0.5, "guarantee": {"threshold": 0.2}, "rule_in": {"threshold": 0.8}}
     fake = SimpleNamespace(
         task=task,
