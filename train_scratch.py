@@ -15,7 +15,7 @@ import common.prelude  # noqa: F401  (first: from here on Ctrl-C and a missing p
 
 from dataclasses import replace
 
-from common.console import InputError, command_line, in_one_line, say, start
+from common.console import InputError, in_one_line, say, start
 from common.device import first_process_first
 from common.scripts import there_is
 from records.run import Run
@@ -115,8 +115,7 @@ def begin_with(p, args, model):
         return None, {"init": p.run.results["init"]}
     with first_process_first():  # which has written it
         described = load_encoder(model, p.run.masked, p.config) | {"own": True}
-    command = command_line().replace(" --resume", "")  # whose settings these epochs have
-    return None, {"init": described, "command": command}
+    return None, {"init": described}
 
 
 def train_one(p, args, teacher, after):

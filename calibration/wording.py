@@ -79,15 +79,14 @@ def shared_text(calibration):
     return "\n".join(lines + rule_in_lines(calibration))
 
 
-def joint_text(joint, granted=None):
-    """What "jointly" of a calibration says, as a line; granted: how many findings have a threshold, if
-    known."""
+def joint_text(joint, granted):
+    """What "jointly" of a calibration says, as a line; granted: how many findings have @Guar."""
     promises = joint.get("promises", joint["findings"])
-    what = f"the floors of {joint['findings']} findings"
-    if granted is not None and granted < joint["findings"]:
-        what = f"the floors of {granted} of {joint['findings']} findings"
+    some = f"{granted} of " if granted < joint["findings"] else ""
+    what = f"the floors of {some}{joint['findings']} findings"
     if "promises" in joint:
-        what = f"@InGuar too: the {promises} floors of recall and specificity"
+        those = " that are granted" if some else ""
+        what = f"@InGuar too: the {promises} floors of recall and specificity{those}"
     return (
         f"  @Guar: {what} hold at once with confidence {joint['confidence']:g}: by the union bound each "
         f"alone with {1 - (1 - joint['confidence']) / promises:.4f}"

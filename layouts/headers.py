@@ -22,11 +22,12 @@ from images import twins
 from images.decode import read_header
 from images.dicom import KEYED
 from layouts import cohort
+from layouts.patients import NOBODY
 
 KEY_FILE, KEY_BYTES = "dicom.key", 32
 PICTURES = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # files called so are not looked into
-NOBODY = {  # in lower case: what stands in the place of an id that was removed
-    *("", "0", "none", "n/a", "na", "unknown", "unk", "anon", "anonymous", "anonymized", "anonymised"),
+NO_ID = {  # in lower case: what stands in the place of an id that was removed
+    *("", "0", *NOBODY, "anon", "anonymous", "anonymized", "anonymised"),
     *("removed", "deidentified", "de-identified", "patient", "patientid", "no id", "noid", "test"),
 }
 MOST_PATIENTS = 3  # of one study: more, and its number says nothing
@@ -102,7 +103,7 @@ def told(header, key):
     nothing. Age, sex and view are as they are written."""
     patient, study = header["PatientID"], header["StudyInstanceUID"]
     found = {"patient": "", "study": ""}
-    if patient.lower() not in NOBODY:
+    if patient.lower() not in NO_ID:
         found["patient"] = name_of(key, "patient", patient)
     if study:
         found["study"] = name_of(key, "study", study)

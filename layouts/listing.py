@@ -130,3 +130,10 @@ def patient_id(name):
     """
     match = re.match(r"(person\d+)_|((?:NORMAL\d+-)?IM-\d+)-", Path(name).stem)
     return match[1] or match[2] if match else name
+
+
+def patient_in_folder(name):
+    """patient_id as FOLDER/ID, for images of anywhere: sets and viewers number from 1, so one id in several
+    folders is of several people. A name that tells no patient stays as it is."""
+    who = patient_id(name)
+    return name if who == name else f"{Path(name).parent.as_posix()}/{who}"

@@ -1,13 +1,12 @@
 """The log of scores and diagnoses that monitor.py reads: one image a patient, in order. No torch."""
 
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common.console import InputError, say
-from layouts.listing import patient_id
+from layouts.listing import patient_in_folder
 from layouts.patients import clean_patient
 from layouts.sheets import numbered, open_table
 
@@ -70,9 +69,9 @@ def check_row(cell, score, words, where, unit="image"):
     sick = diagnosis in present if diagnosis else None
     # Without a column patient the file name may tell, as in training.
     patient = clean_patient(cell.get("patient", ""))
-    who = patient_id(cell["path"])
+    who = patient_in_folder(cell["path"])
     if not patient and who != cell["path"]:
-        patient = f"{Path(cell['path']).parent.as_posix()}/{who}"  # the numbers start again in other folders
+        patient = who
     study = cell.get("study", "") if unit == "study" else ""
     return Row(cell["path"], value, sick, patient, cell.get("time", ""), study)
 

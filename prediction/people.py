@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from layouts import headers
-from layouts.listing import patient_id
+from layouts.listing import patient_id, patient_in_folder
 
 
 def people_of(files, key):
@@ -22,14 +22,8 @@ def people_of(files, key):
 
 
 def told_by_names(names):
-    """patient_id of each file name; an id that is found in several folders is another person in each, since
-    sets and viewers number from 1: it is then FOLDER/ID."""
+    """patient_id of each file name, with its folder where the id is found in several."""
     ids, folders = [patient_id(name) for name in names], {}
     for name, who in zip(names, ids):
         folders.setdefault(who, set()).add(Path(name).parent)
-    patients = []
-    for name, who in zip(names, ids):
-        if who != name and len(folders[who]) > 1:
-            who = f"{Path(name).parent.as_posix()}/{who}"
-        patients.append(who)
-    return patients
+    return [patient_in_folder(name) if len(folders[who]) > 1 else who for name, who in zip(names, ids)]

@@ -4,7 +4,6 @@ import itertools
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from images.decode import read_image
 from images.find import Search, find_files
 from layouts.choices import VIEWS, view_is_used
 from layouts.headers import key_of_call, of_file
-from layouts.listing import Index, patient_id
+from layouts.listing import Index, patient_in_folder
 from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import plausible
@@ -44,12 +43,8 @@ class File(NamedTuple):
 
     @property
     def patient(self):
-        """The patient, by the header or else by the name, whose numbers start again in every folder; the name
-        itself where neither tells."""
-        who = patient_id(self.name)
-        if who != self.name:
-            who = f"{Path(self.name).parent.as_posix()}/{who}"
-        return self.told["patient"] or who
+        """The patient, by the header or else by the name; the name itself where neither tells."""
+        return self.told["patient"] or patient_in_folder(self.name)
 
 
 # ---------------------------------------------------------------- thresholds by hand

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from common.task import Task
 from models.build import Ensemble, PixelLinear
 from models.inputs import Inputs
 from records.run import Run
+from report.tables.evidence import batch_blocks
 from tests.shared import CPU, cli, predict_rows, read_json, refused, small_vit, succeed
 
 D = 6
@@ -207,6 +209,28 @@ def test_predict_says_whether_images_are_like_validation(own_runs, synthetic):
     assert f"| {100 * found['called']:.1f}% |" not in row and "| - | - |" in row
     path.write_text(json.dumps({"images": 3}))
     refused(cli("compare", cwd=own_runs), "drawn test.json is damaged")
+
+
+@pytest.mark.parametrize("at, known", [(0.5, True), (0.6, True), (0.7, False)])
+def test_a_batch_is_of_the_run_with_or_without_tta(at, known, capsys):
+    """A run has two thresholds then, and one set of batches: either may have called."""
+    figures = {"odd": 0.01, "called": 0.25, "called_in_validation": 0.5, "p_joint": 0.3}
+    figures |= {"images": 8, "patients": 8}
+    verdict = {**figures, "checkpoint": "c", "says": "like it", "version": 1, "called_at": at}
+    run = SimpleNamespace(folder="r", batches=lambda: {"b": verdict})
+    entries = [
+        SimpleNamespace(
+            run=run,
+            name="m",
+            findings=["A"],
+            calibration={"checkpoint": "c"},
+            calibrated={"A": {"threshold": threshold}},
+        )
+        for threshold in (0.5, 0.6)
+    ]
+    (row,) = batch_blocks(entries)[-1].rows
+    assert row[4:6] == (["25.0%", "50.0%"] if known else ["-", "-"])
+    assert ("called at another threshold" in capsys.readouterr().err) != known
 
 
 def test_runs_of_an_older_version_have_no_typicality(own_runs, synthetic):

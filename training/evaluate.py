@@ -102,8 +102,7 @@ def fit_head(model, train, stage, *, objective, recipe, inputs, augment=None):
             f"the loss of the head became {mean} at learning rate {stage.lr:g}: try a smaller --head-lr"
         )
     seconds = time.perf_counter() - started
-    epochs = "1 epoch" if stage.epochs == 1 else f"{stage.epochs} epochs"
-    say(f"head alone, {epochs} on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
+    say(f"head alone, {_epochs(stage)} on frozen features: train loss {mean:.4f}, {seconds:.0f} s")
     model.head.eval()
     with torch.no_grad():
         return mean, model.head(features[: len(train)]).cpu()
@@ -119,5 +118,8 @@ def say_stage(model, stage, backbone_lr_scale=1.0):
         below = "of the stem" if hasattr(model, "stem") else "below the head"
         rate += f", {below} {stage.lr * backbone_lr_scale:.1e}"
     what = {"head": "the head alone", "neck": "all but the stem", "all": "everything"}[stage.trains]
-    epochs = "1 epoch" if stage.epochs == 1 else f"{stage.epochs} epochs"
-    say(f"stage: {what}, {epochs}, {count:,} of {total:,} parameters, {rate}")
+    say(f"stage: {what}, {_epochs(stage)}, {count:,} of {total:,} parameters, {rate}")
+
+
+def _epochs(stage):
+    return "1 epoch" if stage.epochs == 1 else f"{stage.epochs} epochs"

@@ -159,11 +159,9 @@ def _have_checksums(old, new):
 def command(plan, longer):
     """The command line for results.json: the one that began the run, which tells more than the one that
     resumes it, unless this one asks for more epochs (`longer`)."""
-    present = command_line()
-    if not plan.resume:
+    present = command_line().replace(" --resume", "")  # it may have gone on with masked epochs
+    if longer or not plan.resume:
         return present
-    if longer:
-        return present.replace(" --resume", "")
     return plan.run.results.get("command", present)
 
 

@@ -20,7 +20,8 @@ def batch_blocks(entries):
                 continue
             counts = [str(verdict[key]) for key in ("images", "patients")]
             shares = [per_cent(verdict[key]) for key in ("odd", "called", "called_in_validation")]
-            if of_other_threshold(verdict, entry):
+            same_run = [e for e in entries if e.run.folder == entry.run.folder]  # with and without TTA
+            if all(of_other_threshold(verdict, e) for e in same_run):
                 say(
                     f"note: batch {name} of {entry.run} was called at another threshold than today's @Rec "
                     "(of a site, an earlier calibration, or other views): the shares called are left out"

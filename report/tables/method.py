@@ -28,10 +28,10 @@ def sizes(entry):
         images.append(f"{side}: {split[side]} images ({counts})")
     for side, word in SIDES.items():
         known, unknown = entry.people[side]["patients"], entry.people[side]["unknown_patients"]
-        count = str(known) if known else "unknown"
         if known and unknown:
-            count += f" and {unknown} images of unknown patients"
-        patients.append(f"{count} {word}" if not unknown or not known else f"{count} in {word}")
+            patients.append(f"{known} and {unknown} images of unknown patients in {word}")
+        else:
+            patients.append(f"{known or 'unknown'} {word}")
     return "; ".join([*images, f"patients: {', '.join(patients)}"])
 
 
