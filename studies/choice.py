@@ -27,7 +27,8 @@ from studies.signals import BORROWED_LEAST, panel, read_figures
 # arm: the row of its default when the rule was written; a taught model is no pure one, so it is listed beside
 DEFAULTS = {"pretrained": "ti16-full", "scratch": "scratch-full", "scratch with a teacher": None}
 TIE = 0.005
-NO_REASON = ("scratch-muon", "scratch-masked-first")  # trained longer or better, with no reason to transfer
+# trained longer or better, with no reason to transfer
+NO_REASON = ("scratch-muon", "scratch-masked-first", "scratch-masked-strong-long")
 
 
 class Candidate(NamedTuple):

@@ -12,7 +12,7 @@ What is finished is skipped, what was stopped goes on. The parts:
 - accuracy: the candidates of docs/notebook/20-accuracy-the-rule.md. By its rule they are not scored on the
   test images: there is no calibration, and the signals include the corruptions (give --nih for the panel);
 - scratch: the candidates of docs/notebook/37-scratch-the-rule.md, not scored on the test images either;
-- pretrained: those of docs/notebook/39-what-was-left.md, likewise.
+- pretrained: those of docs/notebook/39-what-was-left.md, likewise (scratch-masked-strong-taught needs one).
 
 --dry-run prints the commands and runs nothing; --only PATTERN takes rows by their names, --seeds 0 of their
 seeds that one alone; what follows -- goes to every training script (`-- --max-steps 5`). On one GPU this
@@ -159,6 +159,8 @@ def scratch():
         "scratch-masked-strong-short": f"{muon} --masked-epochs 12 {strong}",
         "scratch-masked-strong-smooth": f"{muon} {masked} {strong} --label-smoothing 0.2",
         "scratch-masked-strong-batch16": f"{muon} {masked} {strong} --batch-size 16",
+        "scratch-masked-strong-taught": f"{muon} {masked} {strong} --teacher {{out}}/dinov2-full-seed0",
+        "scratch-masked-strong-long": f"{muon} {masked} {strong} --epochs 30",
         "scratch-muon": muon,
         "scratch-masked-first": f"{muon} {masked}",
     }
