@@ -56,8 +56,11 @@ def row_of(folder):
     try:
         check_regular(run.folder / "results.json")  # to read from a pipe would wait for ever
         results = run.results
-        model = architecture(results["model"], results["model_config"])
-        if run.kind in WITHOUT_CLASSES:
+        name, shape = results["model"], results["model_config"]
+        if stage:  # named as what it is to become
+            name, shape = name.removesuffix(", masked"), shape["encoder"] | {"kind": "vit"}
+        model = architecture(name, shape)
+        if run.kind in WITHOUT_CLASSES and not stage:
             model = {"mae": "masked autoencoder", "lungs": "lung finder"}[run.kind]
         elif members := results.get("members"):
             model = ensemble_name(members, results["model_config"])

@@ -120,6 +120,12 @@ def test_questions_of_a_table_are_one_a_finding(capsys):
         asked.questions(task, targets, "any finding")
 
 
+@pytest.mark.parametrize("classes, name", [(("NORMAL", "SICK"), "SICK"), (("Normal", "A", "B"), "B")])
+def test_finding_is_said_to_be_unused_for_classes(classes, name, capsys):
+    asked.questions(Task(classes), np.arange(len(classes)), name)
+    assert "--finding is not used for labels" in capsys.readouterr().err
+
+
 def test_questions_of_classes_and_rare_ones(capsys):
     task = Task(("Normal", "A", "B"))
     targets = np.array([0] * 30 + [1] * 9 + [2] * 30 + [-1])

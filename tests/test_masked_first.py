@@ -108,6 +108,7 @@ def test_stopped_between_the_stages_it_goes_on(argv, whole, tmp_path, monkeypatc
     # What is there is no model, and everybody says so.
     listed = succeed("compare", "--list", cwd=tmp_path).out
     assert "masked epochs: finished" in listed and "last.pth of a finished run" in listed
+    assert "ViT scratch" in listed and "masked autoencoder" not in listed
     refused(cli("calibrate", "--run", "outputs/run", cwd=tmp_path), "only its masked epochs", "--resume")
     refused(cli("calibrate", cwd=tmp_path), "no finished runs")
     plain = argv.copy()

@@ -33,7 +33,7 @@ def questions(task, targets, finding=None):
     if finding is not None:
         task.chosen_finding(finding)  # InputError if there is none of this name
     if task.kind == "softmax":
-        if finding is not None and task.one_of_many:
+        if finding is not None:
             say("note: --finding is not used for labels: an image is of one class, so all are asked together")
         known = np.flatnonzero(targets >= 0)
         return [Question("", task.classes, known, targets[known].astype(int))]
