@@ -16,13 +16,13 @@ import math
 import os
 import pickletools
 import re
-import stat
 import warnings
 import zipfile
 
 from numpy.lib import format as npy
 
 from common.console import InputError
+from common.files import check_regular
 
 ROOM = 256 << 20  # bytes; any .npz may unpack to this much
 GROWTH = 20  # a larger .npz may unpack to this many times its size (trained weights: 1 to 3 times)
@@ -70,14 +70,12 @@ def _file_size(path):
     A named pipe in the place of a file would make its reader wait for ever.
     """
     try:
-        status = os.stat(path)
+        check_regular(path)
+        return os.path.getsize(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+    except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({_reason(error)})") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is not a regular file: name a file, not a folder, pipe or device")
-    return status.st_size
 
 
 # ---------------------------------------------------------------- torch.save

@@ -46,7 +46,9 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     `name` ("train", say) is part of the cache file's name and of messages. Unreadable images: InputError
     naming them, or with `skip_bad` they are left out and counted.
     """
-    key = sha256([CACHE_VERSION, size, resize, [[file, *_stamp(os.path.join(root, file))] for file in files]])
+    key = sha256(
+        [CACHE_VERSION, size, resize, [[file, *arrays.stamp(os.path.join(root, file))] for file in files]]
+    )
     place = sha256([str(Path(root).resolve()), name, size, resize])[:8]
     path = Path(cache_dir, f"{Path(root).name}-{name}-{size}-{resize}-{place}.npy")
     info = valid_cache(path, key, verify)
@@ -82,17 +84,6 @@ def _now_readable(info, root, files, size, resize):
     return False
 
 
-def _stamp(path):
-    """[size in bytes, modification time in ns] of a file; [None, None] if there is none."""
-    if arrays.parts_of(path):
-        return arrays.stamp(path)
-    try:
-        status = os.stat(path)
-    except OSError:
-        return [None, None]  # a broken link, say: decoding it will give the reason
-    return [status.st_size, status.st_mtime_ns]
-
-
 def valid_cache(path, key, verify):
     """The cache's side file if it belongs to `key` and the array is intact, else None.
 
@@ -102,7 +93,7 @@ def valid_cache(path, key, verify):
         info = read_json(path.with_suffix(".json"))
         check = info.pop("check", None)
         if info.get("key") == key and check == sha256(info):
-            if info["stamp"] == _stamp(path) and not verify:
+            if info["stamp"] == list(arrays.stamp(path)) and not verify:
                 intact = _sample(path) == info["sample"]
             else:
                 intact = _crc32(path) == info["crc32"]
@@ -180,6 +171,6 @@ def allocate(path, shape):
 def seal(path, info):
     """Write the side file of the array at `path`: `info`, which has its key, and what `valid_cache` compares;
     returns all of it."""
-    info = {**info, "crc32": _crc32(path), "sample": _sample(path), "stamp": _stamp(path)}
+    info = {**info, "crc32": _crc32(path), "sample": _sample(path), "stamp": list(arrays.stamp(path))}
     write_json(path.with_suffix(".json"), {**info, "check": sha256(info)})
     return info

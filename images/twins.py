@@ -15,7 +15,6 @@ minutes for 112,000, on one core.
 
 import itertools
 import os
-import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def contents(root, files):
 
     Only files of equal length are opened, and only those with an equal middle are read whole."""
     paths = tuple(os.path.join(root, file) for file in files)
-    return _contents(paths, tuple(map(_stamp, paths)))
+    return _contents(paths, tuple(map(arrays.stamp, paths)))
 
 
 @lru_cache(maxsize=4)  # the same set is opened several times in a run
@@ -63,17 +62,6 @@ def _contents(paths, stamps):
     for number, group in enumerate(groups):
         found[group] = number
     return found
-
-
-def _stamp(path):
-    """(length, time of change) of a regular file; (0, 0) for anything else."""
-    if arrays.parts_of(path):
-        return tuple(arrays.stamp(path))
-    try:
-        about = os.stat(path)
-    except (OSError, ValueError):
-        return 0, 0
-    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else (0, 0)
 
 
 def _middle(path):

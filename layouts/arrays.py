@@ -5,6 +5,7 @@ The headers of the arrays are read and checked before anything is allocated; no 
 
 import os
 import re
+import stat
 from functools import lru_cache
 
 import numpy as np
@@ -41,12 +42,14 @@ def _header(archive, member):
 
 
 def stamp(path):
-    """[bytes of an image, time of change] of an image in an .npz; [None, None] where there is none."""
-    file, side, _ = parts_of(path)
+    """(bytes, time of change in ns) of a regular file, or of the .npz that holds an image of this name;
+    (None, None) where there is none: decoding it will give the reason."""
+    parts = parts_of(path)
     try:
-        return [os.path.getsize(file), os.stat(file).st_mtime_ns]
-    except OSError:
-        return [None, None]
+        status = os.stat(parts[0] if parts else path)
+    except (OSError, ValueError):
+        return None, None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (None, None)
 
 
 def pixels(path):

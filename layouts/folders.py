@@ -11,7 +11,7 @@ import numpy as np
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
 from images.find import EXTENSIONS, Search, is_passed_over, subfolders
-from layouts.listing import SIDES, Index, Reading, joined_cohorts, patient_id
+from layouts.listing import SIDES, Index, Reading, joined, patient_id
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
 SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
@@ -215,15 +215,3 @@ def read_folders(root, classes, sides):
     if ignored:
         say_once(f"note: {root}: passed over: {', '.join(ignored)}; parts are called {', '.join(SIDES)}")
     return joined([list_images(root, side, classes) for side in sides])
-
-
-def joined(indices):
-    """Several Indices of class folders, one after the other, as one."""
-    return Index(
-        list(itertools.chain.from_iterable(index.files for index in indices)),
-        np.concatenate([index.targets for index in indices]),
-        list(itertools.chain.from_iterable(index.patients for index in indices)),
-        np.concatenate([index.known for index in indices]),
-        np.concatenate([index.side for index in indices]),
-        cohort=joined_cohorts([index.cohort for index in indices], [len(index.files) for index in indices]),
-    )

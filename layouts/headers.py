@@ -21,7 +21,7 @@ from common.safe_files import load_arrays
 from images import twins
 from images.decode import read_header
 from images.dicom import KEYED
-from layouts import cohort
+from layouts import arrays, cohort
 from layouts.patients import NOBODY
 
 KEY_FILE, KEY_BYTES = "dicom.key", 32
@@ -159,7 +159,7 @@ def _headers(root, files, cache_dir):
     place = sha256([str(root.resolve())])[:8]
     path = Path(cache_dir, f"{root.resolve().name}-headers-{place}.npz")
     kept = _load(path, key)
-    stamps = {file: _stamp(root / file) for file in files}
+    stamps = {file: arrays.stamp(root / file) for file in files}
     changed = [file for file in files if kept.get(file, (None,))[0] != stamps[file]]
     unreadable = []
     for file in progress(changed, len(changed), "reading DICOM headers", "files"):
@@ -178,15 +178,6 @@ def _headers(root, files, cache_dir):
     if changed:
         _save(path, key, kept)
     return {file: kept[file][1] for file in files}
-
-
-def _stamp(path):
-    """(size in bytes, modification time in ns) of a file; (-1, -1) if there is none."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _load(path, key):

@@ -2,6 +2,7 @@
 set, and what file names tell of the patient. No image is opened.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +138,16 @@ def patient_in_folder(name):
     folders is of several people. A name that tells no patient stays as it is."""
     who = patient_id(name)
     return name if who == name else f"{Path(name).parent.as_posix()}/{who}"
+
+
+def joined(indices):
+    """Several Indices, one after the other, as one."""
+    first, found = indices[0], {}
+    for name, value in first._asdict().items():
+        values = [getattr(index, name) for index in indices]
+        if isinstance(value, list):
+            found[name] = list(itertools.chain.from_iterable(values))
+        elif isinstance(value, np.ndarray):
+            found[name] = np.concatenate(values)
+    lengths = [len(index.files) for index in indices]
+    return Index(**found, cohort=joined_cohorts([index.cohort for index in indices], lengths))

@@ -8,7 +8,7 @@ patients.csv.gz lies beside them. Blank counts as negative, as for CheXpert, who
 import numpy as np
 
 from common.console import InputError, say_once
-from layouts import chexpert
+from layouts.chexpert import findings
 from layouts.cohort import OLDEST, sexes, views
 from layouts.rows import UNUSABLE, Layout, Rows, columns_of
 from layouts.sheets import open_sheet, sheet_beside
@@ -17,11 +17,6 @@ SIDE = {"train": "train", "validate": "val", "test": "test"}
 IMAGES, SPLIT = ("dicom_id", "subject_id", "study_id"), "split"
 VIEW, DATE = "ViewPosition", "StudyDate"
 ANCHOR = ("subject_id", "gender", "anchor_age", "anchor_year")
-
-
-def findings(path):
-    """Those of CheXpert's findings that are columns, in the table's order."""
-    return tuple(name for name in open_sheet(path).head if name in chexpert.FINDINGS)
 
 
 def _row_of(sheet, *names):

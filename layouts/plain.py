@@ -7,6 +7,7 @@ import numpy as np
 
 from common.console import InputError, advice
 from common.task import is_device, is_healthy
+from layouts import chexpert
 from layouts.cohort import ages, further_columns, sexes, views
 from layouts.nih import NIH_FINDINGS
 from layouts.patients import patients_of
@@ -14,10 +15,6 @@ from layouts.rows import ABSENT, PRESENT, WORDS, Layout, Rows, coded
 from layouts.sheets import columns, open_sheet
 from layouts.synonyms import same_key
 
-CHEXPERT_DISEASES = (
-    *("Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation"),
-    *("Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture"),
-)
 DESCRIBES = ("study", "age", "sex", "view", "machine")  # columns of these names are no findings
 NAMES = ("path", "patient", *DESCRIBES)
 
@@ -58,7 +55,7 @@ def _no_label(path, name, number, text):
 
 def _refuse_both(sheet, asked):
     """InputError naming the first row that says healthy and sick."""
-    diseases = {same_key(name) for name in (*NIH_FINDINGS, *CHEXPERT_DISEASES, *asked)}
+    diseases = {same_key(name) for name in (*NIH_FINDINGS, *chexpert.FINDINGS, *asked)}
     healthy = [name for name in sheet.head if is_healthy(name)]
     sick = [name for name in sheet.head if same_key(name) in diseases and not is_device(name)]
     sick = [name for name in sick if name not in healthy]

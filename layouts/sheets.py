@@ -185,15 +185,6 @@ def _refuse_width(path, number, count, head, word):
     )
 
 
-def open_table(path):
-    """(column names, rows) of a table: `open_sheet` as lists of text; a blank row is an empty list."""
-    sheet = open_sheet(path)
-    rows = [[] for _ in range(int(sheet.numbers[-1]) - 1)]
-    for number, *row in zip(sheet.numbers, *sheet._columns):
-        rows[number - 2] = row
-    return sheet.head, rows
-
-
 def head_of(path):
     """The column names of a table, of which only the beginning is read; [] where that is no text."""
     try:
@@ -265,16 +256,6 @@ def _separator(text):
     except csv.Error:  # a line longer than any table's
         return text, ","
     return text, max(heads, key=lambda s: (not NAME_COLUMNS.isdisjoint(heads[s]), len(heads[s])))
-
-
-def numbered(rows):
-    """(number, row) of those that are not blank, as a spreadsheet counts: the first under the names is 2."""
-    return ((number, row) for number, row in enumerate(rows, 2) if row)
-
-
-def value(row, at):
-    """The value of a row in column number `at`, without spaces around it; "" where the row is too short."""
-    return row[at].strip() if at < len(row) else ""
 
 
 def column(head, name):

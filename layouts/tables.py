@@ -7,6 +7,7 @@ left out. Only tables and names are read; no image is opened.
 
 import itertools
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from common.files import check_regular
 from images.find import Search
 from layouts import chexpert, google_nih, medmnist, mimic, nih, padchest, plain, rsna, vindr
 from layouts.choices import BLANK, OLDER, Choices, select
-from layouts.listing import Index, Reading, joined_cohorts
+from layouts.listing import Index, Reading, joined
 from layouts.lookup import Listed
 from layouts.rows import BLANK as EMPTY
 from layouts.rows import UNCERTAIN, UNUSABLE, Source, infer_healthy, refuse_contradiction
@@ -191,7 +192,9 @@ def read(path, root, findings, choices=None, *, published=False):
         indices.append(index)
         counts += numbers
     listed.say_guessed()
-    index = _joined(indices)
+    index = joined(indices)
+    if twice := [file for file, count in Counter(index.files).items() if count > 1]:
+        raise InputError(f"{twice[0]} is in two of the tables: it can be on one side only")
     total, found = counts.tolist()
     if found < total:
         say(f"note: {path}: {total - found} of {total} images listed are not under {root}; passed over")
@@ -280,23 +283,6 @@ def _once(rows, names):
     if repeated:
         say(f"note: {rows.path}: {repeated} rows repeat an earlier row; counted once")
     return list(first), list(first.values())
-
-
-def _joined(indices):
-    """The Indices of several tables as one. InputError if two list the same image."""
-    if len(indices) == 1:
-        return indices[0]
-    files = list(itertools.chain.from_iterable(index.files for index in indices))
-    if len(set(files)) < len(files):
-        twice = next(file for file in indices[0].files if files.count(file) > 1)
-        raise InputError(f"{twice} is in two of the tables: it can be on one side only")
-    arrays = {}
-    for name in ("targets", "known", "side", "uncertain", "blank"):
-        arrays[name] = np.concatenate([getattr(index, name) for index in indices])
-    patients = list(itertools.chain.from_iterable(index.patients for index in indices))
-    lengths = [len(index.files) for index in indices]
-    cohort = joined_cohorts([index.cohort for index in indices], lengths)
-    return Index(files=files, patients=patients, cohort=cohort, **arrays)
 
 
 # ---------------------------------------------------------------- images and lists

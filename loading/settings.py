@@ -4,16 +4,15 @@ Read from flags, from the files that publishers put beside the weights, from tim
 and said."""
 
 import difflib
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from common.console import InputError
+from common.files import read_json
 from common.safe_files import listed
 
 HEADS = {192: 3, 256: 8, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width: heads; ViT-H has 16, DINOv3-H+ 20
-BYTES = 1 << 20  # of a JSON file beside the weights, at most
 GELU = ("gelu", "silu", "swish")  # silu: in the gated MLP of DINOv3
 
 
@@ -131,27 +130,17 @@ def _in_file(around, width):
     return Settings()
 
 
-def _read_json(path):
-    """A JSON object beside the weights, {} where there is none. InputError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > BYTES:
-            raise ValueError("it is too large")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({listed([error])}): mend it, or take it away") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object: mend it, or take it away")
-    return value
-
-
 def _beside(path, width, depth):
     """Settings by preprocessor_config.json, config.json (Hugging Face, timm) and results.json (a run of
     ours) in the folder of the weights."""
     folder = path.parent
-    config, prepared = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
-    results = _read_json(folder / "results.json") if path.name == "checkpoint.pth" else {}
+    names = ["config", "preprocessor_config"] + ["results"] * (path.name == "checkpoint.pth")
+    files = {name: folder / f"{name}.json" for name in names}
+    try:
+        there = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    except InputError as error:
+        raise InputError(f"{error}: mend it, or take it away") from None
+    config, prepared, results = (there.get(name, {}) for name in ("config", "preprocessor_config", "results"))
     if other := _of_another_model(config, width, depth):
         files = "config.json"
         if prepared:

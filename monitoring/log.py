@@ -1,6 +1,5 @@
 """The log of scores and diagnoses that monitor.py reads: one image a patient, in order. No torch."""
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from common.console import InputError, say
 from layouts.listing import patient_in_folder
 from layouts.patients import clean_patient
-from layouts.sheets import numbered, open_table
+from layouts.sheets import open_sheet
 
 
 class Log(NamedTuple):
@@ -93,16 +92,16 @@ def read_log(path, threshold, words, column="score", unit="image"):
 
     InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
     diagnosis, an image or a time out of order that comes twice."""
-    head, rows = open_table(path)
+    sheet = open_sheet(path)
+    head = sheet.head
     score = "score" if "score" in head else column
     check_columns(path, head, score)
     images, patients, last = set(), set(), ""
     places, sick, scores = {}, [], []
     counts = dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
-    for number, values in numbered(rows):
-        padded = itertools.chain(map(str.strip, values), itertools.repeat(""))  # a row may be short
+    for number, *values in zip(sheet.numbers, *map(sheet.text, head)):
         where = f"{path}, row {number}"
-        row = check_row(dict(zip(head, padded)), score, words, where, unit)
+        row = check_row(dict(zip(head, values)), score, words, where, unit)
         # The sequential test counts patients in the order of their diagnoses, each image once.
         if row.path in images:
             raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")

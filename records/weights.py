@@ -5,6 +5,7 @@ import torch
 from common.console import InputError
 from common.files import atomic_path
 from common.safe_files import check_state_dict, load_tensors
+from loading.vits import differences
 from models.build import build_model
 
 
@@ -19,13 +20,11 @@ def model_of(results, path, checkpoint):
     config = results["model_config"]
     try:
         with torch.device("meta"):
-            shapes = {name: value.shape for name, value in build_model(config).state_dict().items()}
+            expected = build_model(config).state_dict()
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    differ = _differences(weights, shapes)
-    if differ:
-        listed = "; ".join(sorted(differ))[:300]
-        raise InputError(f"{checkpoint} does not fit the model in results.json: {listed}")
+    if differ := differences(weights, expected):
+        raise InputError(f"{checkpoint} does not fit the model in results.json: {differ}")
     bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise InputError(f"{checkpoint} holds NaN or infinite weights in {', '.join(bad[:3])}: train again")
@@ -37,16 +36,6 @@ def model_of(results, path, checkpoint):
         raise InputError(f"{path} is damaged: reads_lungs does not fit the model's input")
     model.load_state_dict(weights)
     return model.eval()
-
-
-def _differences(weights, shapes):
-    """In what a state dict differs from the shapes {name: size} that a model needs, in words."""
-    differ = [f"{name} is absent" for name in shapes.keys() - weights.keys()]
-    differ += [f"{name} is not part of it" for name in weights.keys() - shapes.keys()]
-    for name in shapes.keys() & weights.keys():
-        if weights[name].shape != shapes[name]:
-            differ.append(f"{name} is {tuple(weights[name].shape)}, needs {tuple(shapes[name])}")
-    return differ
 
 
 def save_tensors(path, value):

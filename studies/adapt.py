@@ -31,7 +31,7 @@ from common.console import start
 from common.device import add_device_argument, pick_device
 from common.files import atomic_path
 from data import load
-from layouts.sheets import open_table
+from layouts.sheets import open_sheet
 from metrics import summarize_at_threshold
 from records.run import Run
 from studies.nih import list_nih
@@ -59,9 +59,8 @@ def nih_rows(folder):
 
 
 def rsna_rows(folder):
-    head, rows = open_table(Path(folder, "labels.csv"))
-    at = [head.index(name) for name in ("path", "patient", "group", "pneumonia")]
-    return [tuple(row[i] for i in at) for row in rows if row]
+    sheet = open_sheet(Path(folder, "labels.csv"))
+    return list(zip(*map(sheet.text, ("path", "patient", "group", "pneumonia"))))
 
 
 def held_out(run, place, table, device):
@@ -70,8 +69,8 @@ def held_out(run, place, table, device):
     root, index = other_hospitals.read(f"{place}:{table}", run.config)
     subset = load(run.config, root, index, "held-out")[0]
     _, (truth, scores, shipped), _ = site.scored(run, subset, device, None, 64)
-    head, rows = open_table(table)
-    group = {row[head.index("path")]: row[head.index("group")] for row in rows}
+    sheet = open_sheet(table)
+    group = dict(zip(sheet.text("path"), sheet.text("group")))
     groups = np.array([group[f] for f in subset.files])
     return (
         truth[:, 0].astype(int),

@@ -25,13 +25,14 @@ from data import IMG_SIZE, load_train_val, read_listing
 from images.split import cut
 from images.subset import input_range
 from layouts import tables
-from layouts.sheets import open_table
+from layouts.sheets import open_sheet
 from studies.benchmark import peak_resident
 
 
 def draw(table, work, per_folder=10_000):
     """An image for every row of the NIH table under work/images_*/images, and the two lists; once."""
-    head, rows = open_table(table)
+    sheet = open_sheet(table)
+    rows = list(zip(sheet.text("Image Index"), sheet.text("Patient ID")))
     if (work / "test_list.txt").exists():
         return len(rows)
     rng, pictures = np.random.default_rng(0), []
@@ -39,15 +40,14 @@ def draw(table, work, per_folder=10_000):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(buffer, "PNG")
         pictures.append(buffer.getvalue())
-    name, patient = head.index("Image Index"), head.index("Patient ID")
-    for i, row in enumerate(rows):
+    for i, (name, _) in enumerate(rows):
         folder = work / f"images_{i // per_folder:03d}/images"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / row[name]).write_bytes(pictures[i % 50])
-    patients = sorted({row[patient] for row in rows})
+        (folder / name).write_bytes(pictures[i % 50])
+    patients = sorted({patient for _, patient in rows})
     tested = set(rng.permutation(patients)[: len(patients) * 23 // 100])
     for file, inside in (("train_val_list.txt", False), ("test_list.txt", True)):
-        names = [row[name] for row in rows if (row[patient] in tested) == inside]
+        names = [name for name, patient in rows if (patient in tested) == inside]
         (work / file).write_text("\n".join(names))
     return len(rows)
 

@@ -11,11 +11,10 @@ from PIL import Image
 import data
 from common.console import InputError
 from common.task import Task
-from layouts import lookup, sheets, tables
+from layouts import chexpert, lookup, sheets, tables
 from layouts.choices import Choices
 from layouts.nih import NIH_FINDINGS, nih_names
 from layouts.patients import read_patients
-from layouts.plain import CHEXPERT_DISEASES
 from layouts.tables import read_table
 from monitor import read_log
 from tests.shared import SHARED, cli, refused, touch
@@ -364,7 +363,7 @@ def test_chexpert_rows_are_read_as_a_plain_table(tmp_path):
     path = SHARED / "tables/chexpert_train_head.csv"
     if not path.exists():
         pytest.skip("../shared is absent")
-    names = ("No Finding", *CHEXPERT_DISEASES, "Support Devices")
+    names = chexpert.FINDINGS
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     put(tmp_path, path.read_bytes(), files=[row["Path"] for row in rows])
@@ -373,7 +372,7 @@ def test_chexpert_rows_are_read_as_a_plain_table(tmp_path):
     truth = Task(names, "sigmoid").truth(found.targets)
     both = 0
     for row, any_finding in zip(rows, truth[:, 0].tolist()):
-        sick = any(row[name] == "1.0" for name in CHEXPERT_DISEASES)
+        sick = any(row[name] == "1.0" for name in chexpert.FINDINGS[1:-1])
         well = row["No Finding"] == "1.0"
         both += well and row["Support Devices"] == "1.0"
         assert any_finding == (0 if well else 1 if sick else -1)

@@ -129,7 +129,7 @@ def test_files_of_another_model_are_not_used(tmp_path, plain):
 @pytest.mark.parametrize(
     "files, words",
     [
-        (dict(config="{"), "config.json cannot be read"),
+        (dict(config="{"), "config.json is not readable JSON.*mend it"),
         (dict(config="[]"), "JSON object"),
         (dict(preprocessor_config=RAD_DINO | {"image_std": [0, 1, 1]}), "std"),
         (dict(preprocessor_config=RAD_DINO | {"image_mean": ["a"]}), "mean"),

@@ -19,7 +19,6 @@ BELOW_ONE = Number(float, 0, 1, below=True)
 ALPHA = Number(float, 0, 100)
 WEIGHT = Number(float, 0, 1e6)
 SHARE = Number(float, 0, 1)
-STEPS = Number(int, 0, 2**31)
 OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "plateau")
 THAWED = 0.2  # learning rate after --frozen-epochs, as a share of that before

@@ -187,13 +187,3 @@ def patients_needed(behind, patients):
     if behind.difference <= ROUNDING or not np.isfinite(behind.error):
         return None
     return int(np.ceil(patients * (1.96 * behind.error / behind.difference) ** 2))
-
-
-def in_order(found):
-    """Entries of Standings in the order of the report: those that remain, then by AUROC on validation, then
-    shortcut readers; those on other validation images last."""
-    order = []
-    for standing in found:
-        for candidate in standing.candidates:
-            order += [*candidate.entries, *candidate.again]
-    return order
