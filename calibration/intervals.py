@@ -7,7 +7,7 @@ Labels, scores and thresholds are those of metrics.py.
 import math
 
 import numpy as np
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import norm, rankdata
 
 from common.console import InputError
 from common.proportions import (
@@ -26,8 +26,9 @@ from common.proportions import (
 from metrics import check_groups, check_scores, ends_of_ties, summarize_at_threshold
 
 
-def _delong(y, scores):
-    """AUROCs [M] of M scores [M, N] and their covariance [M, M], in O(M N log N).
+def _influences(y, scores):
+    """AUROCs [M] of M scores [M, N], and by how much each image moves them -> ([M], [M, positives], [M,
+    negatives]): its share of won pairs less the AUROC, over the images of its class; in O(M N log N).
 
     DeLong, DeLong and Clarke-Pearson (1988), by the midranks of Sun and Xu (2014,
     doi:10.1109/LSP.2014.2337313)."""
@@ -41,7 +42,14 @@ def _delong(y, scores):
     # The fraction of negatives below each positive, and of positives above each negative; ties count half.
     v10 = (rank_all[:, :m] - rankdata(pos, axis=1)) / n
     v01 = 1 - (rank_all[:, m:] - rankdata(neg, axis=1)) / m
-    return v10.mean(axis=1), np.atleast_2d(np.cov(v10)) / m + np.atleast_2d(np.cov(v01)) / n
+    auroc = v10.mean(axis=1, keepdims=True)
+    return auroc[:, 0], (v10 - auroc) / m, (v01 - auroc) / n
+
+
+def _variance(sick, healthy):
+    """Variance of what independent images or patients move: [m] by the sick, [n] by the healthy."""
+    m, n = len(sick), len(healthy)
+    return m / (m - 1) * sick @ sick + n / (n - 1) * healthy @ healthy
 
 
 def delong_interval(y_true, p1, level=0.95):
@@ -51,32 +59,56 @@ def delong_interval(y_true, p1, level=0.95):
     InputError: as `check_scores`; `level` outside (0, 1); fewer than two images of a class."""
     y, p = check_scores(y_true, p1)
     check_level(level)
-    (auroc,), ((variance,),) = _delong(y, p[None])
-    half = norm.ppf((1 + level) / 2) * math.sqrt(max(0.0, variance))
+    (auroc,), (sick,), (healthy,) = _influences(y, p[None])
+    half = norm.ppf((1 + level) / 2) * math.sqrt(_variance(sick, healthy))
     return float(auroc), float(max(0.0, auroc - half)), float(min(1.0, auroc + half))
 
 
-def delong_test(y_true, p1_a, p1_b):
+def delong_test(y_true, p1_a, p1_b, groups=None):
     """Paired DeLong test of two scores on the same images -> (AUROC a - AUROC b, two-sided p-value).
 
+    `groups` [N]: the images of one group (patient) are not taken as independent: what they move is summed
+    (Obuchowski 1997, Biometrics 53:567); None: each image is one, and that is DeLong's own test.
     The p-value is 1 when both rank every pair alike. Where the estimated variance is 0 but the AUROCs differ
     (1 against one half, say), it is that of a sign test of m pairs of one positive and one negative each, m
-    the fewer of the two. InputError: as `delong_interval`."""
+    the fewer patients of the two. InputError: as `delong_interval`."""
     y, a = check_scores(y_true, p1_a)
     _, b = check_scores(y_true, p1_b)
-    (auc_a, auc_b), cov = _delong(y, np.stack([a, b]))
-    difference, variance = auc_a - auc_b, cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
+    groups = check_groups(np.arange(len(y)) if groups is None else groups, y)
+    (auc_a, auc_b), sick, healthy = _influences(y, np.stack([a, b]))
+    difference, fewer = float(auc_a - auc_b), fewer_patients(y, groups)
+    names, codes = np.unique(groups, return_inverse=True)
+    moved = np.zeros((2, len(names)))  # by each patient: its negatives, its positives
+    np.add.at(moved[1], codes[y == 1], sick[0] - sick[1])
+    np.add.at(moved[0], codes[y == 0], healthy[0] - healthy[1])
+    variance = 0.0
+    if fewer > 1:
+        variance = _variance(*(moved[k, np.unique(codes[y == k])] for k in (1, 0)))
+        variance += 2 * len(names) / (len(names) - 1) * moved[0] @ moved[1]  # patients with both
     if variance <= 1e-18:
-        pairs = int(min(y.sum(), len(y) - y.sum()))
-        return float(difference), 1.0 if abs(difference) < 1e-12 else 2.0 * 0.5**pairs
-    return float(difference), float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
+        return difference, 1.0 if abs(difference) < 1e-12 else 2.0 * 0.5**fewer
+    return difference, float(2 * norm.sf(abs(difference) / math.sqrt(variance)))
 
 
-def mcnemar_test(correct_a, correct_b):
-    """Exact McNemar test of paired booleans [N] -> (only a correct, only b correct, two-sided p-value)."""
+def mcnemar_test(correct_a, correct_b, groups=None):
+    """Exact McNemar test of paired booleans [N] -> (only a correct, only b correct, two-sided p-value).
+
+    `groups` [N]: the images of one group (patient) are not taken as independent. Each patient has the number
+    of its images that only a gets right, less that of those that only b does; the p-value is the chance of as
+    great a sum if each patient's sign were a coin's. With one image a patient, or with None, that is
+    McNemar's binomial test."""
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    codes = np.arange(len(a)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    ahead = np.bincount(codes, weights=a.astype(int) - b).astype(int)
+    chances = np.ones(1)  # of the sums -size, -size + 2 ... size of the patients so far, as of a walk
+    for step in np.abs(ahead[ahead != 0]):
+        longer = np.zeros(len(chances) + step)
+        longer[step:] += chances / 2
+        longer[: len(chances)] += chances / 2
+        chances = longer
+    sums = 2 * np.arange(len(chances)) - (len(chances) - 1)
+    p = chances[np.abs(sums) >= abs(ahead.sum())].sum()
+    return int((a & ~b).sum()), int((b & ~a).sum()), float(min(1.0, p))
 
 
 # ---------------------------------------------------------------- the patient bootstrap
@@ -238,7 +270,8 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
     {figure: {difference, lo, hi}} for acc, precision, recall, specificity, f1, auroc and auprc, with 95%
     intervals by a paired bootstrap of whole `groups` [N] (patients), or by `alike_interval` where every draw
     is the same though the scores are not; "delong": p-value for AUROC;
-    "mcnemar_recall" and "mcnemar_specificity": exact p-values on the positives and on the negatives.
+    "mcnemar_recall" and "mcnemar_specificity": exact p-values on the positives and on the negatives; all
+    three by whole groups.
 
     InputError: as `intervals_at_thresholds`."""
     y, a = check_scores(y_true, p1_a)
@@ -262,9 +295,9 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
         found = span_of_draws(difference, draws_a[name] - draws_b[name], instead)
         out[name] = {"difference": found["value"], "lo": found["lo"], "hi": found["hi"]}
     right_a, right_b = called_a == y, called_b == y
-    out["delong"] = delong_test(y, a, b)[1]
+    out["delong"] = delong_test(y, a, b, groups)[1]
     for label, name in ((1, "mcnemar_recall"), (0, "mcnemar_specificity")):
-        out[name] = mcnemar_test(right_a[y == label], right_b[y == label])[2]
+        out[name] = mcnemar_test(*(of[y == label] for of in (right_a, right_b, groups)))[2]
     return out
 
 

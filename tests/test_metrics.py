@@ -1,5 +1,6 @@
 """Tests of metrics."""
 
+import itertools
 import json
 import math
 import time
@@ -11,6 +12,7 @@ import sklearn.metrics
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
 from scipy.stats import binomtest
 
 import metrics
@@ -438,6 +440,54 @@ def test_mcnemar_by_hand():
     b = np.array([False] * 8 + [True] * 2 + [True] * 5 + [False] * 4)
     assert intervals.mcnemar_test(a, b) == (8, 2, pytest.approx(112 / 1024))
     assert intervals.mcnemar_test(a, a) == (0, 0, 1.0)
+
+
+def test_copies_of_an_image_are_no_evidence():
+    """Each image five times, of one patient: figures and p-values are those of single images."""
+    rng = np.random.default_rng(4)
+    y, a = _random_scores(rng, 60, 10)
+    b = np.clip(a + rng.normal(0, 0.2, 60), 0, 1)
+    five = [np.repeat(values, 5) for values in (y, a, b, np.arange(60))]
+    assert intervals.delong_test(*five) == pytest.approx(intervals.delong_test(y, a, b))
+    assert intervals.delong_test(*five[:3])[1] < intervals.delong_test(*five)[1] / 2
+    right = [(p >= 0.5) == (y == 1) for p in (a, b)]
+    once = intervals.mcnemar_test(*right)
+    assert 0 < once[2] < 1 and sum(once[:2]) > 5
+    several = intervals.mcnemar_test(*(np.repeat(r, 5) for r in right), five[3])
+    assert several == (5 * once[0], 5 * once[1], pytest.approx(once[2]))
+
+
+def test_mcnemar_of_patients_equals_all_signs():
+    """Patients with 3, -2, 1, 1, 0 and -1 images ahead: all 2^6 signs, one by one."""
+    ahead = np.array([3, -2, 1, 1, 0, -1])
+    counts = np.abs(ahead) + 2  # and two images on which both are right
+    groups = np.repeat(np.arange(6), counts)
+    a = np.concatenate([[True, True] + [n > 0] * abs(n) for n in ahead])
+    b = np.concatenate([[True, True] + [n < 0] * abs(n) for n in ahead])
+    sums = [abs(sum(s * n for s, n in zip(signs, ahead))) for signs in itertools.product((1, -1), repeat=6)]
+    expected = np.mean([total >= abs(ahead.sum()) for total in sums])
+    shuffled = np.random.default_rng(0).permutation(len(groups))
+    assert intervals.mcnemar_test(a[shuffled], b[shuffled], groups[shuffled]) == (
+        5,
+        3,
+        pytest.approx(expected),
+    )
+
+
+def test_two_equal_models_differ_no_more_often_than_promised():
+    """40 patients with one to six images, whose errors are alike: both tests, by patient, at 5% (and far more
+    by image)."""
+    rng, small, by_image = np.random.default_rng(5), np.zeros(3), 0
+    for _ in range(300):
+        groups = np.repeat(np.arange(40), rng.integers(1, 7, 40))
+        y = (groups % 2).astype(int)
+        a, b = (
+            expit(2 * y - 1 + rng.normal(0, 1.5, 40)[groups] + rng.normal(0, 0.3, len(y))) for _ in range(2)
+        )
+        found = intervals.compare_at_thresholds(y, a, 0.5, b, 0.5, groups, n=1)
+        small += [found[k] <= 0.05 for k in ("delong", "mcnemar_recall", "mcnemar_specificity")]
+        by_image += intervals.delong_test(y, a, b)[1] <= 0.05
+    assert (small <= 0.09 * 300).all() and by_image > 0.2 * 300
 
 
 def test_paired_comparison_signs_and_equality():

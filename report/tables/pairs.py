@@ -46,8 +46,8 @@ def decision_pairs(pairs):
         rows.append([f"{a.name} minus {b.name}", *cells])
     text = (
         f"Differences on the same test {first.unit}, recall and specificity @Rec. Intervals: 95%, paired "
-        f"bootstrap of {drawn([first])}. p-values: DeLong for AUROC, exact McNemar for the others, not "
-        "corrected for the number of pairs."
+        f"bootstrap of {drawn([first])}. p-values: DeLong for AUROC, exact McNemar for the others, both "
+        "by patient; not corrected for the number of pairs."
     )
     return text, Table(["Pair", "AUROC", "Recall @Rec", "Specificity @Rec"], rows)
 
