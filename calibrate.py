@@ -35,7 +35,7 @@ from calibration.wording import shared_text, show
 from cohort import who
 from common import scaling
 from common.cli import COUNT, Number, Parser, check_name
-from common.console import InputError, command_line, notes_once, start
+from common.console import InputError, command_line, notes_once, say, start
 from common.device import add_device_argument, pick_device
 from common.files import CALIBRATION
 from data import load_test, load_train_val, refuse_other_images
@@ -227,6 +227,8 @@ def parse():
     if bool(args.site) != bool(args.name) or args.site and args.ensemble or args.report and not args.site:
         raise InputError("--site DIR and --name WHERE belong together, without --ensemble")
     # A site's thresholds are for the scores that the run gives now.
+    if args.site and args.track:
+        raise InputError("--track follows a run, not a site: leave it out, or leave out --site")
     if args.site and args.temperature:
         raise InputError(
             "--temperature belongs to the run, whose scores a site takes over: calibrate the run with it "
@@ -288,12 +290,17 @@ def run_all(args, rule):
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         _ = run.config  # InputError, by its name, for a run that only an older version reads
         tta = scaling.asked_views(asked, run)
+        if asked and tta is None and "" in run.calibrated():
+            say(f"note: {run} keeps its calibration: without --tta it is calibrated anew")
+            return None, None
         three = images(sets, args, run.results)
         return tta, score(run, three, device=device, batch_size=args.batch_size, tta=tta)
 
     promised = set()
     try:
         for run, (tta, scores) in each_run(args.runs_dir, args.run, scores_of):
+            if scores is None:
+                continue
             origin = {
                 "tta": tta or scaling.own_views(run.results),
                 "alike": sets.alike(settings(args, run.results)),

@@ -151,14 +151,15 @@ def count_of_notes(count, notes, typicality):
 
 def advice(verdict, run, site):
     """What to do next, as text; empty if nothing."""
-    if verdict["verdict"] == "shifted":
+    if verdict["verdict"] in ("shifted", "share"):
         if site:  # its thresholds were chosen for such images, so nothing need be labelled again
             return (
                 f"next: the thresholds of {site} hold while patients stay like those labelled there; "
                 "python monitor.py watches that as diagnoses come in"
             )
+        sure = "to be sure, " if verdict["verdict"] == "share" else ""
         return (
-            "next: label some of these images; "
+            f"next: {sure}label some of these images; "
             f"python calibrate.py --run {run} --site DIR --name WHERE chooses thresholds on them"
         )
     if verdict["verdict"] == "few" and verdict["patients"]:

@@ -17,7 +17,7 @@ from calibration.intervals import (
 from calibration.pooling import BY, PLURAL, POOLS, Units, units_of
 from calibration.triage import choose_rule_in, rule_in_points, shares
 from common.console import InputError, progress
-from common.proportions import curves_of
+from common.proportions import count_of, curves_of
 from common.scaling import SIDES
 from common.task import Task
 from metrics import (
@@ -307,6 +307,8 @@ def _too_few(side, name, least, plural="images"):
     for count, word in ((int(side.truth.sum()), "with"), (int((side.truth == 0).sum()), "without")):
         if count < least:
             return f"{count} {SIDES[name]} {plural} {word} it, fewer than {least}"
+    if (people := count_of(side.patients)) < least:  # most draws of the bootstrap could lack a class
+        return f"{SIDES[name]} {plural} of {people} patients, fewer than {least}"
     return None
 
 
@@ -377,11 +379,9 @@ def _most_probable(logits, labels, unit, task, rule):
 
     The probabilities of a study's or patient's images are pooled class by class. One whose images are of
     several classes has no class: it is left out, and counted under "several_classes"."""
-    if unit.by == "image":
-        return class_figures(labels, logits.argmax(axis=1), task.classes, unit.patients, rule)
     truth = unit.classes(labels)
-    decided = unit.scores(softmax(logits.astype(np.float64), axis=1)).argmax(axis=1)
-    known = truth >= 0
+    likely = logits if unit.by == "image" else unit.scores(softmax(logits.astype(np.float64), axis=1))
+    known, decided = truth >= 0, likely.argmax(axis=1)
     found = class_figures(truth[known], decided[known], task.classes, unit.whose[known], rule)
     return found | {"several_classes": int((~known).sum())}
 

@@ -37,8 +37,9 @@ VERDICTS = {
     "unknown": "cannot be told: validation has too few patients of one class to try another share",
 }
 DEPENDS = (
-    "recall and specificity are as in validation, but precision, accuracy, NPV and calibrated probabilities "
-    "change with that share"
+    "if nothing else differs, recall and specificity are as in validation, and precision, accuracy, NPV and "
+    "calibrated probabilities change with that share. Sick people whom the model misses here would look the "
+    "same: labels alone can tell"
 )
 
 

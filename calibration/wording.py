@@ -306,7 +306,7 @@ def show_probabilities(found, calibration):
         before, after = when["before"], when["after"]
         changes.append(
             f"{side} ECE {before['ece']:.3f} -> {after['ece']:.3f}, "
-            f"NLL {before['nll']:.3f} -> {after['nll']:.3f}"
+            f"NLL {before['nll']:.3f} -> {abs(after['nll']):.3f}"  # no -0.000
         )
     if scaling.fitted(calibration) == scaling.TEMPERATURE:  # of Platt scaling scaling.told says it
         print(f"  by the temperature: {'; '.join(changes)}")

@@ -177,8 +177,8 @@ def units_of(inside, whose):
 def proportion_gap(hits, inside, whose, most):
     """(share inside - share outside, p-value): hits, inside: bool [n], whose [n], `most` draws.
 
-    The difference is that of images. The test compares the patients' own shares, so that each counts once:
-    patients of many images in one group and of few in the other could not be exchanged."""
+    Both are of the patients' own shares, so that each counts once: patients of many images in one group and
+    of few in the other could not be exchanged, and a gap of images could even have the other sign."""
     units, labels = units_of(inside, whose)
     shares = np.bincount(units, weights=hits) / np.bincount(units)
     residuals = (shares - shares.mean()) ** 2  # under the hypothesis, both sides have the same mean
@@ -189,7 +189,7 @@ def proportion_gap(hits, inside, whose, most):
         variance = chosen @ residuals / n**2 + other @ residuals / m**2
         return _studentised(chosen @ shares / n - other @ shares / m, variance)
 
-    gap = float(hits[inside].mean() - hits[~inside].mean())
+    gap = float(shares[labels].mean() - shares[~labels].mean())
     draws = shuffled(labels, np.zeros(len(labels), int), len(labels))
     return gap, permutation_p(statistic(labels[None].astype(float))[0], map(statistic, draws), most)
 
@@ -197,9 +197,9 @@ def proportion_gap(hits, inside, whose, most):
 def auroc_gap(y, p, inside, whose, most):
     """(AUROC inside - AUROC outside, p-value): y, p, inside, whose [n]; both sides have both classes.
 
-    The difference is that of images. In the test each patient counts once, with all of the images of one
-    class together. Patients are permuted among those with the same kinds of images (sick, healthy, both), so
-    that a group may have another share of the sick."""
+    In both each patient counts once, with all of the images of one class together. Patients are permuted
+    among those with the same kinds of images (sick, healthy, both), so that a group may have another share of
+    the sick."""
     order = np.argsort(p, kind="stable")
     y, p, inside = y[order], p[order], inside[order]
     units, labels = units_of(inside, whose[order])
@@ -220,8 +220,7 @@ def auroc_gap(y, p, inside, whose, most):
         (inner, spread), (outer, rest) = side(chosen), side(1 - chosen)
         return _studentised(inner - outer, spread + rest)
 
-    images = np.stack([inside, ~inside]).astype(float)
-    inner, outer = scored.curve(images)[0]
+    inner, outer = scored.curve(np.stack([labels, ~labels])[:, units] * weights)[0]
     draws = map(statistic, shuffled(labels, kinds, 4 * len(y)))
     return float(inner - outer), permutation_p(statistic(labels[None].astype(float))[0], draws, most)
 

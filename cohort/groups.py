@@ -91,7 +91,7 @@ def _cells(row):
 
 METHOD = (
     f"The intervals of a figure hold for all groups at once with confidence {1 - ERROR:g} (Bonferroni). The "
-    "gap is to the rest of those whose value is known. Its p-value counts each patient once, and is Holm's "
+    "gap is to the rest of those whose value is known, with each patient counted once. Its p-value is Holm's "
     f"over all groups of the figure. A dash stands where fewer than {LEAST} patients count (recall: those "
     "with the finding; specificity: those without; AUROC: the fewer of both). BROKEN: the interval of recall "
     "lies below the floor."

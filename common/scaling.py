@@ -71,7 +71,8 @@ def asked_views(tta, run):
             f"--tta-flip: the score of {run} is {views_in_words(own)} (--test-views), and there are no "
             "thresholds for another one: leave the flag out"
         )
-    say(f"note: --tta adds nothing to {run}: its score is {views_in_words(own)} already (--test-views)")
+    why = f"its score is {views_in_words(own)} (--test-views)"
+    say(f"note: --tta changes nothing of {run}: {why}, with or without it")
     return None
 
 
@@ -320,5 +321,5 @@ def _quality(of_finding):
     for side in SIDES:
         before, after = (of_finding["probability"][side][when] for when in ("before", "after"))
         text += f"; {side} ECE {before['ece']:.3f} -> {after['ece']:.3f}"
-        text += f", NLL {before['nll']:.3f} -> {after['nll']:.3f}"
+        text += f", NLL {before['nll']:.3f} -> {abs(after['nll']):.3f}"
     return text

@@ -79,8 +79,12 @@ def making(folder, script=None):
     """The command that makes a run in `folder`: by `script`, or the one whose usual folder has the nearest
     name."""
     if script is None:
-        script_of = {out: script for script, out in TRAINING.items()}
         stem = re.sub(r"(-demo)?(-seed\d+)?$", "", Path(folder).name)
+        if stem.startswith("ens"):
+            return f"python calibrate.py --ensemble RUN RUN --out {shlex.quote(str(folder))}"
+        # What has no classes, and so no scores, is meant only where the name says so.
+        others = [out for out in ("mae", "lungs") if out not in stem]
+        script_of = {out: script for script, out in TRAINING.items() if out not in others}
         nearest = difflib.get_close_matches(stem, script_of, 1, cutoff=0.5)
         # A name such as scratch-of-monday is near to none, but holds one; the rest is taken for scratch.
         nearest += [out for out in script_of if out in stem]

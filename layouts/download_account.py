@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 SETTINGS = "https://www.kaggle.com/settings/api"
 NO_ANSWER = 0  # in place of an HTTP status
+ABSENT = "not there"
 WORDS = {
     401: "401, the account was not accepted",
     403: "403, not allowed",
@@ -36,32 +37,41 @@ class Place(NamedTuple):
 
 def places():
     """The Places that kagglehub and the kaggle command look into, the first usable one of which counts."""
-    home = Path.home() / ".kaggle"
+    try:
+        home = Path.home() / ".kaggle"
+    except RuntimeError:  # nobody knows where it is
+        home = Path("~", ".kaggle")
     found = [_login(), _token(), _token_file(home), _user_and_key(), _kaggle_json(home)]
     return [*found, _colab(any(place.usable for place in found)), _kaggle_login(home)]
 
 
 def _token():
-    """KAGGLE_API_TOKEN in the environment."""
-    token = os.environ.get("KAGGLE_API_TOKEN", "")
+    """KAGGLE_API_TOKEN in the environment: a token, or the file that holds one."""
+    name, token = "environment: KAGGLE_API_TOKEN", os.environ.get("KAGGLE_API_TOKEN", "")
+    if os.path.isfile(token):
+        usable, says = _readable(Path(token))
+        return Place(name, usable, f"names the file {token}: {says}")
     says = "set" if token else "not set"
     if re.search(r"\s", token.strip()):
         says = "set, but with a space or a line break inside: copy it again"
-    return Place("environment: KAGGLE_API_TOKEN", bool(token), says)
+    return Place(name, bool(token), says)
 
 
 def _token_file(home):
     """The file that holds a token alone."""
-    for path in (home / "access_token", home / "access_token.txt"):
-        if path.exists():
-            return Place(str(path), *_readable(path))
-    return Place(str(home / "access_token"), False, "not there")
+    found = [
+        Place(str(path), *_readable(path)) for path in (home / "access_token", home / "access_token.txt")
+    ]
+    there = [place for place in found if place.says != ABSENT]
+    return next((place for place in found if place.usable), [*there, found[0]][0])
 
 
 def _readable(path):
     """(whether a file holds anything, what is said of it)."""
     try:
         usable = bool(path.read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return False, ABSENT
     except (OSError, UnicodeDecodeError) as error:
         return False, f"there, but cannot be read ({getattr(error, 'strerror', None) or 'no text'})"
     return usable, "found" if usable else "there, but empty"
@@ -79,10 +89,10 @@ def _user_and_key():
 
 def _kaggle_json(home):
     """The older file, where KAGGLE_CONFIG_DIR says or in the usual place."""
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
-    path = folder / "kaggle.json"
-    if not path.exists():
-        return Place(str(path), False, "not there")
+    xdg = Path(os.environ.get("XDG_CONFIG_HOME") or home.parent / ".config", "kaggle")
+    # The kaggle command looks there where there is no ~/.kaggle.
+    usual = home if not xdg.is_dir() or home.exists() else xdg
+    path = Path(os.environ.get("KAGGLE_CONFIG_DIR") or usual, "kaggle.json")
     usable, says = _readable(path)
     if not usable:
         return Place(str(path), False, says)
@@ -126,8 +136,8 @@ def _kagglehub_config():
 def _kaggle_login(home):
     """What `kaggle auth login` keeps, which the kaggle command alone reads."""
     path = home / "credentials.json"
-    usable = path.exists()
-    says = "found; only the kaggle command reads it" if usable else "not there"
+    usable, says = _readable(path)
+    says += "; only the kaggle command reads it" if usable else ""
     return Place(f"{path} (kaggle auth login)", usable, says)
 
 

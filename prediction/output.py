@@ -6,6 +6,8 @@ import json
 import sys
 from collections import Counter
 
+import numpy as np
+
 from common.console import InputError, say
 from common.files import atomic_path
 from common.task import ANSWERS, ANY_DISEASE, ANY_FINDING, Triage
@@ -94,9 +96,11 @@ def with_six_digits(row, thresholds):
 
 
 def round_score(value, thresholds):
-    """A float with six significant digits. Where these would lie on the other side of one of the
-    `thresholds`, it has as many as it takes, so that score >= threshold is the decision in print too."""
-    for digits in DIGITS:
+    """A float with six significant digits, and more near 1, so that its distance from 1 has four. Where these
+    would lie on the other side of one of the `thresholds`, it has as many as it takes, so that score >=
+    threshold is the decision in print too."""
+    far = 4 - int(np.log10(1 - value)) if 0 < value < 1 else 0
+    for digits in (max(DIGITS[0], min(far, DIGITS[-1])), *DIGITS[1:]):
         rounded = float(f"{value:.{digits}g}")
         if all((rounded >= at) == (value >= at) for at in thresholds):
             break

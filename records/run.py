@@ -56,6 +56,7 @@ WITHOUT_CLASSES = ("mae", "lungs")  # kinds of models that are trained for other
 OF_SCORES = ("scores.npz", "calibration.json", "reference.npz", "predictions.csv", "sites/*.json")
 OF_SCORES += ("scores-tta.npz", "calibration-tta.json", "reference-tta.npz", "predictions-tta.csv")
 OF_WEIGHTS = ("checkpoint.pth", "last.pth", "results.json", "track.json", "audit.json", "audit-*")
+OF_WEIGHTS += ("tensorboard/events.out.tfevents.*",)
 
 
 class Run:
@@ -170,7 +171,7 @@ class Run:
         """How to go on with an interrupted run, in words: the command that began it, with --resume."""
         command = str(self.results.get("command", "the command that began it"))
         command = re.sub(r" --(resume|overwrite)(?= |$)", "", command)
-        if (self.folder / "last.pth").exists():
+        if (self.folder / "last.pth").exists() or self.masked.begun:
             return f"continue it with {command} --resume"
         return f"nothing to go on from was saved; start it again with {command} --overwrite"
 

@@ -1,5 +1,7 @@
 """From a checkpoint to the model that results.json describes, and tensors to a file. Needs torch."""
 
+import shutil
+
 import torch
 
 from common.console import InputError
@@ -44,4 +46,6 @@ def save_tensors(path, value):
         try:
             torch.save(value, tmp)
         except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(None, str(error).splitlines()[0], str(path)) from None
+            free = shutil.disk_usage(path.parent).free / 1e6
+            text = f"{str(error).splitlines()[0]} ({free:.0f} MB are free there: is the disk full?)"
+            raise OSError(None, text, str(path)) from None

@@ -432,6 +432,8 @@ def test_the_command_that_makes_a_run():
         ("outputs/linear-demo", "python train_linear.py --out outputs/linear-demo"),
         ("my runs/cnn2", "python train_cnn.py --out 'my runs/cnn2'"),
         ("nowhere", "python train_scratch.py --out nowhere"),
+        ("outputs/ensemble", "python calibrate.py --ensemble RUN RUN --out outputs/ensemble"),
+        ("a", "python train_scratch.py --out a"),  # near to mae, which has no scores
     ):
         assert scripts.making(folder) == command
     assert scripts.making("x", "pretrain_mae") == "python pretrain_mae.py --out x"

@@ -7,6 +7,7 @@ import shutil
 import sys
 import urllib.error
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ SECRET = "s3cret-t0ken"
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch):
     """A home without an account, no tool, and a Kaggle whose set has 3,210,000,000 bytes."""
-    names = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR")
+    names = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR", "XDG_CONFIG_HOME")
     for name in (*names, "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
@@ -188,6 +189,37 @@ def test_kaggle_json_lies_where_the_environment_says(kaggle, monkeypatch, tmp_pa
     touch(tmp_path, "elsewhere/kaggle.json")
     hub(monkeypatch, raises(Refused(401)))
     assert f"{tmp_path / 'elsewhere/kaggle.json'}: there, but" in message(kaggle)
+
+
+def test_other_places_of_an_account(kaggle, monkeypatch, tmp_path):
+    """A token in access_token.txt, beside an empty access_token; in a file that KAGGLE_API_TOKEN names; the
+    folder of settings of Linux, where there is no ~/.kaggle; a file that cannot be read; no home."""
+    hub(monkeypatch, raises(Refused(401)))
+    (kaggle.home / "access_token").touch()
+    assert f"{kaggle.home / 'access_token'}: there, but empty" in message(kaggle)
+    (kaggle.home / "access_token.txt").write_text(SECRET)
+    assert f"the account of {kaggle.home / 'access_token.txt'}" in message(kaggle)
+    token = tmp_path / "token"
+    token.touch()
+    monkeypatch.setenv("KAGGLE_API_TOKEN", str(token))
+    assert f"names the file {token}: there, but empty" in message(kaggle)
+    token.write_text(SECRET)
+    text = message(kaggle)
+    assert "the account of environment: KAGGLE_API_TOKEN" in text and SECRET not in text
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    shutil.rmtree(kaggle.home)
+    settings = kaggle.home.parent / ".config/kaggle"
+    settings.mkdir(parents=True)
+    (settings / "kaggle.json").write_text(json.dumps({"username": "a", "key": SECRET}))
+    assert f"the account of {settings / 'kaggle.json'}" in message(kaggle)
+    kaggle.home.touch()  # a file in the folder's place
+    assert f"{kaggle.home / 'kaggle.json'}: there, but cannot be read" in message(kaggle)
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(download_account.Path, "home", nowhere)
+    assert f"{Path('~/.kaggle/kaggle.json')}: not there" in message(kaggle)
 
 
 def test_nothing_is_asked_of_kaggle_without_a_tool(kaggle):

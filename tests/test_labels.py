@@ -335,6 +335,17 @@ def test_rare_findings_get_a_reason_instead_of_a_threshold():
         evaluate(s, QUICK, FOUR)
 
 
+def test_a_finding_of_two_patients_does_not_cost_the_others_their_thresholds():
+    """Ten images with a known label, of one sick and one healthy patient: half of the draws lack one."""
+    s = several(FOUR)
+    s["val_labels"][:, 1] = -1
+    s["val_labels"][:10, 1] = np.repeat([1, 0], 5)
+    s["val_patients"][:10] = np.repeat(["a", "b"], 5)
+    found = evaluate(s, QUICK, FOUR)[0]["findings"]
+    assert found["Effusion"]["why_not"] == "validation images of 2 patients, fewer than 5"
+    assert all("threshold" in found[name] for name in FOUR.findings if name != "Effusion")
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_test_images_decide_nothing_about_thresholds(count):
     """A finding that is rare on test keeps the threshold, and the share of the confidence, of validation."""

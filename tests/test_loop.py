@@ -711,7 +711,7 @@ def test_two_processes_give_the_loss_of_one(synthetic, cache, tmp_path):
         for key in ("train_loss", "val_loss", "val_auroc"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
     first, second = two_processes(told, (*argv, "--resume"), tmp_path)
-    assert first[0] == second[0] == 0 and "nothing is left to do" in first[2]
+    assert first[0] == second[0] == 0 and "and stays as it is" in first[2]
     assert read_json(tmp_path, "two", "results.json")["history"] == two["history"]
 
 

@@ -1,5 +1,6 @@
 """Tests of train_scratch.py --masked-epochs: masked pretraining and training in one command."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from common.console import TimeLeft
 from records import lock
 from records.run import Run, find_runs
 from tests.shared import cli, load_pth, read_json, refused, same_tensors, strip_time, succeed
-from training import plan, recipe, seen, step
+from training import loop, plan, recipe, resume, seen, step
 
 MASKED_STEPS, STEPS = 2, 5  # an epoch: 77 images by 64, by 16
 AMONG = ("--device", "cpu", "--no-amp")
@@ -95,6 +96,62 @@ def test_stopped_in_either_stage_it_goes_on_bit_for_bit(argv, whole, tmp_path, n
     assert same_runs(whole, tmp_path / "run")
     results = read_json(tmp_path, "run/results.json")
     assert "--resume" not in results["command"] and results["minutes"] > results["init"]["minutes"]
+
+
+def test_a_full_disk_after_the_masked_epochs_does_not_cost_them(argv, whole, tmp_path):
+    """results.json of the second stage was written, its last.pth was not."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for name in ("last.pth", "checkpoint.pth"):
+        (run / name).unlink()
+    results = read_json(run, "results.json")
+    (run / "results.json").write_text(
+        json.dumps(results | {"finished": False, "history": [], "best_epoch": 0})
+    )
+    refused(cli("train_scratch", *argv, "--out", "run", cwd=tmp_path), "continue it with --resume")
+    refused(cli("calibrate", "--run", "run", cwd=tmp_path), "continue it with", "--resume")
+    before = (run / "masked/checkpoint.pth").read_bytes()
+    succeed("train_scratch", *argv, "--out", "run", "--resume", cwd=tmp_path)
+    assert (run / "masked/checkpoint.pth").read_bytes() == before and same_runs(whole, run)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_last_validation_of_a_stage_it_begins_nothing_else(argv, whole, tmp_path, signum):
+    real = loop.predict_together
+
+    def predict(model, subset, *others):
+        if len(seen_by_validation) == 1:  # the second masked epoch is the last one
+            os.kill(os.getpid(), signum)
+        seen_by_validation.append(subset)
+        return real(model, subset, *others)
+
+    seen_by_validation = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "predict_together", predict)
+        done = cli("train_scratch", *argv, "--out", "run", cwd=tmp_path)
+    assert done.code == 128 + signum and "what is saved goes on with" in done.err
+    assert read_json(tmp_path, "run/masked/results.json")["finished"]
+    assert not (tmp_path / "run/results.json").exists() and len(seen_by_validation) == 2
+    succeed("train_scratch", *argv, "--out", "run", "--resume", cwd=tmp_path)
+    assert same_runs(whole, tmp_path / "run")
+
+
+def test_labels_that_cannot_be_trained_are_refused_before_the_masked_epochs(argv, synthetic, tmp_path):
+    names = sorted(path.relative_to(synthetic).as_posix() for path in synthetic.glob("*/*/*.jpeg"))
+    rows = [f"{name},{int(number == 0)}" for number, name in enumerate(names)]
+    (tmp_path / "rare.csv").write_text("\n".join(["path,Rare", *rows]))
+    done = cli("train_scratch", *argv, "--labels", "rare.csv", "--findings", "Rare", cwd=tmp_path)
+    refused(done, "validation no finding is present")
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_loss_that_is_no_number_has_advice_that_helps():
+    plain = SimpleNamespace(outer=None, recipe=recipe.Recipe(optimiser="muon"))
+    stage = SimpleNamespace(outer=Run("x"), recipe=recipe.Recipe(optimiser="muon"))
+    amp = SimpleNamespace(amp=True)
+    assert resume.what_to_try(plain, SimpleNamespace(amp=False)) == "a smaller --lr"
+    assert resume.what_to_try(plain, amp) == "a smaller --lr, or --no-amp"
+    assert resume.what_to_try(stage, amp) == "--masked-epochs 0, or --optimiser adamw, or --no-amp"
 
 
 def test_stopped_between_the_stages_it_goes_on(argv, whole, tmp_path, monkeypatch):
@@ -198,7 +255,7 @@ def test_unlabelled_images_join_the_masked_epochs(argv, synthetic, tmp_path):
 
     make_synthetic(tmp_path / "drawn", train=8, test=4, seed=7)
     shutil.move(tmp_path / "drawn/train", tmp_path / "clinic")
-    also = ("--also-unlabelled", tmp_path / "clinic", "--max-steps", 1)
+    also = ("--also-unlabelled", tmp_path / "clinic", "--max-steps", 1, "--balance", "sampler")
     done = succeed("train_scratch", *argv, *also, cwd=tmp_path)
     assert "join the masked epochs alone" in done.err
     first, second = (read_json(tmp_path, "outputs/scratch", p, "results.json") for p in ("masked", "."))
@@ -220,7 +277,7 @@ def test_masked_epochs_are_no_model(argv, whole, tmp_path):
     """The folder of the first stage is listed nowhere as a run; its last.pth is spare."""
     shutil.copytree(whole, tmp_path / "outputs/scratch")
     done = succeed("train_scratch", *argv, "--resume", cwd=tmp_path)
-    assert "is finished: nothing is left to do" in done.err
+    assert "is finished, and stays as it is" in done.err
     assert [str(run) for run in find_runs(tmp_path / "outputs")] == [str(tmp_path / "outputs/scratch")]
     listed = succeed("compare", "--list", cwd=tmp_path).out
     assert "1 run folder," in listed and "outputs/scratch/masked/last.pth" in listed

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -30,7 +31,7 @@ def as_text(row):
     cells = {key: "" if value is None else str(value) for key, value in row.items()}
     for key in ("p_pneumonia", "typicality"):
         if row[key] is not None:
-            cells[key] = str(float(f"{row[key]:.6g}"))
+            cells[key] = str(output.round_score(row[key], []))
     return cells
 
 
@@ -181,6 +182,15 @@ def test_a_score_far_from_thresholds_has_six_digits():
     assert output.round_score(0.123456789, [0.9]) == 0.123457
     assert output.round_score(1.23456789e-7, [0.9]) == 1.23457e-7
     assert output.round_score(0.49999999, [0.5]) == 0.49999999
+
+
+def test_scores_near_one_keep_their_order():
+    """Their distance from 1 has four digits, so that any threshold among them decides in print as it did."""
+    far = np.logspace(-12, -0.01, 300)
+    printed = np.array([output.round_score(float(1 - x), []) for x in far])
+    np.testing.assert_allclose(1 - printed, 1 - (1 - far), rtol=5e-4)
+    assert (np.diff(printed) <= 0).all() and len(np.unique(printed)) == 300
+    assert output.round_score(0.9987654321, []) == 0.998765 and output.round_score(1.0, []) == 1.0
 
 
 def test_thresholds_by_hand_of_several_findings():

@@ -273,7 +273,8 @@ def test_notes_are_counted_by_kind():
     advice = predict.advice(shifted, "outputs/linear", None)
     assert "label some" in advice and "calibrate.py --run outputs/linear --site DIR --name" in advice
     assert "monitor.py" in predict.advice(shifted, "outputs/linear", "clinic")
-    assert predict.advice({"verdict": "share", "patients": 30}, "x", None) == ""
+    assert "to be sure, label some" in predict.advice({"verdict": "share", "patients": 30}, "x", None)
+    assert predict.advice({"verdict": "like", "patients": 30}, "x", None) == ""
     assert "20 patients" in predict.advice({"verdict": "few", "patients": 3}, "x", None)
 
 

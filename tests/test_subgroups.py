@@ -100,7 +100,7 @@ def test_the_gap_of_proportions_is_tested_by_all_permutations(monkeypatch):
         return (shares[chosen].mean() - shares[~chosen].mean()) / np.sqrt(variance)
 
     gap, p = subgroups.proportion_gap(hits, labels[whose], whose, 5000)
-    assert gap == pytest.approx(hits[labels[whose]].mean() - hits[~labels[whose]].mean())
+    assert gap == pytest.approx(shares[labels].mean() - shares[~labels].mean())
     truth = exhaustive_p(statistic, labels)
     assert 0.02 < truth < 0.4
     assert p == pytest.approx(truth, rel=0.15)
@@ -129,6 +129,25 @@ def test_the_gap_of_aurocs_is_tested_by_permutations_within_kinds(monkeypatch):
     assert gap == pytest.approx(roc_auc_score(y[labels], p[labels]) - roc_auc_score(y[~labels], p[~labels]))
     assert 0.02 < truth < 0.4
     assert found == pytest.approx(truth, rel=0.15)
+
+
+def test_a_verdict_has_the_sign_of_what_was_tested():
+    """F: 5 patients with 100 images, all found, and 55 with one, 22 of them found. M: 100 with two images, 90
+    found. By image F is ahead, by patient far behind."""
+    sizes = np.r_[np.full(5, 100), np.ones(55, int), np.full(100, 2)]
+    found = np.r_[np.ones(5, bool), np.arange(55) < 22, np.arange(100) < 90]
+    whose, female = np.repeat(np.arange(160), sizes), np.arange(160) < 60
+    hits, inside = found[whose], female[whose]
+    assert hits[inside].mean() > hits[~inside].mean()
+    gap, p = subgroups.proportion_gap(hits, inside, whose, 2000)
+    assert gap == pytest.approx(27 / 60 - 0.9) and p < 0.01
+    # AUROC likewise: the sick of F with many images score high, those with one score as the healthy do.
+    y = np.r_[np.ones(len(whose), int), np.zeros(160, int)]
+    scores = np.r_[np.where(hits, 0.9, 0.1), np.tile([0.1, 0.5], 80)]
+    groups, people = np.r_[inside, np.arange(160) < 60], np.r_[whose, np.arange(1000, 1160)]
+    images = [roc_auc_score(y[part], scores[part]) for part in (groups, ~groups)]
+    gap, p = subgroups.auroc_gap(y, scores, groups, people, 2000)
+    assert images[0] > images[1] and gap < -0.2 and p < 0.01
 
 
 def test_a_permutation_test_ends_when_it_is_lost():

@@ -161,7 +161,7 @@ def test_a_taught_run(school):
     table = succeed("compare", "--run", "outputs/taught", cwd=cwd).out
     assert "ViT scratch, taught" in table and "(outputs/pretrained) |" in table
     assert (
-        "nothing is left to do"
+        "and stays as it is"
         in succeed(
             "train_scratch", *flags, *SHORT, *teacher, "--out", "outputs/taught", "--resume", cwd=cwd
         ).err
@@ -245,7 +245,7 @@ def test_a_run_taught_features_is_read_but_not_resumed(school, synthetic, tmp_pa
     succeed("predict", synthetic / "test", "--run", run, cwd=tmp_path)
     assert "ViT scratch, taught" in succeed("compare", "--run", run, cwd=tmp_path).out
     older(run)  # one that did not use it goes on
-    assert "nothing is left to do" in succeed(*argv, "--resume", cwd=tmp_path).err
+    assert "and stays as it is" in succeed(*argv, "--resume", cwd=tmp_path).err
 
 
 @pytest.mark.parametrize("mode", ["standard", "equalise"])

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_tensorboard(tmp_path, runs, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_new_run_in_a_folder_has_its_own_curves_alone(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = Run(tmp_path / "scratch")
+    run.folder.mkdir()
+    for value in (0.25, 0.75):
+        run.clear(weights=True)
+        tracker = track.Tracker(["tensorboard"], run)
+        tracker.begin(META)
+        tracker.epoch(1, ROWS[0] | {"val_auroc": value}, 1)
+        tracker.close()
+    found = accumulator.EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [event.value for event in found.Scalars("val_auroc")] == [0.75]
+
+
 @pytest.fixture(scope="module")
 def registered(store, runs):
     """(the run that MLflow has followed, a client that reads where)."""
@@ -107,6 +122,9 @@ def registered(store, runs):
     pytest.importorskip("psutil")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+        # A user's run does not lie under the folder of temporary files, and MLflow follows no link out of it.
+        (elsewhere := store / "temporary").mkdir()
+        patch.setattr(tempfile, "tempdir", str(elsewhere))
         run = followed(store, "mlflow", runs)
     return run, mlflow.MlflowClient(f"sqlite:///{store}/outputs/mlruns/mlflow.db")
 
@@ -287,6 +305,19 @@ def test_wandb(tmp_path, runs, capsys):
     assert any("Training curves" in str(h) for h in history)
     check_artifacts(records, run)
     assert "note" not in capsys.readouterr().err
+
+
+def test_artifacts_of_wandb_wait_beside_their_run(tmp_path, monkeypatch):
+    """Two runs of two folders in one command; a folder that the user names is left alone."""
+    pytest.importorskip("wandb")
+    places = []
+    for name in ("a", "b"):
+        track.Tracker(["wandb"], Run(tmp_path / name / "scratch")).close()
+        places.append(os.environ["WANDB_DATA_DIR"])
+    assert places == [str(tmp_path / name / "wandb") for name in ("a", "b")]
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "mine"))
+    track.Tracker(["wandb"], Run(tmp_path / "c/scratch")).close()
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "mine")
 
 
 def test_wandb_measures_the_machine(tmp_path):

@@ -4,7 +4,6 @@ What a step does stands in step.py, what a resumed run needs in resume.py.
 """
 
 import math
-import signal
 import time
 from dataclasses import dataclass, field, fields
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common.console import InputError, Interrupted, TimeLeft, progress, say, tell
+from common.console import InputError, TimeLeft, progress, say, tell
 from common.device import device_name, processes, stop_requests, versions
 from common.files import FORMAT
 from images.split import epoch_order
@@ -120,7 +119,7 @@ class Loop:
         if self.plan.resume:
             self.longer = resume.is_longer(self.plan, self.meta)
             if self.run.results["finished"] and not self.longer:
-                say(f"{self.run} is finished: nothing is left to do, and nothing was changed")
+                say(f"{self.run} is finished, and stays as it is")
                 return self.run.results
         # Optimiser and average, and after an interruption what last.pth kept of them.
         self.others = others or {}
@@ -237,12 +236,14 @@ class Loop:
                     self.progress.seconds = time.perf_counter() - started
                     resume.save_last(self)
                     self._write(results)  # so that a new run does not overwrite it unasked
-                    signum = stop[0] if stop else signal.SIGTERM  # none: another process was asked
-                    raise Interrupted(resume.how_to_go_on(self.progress), signum)
+                    raise resume.interrupted(stop, self.progress)
                 self._end_epoch(train, val, results, started)
         results["finished"] = True
         self._write(results)
         self.tracker.end(results)
+        # Asked to stop in the last validation: this run is finished, and the command has more to train.
+        if self._read_loss(stop) and (plan.outer or plan.following):
+            raise resume.interrupted(stop)
 
     def _done(self):
         epoch, recipe = self.progress.epoch, self.recipe
@@ -326,10 +327,9 @@ class Loop:
         loss, requests = self.pending.tolist()
         self.pending.zero_()
         if not math.isfinite(loss):
-            advice = ", or --no-amp" if self.inputs.amp else ""
             raise InputError(
                 f"the loss became {loss} in epoch {self.progress.epoch + 1}, step {self.progress.step}, at "
-                f"learning rate {self.progress.lr:.2e}. Try a smaller --lr{advice}"
+                f"learning rate {self.progress.lr:.2e}. Try {resume.what_to_try(self.plan, self.inputs)}"
             )
         self.progress.loss_sum += loss
         return requests > 0
@@ -372,8 +372,9 @@ class Loop:
         losses = self.objective.losses(outputs.to(self.device), targets)
         loss = float(losses.sum() / self.objective.weights(targets).sum())
         if not math.isfinite(loss):
+            advice = resume.what_to_try(self.plan, self.inputs)
             raise InputError(
-                f"the validation loss became {loss} in epoch {self.progress.epoch + 1}: try a smaller --lr"
+                f"the validation loss became {loss} in epoch {self.progress.epoch + 1}: try {advice}"
             )
         watched = self.objective.watch(val.targets, outputs)
         # Of the training images what training saw counts: augmented, and with weights on their way.

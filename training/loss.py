@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from common.console import InputError, say
+from common.console import InputError, say_once
 
 
 def total_weight(objective, targets, weights=1.0):
@@ -139,7 +139,9 @@ def supervised(recipe, task, train_targets, val_targets, device):
     names = [name for name, absent in zip(task.findings, missing) if absent]
     if names and len(names) < len(missing):
         verb = "is" if len(names) == 1 else "are"
-        say(f"note: {', '.join(names)} {verb} not watched: validation has no image with, or none without")
+        say_once(
+            f"note: {', '.join(names)} {verb} not watched: validation has no image with, or none without"
+        )
     return objective
 
 

@@ -107,7 +107,8 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
     with first_process_first():
         provide_data(args, size)
         config = data.DataConfig.from_args(args)
-    config, balance = balanced(config, recipe.balance, parser.get_default("balance"))
+    apart = recipe.masked_epochs > 0 and not getattr(args, "teacher", None)
+    config, balance = balanced(config, recipe.balance, parser.get_default("balance"), apart)
 
     plans, waiting = [], list(runs.values())
     if args.resume:
@@ -160,12 +161,12 @@ def run_from_args(args, suffix=""):
     if run.masked.begun and not (run.begun or args.overwrite and not args.resume):
         resume.refuse_masked(run, args)
     elif args.resume:
-        if not can_go_on and not suffix:
+        if not can_go_on and not suffix and not run.masked.begun:
             raise InputError(
                 f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
             )
     elif run.begun and not args.overwrite:
-        resume.refuse_begun(run, can_go_on)
+        resume.refuse_begun(run, can_go_on or run.masked.begun)
     return run
 
 
@@ -206,20 +207,19 @@ def provide_data(args, size=lambda args, usual: usual):
         download(args.data_dir, args.download)
 
 
-def balanced(config, balance, usual):
+def balanced(config, balance, usual, in_masked_epochs=False):
     """(DataConfig, balance) as --balance asks for them; `usual` is its default, which gives way where images
-    have no one class. InputError where the data cannot be balanced so."""
+    have no one class: those without labels, unless `in_masked_epochs` alone. InputError for other data."""
     by_source = balance.startswith("sources")
     without_class = ""  # the flag by which images have no one class
     if config.task.kind == "sigmoid":
         without_class = "--labels"
-    elif config.also_unlabelled:
+    elif config.also_unlabelled and not in_masked_epochs:
         without_class = "--also-unlabelled"
     if without_class and not by_source and balance not in ("weights", "none"):
         if balance != usual:
             raise InputError(
-                f"--balance {balance} needs one class an image; with {without_class}: weights, none, or "
-                "sources"
+                f"--balance {balance} needs one class an image; with {without_class}: weights or none"
             )
         say(f"note: --balance weights, as with {without_class} no image has one class to be sampled by")
         balance = "weights"

@@ -165,9 +165,19 @@ def command(plan, longer):
     return plan.run.results.get("command", present)
 
 
-def how_to_go_on(progress):
-    """What is said of a training that was stopped: where, and the command that goes on with it."""
-    return f"stopped {progress.place}; saved. Go on with:\n  {command_that_goes_on()}"
+def interrupted(stop, progress=None):
+    """The Interrupted of a command that was asked to stop: by the signals `stop` or, without any, in another
+    process; in an epoch, of which `progress` tells, or between two trainings. It says how to go on."""
+    where = f"stopped {progress.place}; saved. Go on" if progress else "stopped; what is saved goes on"
+    return Interrupted(f"{where} with:\n  {command_that_goes_on()}", stop[0] if stop else signal.SIGTERM)
+
+
+def what_to_try(plan, inputs):
+    """What to do where the loss of a Plan is no number any more, as text."""
+    advice = ["a smaller --lr"]
+    if plan.outer:  # masked epochs have a rate of their own
+        advice = ["--masked-epochs 0"] + ["--optimiser adamw"] * (plan.recipe.optimiser != "adamw")
+    return ", or ".join(advice + ["--no-amp"] * bool(inputs.amp))
 
 
 def command_that_goes_on():
@@ -187,8 +197,7 @@ def stopped_between_stages(run):
     except KeyboardInterrupt:
         if run.begun or not run.masked.begun:
             raise
-        how = f"stopped; what is saved goes on with:\n  {command_that_goes_on()}"
-        raise Interrupted(how, signal.SIGINT) from None
+        raise interrupted([signal.SIGINT]) from None
 
 
 # ---------------------------------------------------------------- last.pth

@@ -48,12 +48,12 @@ def last_files(run):
 
 @contextlib.contextmanager
 def staged(files):
-    """A folder for the time of the block that holds `files`, {name: path}: links where the system allows
-    them, otherwise copies."""
+    """A folder for the time of the block that holds `files`, {name: path}: hard links where the system allows
+    them, otherwise copies. MLflow refuses symbolic links that lead out of the folder."""
     with tempfile.TemporaryDirectory() as folder:
         for name, path in files.items():
             try:
-                os.symlink(os.path.abspath(path), Path(folder, name))
+                os.link(os.path.realpath(path), Path(folder, name))
             except OSError:
                 shutil.copyfile(path, Path(folder, name))
         yield Path(folder)

@@ -11,10 +11,13 @@ from records.trackers.usage import SECONDS
 class Wandb:
     """A run of Weights & Biases."""
 
+    chosen = None  # the folder of artifacts that this process has named; another one is the user's
+
     def __init__(self, run, known):
         beside = os.path.abspath(run.folder.parent)
         # Artifacts wait there for `wandb sync`; it would take the home folder.
-        os.environ.setdefault("WANDB_DATA_DIR", os.path.join(beside, "wandb"))
+        if os.environ.get("WANDB_DATA_DIR") in (None, Wandb.chosen):
+            Wandb.chosen = os.environ["WANDB_DATA_DIR"] = os.path.join(beside, "wandb")
         import wandb
 
         usual = "online" if os.environ.get("WANDB_API_KEY") else "offline"

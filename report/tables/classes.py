@@ -21,8 +21,8 @@ class Answers(NamedTuple):
     """What one rule answers on one side, beside the truth.
 
     title: the rule; names: the K classes or F findings; truth, decided: int [N], numbers of classes, or of
-    several findings [N, F] of 0 and 1; left_out: findings without a threshold; short: whether calibrate.py
-    prints it."""
+    several findings [N, F] of 0 and 1; left_out: findings without a threshold, and classes that no image is
+    or is taken for; short: whether calibrate.py prints it."""
 
     title: str
     names: list
@@ -69,8 +69,12 @@ def _most_probable(task, confusion, side, most):
             "classes): run calibrate.py again"
         )
     pairs = np.array(list(np.ndindex(k, k)))
-    truth, decided = np.repeat(pairs, np.ravel(confusion), axis=0).T
-    return [Answers("most probable class", list(task.classes), truth, decided, short=True)]
+    # A class that does not occur has no figures, and would count as 0 in the macro average.
+    occurring, numbers = np.unique(np.repeat(pairs, np.ravel(confusion), axis=0).T, return_inverse=True)
+    truth, decided = numbers.reshape(2, -1)
+    names = [task.classes[i] for i in occurring]
+    absent = tuple(name for name in task.classes if name not in names)
+    return [Answers("most probable class", names, truth, decided, absent, short=True)]
 
 
 def _row(calibration, name, side, point):

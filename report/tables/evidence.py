@@ -37,8 +37,9 @@ def batch_blocks(entries):
         "From predict.py --keep. Odd: images whose typicality is 0.01 or less, as that of 1% of the "
         "validation images is. Called: those that the model calls sick at @Rec. p: the least of three "
         "p-values (odd images, features, scores; one image a patient), times three, at the share of sick "
-        "people that fits best; 0.05 or less is a shift. At another share of sick people, recall and "
-        "specificity are as in validation, but precision, accuracy and calibrated probabilities change. "
+        "people that fits best; 0.05 or less is a shift. Where only that share "
+        "differs, recall and specificity are as in validation, but precision, accuracy and calibrated "
+        "probabilities change; sick people whom the model misses there would look the same. "
         "Images that are like validation as far as these tests see may still be of other patients."
     )
     head = ["Model: images", "Images", "Patients", "Odd", "Called", "Called in validation", "p", "Verdict"]

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 from common.console import InputError, say
+from common.device import first_process_first
+from data import load_train_val
 from images.augment import parse_augment
 from models.mae import MaskedAutoencoder
 from training import plan as plans
 from training import recipe as recipes
-from training.loss import Reconstruction
+from training.loss import Reconstruction, supervised
 from vit import CONFIGS
 
 # The settings of both; docs/EXPERIMENTS.md has what they were chosen on.
@@ -79,6 +81,7 @@ def first(plan, model, *, resume, after=None, teacher=None):
         refuse_other_length(stage)
         say("note: settings of the epochs with labels, which have not begun, are those of this command")
     with plans.training(plan.run):
+        refuse_labels(plan)
         if teacher:  # whether it saw images held out here is better known now than after this stage
             plans.prepare_data(plan.config, teacher=teacher)
         if plan.track:
@@ -89,6 +92,13 @@ def first(plan, model, *, resume, after=None, teacher=None):
             f"{recipe.lr:g}; --batch-size, --lr and other flags of the recipe are for the epochs with labels"
         )
         train(stage, model)
+
+
+def refuse_labels(plan):
+    """InputError, before the masked epochs of a Plan, where the others could not be trained on its labels."""
+    with first_process_first():
+        sides = load_train_val(plan.config, lambda text: None)[:2]
+    supervised(plan.recipe, plan.config.task, *(side.targets for side in sides), plan.device)
 
 
 def refuse_other_length(stage):
