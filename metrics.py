@@ -199,8 +199,7 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
             f"{n} independent positives{counted} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
-    candidates = np.sort(draws[:, allowed[-1]])
-    thr = candidates[(len(candidates) - 1) // 2]
+    thr = np.quantile(draws[:, allowed[-1]], 0.5, method="lower")
     called = p >= thr
     tp = int((called & (y == 1)).sum())
     return float(thr), tp / int(y.sum()), tp / int(called.sum())
