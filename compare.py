@@ -14,6 +14,7 @@ mean and standard deviation. Needs no torch and takes seconds.
 import common.prelude  # noqa: F401  (first: see there)
 
 import itertools
+import os
 import re
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -72,6 +73,9 @@ def parse():
     for flag, path in (("--out", args.out), ("--csv", args.csv), ("--html", args.html)):
         if path:
             check_output(flag, path)
+    paths = [os.path.realpath(path) for path in (args.out, args.csv, args.html) if path]
+    if len(set(paths)) < len(paths):
+        raise InputError("--out, --csv and --html name the same file: give each its own")
     check_figures(args.figures, given)
     return args
 

@@ -311,6 +311,10 @@ def load_train_val(config, tell=print):
         has_mask = everything.lungs().any(axis=(1, 2))
         positions = [side[has_mask[side]] for side in positions]
     train, val = (everything.take(side) for side in positions)
+    if config.task.kind == "softmax":
+        there = np.bincount(train.targets[train.targets >= 0], minlength=len(config.classes))
+        if absent := [name for name, count in zip(config.classes, there) if not count]:
+            raise InputError(f"no training image is left of {', '.join(absent)}: see the notes above")
 
     # The fingerprint is that of the table; only then is it said what uncertain labels are in training.
     indices = {side: readable.take(some) for side, some in zip(("train", "val"), positions)} | {"test": test}

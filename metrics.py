@@ -368,7 +368,7 @@ def nll(y_true, p1):
     """Mean negative log-likelihood in nats; a probability below 1e-15 counts as 1e-15 (scikit-learn's
     `log_loss` clips at 2e-16). InputError: as `check_scores`."""
     y, p = check_scores(y_true, p1)
-    return float(-np.log(np.clip(np.where(y == 1, p, 1 - p), 1e-15, 1)).mean())
+    return float(-np.log(np.clip(np.where(y == 1, p, 1 - p), 1e-15, 1)).mean()) + 0.0  # not -0.0
 
 
 def predictive_values(recall, specificity, prevalence):

@@ -68,8 +68,10 @@ def shared_text(calibration):
         f"  @Rec: recall >= {floor:g} there; for new patients like them below it with {chances}",
     ]
     granted = [g for g in guarantees.values() if g["threshold"] is not None]
+    in_guar = [found.get("rule_in", {}).get("guarantee") for found in calibration["findings"].values()]
+    in_guar = [g for g in in_guar if g and g["threshold"] is not None]
     if joint and granted:
-        lines.append(joint_text(joint, len(granted)))
+        lines.append(joint_text(joint, len(granted), len(in_guar)))
     elif granted:
         alone = ", each finding alone" if len(calibration["findings"]) > 1 else ""
         lines.append(f"  @Guar: true recall >= {floor:g} with confidence {granted[0]['confidence']:g}{alone}")
@@ -79,14 +81,15 @@ def shared_text(calibration):
     return "\n".join(lines + rule_in_lines(calibration))
 
 
-def joint_text(joint, granted):
-    """What "jointly" of a calibration says, as a line; granted: how many findings have @Guar."""
+def joint_text(joint, granted, in_guar):
+    """What "jointly" of a calibration says, as a line; granted, in_guar: how many findings have @Guar and
+    @InGuar."""
     promises = joint.get("promises", joint["findings"])
     some = f"{granted} of " if granted < joint["findings"] else ""
     what = f"the floors of {some}{joint['findings']} findings"
-    if "promises" in joint:
-        those = " that are granted" if some else ""
-        what = f"@InGuar too: the {promises} floors of recall and specificity{those}"
+    if in_guar:
+        some = f"{granted + in_guar} of " if granted + in_guar < promises else ""
+        what = f"@InGuar too: {some}the {promises} floors of recall and specificity"
     return (
         f"  @Guar: {what} hold at once with confidence {joint['confidence']:g}: by the union bound each "
         f"alone with {1 - (1 - joint['confidence']) / promises:.4f}"
@@ -306,7 +309,7 @@ def show_probabilities(found, calibration):
         before, after = when["before"], when["after"]
         changes.append(
             f"{side} ECE {before['ece']:.3f} -> {after['ece']:.3f}, "
-            f"NLL {before['nll']:.3f} -> {abs(after['nll']):.3f}"  # no -0.000
+            f"NLL {before['nll']:.3f} -> {after['nll']:.3f}"
         )
     if scaling.fitted(calibration) == scaling.TEMPERATURE:  # of Platt scaling scaling.told says it
         print(f"  by the temperature: {'; '.join(changes)}")

@@ -321,5 +321,5 @@ def _quality(of_finding):
     for side in SIDES:
         before, after = (of_finding["probability"][side][when] for when in ("before", "after"))
         text += f"; {side} ECE {before['ece']:.3f} -> {after['ece']:.3f}"
-        text += f", NLL {before['nll']:.3f} -> {abs(after['nll']):.3f}"
+        text += f", NLL {before['nll']:.3f} -> {after['nll']:.3f}"
     return text

@@ -19,7 +19,7 @@ from common.files import atomic_path, read_json, sha256, write_json
 from images.decode import _check_regular, _decode
 from layouts import arrays
 
-CACHE_VERSION = 6  # raise it when decoding changes, so that old caches are rebuilt
+CACHE_VERSION = 7  # raise it when decoding changes, so that old caches are rebuilt
 
 
 # ---------------------------------------------------------------- many files, cached

@@ -174,6 +174,10 @@ def _tiff_to_grey(image):
     if not (image.mode.startswith("I") or image.mode == "F"):
         if bits > 8:
             raise OSError(f"colour TIFF of {bits} bits: save it as grey, or with 8 bits")
+        if (
+            image.mode == "L" and tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+        ):  # signed, of which Pillow knows nothing
+            return stretch(np.asarray(image).view(np.int8))
         return image.convert("L")
     values = np.asarray(image)
     if image.mode == "I" and bits == 32 and max(tags.get(SAMPLE_FORMAT, (1,))) == 1:

@@ -212,10 +212,14 @@ def _stored(value, dtype):
 
 
 def _used_bits(raw, file):
-    """Stored values without what stands in bits above Bits Stored, which mean nothing."""
-    unused = 8 * raw.dtype.itemsize - int(file.get("BitsStored") or 0)
+    """Stored values without what stands in bits above Bits Stored, which mean nothing. OSError where the
+    picture itself stands in others than the lowest bits."""
+    used = int(file.get("BitsStored") or 0)
+    unused = 8 * raw.dtype.itemsize - used
     if raw.dtype.kind not in "iu" or not 0 < unused < 8 * raw.dtype.itemsize:
         return raw
+    if (high := file.get("HighBit")) is not None and int(high) != used - 1:
+        raise OSError(f"HighBit is {high}, and BitsStored {used}: only pictures in the lowest bits are read")
     return raw << unused >> unused
 
 

@@ -38,7 +38,7 @@ HIDDEN_DEBRIS = (
     *(".snapshot", ".nfs", "__macosx"),
 )
 DEBRIS_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")
-MASKS = {"mask", "masks", "lung_mask", "lung_masks", "lung masks", "segmentation", "segmentations"}
+MASKS = re.compile(r"(.*[\s_-])?(masks?|(left|right|manual|lung)masks?|segmentations?)|ground[\s_-]?truths?")
 
 
 def kind_of(head):
@@ -140,7 +140,7 @@ class Search:
         if name.startswith("."):
             self.passed["hidden folders"] += 1
             return False
-        if name.lower() in MASKS:
+        if MASKS.fullmatch(name.lower()):
             self.passed["folders of masks"] += 1
             return False
         return True

@@ -55,7 +55,8 @@ def uncertain_values(text, findings):
     """What --uncertain says of each of these findings, int8 [K]: -1, 0 or 1. InputError if it says something
     else, or names a finding that is none of them."""
     values = np.full(len(findings), -1, dtype=np.int8)
-    for part in filter(None, map(str.strip, text.split(","))):
+    parts = filter(None, map(str.strip, text.split(",")))
+    for part in sorted(parts, key=lambda part: "=" in part):  # what is said of all comes before exceptions
         name, equals, word = part.rpartition("=")
         if word.strip() not in UNCERTAIN:
             ways = ", ".join(UNCERTAIN)

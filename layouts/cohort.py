@@ -32,15 +32,16 @@ def sex(text):
 
 def view(text):
     """PA, AP, lateral, "other" for a view that is known and none of these (oblique, say), or ""."""
-    words = re.sub(r"[\W_]+", "", text).upper()  # "Frontal PA", "P.A.", "postero-anterior"
+    single = re.split(r"[\W_]+", text.upper())
+    words = "".join(single)  # "Frontal PA", "P.A.", "postero-anterior"
     words = words.removeprefix("FRONTAL").removesuffix("VIEW").removesuffix("FRONTAL")
-    if words in ("", "UNK", "UNKNOWN", "NONE", "NAN"):
+    if words in ("", "FRONT", "UNK", "UNKNOWN", "NONE", "NAN"):
         return ""
-    if words.startswith(("PA", "POSTEROANT")):
+    if words == "PA" or "PA" in single or words.startswith(("POSTEROANT", "POSTERIORANT")):
         return "PA"
-    if words.startswith(("AP", "ANTEROPOST")):
+    if words == "AP" or "AP" in single or words.startswith(("ANTEROPOST", "ANTERIORPOST")):
         return "AP"
-    if words in ("L", "LL", "RL", "LLAT", "RLAT") or "LATERAL" in words:
+    if words in ("L", "LL", "RL", "LLAT", "RLAT") or "LAT" in single or "LATERAL" in words:
         return "lateral"
     return "other"
 

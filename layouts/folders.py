@@ -10,7 +10,7 @@ import numpy as np
 
 from common.console import InputError, advice, say_once
 from common.task import CLASSES, HEALTHY, is_healthy
-from images.find import EXTENSIONS, Search, is_passed_over, subfolders
+from images.find import EXTENSIONS, MASKS, Search, is_passed_over, subfolders
 from layouts.listing import SIDES, Index, Reading, joined, patient_id
 
 TRAIN_NAMES = ("train", "training", "train_data", "trainset")  # in any case; only the first is read
@@ -127,7 +127,10 @@ def find_classes(root, healthy=None):
     `healthy`: its name, if it is called neither normal nor healthy nor no finding. InputError for fewer than
     two classes, names that differ in case only, or no (or more than one) healthy class."""
     folder = Path(root, "train")
-    names = subfolders(folder)
+    found = subfolders(folder)
+    names = [name for name in found if not MASKS.fullmatch(name.lower())]
+    if masks := [name for name in found if name not in names]:
+        say_once(f"note: {folder}: folders of masks are no classes: {', '.join(masks)}")
     if len(names) < 2:
         inner = [path.relative_to(folder).as_posix() for name in names for path in _inside(folder / name)]
         inside = f" (in it {', '.join(inner[:5])})" if inner else ""
@@ -165,7 +168,7 @@ def list_images(root, side, classes=CLASSES):
     A line says what was passed over (listing.Search). InputError if a class folder is missing or holds no
     image, or if there is a folder of a class that is not asked."""
     files, targets, place, search = [], [], Path(root, side), Search()
-    others = [name for name in subfolders(place) if name not in classes]
+    others = [n for n in subfolders(place) if n not in classes and not MASKS.fullmatch(n.lower())]
     for target, name in enumerate(classes):
         folder, inside = place / name, Search()
         if not folder.is_dir():

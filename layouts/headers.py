@@ -136,7 +136,7 @@ def cohort_of_files(root, files, cache_dir):
     file is DICOM.
 
     Headers of files that have not changed are taken from `cache_dir`. Notes count what could not be used."""
-    possible = [file for file in files if not str(file).lower().endswith(PICTURES) and "#" not in str(file)]
+    possible = [f for f in files if not (str(f).lower().endswith(PICTURES) or arrays.parts_of(f))]
     if not possible:
         return None
     texts = _headers(root, possible, cache_dir)

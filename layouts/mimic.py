@@ -35,15 +35,21 @@ def rows(source):
             f"{source.path} has the labels of studies: put mimic-cxr-2.0.0-metadata.csv.gz and -split.csv.gz "
             "beside it, which say which images these have"
         )
-    study_row = _row_of(labels, "subject_id", "study_id")
+    study_row, known = _row_of(labels, "subject_id", "study_id"), findings(source.path)
+    values = columns_of(labels, known)
+    for at, study in enumerate(zip(*map(labels.text, ("subject_id", "study_id")))):
+        if not np.array_equal(values[at], values[study_row[study]]):
+            raise InputError(
+                f"{labels.path}, row {labels.numbers[at]}: the labels of study {study[1]} are not what they "
+                f"are in row {labels.numbers[study_row[study]]}: correct one of them"
+            )
     positions, names = np.full(len(images), len(labels)), []  # images without labels: a row after the last
     for at, (image, patient, study) in enumerate(zip(*map(images.text, IMAGES))):
         names.append(f"files/p{patient[:2]}/p{patient}/s{study}/{image}.jpg")
         positions[at] = study_row.get((patient, study), len(labels))
     without = int((positions == len(labels)).sum())
     left_out = {f"images of {images.path} have no labels": without} if without else {}
-    known = findings(source.path)
-    values = np.vstack([columns_of(labels, known), np.full((1, len(known)), UNUSABLE, dtype=np.int8)])
+    values = np.vstack([values, np.full((1, len(known)), UNUSABLE, dtype=np.int8)])
     patients = images.text("subject_id")
     cohort = {"study": np.array(images.text("study_id"), dtype=str)}
     if metadata:

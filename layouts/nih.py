@@ -10,7 +10,7 @@ import numpy as np
 from common.console import InputError, say_once
 from common.task import is_device, is_healthy
 from layouts.cohort import ages, further_columns, sexes, views
-from layouts.patients import patients_of
+from layouts.patients import NOBODY, patients_of
 from layouts.rows import Layout, Rows
 from layouts.sheets import open_sheet
 from layouts.synonyms import same_key
@@ -21,6 +21,7 @@ NIH_FINDINGS = ("No Finding",) + tuple(
     "Atelectasis Cardiomegaly Consolidation Edema Effusion Emphysema Fibrosis Hernia Infiltration Mass "
     "Nodule Pleural_Thickening Pneumonia Pneumothorax".split()
 )
+NO_NAME = ("", "0", *NOBODY)  # of a finding
 JOINED = r"[,;/\\&+\t\r\n]|\s(and|plus)\s"  # in the name of a finding: it could be two
 
 
@@ -33,7 +34,7 @@ def nih_names(sheet):
     texts, _, positions = sheet.codes(LABELS)
     first = {text: int(sheet.numbers[at]) for text, at in zip(texts, positions)}
     for text, number in first.items():
-        parts[text] = [name.strip() for name in text.split("|") if name.strip()]
+        parts[text] = [name.strip() for name in text.split("|") if name.strip().lower() not in NO_NAME]
         for name in parts[text]:
             rows_of.setdefault(name, number)
     spelt = _spellings(path, rows_of)
@@ -102,7 +103,8 @@ def labels_of(sheet, asked):
     if wrong:
         at = min(wrong)
         text = wrong[at]
-        what = f"{text}, which contradicts itself" if text.strip("| ") else "empty"
+        what = "empty" if not text.strip("| ") else f"{text[:40]!r}, which is no finding"
+        what = f"{text}, which contradicts itself" if names[text] else what
         raise InputError(
             f"{sheet.path}, row {sheet.numbers[at]}: Finding Labels is {what}; an image without findings "
             "says No Finding alone"

@@ -8,7 +8,8 @@ from common.console import InputError, say_once
 from layouts.lookup import Listed
 from layouts.sheets import columns, open_sheet
 
-NOBODY = ("na", "n/a", "#n/a", "nan", "null", "none", "unknown", "unk")  # in lower case
+NOBODY = ("na", "n/a", "#n/a", "nan", "null", "none", "unknown", "unk", "-", "?")  # in lower case
+ROUNDED = r"\d([.,]\d+[eE]\+?|[eE]\+)\d+"  # a long number as spreadsheets write it: 8.68687E+37
 
 
 def clean_patient(text):
@@ -21,7 +22,7 @@ def clean_patient(text):
 
 def patients_of(sheet, name):
     """The patients that a column of a Sheet names, list of N texts, "" where unknown. InputError for a
-    decimal comma: 12,0 may be 12, or a name."""
+    decimal comma (12,0 may be 12, or a name) and a rounded number."""
     texts = sheet.text(name)
     clean = {}
     for number, text in zip(sheet.numbers, texts):
@@ -30,6 +31,11 @@ def patients_of(sheet, name):
         if re.fullmatch(r"\d+,0+", text):
             raise InputError(
                 f"{sheet.path}, row {number}: the patient is {text!r}: a decimal comma is not read"
+            )
+        if re.fullmatch(ROUNDED, text):
+            raise InputError(
+                f"{sheet.path}, row {number}: the patient is {text!r}, a number that a spreadsheet has "
+                "rounded, which several people may have: export the column as text"
             )
         clean[text] = clean_patient(text)
     return [clean[text] for text in texts]

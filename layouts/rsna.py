@@ -66,7 +66,10 @@ def _healthy(sheet, ids):
             f"{sheet.path}, row {number}: {CLASS} is {text[:40]!r}, not {', '.join(CLASSES)}"
         ),
     )
-    known = dict(zip(sheet.text(ID), words.tolist()))
+    known = {}
+    for number, image, word in zip(sheet.numbers, sheet.text(ID), words.tolist()):
+        if known.setdefault(image, word) != word:
+            raise InputError(f"{sheet.path}, row {number}: {image} has another {CLASS} than in a row before")
     return np.array([known.get(image, BLANK) for image in ids], dtype=np.int8)
 
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import zlib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from common.console import InputError, say_once
 from common.files import check_regular
 
+INVISIBLE = "\ufeff\u200b"  # marks that come with copies from web pages and twice saved tables
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 NAME_COLUMNS = {"path", "image index"}  # one of these names the image in many tables
 ZIPPED = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how the workbooks of spreadsheet programs begin
@@ -102,15 +104,15 @@ def _open_sheet(path, size, changed):
         first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
     except (csv.Error, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a readable CSV file ({error})") from None
-    head = [name.strip() for name in first]
+    head = [name.strip().strip(INVISIBLE).strip() for name in first]
     while head and not head[-1]:
         head.pop()  # a value there has come from another column
     word = SEPARATORS.get(separator, repr(separator))
     if separator != ",":
         say_once(f"note: {path} is separated by {word}")
-    twice = {name for name in head if name and head.count(name) > 1}
-    if twice:
-        raise InputError(f"{path} names the column {', '.join(sorted(twice))} twice")
+    alike = Counter(name.lower() for name in head if name)  # columns are found in any case
+    if twice := list(dict.fromkeys(name for name in head if alike[name.lower()] > 1)):
+        raise InputError(f"{path} names the column {' and '.join(twice[:4])} twice: rename one of them")
     if not head:
         raise InputError(f"{path} has no rows")
     values = _values(path, text, separator, max(len(first), 1))
@@ -201,12 +203,19 @@ def head_of(path):
 
 
 def sheet_beside(path, needed):
-    """The Sheet of the table beside `path` that has the columns `needed`, or None."""
+    """The Sheet of the table beside `path` that has the columns `needed`, or None. Of several, the first
+    whose name begins as that of `path`, or else the first; a note says which."""
+    fit = []
     for other in sorted(Path(path).parent.iterdir()):
         is_table = other.name.lower().endswith((".csv", ".csv.gz")) and other.is_file()
         if is_table and other != Path(path) and set(needed) <= set(head_of(other)):
-            return open_sheet(other)
-    return None
+            fit.append(other)
+    begins = re.match("[A-Za-z]*", Path(path).name)[0]
+    fit.sort(key=lambda other: not other.name.startswith(begins))
+    if len(fit) > 1:
+        others = ", ".join(other.name for other in fit[1:4])
+        say_once(f"note: {path}: of {fit[0].name} and {others} beside it, {fit[0].name} is read")
+    return open_sheet(fit[0]) if fit else None
 
 
 def _text(path):

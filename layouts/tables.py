@@ -240,8 +240,9 @@ def _index_of(rows, listed, layout, choices, findings):
     """(the Index of the images of Rows that are there, [images listed, images found])."""
     for reason, count in rows.left_out.items():
         say_once(f"note: {rows.path}: {count} {reason}; left out")
-    if layout.infers:
+    if layout.infers or layout is rsna.LAYOUT:  # the others look themselves
         refuse_contradiction(rows)
+    if layout.infers:
         infer_healthy(rows)
     names, kept = _once(rows, [listed.clean(name) for name in rows.names])
     files, positions = [], []

@@ -160,6 +160,12 @@ def _beside(path, width, depth):
         found = found.or_else(_architecture(results["model_config"], "num_heads", "norm_eps"))
     if width is None:
         return found
+    name = config.get("architecture")  # as timm writes it
+    if isinstance(name, str) and "num_attention_heads" not in config:
+        try:
+            found = found.or_else(of_timm(name, width, '"architecture" in config.json,'))
+        except InputError as error:
+            found = found.or_else(Settings(notes=(f"{error}: not used",)))
     return found.or_else(_architecture(config, "num_attention_heads", "layer_norm_eps"))
 
 

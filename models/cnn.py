@@ -164,13 +164,14 @@ def load_weights(model, path):
     found = counts | found
     if text := differences(found, wanted, held.state):
         raise InputError(f"{path} does not hold {model.config['name']}: {text}")
+    found = {n: v.to(wanted[n].dtype) for n, v in found.items()}  # 1e60 is infinite in float32
     if bad := sorted(n for n, v in found.items() if not torch.isfinite(v).all()):
         raise InputError(f"{path}: NaN or infinite values in [{listed(bad)}]")
 
     # What stands in the file or beside it is right; then its layout; then timm's configuration of --model.
     own = settings_of(path, None, None, around=held.around).or_else(settings)
     usual = Settings(*model.scaling, f"timm's configuration of {model.config['name']}")
-    model.body.load_state_dict({n: v.to(wanted[n].dtype) for n, v in found.items()})
+    model.body.load_state_dict(found)
     if own.norm_eps:
         model.set_norm_eps(own.norm_eps)
     report = _report(path, loaded, dropped, own.or_else(usual))

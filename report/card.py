@@ -13,6 +13,7 @@ from common import scaling
 from common.console import InputError, say
 from report.answers.short import MARKS
 from report.answers.short import cell as mark_cell
+from report.answers.threshold import calls
 from report.cells import alone, points, questions, span, with_interval
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdown_text, to_markdown
 from report.rows import POINTS, Entry
@@ -143,10 +144,11 @@ def chosen(entry):
 def summary_line(entry, finding, row):
     """The figures that matter most, of one finding."""
     sick, healthy = row["tp"] + row["fn"], row["tn"] + row["fp"]
+    empty = f"; it {calls(row)}" if calls(row) else ""
     return (
         f"{finding} @Rec {row['thr']:.4f}: on test recall {with_interval(row, 'recall')} ({row['fn']} of "
         f"{sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} false "
-        f"alarms of {healthy}), AUROC {with_interval(row, 'auroc')}"
+        f"alarms of {healthy}), AUROC {with_interval(row, 'auroc')}{empty}"
     )
 
 

@@ -111,9 +111,9 @@ def draw_roc(entries, styles):
 
 def add_aurocs(ax, entries, finding):
     """The AUROCs of the first models in the title; the legend, of all panels, names models alone."""
-    for line, e in zip(ax.get_lines(), entries):
-        if line.get_label().startswith(label(e.name, 96)):
-            line.set_label(label(e.name, 110))
+    of_curve = {plots.curve_name(e, finding, "auroc"): label(e.name, 110) for e in entries}
+    for line in ax.get_lines():  # of a curve, or of its point
+        line.set_label(of_curve.get(line.get_label(), line.get_label()))
     known = [e.calibrated[finding]["curves"] for e in entries if "test" in e.calibrated[finding]["curves"]]
     shown = ", ".join(f"{curves['test']['auroc']['value']:.3f}" for curves in known[:3])
     if len(known) > 3:

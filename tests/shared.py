@@ -309,8 +309,9 @@ def predict_rows(folder, *argv, code=0):
 
 
 def six_digits(values):
-    """Numbers as predict.py writes them."""
-    return [float(f"{value:.6g}") for value in values]
+    """Numbers as predict.py writes them: six digits, and above 0.999 four of what is missing to 1."""
+    places = [math.ceil(-math.log10(1 - value)) + 3 if 0.999 < value < 1 else 0 for value in values]
+    return [round(float(v), n) if n else float(f"{v:.6g}") for v, n in zip(values, places)]
 
 
 def file_list(folder, run):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from scipy.special import expit, logit
+from scipy.stats import binomtest
 
 from common.files import write_json
 from common.proportions import wilson_interval
@@ -18,7 +19,7 @@ from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
 from report.answers.standing import Behind, patients_needed, standings
-from report.answers.threshold import EVERYBODY, calls, floor_verdict, lines_of
+from report.answers.threshold import EVERYBODY, calls, floor_verdict, lines_of, recall_span
 from report.answers.which import which_blocks
 from report.render import Bad, Best, to_markdown
 from report.rows import Entry
@@ -224,11 +225,17 @@ def row_with(low, high, **counts):
 
 
 @pytest.mark.parametrize(
-    "low, high, verdict", [(0.9, 0.99, "kept"), (0.89, 0.95, "not refuted"), (0.8, 0.899, "broken")]
+    "missed, verdict", [(0, "kept"), (1, "kept"), (4, "not refuted"), (6, "not refuted"), (20, "broken")]
 )
-def test_what_is_left_of_a_floor(low, high, verdict):
-    entry = SimpleNamespace(findings=["x"], min_recall=0.9, row=lambda *_: row_with(low, high))
-    assert floor_verdict(entry, "x", row_with(low, high)) == verdict
+def test_what_is_left_of_a_floor(missed, verdict):
+    """Of 75 sick patients, floor 0.9, by Clopper and Pearson: whoever misses fewer never stands worse."""
+    scores = (np.arange(75) >= missed).astype(float)
+    test = SimpleNamespace(truth=np.ones(75, int), scores=scores, patients=np.arange(75))
+    row = row_with(0, 1)
+    entry = SimpleNamespace(findings=["x"], min_recall=0.9, row=lambda *_: row, column=lambda *_: test)
+    exact = binomtest(75 - missed, 75).proportion_ci(method="exact")
+    assert recall_span(entry, "x", row) == pytest.approx((exact.low, exact.high))
+    assert floor_verdict(entry, "x", row) == verdict
 
 
 def test_who_calls_everybody_sick():

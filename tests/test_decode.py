@@ -351,6 +351,13 @@ def tiff(pixels, photometric=1, changes=()):
     return b"II*\0" + struct.pack("<I", 8 + pixels.nbytes) + pixels.tobytes() + directory
 
 
+def test_tiff_of_signed_bytes(tmp_path):
+    ramp = np.repeat(np.arange(-128, 128, dtype=np.int8)[None], 64, axis=0)
+    (tmp_path / "a.tif").write_bytes(tiff(ramp))
+    found = decode.decode(tmp_path / "a.tif", 64)
+    assert (np.diff(found.astype(int), axis=1) >= 0).all() and found[0, 0] < 5 and found[0, -1] > 250
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_depth_decides_nothing(tmp_path, kind):
     """10, 12, 14 and 16 bits: one picture; and one marker pixel changes nothing."""
@@ -629,11 +636,11 @@ def test_caches_of_other_settings_do_not_mix(small_set):
 
 
 def test_cache_of_this_version_stays_valid(small_set):
-    """The key and the file's name are those of version 6: changing either would decode every set again."""
+    """The key and the file's name are those of version 7: changing either would decode every set again."""
     files, _, _ = load_small(small_set)
     root = Path(small_set.data_dir)
     stats = [os.stat(root / file) for file in files]
-    key = [6, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
+    key = [7, 16, "squash", [[f, s.st_size, s.st_mtime_ns] for f, s in zip(files, stats)]]
     assert json.loads(cache_file(small_set).with_suffix(".json").read_text())["key"] == sha256(key)
     place = sha256([str(root.resolve()), "train", 16, "squash"])[:8]
     assert cache_file(small_set).name == f"set-train-16-squash-{place}.npy"

@@ -524,6 +524,20 @@ def test_damaged_headers(tmp_path, capsys):
     assert "DICOM headers in" in said and "absent.dcm" in said and "Traceback" not in said
 
 
+def test_a_number_sign_in_a_folder_hides_no_header(tmp_path):
+    names = ["case#1/a.dcm", "case#1/b.dcm"]
+    draw_headers(tmp_path / "in", {name: {"PatientID": "one"} for name in names}, size=32)
+    found = headers.cohort_of_files(tmp_path / "in", names, tmp_path / "cache")
+    assert found["patient"][0] and found["patient"][0] == found["patient"][1]
+
+
+def test_a_picture_in_upper_bits_is_refused(tmp_path):
+    """It would wrap round without a word."""
+    save_dicom(tmp_path / "a.dcm", np.arange(720, dtype=np.uint16).reshape(24, 30) << 4, 12, HighBit=15)
+    with pytest.raises(OSError, match="HighBit is 15, and BitsStored 12"):
+        open_dicom(tmp_path / "a.dcm")
+
+
 def dicom_set(root, patients=12, seed=0):
     """Class folders of DICOM: each patient has two images, in one or two studies; NORMAL and PNEUMONIA take
     turns. Names of files say nothing."""

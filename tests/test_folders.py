@@ -359,6 +359,26 @@ def test_folders_below_a_class_belong_to_it(tmp_path, capsys):
     assert capsys.readouterr().err == f"note: {tmp_path}/train: passed over: {counts}\n"
 
 
+def test_folders_of_masks_are_neither_images_nor_classes(tmp_path, capsys):
+    kinds = ("infection masks", "lung masks", "leftMask", "ground-truth", "Segmentations")
+    names = [f"train/{name}/images/x.png" for name in ("NORMAL", "COVID-19")]
+    touch(
+        *(tmp_path / n for n in (*names, *(f"train/COVID-19/{k}/x.png" for k in kinds), "train/masks/x.png"))
+    )
+    assert find_classes(tmp_path) == ("NORMAL", "COVID-19")
+    assert "folders of masks are no classes: masks" in capsys.readouterr().err
+    assert list_images(tmp_path, "train", ("NORMAL", "COVID-19")).files == names
+    assert "5 folders of masks" in capsys.readouterr().err
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path):
+    draw(tmp_path / "set/train/NORMAL", 20, np.random.default_rng(0))
+    touch(*(tmp_path / f"set/train/SICK/{i}.png" for i in range(20)))
+    argv = ("--data-dir", "set", "--img-size", 32, "--skip-bad")
+    for script in ("train_linear", "train_scratch"):
+        refused(cli(script, *argv, cwd=tmp_path), "no training image is left of SICK")
+
+
 def test_numbers_within_case_folders_are_no_patients(tmp_path):
     """Viewers number the images of every case from IM-0001 on; Kermany's own names lie in the class folder,
     and person1 or NORMAL2-IM-0001 is one child wherever it lies."""

@@ -17,9 +17,10 @@ import data
 import vit
 from common import console
 from common.console import InputError
-from layouts import arrays, cohort, padchest, synonyms, tables
+from layouts import arrays, cohort, mimic, nih, padchest, sheets, synonyms, tables
 from layouts import vindr as vindr_layout
 from layouts.choices import Choices, training_targets, uncertain_values
+from layouts.rows import Source
 from tests.shared import SHARED, cli, read_json, refused, touch
 from training import other_hospitals
 
@@ -807,3 +808,65 @@ def test_flags_of_tables_without_a_table(tmp_path):
     for flag, value in (("--layout", "nih"), ("--uncertain", "positive"), ("--blank", "negative")):
         done = cli("train_linear", "--data-dir", "set", flag, value, cwd=tmp_path)
         refused(done, f"{flag} belongs to a table of findings: give --labels too")
+
+
+def test_a_study_of_mimic_with_two_sets_of_labels_is_refused(tmp_path):
+    head = "subject_id,study_id,No Finding,Edema\n"
+    metadata = "dicom_id,subject_id,study_id,ViewPosition\na,10000033,50414268,PA\n"
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv").write_text(metadata)
+    labels = tmp_path / "mimic-cxr-2.0.0-chexpert.csv"
+    labels.write_text(f"{head}10000033,50414268,,1.0\n10000033,50414268,1.0,0.0\n")
+    with pytest.raises(
+        InputError, match="row 2: the labels of study 50414268 are not what they are in row 3"
+    ):
+        mimic.rows(Source(labels, tmp_path, ()))
+
+
+def test_of_several_tables_beside_the_published_one_is_read(tmp_path, capsys):
+    for name in ("an excerpt.csv", "mimic-cxr-2.0.0-metadata.csv"):
+        (tmp_path / name).write_text(f"dicom_id,subject_id\n{name},1\n")
+    sheet = sheets.sheet_beside(tmp_path / "mimic-cxr-2.0.0-chexpert.csv", ("dicom_id",))
+    assert sheet.path.endswith("metadata.csv") and "an excerpt.csv beside it" in capsys.readouterr().err
+
+
+def test_rsna_cannot_be_healthy_and_sick(tmp_path):
+    touch(tmp_path, "images/x1.png", "images/x2.png")
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,Target\nx1,1\nx2,0\n")
+    info = tmp_path / "stage_2_detailed_class_info.csv"
+    info.write_text("patientId,class\nx1,Normal\nx2,Normal\n")
+    with pytest.raises(InputError, match="No Finding is 1 and Pneumonia is 1, a contradiction"):
+        tables.read_table(tmp_path / "stage_2_train_labels.csv", tmp_path, ("No Finding", "Pneumonia"))
+    info.write_text("patientId,class\nx1,Lung Opacity\nx2,Normal\nx2,Lung Opacity\n")
+    with pytest.raises(InputError, match="row 4: x2 has another class"):
+        tables.read_table(tmp_path / "stage_2_train_labels.csv", tmp_path, ("No Finding", "Pneumonia"))
+
+
+def test_words_for_nothing_are_no_finding_of_nih(tmp_path):
+    for word in ("nan", "NA", "-", "0", "None"):
+        (tmp_path / "t.csv").write_text(
+            f"Image Index,Finding Labels,Patient ID\na.png,{word},1\nb.png,Mass,2\n"
+        )
+        with pytest.raises(InputError, match=f"row 2: Finding Labels is '{word}', which is no finding"):
+            nih.rows(Source(tmp_path / "t.csv", tmp_path, ("No Finding", "Mass")))
+
+
+@pytest.mark.parametrize(
+    "text, view",
+    [
+        *[("Posterior-Anterior", "PA"), ("Chest PA", "PA"), ("P.A.", "PA"), ("PA_erect", "PA")],
+        *[("Anterior Posterior", "AP"), ("AP_horizontal", "AP"), ("Front", ""), ("LAT", "lateral")],
+        *[
+            ("patient supine", "other"),
+            ("Lat.", "lateral"),
+            ("LATERAL DECUBITUS", "lateral"),
+            ("Oblique", "other"),
+        ],
+    ],
+)
+def test_words_for_views(text, view):
+    assert cohort.view(text) == view
+
+
+def test_exceptions_of_uncertain_labels_may_come_first():
+    for text in ("Edema=positive,negative", "negative,Edema=positive"):
+        assert uncertain_values(text, ("Edema", "Mass")).tolist() == [1, 0]

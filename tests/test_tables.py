@@ -440,3 +440,33 @@ def test_site_and_patients_go_through_the_same_reading(tmp_path):
     put(tmp_path / "site", text.replace("b;0", "b;1"), files=())
     with pytest.raises(InputError, match="row 3: Normal is 1 and Edema is 1"):
         other_hospitals.load_site(config, tmp_path / "site", "t.csv")
+
+
+def test_columns_that_differ_in_case_alone_are_refused(tmp_path):
+    """They are found in any case, so the second would have the labels of the first."""
+    put(tmp_path, "path,patient,Mass,mass\na.png,1,1,0\n", files=["a.png"])
+    with pytest.raises(InputError, match="names the column Mass and mass twice"):
+        read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
+
+
+def test_a_head_may_hold_marks_that_nobody_sees(tmp_path):
+    put(
+        tmp_path,
+        "\ufeff\ufeffpath,patient,\u200bMass\na.png,1,1\nb.png,2,0\n".encode(),
+        files=["a.png", "b.png"],
+    )
+    assert read_table(tmp_path / "t.csv", tmp_path, ("Mass",)).targets.ravel().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "text, refused", [("8.68687E+37", True), ("1E+12", True), ("7E12", False), ("-", False)]
+)
+def test_numbers_of_patients_that_a_spreadsheet_has_rounded(tmp_path, text, refused):
+    put(tmp_path, f"path,patient,Mass\na.png,{text},1\nb.png,2,0\n", files=["a.png", "b.png"])
+    if refused:
+        with pytest.raises(
+            InputError, match="row 2: the patient is .*, a number that a spreadsheet has rounded"
+        ):
+            read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
+    else:
+        assert read_table(tmp_path / "t.csv", tmp_path, ("Mass",)).known.tolist() == [text != "-", True]

@@ -5,6 +5,7 @@ drawing.
 nobody looked, or where there are too few patients to tell.
 """
 
+import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from common import scaling
 from common.proportions import reported_interval
 from metrics import positives_needed
 from report.answers.standing import shortcut_of
-from report.answers.threshold import floor_verdict, recall_text
+from report.answers.threshold import calls, floor_verdict, recall_text
 from report.cells import alone, named
 from report.render import Code
 from report.tables.cohort import groups_on
@@ -58,7 +59,9 @@ def floor_mark(entry, asked):
     verdicts = {}
     for name in on_both(entry):
         row = entry.row(name, "test", "at_rec")
-        verdicts.setdefault(floor_verdict(entry, name, row), []).append((row["recall"], name, row))
+        # To call everybody sick keeps any floor, and is worth nothing.
+        verdict = "broken" if calls(row) else floor_verdict(entry, name, row)
+        verdicts.setdefault(verdict, []).append((row["recall"], name, row))
     if not verdicts:
         return Mark("open", "no threshold has figures on test", MORE)
     verdict = "open" if "not refuted" in verdicts else "kept"
@@ -66,7 +69,8 @@ def floor_mark(entry, asked):
         verdict = "broken"
     key = "not refuted" if verdict == "open" else verdict
     _, name, row = min(verdicts[key], key=lambda found: found[0])
-    text = named(entry, name, f"{recall_text(entry, name, row)}, floor {entry.min_recall:g}")
+    empty = f"; it {calls(row)}" if calls(row) else ""
+    text = named(entry, name, f"{recall_text(entry, name, row)}, floor {entry.min_recall:g}{empty}")
     if not alone([entry]):
         total = sum(map(len, verdicts.values()))
         text = f"{len(verdicts[key])} of {total} findings {key}; lowest {text}"
@@ -95,7 +99,7 @@ def transport_mark(entry, asked):
     unsure = [(low, high, text) for _, low, high, text in found if low < -FAR or high > FAR]
     if unsure:
         low, high, text = max(unsure, key=lambda one: one[1] - one[0])
-        text += f": too few patients to exclude a difference of {max(-low, high):.2f}"
+        text += f": too few patients to exclude a difference of {min(1, max(-low, high)):.2f}"
         return Mark("open", text, MORE)
     return Mark("kept", f"{found[0][3]}: no difference beyond {FAR:g}")
 
@@ -180,7 +184,7 @@ def least_of(rows):
 
 def shortcut_mark(entry, asked):
     """What audit.py says of shortcuts: on validation, on which a choice may rest, or else on test."""
-    audit = Code(f"python audit.py --run {entry.run.folder.as_posix()}")
+    audit = Code(shlex.join(["python", "audit.py", "--run", entry.run.folder.as_posix()]))
     if shortcut := shortcut_of(entry, "val"):
         return Mark(shortcut["verdict"], shortcut["text"], "its audit says why")
     if shortcut := shortcut_of(entry, "test"):

@@ -1,5 +1,7 @@
 """Which model? What validation can tell, with the figures that support it. No torch, no drawing."""
 
+import shlex
+
 import numpy as np
 
 from report.answers.standing import ROUNDING, patients_needed, shortcut_of
@@ -150,9 +152,10 @@ def needed_bullets(standing):
             f"{count} validation patients instead of {standing.patients}, if the first two stay "
             f"{second.difference:.4f} apart."
         )
-    folders = " ".join(e.run.folder.as_posix() for c in standing.remaining for e in c.entries)
-    site = Code(f"python calibrate.py --site DIR --name NAME --run {folders}")
-    audit = Code(f"python audit.py --run {standing.remaining[0].entries[0].run.folder.as_posix()}")
+    # Once each: a run with --tta has two entries.
+    folders = dict.fromkeys(e.run.folder.as_posix() for c in standing.remaining for e in c.entries)
+    site = Code(f"python calibrate.py --site DIR --name NAME --run {shlex.join(folders)}")
+    audit = Code(f"python audit.py --run {shlex.quote(next(iter(folders)))}")
     return Bullets(
         [
             ("What would tell them apart: labelled images of another hospital, ", site, "."),

@@ -262,10 +262,10 @@ def promise_text(entries):
     if promised:
         text += f" @Guar applies the Neyman-Pearson umbrella rule to patients: {unique(promised)}."
     joint = [e.calibration["jointly"] for e in entries if e.calibration["jointly"]]
-    if joint:
+    if joint and promised:
         text += (
-            f" The floors of all {joint[0]['findings']} findings hold at once with confidence "
-            f"{joint[0]['confidence']:g}, by the union bound."
+            f" All floors that are granted hold at once with confidence {joint[0]['confidence']:g}, by the "
+            "union bound."
         )
     elif promised and not alone(entries):
         text += (

@@ -85,8 +85,9 @@ def promise_text(asked, entries):
             "highest scores is positive. "
         )
     joint = [e.calibration["jointly"] for _, e in asked if "promises" in (e.calibration["jointly"] or {})]
-    if joint:
-        text += f"All floors, of recall too, hold at once with confidence {joint[0]['confidence']:g}. "
+    if joint and promised:
+        text += "All floors that are granted, of recall too, hold at once with confidence "
+        text += f"{joint[0]['confidence']:g}. "
     elif promised:
         text += "The chance that it or @Guar fails is at most the two chances added up (the union bound). "
         if not alone(entries):
