@@ -11,7 +11,6 @@ import io
 import os
 import re
 import zlib
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,9 +109,9 @@ def _open_sheet(path, size, changed):
     word = SEPARATORS.get(separator, repr(separator))
     if separator != ",":
         say_once(f"note: {path} is separated by {word}")
-    alike = Counter(name.lower() for name in head if name)  # columns are found in any case
-    if twice := list(dict.fromkeys(name for name in head if alike[name.lower()] > 1)):
-        raise InputError(f"{path} names the column {' and '.join(twice[:4])} twice: rename one of them")
+    twice = {name for name in head if name and head.count(name) > 1}
+    if twice:
+        raise InputError(f"{path} names the column {', '.join(sorted(twice))} twice")
     if not head:
         raise InputError(f"{path} has no rows")
     values = _values(path, text, separator, max(len(first), 1))
@@ -268,7 +267,9 @@ def _separator(text):
 
 
 def column(head, name):
-    """The column of this name in any case, or None."""
+    """The column of this name, or else of this name in another case, or None."""
+    if name in head:
+        return name
     return next((found for found in head if found.lower() == name.lower()), None)
 
 

@@ -412,7 +412,6 @@ def test_hostile_safetensors(tmp_path, header, length):
         {"a": torch.ones(3, dtype=torch.complex64)},
         {"a": torch.ones(3, dtype=torch.bool)},
         {"a": torch.ones(3).to(torch.float8_e4m3fn)},
-        {"num_batches_tracked": torch.tensor(3.0)},
         {"num_batches_tracked": torch.ones(3, dtype=torch.int64)},
     ],
 )

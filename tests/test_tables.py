@@ -442,11 +442,11 @@ def test_site_and_patients_go_through_the_same_reading(tmp_path):
         other_hospitals.load_site(config, tmp_path / "site", "t.csv")
 
 
-def test_columns_that_differ_in_case_alone_are_refused(tmp_path):
-    """They are found in any case, so the second would have the labels of the first."""
-    put(tmp_path, "path,patient,Mass,mass\na.png,1,1,0\n", files=["a.png"])
-    with pytest.raises(InputError, match="names the column Mass and mass twice"):
-        read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
+def test_columns_that_differ_in_case_alone_are_told_apart(tmp_path):
+    """A column is found in any case, but first as it is written."""
+    put(tmp_path, "path,patient,Mass,mass,MASS\na.png,1,1,0,0\nb.png,2,0,1,0\n", files=["a.png", "b.png"])
+    found = read_table(tmp_path / "t.csv", tmp_path, ("mass", "MASS", "Mass"))
+    assert found.targets.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_a_head_may_hold_marks_that_nobody_sees(tmp_path):
