@@ -265,9 +265,9 @@ def _choose_thresholds(y, p, patients, rule):
     found = {"threshold": threshold, "gap": gap, "guarantee": guarantee}
     thresholds = {"at_0.5": 0.5, "at_rec": threshold}
     try:
-        chosen, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
-        # Lowering a threshold can only raise recall, so the promise holds.
-        thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(chosen, p)
+        granted, _, _ = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
+        # Lowering a threshold, down to @Rec too, can only raise recall, so the promise holds.
+        thresholds["at_guaranteed"], guarantee["gap"] = lowered_to_midpoint(min(granted, chosen), p)
         guarantee["threshold"] = thresholds["at_guaranteed"]
     except InputError as error:
         if rule.strict:

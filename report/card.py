@@ -234,7 +234,7 @@ def training_rows(entry):
             ["Epochs", f"{len(results['history'])} of {planned}, the best is number {results['best_epoch']}"]
         )
     rows.append(["Class imbalance", f"--balance {', '.join(scaling.balances(results)) or 'none'}"])
-    if "seed" in results:
+    if "seed" in results and entry.run.kind != "linear":  # which draws nothing
         rows.append(["Seed", str(results["seed"])])
     rows.append(["Time", f"{entry.minutes:.1f} min on {results.get('device', 'an unknown device')}"])
     # Settings of a part that was not used say nothing.
@@ -363,7 +363,7 @@ def not_done(entry):
         items.append(
             f"No threshold with a guarantee for {', '.join(without)}: too few patients in validation."
         )
-    if "seed" in entry.results and not entry.members:
+    if "seed" in entry.results and not entry.members and entry.run.kind != "linear":
         items.append("One seed: this card does not show how much another one changes the figures.")
     return items
 

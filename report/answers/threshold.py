@@ -56,11 +56,13 @@ def threshold_blocks(remaining):
     if not remaining:
         return []
     entries = [e for c in remaining for e in c.entries]
+    advice = "Take @Guar where the floor must hold for new patients like those: it costs specificity."
+    if not any(rows_of(c, "at_guaranteed") for c in remaining):
+        advice = "None has @Guar, so no threshold here is guaranteed."
     text = (
-        f"@Rec meets the recall floor ({floors(entries)}) on validation. {below_text(entries)}Take @Guar "
-        "where the floor must hold for new patients like those: it costs specificity. On test the floor is "
-        "kept (the 95% interval by patients lies above it), not refuted (the interval holds it) or broken "
-        "(it lies below)."
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. {below_text(entries)}{advice} On "
+        "test the floor is kept (the 95% interval by patients lies above it), not refuted (the interval "
+        "contains it: too few patients, or close to it) or broken (it lies below)."
     )
     items = []
     for c in remaining[:SHOWN]:
@@ -148,10 +150,10 @@ def of_several(candidate, entry, finding):
 def many_line(candidate, point, found):
     """The parts of a line on the thresholds of several seeds or findings."""
     counts = Counter(floor_verdict(*one) for one in found)
-    said = ", ".join(f"{name} {counts[name]}" for name in VERDICTS if counts[name])
+    said = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
     recalls, specificities = ([row[key] for *_, row in found] for key in ("recall", "specificity"))
     parts = [
-        f"of {len(found)} thresholds {said}; recall {min(recalls):.3f} to {max(recalls):.3f}, specificity "
+        f"{len(found)} thresholds: {said}; recall {min(recalls):.3f} to {max(recalls):.3f}, specificity "
         f"{min(specificities):.3f} to {max(specificities):.3f} on test"
     ]
     for e, finding, row in found:

@@ -145,7 +145,7 @@ def needed_bullets(standing):
     """What would tell apart those that remain."""
     second = standing.behind[1]
     number = patients_needed(second, standing.patients)
-    text = "More validation patients like these would not help: the first two are level."
+    text = "More validation patients like these would not tell the first two apart: their AUROC is the same."
     if number is not None:
         count = f"About {number:,}" if number <= MANY else "More than a million"
         text = (

@@ -224,7 +224,7 @@ def group_blocks(entries, asked, few=FEW):
         blocks.append(Paragraph(text))
     if not blocks:
         return []
-    said = Paragraph("No group differs from the rest, and no floor is broken, beyond chance.")
+    said = Paragraph("No group that was tested differs from the rest, and no floor is broken, beyond chance.")
     if standing_out:
         said = Table([first_head(entries), "Warning"], standing_out, prose=True)
     return [Heading(3, "Groups of patients"), Paragraph(METHOD), said, *blocks]

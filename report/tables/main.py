@@ -167,7 +167,7 @@ def class_blocks(entries):
     unit = entries[0].unit
     text = (
         "Each image is given its most probable class; no threshold. Recall with a 95% interval, bootstrap of "
-        f"patients. The matrix counts {unit} of the test set; rows: truth, columns: decision."
+        f"{drawn(entries)}. The matrix counts {unit} of the test set; rows: truth, columns: decision."
     )
     if unit != "images":
         left_out = unique((e.summary["test"].get("several_classes", 0) for e in entries), " or ")
