@@ -52,7 +52,7 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
     for k in classes:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
             raise InputError(
-                f"class number {k} has too few patients to be in train and validation"
+                f"class number {k} (the first is 0) has too few patients to be in train and validation"
                 + advice("--split", ": use --split image")
             )
     return train, val

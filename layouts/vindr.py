@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import InputError
+from common.console import InputError, say_once
 from common.task import is_healthy
 from layouts.rows import ABSENT, PRESENT, Layout, Rows, columns_of
 from layouts.sheets import open_sheet
+from layouts.synonyms import same_key
 
 ID, READER, NAME = "image_id", "rad_id", "class_name"
 MARK = "Aortic enlargement"  # a column of PhysioNet's tables
@@ -23,10 +24,22 @@ def findings(path):
     """The healthy one first; Kaggle's others alphabetically, PhysioNet's as the columns stand."""
     sheet = open_sheet(path)
     if sheet.find(NAME):
-        known = sorted(set(sheet.text(NAME)) - {""})
+        known = sorted(set(_names(sheet)) - {""})
     else:
         known = [name for name in sheet.head if name and name.lower() not in (ID, READER)]
     return tuple(sorted(known, key=lambda name: not is_healthy(name)))
+
+
+def _names(sheet):
+    """The class of each row of a Sheet, every one in one spelling, that of its first in the alphabet: readers
+    who spell a finding differently mean one."""
+    first, spelt, texts = {}, {}, sheet.text(NAME)
+    for name in sorted(set(texts)):
+        spelt[name] = first.setdefault("healthy" if is_healthy(name) else same_key(name), name)
+    if other := [name for name in set(texts) if spelt[name] != name]:
+        listed = ", ".join(f"{name} as {spelt[name]}" for name in sorted(other)[:5])
+        say_once(f"note: {sheet.path}: {len(other)} other spellings are read, {listed}")
+    return [spelt[name] for name in texts]
 
 
 def rows(source):
@@ -55,7 +68,7 @@ def _rows_of(path, how):
     if sheet.find(NAME):
         said = np.zeros((len(sheet), len(known)), dtype=bool)
         at = {name: k for k, name in enumerate(known)}
-        for row, name in enumerate(sheet.text(NAME)):
+        for row, name in enumerate(_names(sheet)):
             if name not in at:
                 raise InputError(f"{path}, row {sheet.numbers[row]}: {NAME} is empty; healthy is No finding")
             said[row, at[name]] = True

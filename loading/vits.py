@@ -122,6 +122,8 @@ def shape_of(arrays, name, axes, path):
 
 def architecture(patch, chans, dim, depth, heads, hidden, path):
     """The keywords of a plain ViT of these sizes. InputError for sizes that no ViT has."""
+    if chans != 3:
+        raise InputError(f"{path}: its patches have {chans} channels; a ViT of 3 is needed")
     if patch[0] != patch[1]:
         raise InputError(f"{path}: patches of {patch[0]}x{patch[1]} are not square")
     if depth > 1000:  # the largest published ViT has 48; building many empty blocks would take minutes

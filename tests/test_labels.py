@@ -452,3 +452,15 @@ def test_difference_of_means_against_a_plain_bootstrap():
     assert 5 < sum(fewer) < 50
     assert [found["lo"], found["hi"]] == pytest.approx(np.percentile(values, [2.5, 97.5]))
     assert found["difference"] == pytest.approx(mean(a, np.arange(60)) - mean(b, np.arange(60)))
+
+
+def test_a_guaranteed_threshold_is_never_above_the_recall_first_one():
+    """Where validation is separated perfectly, every score between keeps any floor: the lower one is both."""
+    s = several(Task(("NORMAL", "PNEUMONIA")))
+    for side in ("val", "test"):
+        s[f"{side}_logits"][:, 1] = (
+            np.where(s[f"{side}_labels"] == 1, 3, -3) + s[f"{side}_logits"][:, 1] * 0.1
+        )
+        s[f"{side}_logits"][:, 0] = 0
+    found = of_one(evaluate(s, Rule(0.8, 0.95, bootstrap=50))[0])
+    assert found["guarantee"]["threshold"] <= found["threshold"]

@@ -870,3 +870,13 @@ def test_words_for_views(text, view):
 def test_exceptions_of_uncertain_labels_may_come_first():
     for text in ("Edema=positive,negative", "negative,Edema=positive"):
         assert uncertain_values(text, ("Edema", "Mass")).tolist() == [1, 0]
+
+
+def test_spellings_of_vindr_are_one_finding(tmp_path, capsys):
+    """Three readers agree, each in another spelling."""
+    rows = ["image_id,class_name,rad_id", "a,No finding,R1", "a,No Finding,R2", "a,no finding,R3"]
+    rows += ["b,mass,R1", "b,Mass,R2", "b,Mass,R3"]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (part,) = vindr_layout.rows(Source(tmp_path / "train.csv", tmp_path, ()))
+    assert part.findings == ("No Finding", "Mass") and part.labels.tolist() == [[1, 0], [0, 1]]
+    assert "3 other spellings are read" in capsys.readouterr().err
