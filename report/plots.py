@@ -70,7 +70,7 @@ def roc(ax, entries, finding=None, styles=None):
     ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
     for floor in {e.min_recall for e in entries}:
         ax.axhline(floor, color="0.4", lw=0.8, ls=":")
-    ax.set(title=f"{label(finding, 30)} ({test.truth.sum()} of {len(test.truth)} {entries[0].unit})")
+    ax.set(title=f"{label(finding, 30)}\n({test.truth.sum()} of {len(test.truth)} {entries[0].unit})")
     ax.set(xlabel="1 - specificity", ylabel="recall (sensitivity)")
     return ax
 
@@ -222,18 +222,19 @@ def reliability(ax, entry, finding=None, side="test", colour=COLOURS[0]):
 
 def findings(ax, entry, colour=COLOURS[0]):
     """AUROC of every finding, validation (cross) and test (dot with its 95% interval)."""
-    names = entry.findings[::-1]
+    names, labels = entry.findings[::-1], {"test": "test, 95% interval", "val": "validation"}
     for y, name in enumerate(names):
+        curves = entry.calibrated[name]["curves"]
         # The legend names each kind of mark once.
-        curves, labels = entry.calibrated[name]["curves"], {"test": None, "val": None}
-        if y == len(names) - 1:
-            labels = {"test": "test, 95% interval", "val": "validation"}
         if "test" in curves:
             auroc = curves["test"]["auroc"]
             ax.plot([auroc["lo"], auroc["hi"]], [y, y], color=colour, lw=2, alpha=0.5)
-            ax.plot(auroc["value"], y, "o", color=colour, label=labels["test"])
+            ax.plot(auroc["value"], y, "o", color=colour, label=labels.pop("test", None))
         if "val" in curves:
-            ax.plot(curves["val"]["auroc"]["value"], y, "x", color="black", label=labels["val"])
+            ax.plot(curves["val"]["auroc"]["value"], y, "x", color="black", label=labels.pop("val", None))
+        if not curves:
+            ax.text(0.5, y, " no figures: too few images", fontsize=6, va="center")
+    ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set(yticks=range(len(names)), yticklabels=[label(n, 24) for n in names], xlabel="AUROC")
     ax.axvline(0.5, color="0.7", lw=0.8)
     ax.tick_params(labelsize=7)
