@@ -277,8 +277,8 @@ def _once(rows, names):
             continue
         if rows.patients[i] != rows.patients[j] or (rows.labels[i] != rows.labels[j]).any():
             raise InputError(
-                f"{rows.path}: {name} stands in row {rows.numbers[j]} and in row {rows.numbers[i]} with "
-                "different findings or patients: keep one of them"
+                f"{rows.path}: {name or 'an empty name'} stands in row {rows.numbers[j]} and in row "
+                f"{rows.numbers[i]} with different findings or patients: keep one of them"
             )
         repeated += 1
     if repeated:

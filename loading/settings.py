@@ -13,7 +13,7 @@ from common.files import read_json
 from common.safe_files import listed
 
 HEADS = {192: 3, 256: 8, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width: heads; ViT-H has 16, DINOv3-H+ 20
-GELU = ("gelu", "silu", "swish")  # silu: in the gated MLP of DINOv3
+GATED = ("silu", "swish")  # hidden_act of DINOv3's gated MLP; every other has gelu
 
 
 class Settings(NamedTuple):
@@ -200,9 +200,10 @@ def _of_another_model(config, width, depth):
 def _architecture(config, heads, eps):
     """Settings by the heads and the eps that a config holds under these names. InputError for an activation
     or rotations that vit.py does not have."""
-    activation = config.get("hidden_act", "gelu")
-    if activation not in GELU:
-        raise InputError(f"config.json: hidden_act is {listed([activation])}, our ViTs have gelu")
+    usual = GATED if config.get("use_gated_mlp") is True else ("gelu",)
+    activation = config.get("hidden_act", usual[0])
+    if activation not in usual:
+        raise InputError(f"config.json: hidden_act is {listed([activation])}, such a ViT has {usual[0]} here")
     if config.get("rope_theta", 100) != 100:
         raise InputError(f"config.json: rope_theta is {listed([config['rope_theta']])}, DINOv3 has 100")
     count, small = config.get(heads), config.get(eps)

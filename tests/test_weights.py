@@ -136,6 +136,7 @@ def test_files_of_another_model_are_not_used(tmp_path, plain):
         (dict(preprocessor_config=RAD_DINO | {"image_mean": [float("nan")] * 3}), "mean"),
         (dict(preprocessor_config=RAD_DINO | {"rescale_factor": 1}), "rescale_factor"),
         (dict(config=dict(hidden_act="quick_gelu")), "quick_gelu"),
+        (dict(config=dict(hidden_act="silu")), "silu.*gelu"),
         (dict(config=dict(rope_theta=10000)), "rope_theta"),
     ],
 )
@@ -499,3 +500,17 @@ def test_sizes_do_not_change_what_dinov3_holds(tmp_path):
     for side in (32, 48):
         report = npz_loader.load_npz(make_vit(**config, img_size=side), tmp_path / "w.safetensors")
         assert report["resized"] == [] and len(report["loaded"]) == len(state)
+
+
+def test_heads_are_those_of_the_architecture_in_timms_config(tmp_path):
+    """A ViT of timm that is 256 wide has 4 heads, ours has 8."""
+    timm = pytest.importorskip("timm")
+    name = "vit_wee_patch16_reg1_gap_256"
+    if not timm.is_model(name):
+        pytest.skip("this timm does not know it")
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=0, depth=2).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    beside(tmp_path, config=dict(architecture=name, num_features=256))
+    assert model.blocks[0].attn.num_heads == 4
+    assert npz_loader.read(tmp_path / "w.pth").config["num_heads"] == 4
