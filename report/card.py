@@ -4,6 +4,7 @@ card.jinja holds the text, this file what is filled in. No torch, no drawing.
 
 import math
 import re
+import shlex
 from pathlib import Path
 
 import jinja2
@@ -297,7 +298,8 @@ def look_blocks(entry):
     """What audit.py and explain.py have found."""
     maps = evidence.map_blocks([entry])
     if not maps:
-        maps = [Paragraph(("Its maps are not tested: ", Code(f"python explain.py --run {entry.run}"), "."))]
+        explain = Code(f"python explain.py --run {shlex.quote(str(entry.run))}")
+        maps = [Paragraph(("Its maps are not tested: ", explain, "."))]
     return audit_blocks([entry]) + maps
 
 
@@ -340,19 +342,20 @@ def site_row(entry, name, site, finding):
 def not_done(entry):
     """What this run lacks that a script here could have done."""
     run, split, items = entry.run, entry.results["split"], []
+    place = shlex.quote(str(run))
     if audit_of(run) is None:
         items.append(
-            ("No audit of what it reads besides the lungs: ", Code(f"python audit.py --run {run}"), ".")
+            ("No audit of what it reads besides the lungs: ", Code(f"python audit.py --run {place}"), ".")
         )
     if not entry.explained:
-        items.append(("No test of its maps: ", Code(f"python explain.py --run {run}"), "."))
+        items.append(("No test of its maps: ", Code(f"python explain.py --run {place}"), "."))
     if split.get("test_from", "published") != "published":
         items.append("No test set apart: training and test images come from the same place.")
     if not run.batches() and not list(run.folder.glob("sites/*.json")):
         items.append(
             (
                 "No images of another hospital: ",
-                Code(f"python predict.py FOLDER --run {run} --keep NAME"),
+                Code(f"python predict.py FOLDER --run {place} --keep NAME"),
                 ".",
             )
         )

@@ -138,7 +138,7 @@ def fenced(text):
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
     room = " " if longest else ""
-    return fence + room + text.replace("|", "\\|") + room + fence
+    return fence + room + text + room + fence
 
 
 def markdown_text(value, leads=None):
@@ -191,6 +191,7 @@ def markdown_table(table, leads):
     """A Table as markdown: figures are aligned to the right, names and prose to the left."""
     rule = ["---"] + ["---" if table.prose else "---:"] * (len(table.head) - 1)
     lines = [[markdown_text(cell, leads) for cell in line] for line in (full_head(table), *table.rows)]
+    lines = [[re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines]  # those of code
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 

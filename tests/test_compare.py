@@ -427,10 +427,12 @@ def test_tests_of_maps(tmp_path, capsys):
 def test_markdown_escapes():
     assert markdown_text("a|b\nc*d*`e`<f>](g) \\") == "a\\|b c\\*d\\*\\`e\\`&lt;f>]\\(g) \\\\"
     assert markdown_text("$x$ ~a~ &amp; _a_b_") == "\\$x\\$ \\~a\\~ \\&amp; \\_a_b\\_"
-    assert markdown_text(("run ", Code("a`b|c <d>"), ".")) == "run `` a`b\\|c <d> ``."
+    assert markdown_text(("run ", Code("a`b|c <d>"), ".")) == "run `` a`b|c <d> ``."
     assert printable("a\udcff\x1b[0m\r\nbü→") == "a\\udcff\\x1b[0m bü→"
     block = Table(["Item", "Answer"], [["x|y", "z"]], prose=True)
     assert to_markdown([block]) == "| Item | Answer |\n| --- | --- |\n| x\\|y | z |"
+    block = Table(["Item"], [[Code("x|y")]], prose=True)  # a table cannot hold a bare bar, a command can
+    assert to_markdown([block]) == "| Item |\n| --- |\n| `x\\|y` |"
 
 
 def test_blocks_of_a_report():

@@ -1,5 +1,7 @@
 """Blocks of the report on audits: what audit.py found of each run. No torch, no drawing."""
 
+import shlex
+
 from auditing.record import KEYS, TITLES, audit_of
 from common.scaling import SIDES
 from report.cells import unique
@@ -24,7 +26,7 @@ def audit_blocks(entries):
         head = ["Model", "Section", "Verdict", "What follows"]
         blocks.append(Table(head, sentence_rows(found), prose=True))
     if missing:
-        command = f"python audit.py --run {missing[0].run}"
+        command = f"python audit.py --run {shlex.quote(str(missing[0].run))}"
         names = unique((entry.name for entry in missing), ", ")
         blocks.append(Paragraph(("Not audited: ", names, ". To audit one, run ", Code(command), ".")))
     return blocks
