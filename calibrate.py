@@ -286,6 +286,7 @@ def run_all(args, rule):
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
 
     def scores_of(run):
+        """(the views asked of a Run, its scores), (None, None) where its calibration stays as it is."""
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         _ = run.config  # InputError, by its name, for a run that only an older version reads

@@ -103,7 +103,7 @@ def _open_sheet(path, size, changed):
         first = next(csv.reader(io.StringIO(text[:FIRST_ROW], newline=""), delimiter=separator), [])
     except (csv.Error, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a readable CSV file ({error})") from None
-    head = [name.strip().strip(INVISIBLE).strip() for name in first]
+    head = _names(first)
     while head and not head[-1]:
         head.pop()  # a value there has come from another column
     word = SEPARATORS.get(separator, repr(separator))
@@ -198,7 +198,12 @@ def head_of(path):
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
     except (OSError, csv.Error, zlib.error, TypeError, ValueError):
         return []
-    return [name.strip() for name in first]
+    return _names(first)
+
+
+def _names(first):
+    """The names of columns that the first row of a table holds, list of text."""
+    return [name.strip().strip(INVISIBLE).strip() for name in first]
 
 
 def sheet_beside(path, needed):

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from common.files import write_json
 from common.proportions import wilson_interval
+from common.task import Task
 from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
@@ -29,6 +30,7 @@ from report.tables.models import in_order_of, models_table
 from report.view import only_top, view_of
 from tests.shared import cli, refused, succeed, tables
 from tests.test_compare import ASKED, RULE, noisy_scores, write_ensemble, write_run
+from tests.test_labels import several
 
 
 def recipe(rate):
@@ -594,3 +596,18 @@ def test_marks_are_links_to_sections_that_are_there(tmp_path):
     links = re.findall(r"\]\(#([^)]*)\)", out)
     assert len(links) >= 7 and set(links) <= anchors
     assert json.loads((run.folder / "audit.json").read_text())["version"] == 1
+
+
+def test_the_legend_of_several_findings_names_models_alone(tmp_path):
+    """Each curve is followed by its point; no model has the AUROC of one finding beside its name."""
+    classes, names = ["Normal", "a", "b"], np.array([f"{i}.png" for i in range(400)])
+    files, entries = {f"{side}_files": names for side in ("val", "test")}, []
+    for k in range(3):
+        scores = several(Task(tuple(classes)), seed=k) | files
+        entries.append(Entry(write_run(tmp_path / f"r{k}", k, scores=scores, data={"classes": classes})))
+    view = view_of(entries, ASKED)
+    figure, _ = figures.draw_roc(view.shown, [figures.styles_of(view)[e] for e in view.shown])
+    labels = {line.get_label() for ax in figure.axes for line in ax.get_lines()}
+    assert {e.name for e in entries} <= {" ".join(text.split()) for text in labels}
+    assert not any("AUROC" in text for text in labels)
+    plt.close(figure)

@@ -196,3 +196,18 @@ def test_the_report_has_it_for_both_sides(tmp_path):
             str(column.truth.sum())
         ]
     assert len(tables(to_markdown(classes.report_blocks([entry])))) == 1
+
+
+def test_a_class_that_does_not_occur_has_no_row():
+    """Scikit-learn's averages without it; with it, it would count as 0."""
+    task = Task(("Normal", "a", "b", "c"))
+    arrays = drawn(task)
+    labels = arrays["test_labels"]
+    labels[labels == 3] = 2
+    arrays["test_logits"][:, 3] = -20
+    found, _, _, _ = answered(task, arrays)
+    one = found["most probable class"]
+    assert one.names == ["Normal", "a", "b"] and one.left_out == ("c",)
+    decided = arrays["test_logits"].argmax(axis=1)
+    theirs = classification_report(labels, decided, target_names=one.names, digits=4, zero_division=0)
+    assert classes.as_text(one) == theirs and "accuracy" in theirs

@@ -458,3 +458,10 @@ def test_an_interrupted_run_without_a_checkpoint_says_how_to_go_on(runs, tmp_pat
     )
     (folder / "results.json").write_text(json.dumps({**results, "finished": True}))
     refused(cli("predict", "x", "--run", "outputs/scratch", cwd=tmp_path), "train the model again, or copy")
+
+
+def test_flags_that_would_lose_something_are_refused(tmp_path):
+    for pair in (("--out", "--html"), ("--csv", "--out")):
+        refused(cli("compare", pair[0], "x.md", pair[1], "./x.md", cwd=tmp_path), "name the same file")
+    site = ("--site", "x", "--name", "y")
+    refused(cli("calibrate", *site, "--track", "mlflow", cwd=tmp_path), "--track follows a run, not a site")

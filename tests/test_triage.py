@@ -463,3 +463,11 @@ def test_thresholds_of_a_site(own_runs, synthetic):
     chosen = site_module.choose(y, p, one_each(y), RULE)
     recall, specificity, threshold = brute_force_rule_in(y.tolist(), p.tolist(), 0.9)
     assert ((p >= chosen["rule_in"]["threshold"]) == (p >= threshold)).all()
+
+
+def test_only_floors_that_are_granted_are_said_to_hold_at_once():
+    joint = {"confidence": 0.95, "findings": 2, "promises": 4}
+    assert "3 of the 4 floors" in wording.joint_text(joint, 2, 1)
+    assert "@InGuar too: the 4 floors" in wording.joint_text(joint, 2, 2)
+    alone = wording.joint_text(joint, 1, 0)
+    assert "the floors of 1 of 2 findings" in alone and "InGuar" not in alone

@@ -294,7 +294,25 @@ def test_code_beside_the_weights_does_not_run(tmp_path, small_cnn):
     assert not (tmp_path / "executed").exists()
 
 
+def test_counters_of_batchnorm_may_have_any_type(tmp_path, small_cnn):
+    """As in a file that `{k: v.half()}` wrote; nothing reads them."""
+    saved = {name: value.half() for name, value in small_cnn.body.state_dict().items()}
+    assert any(value.ndim == 0 for value in saved.values())
+    torch.save(saved, tmp_path / "w.pth")
+    model = cnn.Cnn("resnet10t")
+    cnn.load_weights(model, tmp_path / "w.pth")
+    assert torch.equal(model.body.conv1[0].weight, saved["conv1.0.weight"].float())
+
+
 # ---------------------------------------------------------------- what must be refused
+
+
+def test_a_value_beyond_float32_is_refused(tmp_path, small_cnn):
+    saved = {name: value.clone() for name, value in small_cnn.body.state_dict().items()}
+    saved["conv1.0.weight"] = saved["conv1.0.weight"].double() * 1e60
+    torch.save(saved, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="NaN or infinite values in .conv1.0.weight"):
+        cnn.load_weights(cnn.Cnn("resnet10t"), tmp_path / "w.pth")
 
 
 def names_only(name):
