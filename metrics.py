@@ -172,10 +172,9 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     shift.
 
     `groups` [N] (patients): images of one patient are not independent, so one positive image of each is drawn
-    at random and the rule applied to these. n is then the number of patients, and the promised recall is that
-    of a random image of a random new patient. The result is the median threshold of 201 such draws, which
-    varies less than one, but with several images a patient may break the promise up to twice as often
-    (Markov's inequality; 0.073 for 0.05 was found with 59 patients of 30 images each).
+    at random (by a fixed seed) and the rule applied to these. n is then the number of patients, and the
+    promised recall is that of a random image of a random new patient. Several draws would vary less, but their
+    median may break the promise up to twice as often (Markov's inequality).
 
     InputError: as `check_scores`; no positives or no negatives; `min_recall` or `confidence` outside (0, 1);
     too few positives (or patients) for any threshold to keep the promise, and how many are needed.
@@ -186,11 +185,11 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
         if not 0 < value < 1:
             raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
     if groups is None:
-        draws = np.sort(p[y == 1])[None]
+        positives = np.sort(p[y == 1])
     else:
-        draws = one_image_per_patient(p[y == 1], check_groups(groups, y)[y == 1])
+        positives = one_image_per_patient(p[y == 1], check_groups(groups, y)[y == 1])
     # The k-th smallest score breaks the promise with this chance; the largest k that may is taken.
-    n = draws.shape[1]
+    n = len(positives)
     tails = binom.cdf(np.arange(n), n, 1 - min_recall)  # index k - 1
     allowed = np.flatnonzero(tails <= 1 - confidence)
     if len(allowed) == 0:
@@ -199,7 +198,7 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
             f"{n} independent positives{counted} cannot guarantee a recall of {min_recall:g} with confidence "
             f"{confidence:g}: at least {positives_needed(min_recall, confidence)} are needed"
         )
-    thr = np.quantile(draws[:, allowed[-1]], 0.5, method="lower")
+    thr = positives[allowed[-1]]
     called = p >= thr
     tp = int((called & (y == 1)).sum())
     return float(thr), tp / int(y.sum()), tp / int(called.sum())
@@ -231,15 +230,14 @@ def chance_below_floor(positives, min_recall):
     return float(binom.cdf(missed, positives, 1 - min_recall))
 
 
-def one_image_per_patient(scores, patients, draws=201):
-    """One random score [M] of each of P patients [M], `draws` times: float64 [draws, P], each row
-    ascending."""
+def one_image_per_patient(scores, patients):
+    """One random score [M] of each of P patients [M], always the same ones: float64 [P], ascending."""
     # Sorted by patient, the images of one stand together, from position `first` on.
     _, codes = np.unique(patients, return_inverse=True)
     order, counts = np.argsort(codes, kind="stable"), np.bincount(codes)
     first = np.cumsum(counts) - counts
-    picks = (np.random.default_rng(0).random((draws, len(counts))) * counts).astype(np.int64)
-    return np.sort(scores[order[first + picks]], axis=1)
+    picks = (np.random.default_rng(0).random(len(counts)) * counts).astype(np.int64)
+    return np.sort(scores[order[first + picks]])
 
 
 # ---------------------------------------------------------------- probabilities

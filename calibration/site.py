@@ -80,11 +80,11 @@ def conformal_threshold(scores, patients, floor):
     """The threshold @Mean, of the scores of images with the finding; None if there are too few patients.
 
     With one image each of n patients it is the k-th smallest score, k = floor((1 - r) (n + 1)): a new
-    patient's score is below it with a chance of at most k / (n + 1) <= 1 - r. One image a patient is drawn
-    201 times, as for @Guar, and the median threshold taken."""
-    draws = one_image_per_patient(scores, patients)  # (201, n), ascending
-    k = math.floor((1 - floor) * (draws.shape[1] + 1) + 1e-9)
-    return float(np.sort(draws[:, k - 1])[len(draws) // 2]) if k else None
+    patient's score is below it with a chance of at most k / (n + 1) <= 1 - r. Of each patient the same image
+    is drawn as for @Guar."""
+    drawn = one_image_per_patient(scores, patients)
+    k = math.floor((1 - floor) * (len(drawn) + 1) + 1e-9)
+    return float(drawn[k - 1]) if k else None
 
 
 def has_enough(y):

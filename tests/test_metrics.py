@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import itertools
 import math
 import time
 import tracemalloc
@@ -272,6 +273,29 @@ def test_guarantee_holds_in_simulation_and_the_naive_rule_does_not(clustered):
     assert 0.35 < naive < 0.65
     assert by_patient <= 0.05
     assert by_image > 0.08 if clustered else by_image <= 0.07  # 0.05 + 2 standard errors of 400 draws
+
+
+def test_guarantee_is_exact_with_several_images_a_patient():
+    """Two images a patient, each below or above a threshold of which too much lies below: all samples of five
+    patients, each with its probability. The median of many draws would break the promise in 0.39 of them."""
+    floor, confidence = 0.8, 0.67  # 0.8^5 = 0.328
+    chances = {(0, 0): 0.151, (0, 1): 0.05, (1, 0): 0.05, (1, 1): 0.749}  # scores of a patient
+    missed = sum(chance * (2 - sum(scores)) / 2 for scores, chance in chances.items())
+    assert missed > 1 - floor
+    y, patients, broken = np.repeat([1, 0], [10, 1]), np.r_[np.arange(10) // 2, 5], 0
+    for sample in itertools.product(chances, repeat=5):
+        p = np.r_[np.ravel(sample), 0].astype(float)
+        threshold = metrics.choose_threshold_with_guarantee(y, p, floor, confidence, patients)[0]
+        broken += math.prod(chances[scores] for scores in sample) * (threshold > 0)
+    assert 0.2 < broken <= 1 - confidence
+
+
+def test_one_random_image_of_each_patient():
+    rng = np.random.default_rng(3)
+    patients = rng.integers(0, 400, 1600)
+    drawn = metrics.one_image_per_patient(np.arange(1600.0), patients)
+    assert sorted(patients[drawn.astype(int)]) == np.unique(patients).tolist()
+    assert (np.diff(drawn) > 0).all() and 700 < drawn.mean() < 900
 
 
 def test_wilson_equals_scipy():
