@@ -173,8 +173,8 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
 
     `groups` [N] (patients): images of one patient are not independent, so one positive image of each is drawn
     at random (by a fixed seed) and the rule applied to these. n is then the number of patients, and the
-    promised recall is that of a random image of a random new patient. Several draws would vary less, but their
-    median may break the promise up to twice as often (Markov's inequality).
+    promised recall is that of a random image of a random new patient. Several draws would vary less, but
+    their median may break the promise up to twice as often (Markov's inequality).
 
     InputError: as `check_scores`; no positives or no negatives; `min_recall` or `confidence` outside (0, 1);
     too few positives (or patients) for any threshold to keep the promise, and how many are needed.

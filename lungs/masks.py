@@ -24,7 +24,7 @@ from lungs.unet import load_net
 
 SHIPPED = "lung_unet.safetensors"
 HEURISTIC = "heuristic"
-VERSION = 1  # raise it when masks change, so that cached ones are made again
+VERSION = 2  # raise it when masks change, so that cached ones are made again
 
 
 def find_source(source):

@@ -12,7 +12,8 @@ INPUT_MODES = ("full", "crop", "masked", "masked-crop", "outside")  # what a mod
 CUT, DARK = (
     0.45,
     16,
-)  # an image with less than this share above this grey level shows lungs alone, if on black
+)  # an image with less than this share above this grey level may show lungs alone, on black
+FILL = 3, 4  # lungs fill less of their bounding box than this share; a chest with a black border fills more
 ROUNDS, SHORTEN = 8, 5  # of `regions`
 MARGIN = 0.05  # around the lungs' box, as a share of its sides
 GREY = 0.5  # what is put in the place of the pixels that a model does not see
@@ -90,7 +91,9 @@ def crop(x, box):
 def already_cut(image):
     """The mask of an image that shows lungs alone on black, as some published sets do: uint8 [S, S] -> bool
     [S, S], or None for any other image. The U-Net, which has seen whole chests only, takes such black for
-    air."""
+    air.
+
+    A whole chest with a wide black border is told by its bounding box, which it fills."""
     from scipy.ndimage import label
 
     lit = image > DARK
@@ -103,7 +106,9 @@ def already_cut(image):
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     lungs = (sizes > 0.01 * image.size)[parts]  # markers beside the lungs are smaller
-    return lungs if plausible(lungs) else None
+    down, across = np.flatnonzero(lungs.any(1)), np.flatnonzero(lungs.any(0))
+    box = (np.ptp(down) + 1) * (np.ptp(across) + 1) if len(down) else 0
+    return lungs if plausible(lungs) and FILL[1] * lungs.sum() < FILL[0] * box else None
 
 
 def most(share, whole, below=False):
@@ -136,8 +141,18 @@ def already_cut_in_graph(image):
         (in_frame <= most(0.1, frame)) & (area > most(LEAST, whole)) & (area <= most(CUT, whole, below=True))
     )
     lungs = cut & (kept > most(LEAST, whole)) & (kept <= most(MOST, whole, below=True))
-    masks = masks.view_as(lit).unsqueeze(1).to(image.dtype)
+    masks = masks.view_as(lit)
+    lungs = lungs & (FILL[1] * kept < FILL[0] * _extent(masks, 1) * _extent(masks, 2))
+    masks = masks.unsqueeze(1).to(image.dtype)
     return masks, lungs.view(-1, 1, 1, 1), (cut & ~settled).view(-1, 1, 1, 1)
+
+
+def _extent(masks, axis):
+    """How many rows (axis 1) or columns (2) the bounding boxes of masks bool (B, S, S) have: int64 (B,)."""
+    there = masks.long().amax(3 - axis) > 0  # (B, S)
+    side = masks.shape[-1]
+    at = torch.arange(side, device=masks.device).expand_as(there)
+    return torch.where(there, at + 1, 0).amax(1) - torch.where(there, at, side).amin(1)
 
 
 def regions(lit):

@@ -545,6 +545,11 @@ def test_what_is_cut_already_is_found_alike_in_the_graph():
         image = np.where(two_lungs(), 90, 0)
         image[30:34, 30:41].flat[:spot] = 90
         cases.append(image)
+    for count in (1199, 1200, 1201):  # 75% of their box, of 40 by 40 pixels, are 1200
+        block = np.zeros((40, 40), np.uint8)
+        block[-1] = block[:, 0] = 90
+        block.flat[np.flatnonzero(block == 0)[: count - 79]] = 90
+        cases.append(np.pad(block, 12))
     for lit in (47, 48, 49, 50, 51):  # of the 496 pixels of the frame
         image = np.where(two_lungs(), 90, 0)
         image[0, :lit] = 255

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import itertools
 import math
 import time
 import tracemalloc

@@ -389,10 +389,14 @@ def test_lungs_on_black_are_their_own_mask():
     image = np.where(left | right, 120, 0).astype(np.uint8)
     image[58:61, 30:33] = 200  # a marker
     assert np.array_equal(already_cut(image), left | right)
-    for other in (image + 40, np.where(left, 120, 0), np.zeros_like(image), np.full_like(image, 90)):
+    tapered = np.where((x > 4) & (y < 58) & (2 * x < y), 120, 0)
+    for other in (image + 40, tapered, np.zeros_like(image), np.full_like(image, 90)):
         area = (other > 16).mean()
         found = already_cut(other.astype(np.uint8))
         assert (found is None) == (not 0.05 < area < 0.45)
     framed = image.copy()
     framed[:, :3] = framed[:, -3:] = 90  # lit up to the edge: a whole chest
     assert already_cut(framed) is None
+    bordered = np.zeros((64, 64), np.uint8)
+    bordered[10:50, 12:52] = np.random.default_rng(0).integers(20, 255, (40, 40))  # a whole chest on black
+    assert 0.05 < (bordered > 16).mean() < 0.45 and already_cut(bordered) is None
