@@ -99,8 +99,9 @@ def load_npz(model, path, heads=None, timm_name=None):
     Loaded: arrays of equal shape. Resized: `pos_embed`, when the model's patch grid differs: bilinear with
     aligned corners, as Google's `scipy.ndimage.zoom(order=1)`; of DINOv2 bicubic with antialiasing, as timm
     does (its authors' code resizes without antialiasing). The [CLS] position is kept. DINOv3 has none. Reset:
-    the head, freshly initialised, when its shape differs from the file's. Dropped: the file's head in that
-    case, `pre_logits`, `mask_token`, a decoder, and optimiser state. A matching head is loaded.
+    the head, freshly initialised, when its shape differs from the file's, or when the file's reads a layer
+    `pre_logits`. Dropped: the file's head in that case, `pre_logits`, `mask_token`, a decoder, and optimiser
+    state. A matching head is loaded.
 
     The report is a dict of name lists `loaded, resized, reset, dropped` (our names where there is one), with
     `source`, `path`, `sha256`, `mean` and `std` (3 floats each: the input scaling the weights were trained
@@ -120,6 +121,7 @@ def load(model, weights, path):
     # The file's head is taken where it has our classes and reads what ours reads.
     head = arrays.get("head.weight")
     other_readout = "mean" in (weights.readout, model.readout) and weights.readout != model.readout
+    other_readout |= any(name.startswith("pre_logits") for name in dropped)  # a layer that we leave out
     if head is None or head.shape != target["head.weight"].shape or other_readout:
         reset = ["head.weight", "head.bias"]
         dropped += [name for name in reset if arrays.pop(name, None) is not None]

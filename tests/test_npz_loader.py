@@ -147,6 +147,15 @@ def test_npz_prefix_pre_logits_and_21843_classes(tmp_path):
         assert word in line
 
 
+def test_a_head_that_reads_pre_logits_is_not_taken(tmp_path):
+    """Though it has as many classes: it reads a layer that the model lacks."""
+    extras = {"pre_logits/kernel": np.ones((12, 12), np.float32), "pre_logits/bias": np.ones(12, np.float32)}
+    for more, reset in (({}, []), (extras, ["head.bias", "head.weight"])):
+        np.savez(tmp_path / "w.npz", **google_arrays(classes=2), **more)
+        report = npz_loader.load_npz(vit_for(), tmp_path / "w.npz")
+        assert sorted(report["reset"]) == reset
+
+
 def test_npz_without_head(tmp_path):
     w = {n: a for n, a in google_arrays().items() if not n.startswith("head/")}
     np.savez(tmp_path / "w.npz", **w)
