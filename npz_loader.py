@@ -22,7 +22,7 @@ from loading import vits
 from loading.families import GOOGLE
 from loading.settings import Settings, of_timm
 from loading.vits import Weights, architecture, differences, shape_of
-from vit import CONFIGS
+from vit import CONFIGS, READOUTS
 
 DEFAULT_PATH = "weights/ViT-B_16.npz"
 KEPT = ("path", "sha256", "source", "scaling", "resized", "reset", "dropped", "notes")  # in results.json
@@ -77,8 +77,12 @@ class Chosen:
         return self.weights
 
     def readout(self, args):
-        """What a head reads unless --readout says it: the mean patch where the weights were trained so."""
-        config = self.read(args).config
+        """What a head reads unless --readout says it: as in the run that the weights are of; else the mean
+        patch where they were trained so."""
+        weights = self.read(args)
+        if weights.settings.readout in READOUTS:
+            return weights.settings.readout
+        config = weights.config
         averaged = config.get("fc_norm") or not config.get("class_token", True)
         return "mean" if averaged else "cls"
 

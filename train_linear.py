@@ -113,7 +113,7 @@ def main():
 
 def train_linear(args, config, run):
     """Load the data, fit the model, write the run."""
-    images = plan.prepare_data(config)
+    images = plan.prepare_data(config, {})
     train = images.train
     if args.balance == "undersample-once":  # the images that the other arms are trained on, with --seed 0
         train = train.take(np.sort(epoch_order(0, 0, train.targets, args.balance)))

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
 import time
 
@@ -257,6 +258,24 @@ def _prepare_output():
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
+@contextlib.contextmanager
+def _terminable():
+    """Within the block SIGTERM ends as Ctrl-C does, so that nothing stays locked or half-written."""
+
+    def stop(signum, frame):
+        raise Interrupted("", signum)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def start(main):
     """Run a script's `main()` and exit: 0 success, 2 bad input (one line, no traceback), 130 on Ctrl-C, 143
     on SIGTERM, 141 when the reader of standard output went away before the end."""
@@ -265,7 +284,7 @@ def start(main):
     _script.update(runs=True, flags=None)
     _said.clear()
     try:
-        with prelude.interruptible():
+        with prelude.interruptible(), _terminable():
             _prepare_output()
             main()
             sys.stdout.flush()

@@ -42,6 +42,10 @@ def read_state_dict(path, roots):
             held = load_tensors(path, copy=False)
         except Refused as error:
             raise InputError(f"{error}{_how_to_save(path, error)}") from None
+    if {"model", "optimizer", "state", "rng"} <= held.keys():
+        raise InputError(
+            f"{path} is for --resume and holds the weights of the last step: take checkpoint.pth of that run"
+        )
     inside = _unwrapped(held, path)
     state, taken_off = _without_prefixes(inside.state, roots, path)
     return inside._replace(state=state, notes=inside.notes + taken_off)

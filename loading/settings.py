@@ -12,19 +12,22 @@ from common.console import InputError
 from common.files import read_json
 from common.safe_files import listed
 
-HEADS = {192: 3, 256: 8, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width: heads; ViT-H has 16, DINOv3-H+ 20
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width: heads; ViT-H has 16, DINOv3-H+ 20
+OURS = {"embed_dim": 256, "depth": 6, "mlp_ratio": 4.0}, 8  # the scratch arm, and its heads
 GATED = ("silu", "swish")  # hidden_act of DINOv3's gated MLP; every other has gelu
 
 
 class Settings(NamedTuple):
     """`mean`, `std`: 3 floats each, or None; `scaling`: where they come from; `heads`: a number or None;
-    `norm_eps`: of the LayerNorms, a float or None; `notes`: lines to say."""
+    `norm_eps`: of the LayerNorms, a float or None; `readout`: what the head reads, or None; `notes`: lines to
+    say."""
 
     mean: tuple | None = None
     std: tuple | None = None
     scaling: str | None = None
     heads: int | None = None
     norm_eps: float | None = None
+    readout: str | None = None
     notes: tuple = ()
 
     def or_else(self, other):
@@ -36,6 +39,7 @@ class Settings(NamedTuple):
             scaling.scaling,
             self.heads or other.heads,
             self.norm_eps or other.norm_eps,
+            self.readout or other.readout,
             self.notes + other.notes,
         )
 
@@ -158,6 +162,7 @@ def _beside(path, width, depth):
             _scaling(results["mean"], results["std"], "results.json", folder / "results.json")
         )
         found = found.or_else(_architecture(results["model_config"], "num_heads", "norm_eps"))
+        found = found.or_else(Settings(readout=results["model_config"].get("readout")))
     if width is None:
         return found
     name = config.get("architecture")  # as timm writes it

@@ -10,7 +10,7 @@ from common.safe_files import check_state_dict, listed
 from loading import cnns, dinov3
 from loading.families import ROOTS, Family, our_names, refuse_others
 from loading.files import read_state_dict
-from loading.settings import HEADS, Settings, settings_of
+from loading.settings import HEADS, OURS, Settings, settings_of
 from models.dinov3 import make_vit
 
 
@@ -48,6 +48,8 @@ def read_torch(path, heads=None, timm_name=None):
         timm_name=timm_name,
         around=held.around,
     )
+    if settings.readout in ("cls", "mean") and readout != "cls+mean":  # the width does not tell these apart
+        readout = settings.readout
     config |= _numbers(settings, named.family, config)
     if config["class_token"] and not named.family.rotary:
         _give_class_token_a_position(state, path)
@@ -84,16 +86,28 @@ def _config_of(state, family, path):
         readout = "cls+mean"
     config |= {"layer_scale": "blocks.0.ls1.gamma" in state, "reg_tokens": registers}
     if family.rotary:
+        if not config["class_token"] or config["fc_norm"] or registers != 4:
+            raise InputError(
+                f"{path} has rotary positions, but is no DINOv3, which has [CLS] and four registers and no "
+                "fc_norm: its positions are written otherwise, see docs/WEIGHTS.md"
+            )
         config |= {"rotary": True, "gated": gated}
         del config["layer_scale"]
     return config, classes, readout
 
 
 def _numbers(settings, family, config):
-    """{num_heads, norm_eps} of a configuration: the settings', else the family's or those of the width."""
+    """{num_heads, norm_eps} of a configuration: the settings', else the family's or those of the width.
+    InputError for heads that do not divide it."""
     usual = dinov3.HEADS if family.rotary else HEADS
-    eps = None if family.rotary else settings.norm_eps
-    return {"num_heads": settings.heads or usual.get(config["embed_dim"]), "norm_eps": eps}
+    heads = settings.heads or usual.get(config["embed_dim"])
+    if heads is None and OURS[0].items() <= config.items():
+        heads = OURS[1]
+    if heads and config["embed_dim"] % heads:
+        raise InputError(
+            f"{heads} heads do not divide the width of the weights, {config['embed_dim']}: see --heads"
+        )
+    return {"num_heads": heads, "norm_eps": None if family.rotary else settings.norm_eps}
 
 
 def _give_class_token_a_position(state, path):

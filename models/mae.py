@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.console import InputError
+from common.console import InputError, advice
 from vit import Block, VisionTransformer
 
 
@@ -35,7 +35,11 @@ class MaskedAutoencoder(nn.Module):
         self.patches = self.encoder.grid_size[0] * self.encoder.grid_size[1]
         self.hidden = round(self.patches * mask_ratio)
         if not 0 < self.hidden < self.patches:
-            raise InputError(f"mask ratio {mask_ratio} hides {self.hidden} of {self.patches} patches")
+            raise InputError(
+                f"mask ratio {mask_ratio} hides {self.hidden} of {self.patches} patches: enlarge --img-size"
+                + advice("--masked-epochs", " or --masked-epochs 0")
+                + advice("--mask-ratio", " or another --mask-ratio")
+            )
         self.embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patches, decoder_dim))

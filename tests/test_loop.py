@@ -50,9 +50,9 @@ from training import evaluate, recipe
 from training import loop as loop_module
 from training import step as step_module
 from training.evaluate import fit_head, predict
-from training.loop import Progress
 from training.loss import Supervised
 from training.plan import Plan
+from training.resume import Progress
 
 INPUTS = Inputs((0.5,), (0.5,), CPU)
 
@@ -125,6 +125,8 @@ def test_learning_rate_by_hand():
     assert rate(110) == pytest.approx(0, abs=1e-12) and 0 < rate(109) < 0.001
     assert [rate(s, "constant") for s in (4, 9, 10, 109)] == pytest.approx([1, 2, 2, 2])
     assert step_module.learning_rate(0, total=10, warmup=0, peak=2.0) == 2.0
+    low = [step_module.learning_rate(step, total=10, warmup=0, peak=1e-8, floor=1e-7) for step in range(11)]
+    assert low == [1e-8] * 11  # never above its peak
 
 
 @pytest.mark.parametrize("warmup", [0.001, 0.5, 1, 1.31, 2.5, 13.1])
@@ -384,6 +386,27 @@ def test_a_run_whose_rate_does_not_know_its_end_can_be_made_longer(tmp_path, cap
         toy_fit(tmp_path / "c", epochs=2, resume=True, **how)
 
 
+def test_a_run_that_patience_ended_stays_as_it_is(tmp_path, capsys):
+    """With its calibration, though more epochs are asked for."""
+    how = dict(schedule="constant", warmup_epochs=0.0, patience=1)
+    aurocs = iter([0.9, 0.8])
+    toy_fit(tmp_path, epochs=3, objective=ToyObjective(watch=lambda: next(aurocs)), **how)
+    (tmp_path / "calibration.json").write_text("old")
+    loop = toy_loop(tmp_path, epochs=5, resume=True, **how)
+    assert loop.fit(toy_subset(40, 0), toy_subset(20, 1))["finished"]
+    assert "ended by --patience 1, and stays as it is" in capsys.readouterr().err
+    assert (tmp_path / "calibration.json").exists()
+
+
+def test_the_best_epoch_is_needed_to_go_on(tmp_path):
+    """Its weights are not in last.pth once another epoch has ended."""
+    aurocs = iter([0.9, 0.8])
+    toy_fit(tmp_path, epochs=2, objective=ToyObjective(watch=lambda: next(aurocs)), schedule="constant")
+    (tmp_path / "checkpoint.pth").unlink()
+    with pytest.raises(InputError, match="weights of epoch 1, the best: copy it back"):
+        toy_fit(tmp_path, epochs=4, resume=True, schedule="constant")
+
+
 def test_a_run_that_was_all_warm_up_cannot_be_made_longer(tmp_path):
     """Its rate rose faster than that of a longer run."""
     toy_fit(tmp_path, epochs=1, schedule="constant", warmup_epochs=2.0)
@@ -424,6 +447,15 @@ def test_best_epoch_and_patience(tmp_path):
     assert results["best_epoch"] == 2 and results["finished"]
     kept = load_pth(tmp_path, "checkpoint.pth")
     assert same_tensors(kept, states[1]) and not same_tensors(kept, states[3])
+
+
+def test_nobody_loses_patience_while_a_stem_is_frozen(tmp_path):
+    """Two epochs without a better one after those with a frozen stem end the run, not those before."""
+    aurocs = iter([0.9, 0.8, 0.8, 0.8, 0.8, 0.8])
+    loop = toy_loop(tmp_path, epochs=6, patience=2, objective=ToyObjective(watch=lambda: next(aurocs)))
+    loop.recipe = replace(loop.recipe, frozen_epochs=3)
+    loop._enter_stage = lambda: None
+    assert len(loop.fit(toy_subset(40, 0), toy_subset(20, 1))["history"]) == 5
 
 
 def test_figures_that_rounding_tells_apart_are_equal():

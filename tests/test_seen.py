@@ -170,6 +170,31 @@ def test_a_run_made_from_one_that_saw_them_is_refused(world):
         check(make("taught", "vit", {"init": about(make_from)}.items()), "--teacher")
 
 
+def test_the_run_whose_checkpoint_is_given_as_weights(home, tmp_path, world):
+    """With the same split, or of quite other images, it may be used; not where it learnt what is held out
+    here. A run that began with it has learnt that, too."""
+    make, check, overlap = world
+    check(make(), "--weights")
+    other = folder_of(tmp_path / "other", {"train": (30, 30), "test": (4, 4)}, 7)
+    check(make("elsewhere", data_dir=str(other)), "--weights")
+    seeds = {"split_seed": 3}
+    parent = make("parent", **seeds)
+    with pytest.raises(
+        InputError, match=f"--weights .*{overlap(seeds, {})[0]} images.*validation images here"
+    ):
+        check(parent, "--weights")
+    swapped = shutil.copytree(other, tmp_path / "swapped")
+    shutil.copyfile(next((home / "test/Sick").iterdir()), swapped / "train/Sick/new.png")
+    with pytest.raises(InputError, match="learnt from 1 images, .*test images here"):
+        check(make("tested", data_dir=str(swapped)), "--weights")
+    weights = {"path": str(parent.checkpoint), "sha256": parent.checkpoint_sha256}
+    assert seen.run_of_weights(weights).folder == parent.folder
+    assert seen.run_of_weights(weights | {"sha256": "0"}) is None and seen.run_of_weights({}) is None
+    child = make("child", "vit", {"weights": weights}.items())
+    with pytest.raises(InputError, match="parent, from which it was made, was trained on another split"):
+        check(child, "--teacher")
+
+
 def test_a_table_asked_for_other_findings_is_the_same_split(home, tmp_path, world):
     """Proved by the checksum; labels that have changed since prove nothing."""
     make, check, _ = world

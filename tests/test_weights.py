@@ -17,7 +17,7 @@ from loading.families import Family
 from models import build, cnn, maps
 from models.dinov3 import DinoV3, make_vit
 from studies import weights
-from tests.shared import Evil, cli, randomise, read_json, refused, succeed, vit_for
+from tests.shared import Evil, cli, randomise, read_json, refused, same_tensors, succeed, vit_for
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -166,7 +166,7 @@ def test_heads_are_never_guessed(tmp_path):
     with pytest.raises(InputError, match="width of 36 does not tell: give --heads"):
         npz_loader.config_from_npz(path)
     assert npz_loader.config_from_npz(path, heads=4)["num_heads"] == 4
-    with pytest.raises(InputError, match="36 is not divisible by num_heads 5"):
+    with pytest.raises(InputError, match="5 heads do not divide the width of the weights, 36"):
         npz_loader.config_from_npz(path, heads=5)
     beside(tmp_path, config=dict(hidden_size=36, num_attention_heads=4, layer_norm_eps=1e-12))
     config = npz_loader.config_from_npz(path)
@@ -212,7 +212,7 @@ def test_results_say_where_the_scaling_came_from(flags, plain, tmp_path):
     assert results["weights"]["scaling"] == "--mean, else preprocessor_config.json"
     again = report_of(tmp_path / "outputs/pretrained/checkpoint.pth")  # a run's weights are weights, too
     assert (again["scaling"], again["mean"]) == ("results.json", results["mean"])
-    refused(cli(*argv, "--heads", 5, cwd=tmp_path), "192 is not divisible")
+    refused(cli(*argv, "--heads", 5, cwd=tmp_path), "5 heads do not divide the width of the weights, 192")
     refused(cli(*argv, "--timm-name", "nonsense", cwd=tmp_path), "timm knows no model")
 
 
@@ -385,6 +385,9 @@ HOSTILE = {
         (f"module.{n}" if "blocks.1" in n else n): v for n, v in s.items()
     },
     "registers flat": lambda s: {**s, "reg_token": torch.ones(4 * 192)},
+    "one register": lambda s: {**s, "reg_token": s["reg_token"][:, :1]},
+    "no [CLS]": lambda s: {n: v for n, v in s.items() if n != "cls_token"},
+    "another norm before the head": lambda s: {**s, "fc_norm.weight": torch.ones(192)},
     "registers missing": lambda s: {n: v for n, v in s.items() if n != "reg_token"},
     "kernel flat": lambda s: {**s, "blocks.0.attn.qkv.weight": torch.ones(3 * 192 * 192)},
     "only a bias of queries": lambda s: {n: v for n, v in s.items() if n != "blocks.1.attn.v_bias"},
@@ -521,7 +524,7 @@ def test_sizes_do_not_change_what_dinov3_holds(tmp_path):
 
 
 def test_heads_are_those_of_the_architecture_in_timms_config(tmp_path):
-    """A ViT of timm that is 256 wide has 4 heads, ours has 8."""
+    """A ViT of timm that is 256 wide has 4 heads, ours has 8: without the config nothing is guessed."""
     timm = pytest.importorskip("timm")
     name = "vit_wee_patch16_reg1_gap_256"
     if not timm.is_model(name):
@@ -529,6 +532,30 @@ def test_heads_are_those_of_the_architecture_in_timms_config(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=0, depth=2).eval()
     torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match="width of 256 does not tell: give --heads"):
+        npz_loader.config_from_npz(tmp_path / "w.pth")
     beside(tmp_path, config=dict(architecture=name, num_features=256))
     assert model.blocks[0].attn.num_heads == 4
     assert npz_loader.read(tmp_path / "w.pth").config["num_heads"] == 4
+
+
+def test_weights_of_a_run_are_read_as_the_run_reads_them(tmp_path):
+    """Its readout, which no shape shows, decides what the head stands for; last.pth is no file of weights."""
+    small = dict(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=2)
+    model = randomise(make_vit(**small, readout="mean"))
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    about = {"kind": "vit", "num_heads": 3, "readout": "mean"}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3, "model_config": about})
+    )
+    chosen = npz_loader.Chosen()
+    args = argparse.Namespace(weights=tmp_path / "checkpoint.pth", heads=None, timm_name=None)
+    assert chosen.readout(args) == "mean"
+    other = make_vit(**small, readout="mean")
+    assert chosen.load(other, args)["reset"] == [] and same_tensors(other.state_dict(), model.state_dict())
+    report = npz_loader.load_npz(make_vit(**small), args.weights)
+    assert report["reset"] == ["head.weight", "head.bias"]
+    last = {"model": model.state_dict(), "optimizer": {}, "state": {}, "rng": []}
+    torch.save(last, tmp_path / "last.pth")
+    with pytest.raises(InputError, match="take checkpoint.pth"):
+        npz_loader.config_from_npz(tmp_path / "last.pth")

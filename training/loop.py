@@ -5,7 +5,6 @@ What a step does stands in step.py, what a resumed run needs in resume.py.
 
 import math
 import time
-from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -23,74 +22,6 @@ from training.loss import figures
 from training.step import Gradient, SharedDraws, WarmAverage, optimiser, scheduled_rate
 
 
-@dataclass
-class Progress:
-    """How far a training run is.
-
-    `epoch`: how many epochs are over; `step`: how many steps of the next one are, `loss_sum`: the sum of
-    their losses, `seconds`: the time they took before an interruption; `history`: a row an epoch, as in
-    results.json; `best_epoch`: its number, from 1 on, 0 before there is one; `head_seconds`: spent before
-    the epochs, on the head or on masked ones; `lr`: learning rate of the last step, None before the first."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
-    history: list = field(default_factory=list)
-    best_epoch: int = 0
-    head_seconds: float = 0.0
-    lr: float = None
-
-    @classmethod
-    def from_saved(cls, saved):
-        """The Progress that `saved` gave; what older versions did not keep is as at the start. TypeError if
-        it is no dict."""
-        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
-
-    def saved(self):
-        """The same as a dict of plain values, for last.pth."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.lr is None:
-            del values["lr"]
-        return values
-
-    @property
-    def minutes(self):
-        """Time of training so far, validation and the stage before the epochs included."""
-        epochs = sum(row["seconds"] for row in self.history)
-        return (self.head_seconds + epochs) / 60
-
-    @property
-    def mean_loss(self):
-        """Mean training loss of the steps of this epoch so far."""
-        return self.loss_sum / self.step
-
-    @property
-    def place(self):
-        """Where training is, as text."""
-        return f"in epoch {self.epoch + 1} after step {self.step}"
-
-    def end_epoch(self, row, merit):
-        """Add the history `row` of the epoch that ends; returns whether it has more `merit`, a function of a
-        row, than the best before."""
-        better = not self.best_epoch or merit(row) > merit(self.history[self.best_epoch - 1])
-        self.history.append(row)
-        self.epoch += 1
-        self.step, self.loss_sum, self.seconds = 0, 0.0, 0.0
-        if better:
-            self.best_epoch = self.epoch
-        return better
-
-    def waited(self, stop_on):
-        """How many epochs brought nothing better: since the best one or, with "loss" to `stop_on`, since the
-        lowest validation loss."""
-        last = self.best_epoch
-        if stop_on == "loss" and self.history:
-            losses = [row["val_loss"] for row in self.history]
-            last = losses.index(min(losses)) + 1
-        return self.epoch - last
-
-
 class Loop:
     """Training of one model: keeps the epoch with the most merit on validation, and can be stopped and
     resumed.
@@ -106,7 +37,7 @@ class Loop:
         self.recipe, self.run, self.device = plan.recipe, plan.run, inputs.device
         self.gradient = Gradient(objective, self.recipe, inputs, plan.change, teacher)
         self.rank, self.number = processes()
-        self.progress = Progress()
+        self.progress = resume.Progress()
         self.longer = False  # whether a run that is resumed gets more epochs
         self.frozen = None  # whether the stem of a hybrid is, known from the first epoch on
 
@@ -126,6 +57,9 @@ class Loop:
         self.prepare(len(self._order(0, train)))
         if self.plan.resume:
             self._go_on()
+            if self.longer and self._done():
+                say(f"{self.run} had been ended by --patience {self.recipe.patience}, and stays as it is")
+                return self.run.results
         # From here on the folder holds this run, and trackers follow it.
         results = self._begin()
         trackers = self.plan.track
@@ -137,9 +71,14 @@ class Loop:
             self._epochs(train, val, results)
         finally:
             self.tracker.close()
-        best = self.progress.history[results["best_epoch"] - 1]
+        best, epoch = self.progress.history[results["best_epoch"] - 1], self.progress.epoch
+        ended = ""
+        if epoch < self.recipe.epochs and epoch * self.steps < self.total:
+            ended = (
+                f" (ended after epoch {epoch} of {self.recipe.epochs} by --patience {self.recipe.patience})"
+            )
         tell(
-            f"best epoch {results['best_epoch']}: {figures(best, self.recipe.watch)}; "
+            f"best epoch {results['best_epoch']}{ended}: {figures(best, self.recipe.watch)}; "
             f"{results['minutes']:.1f} min; wrote {self.run}/checkpoint.pth and results.json"
         )
         return results
@@ -249,7 +188,9 @@ class Loop:
         epoch, recipe = self.progress.epoch, self.recipe
         if epoch >= recipe.epochs or epoch * self.steps >= self.total:
             return True
-        return "patience" in self.plan.used and self.progress.waited(recipe.stop_on) >= recipe.patience
+        # While a hybrid's stem is frozen, nobody loses patience.
+        waited = min(self.progress.waited(recipe.stop_on), epoch - recipe.frozen_epochs)
+        return "patience" in self.plan.used and waited >= recipe.patience
 
     def _order(self, epoch, train):
         return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)

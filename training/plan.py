@@ -256,7 +256,8 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     step.check_optimiser(plan.recipe, model)
     with training(plan.run):
         # Prepare the data: images, their scaling, and the loss of their classes.
-        images = prepare_data(plan.config, encoder, teacher)
+        first = seen.run_of_weights(described.get("weights", {}))
+        images = prepare_data(plan.config, {"--init": encoder, "--weights": first}, teacher)
         if teacher:
             teacher.begin()
             described["teacher"] = teacher.description()
@@ -298,9 +299,9 @@ class Images:
     split: dict
 
 
-def prepare_data(config, encoder=None, teacher=None):
-    """The Images of a DataConfig, those of other hospitals among them. InputError where the Run `encoder` or
-    the Teacher learnt from images that are held out here."""
+def prepare_data(config, begun_with, teacher=None):
+    """The Images of a DataConfig, those of other hospitals among them. InputError where one of the Runs
+    `begun_with` {flag: Run or None} or the Teacher learnt from images that are held out here."""
     with first_process_first():
         own_train, val, split = load_train_val(config, tell)
         train, others = own_train, {}
@@ -308,10 +309,9 @@ def prepare_data(config, encoder=None, teacher=None):
             train, others, split["also"] = other_hospitals.join(config, own_train, val, tell)
         # What another run has learnt must not be held out here.
         sides = own_train, val
-        if encoder:
-            seen.refuse_known("--init", encoder, config, sides, split, others)
-        if teacher:
-            seen.refuse_known("--teacher", teacher.run, config, sides, split, others)
+        for flag, run in (begun_with | {"--teacher": teacher and teacher.run}).items():
+            if run:
+                seen.refuse_known(flag, run, config, sides, split, others)
     return Images(train, val, others, split)
 
 
@@ -381,9 +381,9 @@ def train_head(plan, loop, images):
                 inputs=loop.inputs,
                 augment=plan.change,
             )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             text = "stopped while the head was trained alone; nothing is saved yet: start the same again"
-            raise Interrupted(text, signal.SIGINT) from None
+            raise Interrupted(text, getattr(stop, "signum", signal.SIGINT)) from None
         loop.progress.head_seconds += time.perf_counter() - started
         if not recipe.epochs:
             loop.keep_head(loss, outputs, stage)

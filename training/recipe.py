@@ -14,7 +14,7 @@ from images.split import BALANCES
 from records.track import add_track_argument
 from training.loss import WATCHED
 
-RATE = Number(float, 0, 1e38, above=True)
+RATE = Number(float, 0, 1e30, above=True)
 BELOW_ONE = Number(float, 0, 1, below=True)
 ALPHA = Number(float, 0, 100)
 WEIGHT = Number(float, 0, 1e6)

@@ -37,7 +37,8 @@ DECIDES = {
 def refuse_known(flag, run, config, sides, split, held_out):
     """InputError where `run`, named by `flag`, or a run that it was made from, may have learnt from images
     that are held out here: its training and validation images are not those of `sides`, the Subsets (train,
-    val) of the first hospital, or its other sources hold images of validation, test, or `held_out`.
+    val) of the first hospital, or its other sources hold images of validation, test, or `held_out`. A run
+    whose checkpoint is given as --weights may be of quite other images, so each of them is compared.
 
     config: the DataConfig here; split: its description; held_out: {name: Subset} of --also."""
     for name, other in [(str(run), run), *forebears(run)]:
@@ -47,16 +48,27 @@ def refuse_known(flag, run, config, sides, split, held_out):
         if other is None:
             say(f"note: {title} is not there any more: whether it saw images held out here is not known")
             continue
-        if not _same_split(other, config, sides, split):
+        if _same_split(other, config, sides, split):
+            _refuse_other_pictures(title, other, config, sides)
+        elif flag == "--weights":
+            _refuse_its_images(title, other, config, sides[1], held_out)
+        else:
             raise InputError(_other_split(flag, title, other, config, split))
-        _refuse_other_pictures(title, other, config, sides)
         _refuse_other_sources(title, other, config, sides[1], split, held_out)
 
 
+def run_of_weights(weights):
+    """The Run whose checkpoint.pth `weights` of results.json ({"path", "sha256"}) are, as it is there still;
+    else None."""
+    path = Path(weights.get("path", ""))
+    run = Run(path.parent)
+    return run if path.name == "checkpoint.pth" and _is_there(run, weights.get("sha256")) else None
+
+
 def forebears(run):
-    """The runs that a Run was made from, and those they were made from: the encoder it began with, its
-    teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there any more as it
-    was. InputError if results.json is damaged."""
+    """The runs that a Run was made from, and those they were made from: the one whose weights or encoder it
+    began with, its teacher, the members of an ensemble -> [(folder, Run)], None for a Run that is not there
+    any more as it was. InputError if results.json is damaged."""
     results = run.results
     parts = [results[k] for k in ("init", "teacher") if k in results]
     found = []
@@ -69,6 +81,8 @@ def forebears(run):
             found += [(part["run"], other), *forebears(other)]
         else:
             found.append((part["run"], None))
+    if first := run_of_weights(results.get("weights", {})):
+        found += [(str(first), first), *forebears(first)]
     return found
 
 
@@ -150,6 +164,29 @@ def _refuse_other_pictures(title, other, config, sides):
                 f"{title} was trained on {there.data_dir}, where {len(theirs_side) - alike} files hold other "
                 f"pictures than those of the same names in {config.data_dir}, perhaps ones that validate or "
                 "test here: train it again with this --data-dir"
+            )
+
+
+def _refuse_its_images(title, other, config, val, held_out):
+    """InputError where the images that a run with another split was trained or validated on are among those
+    that validate or test here, or `held_out`."""
+    there = other.config
+    if not Path(there.data_dir).is_dir():
+        say(f"note: {title} was trained on {there.data_dir}, which is not there any more: it is not compared")
+        return
+    learnt = load_train_val(_seen_here(there, config), lambda line: None)[:2]
+    held = {f"held out of {name} here": subset for name, subset in held_out.items()}
+    known = {
+        what: same_images(subset, learnt) for what, subset in (held | {"validation images here": val}).items()
+    }
+    listing, theirs = read_listing(config), read_listing(there)
+    files = [file for side in learnt for file in side.files]
+    known["test images here"] = twins.same_files(theirs.root, files, listing.root, listing.test_index.files)
+    for what, files in known.items():
+        if files:
+            raise InputError(
+                f"{title} learnt from {len(files)} images, {', '.join(files[:3])} and so on, that are {what}"
+                ": give both trainings the same split, or name other images here"
             )
 
 

@@ -234,7 +234,7 @@ def learning_rate(step, total, warmup, peak, schedule="cosine", floor=0.0):
         return peak * min(1.0, (step + 1) / warmup)
     if schedule != "cosine":
         return peak
-    done = (step - warmup) / max(1, total - warmup)
+    done, floor = (step - warmup) / max(1, total - warmup), min(floor, peak)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 

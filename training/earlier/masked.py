@@ -83,7 +83,7 @@ def first(plan, model, *, resume, after=None, teacher=None):
     with plans.training(plan.run):
         refuse_labels(plan)
         if teacher:  # whether it saw images held out here is better known now than after this stage
-            plans.prepare_data(plan.config, teacher=teacher)
+            plans.prepare_data(plan.config, {}, teacher)
         if plan.track:
             say(f"note: --track follows the epochs with labels; {stage.run}/results.json has the masked ones")
         recipe = stage.recipe
