@@ -141,7 +141,7 @@ def main():
     blocks, asked = [Heading(1, TITLE)], who.Asked(args.age_bands, args.subgroups)
     page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
-    who.check_columns(asked, columns, "no run here" if not columns else "the data of these runs")
+    who.check_columns(asked, columns, "the data of these runs")
     views = [wanted(view_of(entries, asked), args) for entries in groups]
     for view in views:
         pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))

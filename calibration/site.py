@@ -20,7 +20,7 @@ from calibration.operating_point import LEAST, Side, joint_promises, shared_out,
 from calibration.pooling import PLURAL, grouped, of_calibration, remark, unit_of
 from calibration.scores import each_run
 from calibration.triage import choose_rule_in, rule_in_points, shares
-from calibration.wording import chance_text, concerns, rule_in_concerns, site_rule_in_lines
+from calibration.wording import chance_text, concerns, four_digits, rule_in_concerns, site_rule_in_lines
 from cohort.groups import console_lines
 from cohort.who import Asked, check_columns, of_units
 from common import scaling
@@ -121,7 +121,7 @@ def choose(y, p, patients, rule):
         chosen["mean"] = conformal_threshold(p[y == 1], patients[y == 1], rule.min_recall)
         try:
             promised = choose_threshold_with_guarantee(y, p, rule.min_recall, rule.confidence, patients)
-            chosen["guaranteed"] = promised[0]
+            chosen["guaranteed"] = min(promised[0], thr)  # lowering it only raises the recall
         except InputError:
             if rule.strict:
                 raise
@@ -297,7 +297,7 @@ def held_out_lines(figures, rule):
         mark, bad = MARKS[point], concerns(row, rule.min_recall)
         if point in ("at_in", "at_in_guaranteed"):
             bad = rule_in_concerns(row, rule.min_specificity)
-        out.append(f"    {mark:11}{row['thr']:.4f}  recall {spans[0]}, specificity {spans[1]}")
+        out.append(f"    {mark:11}{four_digits(row['thr'])}  recall {spans[0]}, specificity {spans[1]}")
         out += [f"      warning: {text}" for text in bad]
     return out
 

@@ -3,6 +3,7 @@ prints. No torch, no files.
 """
 
 import itertools
+import math
 
 from calibration.pooling import plural_of, title_of
 from common import scaling
@@ -11,21 +12,33 @@ from common.scaling import POINTS, SIDES
 from common.task import ANSWERS
 from metrics import chance_below_floor, temperature_limit
 
+FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
+EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 
 
 def concerns(row, floor):
     """What is bad about a `row` with "tp", "fp", "tn", "fn", at a threshold whose recall floor is `floor`: a
     list of texts, empty if nothing."""
-    if row["tp"] + row["fp"] == 0:
-        return ["calls nobody sick: recall 0"]
+    if (said := calls(row)) == NOBODY:
+        return [f"{NOBODY}: recall 0"]
     found, recall = [], row["tp"] / (row["tp"] + row["fn"])
     if recall < floor:
         found.append(f"recall {shown_below(recall, floor)} is below the floor of {floor:g}")
-    if row["tn"] == 0:
-        who = "everybody" if row["fn"] == 0 else "every healthy image"
-        found.append(f"calls {who} sick: specificity 0")
+    if said:
+        found.append(f"{said}: specificity {row['tn'] / (row['tn'] + row['fp']):.3g}")
     return found
+
+
+def calls(row):
+    """What a `row` with "tp", "fp", "tn", "fn" is worth nothing for: it "calls nobody sick" (no image), or,
+    with a specificity below FEW_HEALTHY, "calls everybody sick" (and misses fewer than that share of the
+    sick) or "calls the healthy sick" (and misses more); else ""."""
+    if row["tp"] + row["fp"] == 0:
+        return NOBODY
+    if row["tn"] >= FEW_HEALTHY * (row["tn"] + row["fp"]):
+        return ""
+    return EVERYBODY if row["fn"] < FEW_HEALTHY * (row["tp"] + row["fn"]) else "calls the healthy sick"
 
 
 def rule_in_concerns(row, floor):
@@ -55,6 +68,14 @@ def shown_below(value, floor):
     return f"{value:.{digits}f}"
 
 
+def four_digits(threshold):
+    """A threshold with four decimals; with three digits of it, or of what is missing to 1, where these would
+    read as 0 or 1."""
+    near = min(threshold, 1 - threshold)
+    decimals = 2 - math.floor(math.log10(near)) if 0 < near < 0.001 else 4
+    return f"{threshold:.3g}" if 0 < threshold < 0.001 else f"{threshold:.{decimals}f}"
+
+
 def shared_text(calibration):
     """What is said of the thresholds of a calibration and belongs to every run on the same validation
     images."""
@@ -70,7 +91,7 @@ def shared_text(calibration):
     granted = [g for g in guarantees.values() if g["threshold"] is not None]
     in_guar = [found.get("rule_in", {}).get("guarantee") for found in calibration["findings"].values()]
     in_guar = [g for g in in_guar if g and g["threshold"] is not None]
-    if joint and granted:
+    if joint and (granted or in_guar):
         lines.append(joint_text(joint, len(granted), len(in_guar)))
     elif granted:
         alone = ", each finding alone" if len(calibration["findings"]) > 1 else ""
@@ -165,13 +186,14 @@ def positives_text(found, plural="images"):
 
 def threshold_text(found):
     """The thresholds of one finding, and how far each lies from the nearest validation score."""
-    text = f"@Rec {found['threshold']:.4f} ({found['gap']:.2g} logits from the nearest validation score)"
+    gap = f"({found['gap']:.2g} logits from the nearest validation score)"
+    text = f"@Rec {four_digits(found['threshold'])} {gap}"
     others = [("@Guar", found["guarantee"])]
     if "rule_in" in found:
         others += [("@In", found["rule_in"]), ("@InGuar", found["rule_in"]["guarantee"])]
     for mark, chosen in others:
         if chosen["threshold"] is not None:
-            text += f", {mark} {chosen['threshold']:.4f} ({chosen['gap']:.2g})"
+            text += f", {mark} {four_digits(chosen['threshold'])} ({chosen['gap']:.2g})"
     return text
 
 
@@ -205,7 +227,7 @@ def site_rule_in_lines(chosen, rule):
         if mark == "@InGuar":
             promise_of += f"{rule.confidence:.6g}, while patients stay like these"
         gap = f"{place['gap']:.2g} logits from the nearest score"
-        out.append(f"  {mark:5} {place['threshold']:.4f}: {promise_of} ({gap})")
+        out.append(f"  {mark:5} {four_digits(place['threshold'])}: {promise_of} ({gap})")
     return out + triage_lines(chosen)
 
 

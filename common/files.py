@@ -1,6 +1,7 @@
 """One way to read and write files: whole or not at all, JSON with a format number, checksums."""
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from common.console import InputError
 
 FORMAT = 1  # of results.json and most other files; a reader refuses a higher number
 CALIBRATION = 3  # of calibration.json; records/schema.py reads those of lower numbers
+OF_RUNS = ("results.json", "checkpoint.pth", "last.pth", "scores*.npz", "calibration*.json", "track.json")
+OF_RUNS += ("predictions*.csv", "reference*.npz", "audit*")  # files of a run folder
 JSON_LIMIT = 64 << 20  # bytes; the largest file a script writes itself is a few MB
 
 
@@ -34,14 +37,22 @@ def check_regular(path):
 
 
 def check_output(flag, path):
-    """InputError unless a file can be written where a flag says: no device, no folder, and in a folder that
-    is there. A misspelt place is not made."""
+    """InputError unless a file can be written where a flag says: no device, no folder, no file of a run, no
+    image or other file that is not text (but a model.onnx), and in a folder that is there. A misspelt place
+    is not made."""
     folder = Path(path).parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag} {path}: {folder} is not a folder: name another place for the output")
     if not folder.exists():
         raise InputError(f"{flag} {path}: there is no folder {folder}: make it first, or name another place")
     check_regular(path)
+    name = Path(path).name
+    if Path(path).exists() and not name.lower().endswith(".onnx"):
+        with open(path, "rb") as file:
+            if b"\0" in file.read(1024):  # no text has it, and the beginning of every image does
+                raise InputError(f"{flag} {path} is there already and is no text: name another place")
+    if (folder / "results.json").exists() and any(fnmatch.fnmatch(name, pattern) for pattern in OF_RUNS):
+        raise InputError(f"{flag} {path} is a file of the run {folder}: name another place for the output")
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ PLACE = re.compile(r"(patient\d+)/(study\d+)/")
 
 
 def findings(path):
-    """Those of FINDINGS that are columns, in the table's order."""
-    return tuple(name for name in open_sheet(path).head if name in FINDINGS)
+    """Those of FINDINGS that are columns, in any case, in the table's order."""
+    known = {name.lower(): name for name in FINDINGS}
+    return tuple(known[name.lower()] for name in open_sheet(path).head if name.lower() in known)
 
 
 def rows(source):

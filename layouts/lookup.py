@@ -1,6 +1,7 @@
 """Which image a name in a table means. Only names are compared; no file is opened."""
 
 import re
+import unicodedata
 from bisect import bisect_left
 from operator import itemgetter
 from pathlib import Path
@@ -15,8 +16,9 @@ class Listed:
 
     `files`: {name in a table: path relative to `root`}. A name that is none of these is understood where only
     one image can be meant: an absolute path, or one from another folder, by its ending; a name of a file in a
-    folder below; upper case for lower; a name without its extension. Nothing outside `root` is ever found.
-    `by_id`: the names are none of files, but ids, so that nothing need be said of it.
+    folder below; upper case for lower, an accent as a character of its own; a name without its extension.
+    Nothing outside `root` is ever found. `by_id`: the names are none of files, but ids, so that nothing need
+    be said of it.
     """
 
     def __init__(self, path, root, files, by_id=False):
@@ -65,7 +67,7 @@ class Listed:
     def _possible(self, name):
         """The files that a name which is not one of `files` could mean: set, of the nearest kind that has
         any."""
-        *folders, last = name.casefold().split("/")
+        *folders, last = folded(name).split("/")
         if not last or ".." in folders:
             return set()
         if self._by_end is None:
@@ -73,7 +75,7 @@ class Listed:
         written = name.rpartition("/")[2]
         near = self._near(folders, last)
         same = {file for _, end, file in near if end == written}
-        any_case = {file for _, end, file in near if end.casefold() == last}
+        any_case = {file for _, end, file in near if folded(end) == last}
         return same or any_case or {file for _, _, file in near}
 
     def _near(self, folders, last):
@@ -97,8 +99,8 @@ class Listed:
         without the extension."""
         for name, file in self.files.items():
             end = name.rpartition("/")[2]
-            folders = name.casefold().split("/")[:-1]
-            for key in {end.casefold(), Path(end).stem.casefold()}:
+            folders = folded(name).split("/")[:-1]
+            for key in {folded(end), folded(Path(end).stem)}:
                 yield backwards(folders, key), end, file
 
     def say_guessed(self):
@@ -109,6 +111,11 @@ class Listed:
                 f"note: {self.path}: {self.guessed} names are no paths in the data folder; {name} is read "
                 f"as {file}"
             )
+
+
+def folded(name):
+    """A name in lower case, its accents written in one way: file systems and spreadsheets differ in it."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def backwards(folders, last):

@@ -6,7 +6,7 @@ import numpy as np
 
 from common.console import InputError, say
 from layouts.listing import patient_in_folder
-from layouts.patients import clean_patient
+from layouts.patients import patients_of
 from layouts.sheets import open_sheet
 
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 def truths(task, finding):
     """What a diagnosis may say -> (words for the absence of a finding, for its presence), in lower case."""
-    absent, present = [f"no {finding}", "0"], [finding, "1"]
+    absent, present = [f"no {finding}", "0", "0.0"], [finding, "1", "1.0"]
     if task.kind == "softmax" and finding in task.classes:
         absent += [name for name in task.classes if name != finding]
     elif task.kind == "softmax":  # any disease
@@ -49,8 +49,8 @@ def truths(task, finding):
 
 
 def check_row(cell, score, words, where, unit="image"):
-    """{column: text} -> Row; `score`: the column of the scores; `unit`: as for read_log. InputError for a
-    value that is wrong."""
+    """{column: text} -> Row; `score`: the column of the scores; `unit`: as for read_log; the patient is clean
+    already. InputError for a value that is wrong."""
     try:
         value = float(cell[score])
     except ValueError:
@@ -67,7 +67,7 @@ def check_row(cell, score, words, where, unit="image"):
         raise InputError(f"{where}: diagnosis {cell['diagnosis'][:40]!r} is not one of {known}")
     sick = diagnosis in present if diagnosis else None
     # Without a column patient the file name may tell, as in training.
-    patient = clean_patient(cell.get("patient", ""))
+    patient = cell["patient"]
     who = patient_in_folder(cell["path"])
     if not patient and who != cell["path"]:
         patient = who
@@ -93,15 +93,18 @@ def read_log(path, threshold, words, column="score", unit="image"):
     InputError naming the row for anything wrong: no such column, a score that is no probability, an unknown
     diagnosis, an image or a time out of order that comes twice."""
     sheet = open_sheet(path)
-    head = sheet.head
+    usual = ("path", "score", column, "diagnosis", "patient", "study", "time")
+    in_any_case = {sheet.find(name): name for name in usual}
+    head = [in_any_case.get(name, name) for name in sheet.head]
     score = "score" if "score" in head else column
     check_columns(path, head, score)
     images, patients, last = set(), set(), ""
     places, sick, scores = {}, [], []
     counts = dict.fromkeys(("images", "left_out", "unnamed", "waiting", "unscored"), 0)
-    for number, *values in zip(sheet.numbers, *map(sheet.text, head)):
+    named = patients_of(sheet, "patient")
+    for number, patient, *values in zip(sheet.numbers, named, *map(sheet.text, sheet.head)):
         where = f"{path}, row {number}"
-        row = check_row(dict(zip(head, values)), score, words, where, unit)
+        row = check_row(dict(zip(head, values)) | {"patient": patient}, score, words, where, unit)
         # The sequential test counts patients in the order of their diagnoses, each image once.
         if row.path in images:
             raise InputError(f"{where}: {row.path} is there twice: each image is to have one row")

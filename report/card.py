@@ -10,12 +10,12 @@ from pathlib import Path
 import jinja2
 
 from auditing.record import audit_of
+from calibration.wording import calls, four_digits
 from common import scaling
 from common.console import InputError, say
 from report.answers.short import MARKS
 from report.answers.short import cell as mark_cell
-from report.answers.threshold import calls
-from report.cells import alone, points, questions, span, with_interval
+from report.cells import alone, has_epochs, points, questions, span, with_interval
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdown_text, to_markdown
 from report.rows import POINTS, Entry
 from report.tables import evidence, main, method, probabilities
@@ -147,8 +147,8 @@ def summary_line(entry, finding, row):
     sick, healthy = row["tp"] + row["fn"], row["tn"] + row["fp"]
     empty = f"; it {calls(row)}" if calls(row) else ""
     return (
-        f"{finding} @Rec {row['thr']:.4f}: on test recall {with_interval(row, 'recall')} ({row['fn']} of "
-        f"{sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} false "
+        f"{finding} @Rec {four_digits(row['thr'])}: on test recall {with_interval(row, 'recall')} "
+        f"({row['fn']} of {sick} missed), specificity {with_interval(row, 'specificity')} ({row['fp']} false "
         f"alarms of {healthy}), AUROC {with_interval(row, 'auroc')}{empty}"
     )
 
@@ -220,7 +220,7 @@ def beginning(results):
 
 def of_training(entry):
     """The rows of the report's method that are about training."""
-    if entry.run.kind == "linear":  # it has no epochs to choose from
+    if not has_epochs(entry):
         return ("Other hospitals in training",)
     return ("Model selection", "Other hospitals in training")
 
@@ -270,7 +270,11 @@ def result_blocks(entries):
                 if row := e.row(finding, side, point):
                     name = f"{finding} {POINTS[point]}, {word}"
                     rows.append(
-                        [name, f"{row['thr']:.4f}", *(with_interval(row, key) for key in FIGURES.values())]
+                        [
+                            name,
+                            four_digits(row["thr"]),
+                            *(with_interval(row, key) for key in FIGURES.values()),
+                        ]
                     )
     blocks = [Paragraph(main.main_text(entries)), Table(["Finding", "Threshold", *FIGURES], rows)]
     if missing := main.missing_text(entries).strip():
@@ -332,7 +336,7 @@ def site_row(entry, name, site, finding):
     tried = (found.get("held_out") or {}).get("points", {})
     cells = [f"{name}: {finding}", str(site["images"]), str(found.get("positive_patients", "-"))]
     for threshold in (found.get("threshold"), shipped):
-        cells.append("-" if threshold is None else f"{threshold:.4f}")
+        cells.append("-" if threshold is None else four_digits(threshold))
     return cells + [with_interval(tried.get(point), "recall") for point in ("at_rec", "at_shipped")]
 
 

@@ -56,6 +56,13 @@ def alone(entries):
     return entries[0].task.alone
 
 
+def has_epochs(entry):
+    """Whether validation chose an epoch of a run, or of a member of an ensemble: not of a logistic
+    regression."""
+    config = entry.results["model_config"]
+    return any(one.get("kind") != "linear" for one in config.get("members") or [config])
+
+
 def points(entries):
     """The operating points that tables have rows of. Where there are several findings, decisions at 0.5 would
     fill pages; calibration.json has them."""

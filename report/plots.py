@@ -16,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from scipy.special import expit, logit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from calibration.wording import four_digits
 from common import scaling
 from common.scaling import SIDES
 from metrics import net_benefit
@@ -150,7 +151,8 @@ def confusion(ax, entry, finding=None, point="at_rec", colour=COLOURS[0]):
     row = entry.row(finding, "test", point)
     counts = np.array([[row["tn"], row["fp"]], [row["fn"], row["tp"]]])
     matrix(ax, counts, [label(name, 12) for name in (entry.absent(finding), finding)], colour)
-    ax.set_title(f"{label(entry.name, 34)}\n{POINTS[point]}, threshold {row['thr']:.4f}", fontsize=7)
+    text = f"{POINTS[point]}, threshold {four_digits(row['thr'])}"
+    ax.set_title(f"{label(entry.name, 34)}\n{text}", fontsize=7)
     return ax
 
 

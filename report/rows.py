@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,6 +119,8 @@ class Entry:
         self.minutes = run.minutes
         self.synthetic, self.set = self.results["synthetic"], set_name(self.results)
         self.unit, by = plural_of(self.calibration), title_of(self.calibration)
+        if self.unit != "images":
+            self.set += f", by {self.calibration['by']}"
         self.base, self.name = (name + by for name in names(run, suffix))
         test = self.columns["test"]
         self.group = sha256([self.task.classes, test.files.tolist(), test.truth.tolist(), self.unit])
@@ -202,7 +203,8 @@ class Entry:
         model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
         rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
-        rule.append(self.calibration.get("min_specificity"))
+        rule += [self.calibration.get("min_specificity"), self.calibration["jointly"]]
+        rule.append([f.get("guarantee", {}).get("confidence") for f in self.calibrated.values()])
         return sha256([model, settings, data, rule])
 
     @property
@@ -354,15 +356,18 @@ def load_entries(runs_dir, chosen=None):
 
 
 def tell_apart(entries):
-    """Add to the names of Entries what they are confused without: their folder, their recall floor."""
+    """Add to the names of Entries what they are confused without: their folder, their recall floor, whether
+    their guarantees hold at once."""
     names_in_group = [entry.name for entry in entries]
     for entry in entries:
         if names_in_group.count(entry.name) > 1:  # folders of one name in several places
             entry.name += f" in {entry.run.folder.parent}"
-    if len({entry.min_recall for entry in entries}) > 1:  # not to be compared at their thresholds
-        for entry in entries:
-            entry.name += f" (floor {entry.min_recall:g})"
-            entry.base += f" (floor {entry.min_recall:g})"
+    rules = (lambda e: f"floor {e.min_recall:g}", lambda e: "jointly" if e.calibration["jointly"] else "")
+    for rule in rules:  # not to be compared at their thresholds
+        if len({rule(entry) for entry in entries}) > 1:
+            for entry in entries:
+                text = f" ({rule(entry)})" if rule(entry) else ""
+                entry.name, entry.base = entry.name + text, entry.base + text
 
 
 def families(entries):
@@ -380,21 +385,3 @@ def without_members(entries):
     for entry in entries:
         members |= {(entry.suffix, checkpoint) for checkpoint in entry.members}
     return [e for e in entries if (e.suffix, e.calibration["checkpoint"]) not in members]
-
-
-def missing_ensembles(entries):
-    """[(base name, number of seeds, command)] of the families that no ensemble here holds whole."""
-    missing = []
-    for family in families(entries):
-        # Members must share one split, or an ensemble would have seen images that it is tested on.
-        checkpoints = {e.calibration["checkpoint"] for e in family}
-        one_split = len({e.results["split"]["fingerprint"] for e in family}) == 1
-        made = any(e.suffix == family[0].suffix and checkpoints <= set(e.members) for e in entries)
-        if one_split and not made:
-            folders = [e.run.folder.as_posix() for e in family]
-            out = re.sub(r"-seed\d+$", "", folders[0]) + "-ensemble"
-            words = ["python", "calibrate.py", "--ensemble", *folders, "--out", out]
-            if family[0].suffix:
-                words.append("--tta")
-            missing.append((family[0].base, len(family), shlex.join(words)))
-    return missing

@@ -1,10 +1,12 @@
 """What the report of one test set shows, and in which order. No torch, no drawing."""
 
+import re
+import shlex
 from typing import NamedTuple
 
 from cohort.who import Asked
 from report.answers.standing import Standing, standings
-from report.rows import without_members
+from report.rows import families, without_members
 
 MANY = 5  # with more models, long tables are of those that remain
 
@@ -64,3 +66,21 @@ def only_top(view, number):
     """A View of its first models."""
     kept = view.candidates[:number]
     return view._replace(candidates=kept, left_out=len(view.candidates) - len(kept))
+
+
+def missing_ensembles(entries):
+    """[(base name, number of seeds, command)] of the families that no ensemble here holds whole."""
+    missing = []
+    for family in families(entries):
+        # Members must share one split, or an ensemble would have seen images that it is tested on.
+        checkpoints = {e.calibration["checkpoint"] for e in family}
+        one_split = len({e.results["split"]["fingerprint"] for e in family}) == 1
+        made = any(e.suffix == family[0].suffix and checkpoints <= set(e.members) for e in entries)
+        if one_split and not made:
+            folders = [e.run.folder.as_posix() for e in family]
+            out = re.sub(r"-seed\d+$", "", folders[0]) + "-ensemble"
+            words = ["python", "calibrate.py", "--ensemble", *folders, "--out", out]
+            if family[0].suffix:
+                words.append("--tta")
+            missing.append((family[0].base, len(family), shlex.join(words)))
+    return missing

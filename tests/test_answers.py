@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 
+from calibration.wording import EVERYBODY, calls, four_digits
 from common.files import write_json
 from common.proportions import wilson_interval
 from common.task import Task
@@ -20,10 +21,10 @@ from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
 from report.answers.standing import Behind, patients_needed, standings
-from report.answers.threshold import EVERYBODY, calls, floor_verdict, lines_of, recall_span
+from report.answers.threshold import floor_verdict, lines_of, recall_span
 from report.answers.which import which_blocks
 from report.render import Bad, Best, to_markdown
-from report.rows import Entry
+from report.rows import Entry, tell_apart
 from report.tables import main as tables_module
 from report.tables.method import sizes
 from report.tables.models import in_order_of, models_table
@@ -241,10 +242,11 @@ def test_what_is_left_of_a_floor(missed, verdict):
 
 
 def test_who_calls_everybody_sick():
-    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.951)) == EVERYBODY
-    assert calls(row_with(0.9, 1, specificity=0.049, recall=0.95)) == "calls the healthy sick"
-    assert calls(row_with(0.9, 1, specificity=0.05, recall=1.0)) == ""
-    assert calls(row_with(0, 0.1, tp=0, fp=0, specificity=1.0)) == "calls nobody sick"
+    few = dict(tn=49, fp=951)
+    assert calls(row_with(0.9, 1, **few, tp=951, fn=49)) == EVERYBODY
+    assert calls(row_with(0.9, 1, **few, tp=950, fn=50)) == "calls the healthy sick"
+    assert calls(row_with(0.9, 1, tn=50, fp=950, fn=0)) == ""
+    assert calls(row_with(0, 0.1, tp=0, fp=0, tn=100)) == "calls nobody sick"
 
 
 def test_everybody_sick_and_broken_floors_are_marked_in_the_tables(tmp_path):
@@ -295,6 +297,38 @@ def test_mark_of_the_floor(tmp_path):
         recall = entry.row("PNEUMONIA", "test", "at_rec")["recall"]
         assert f"{recall:.3f}" in verdicts[name].text and "floor 0.9" in verdicts[name].text
     assert {name: mark.verdict for name, mark in verdicts.items()} == {n: n for n in verdicts}
+
+
+def test_of_several_findings_the_mark_says_which_is_worth_nothing():
+    """One that calls everybody sick keeps its floor, and breaks the mark; a broken floor comes first."""
+    rows = {"a": row_with(0.95, 1, recall=1.0, fn=0, tn=0), "b": row_with(0.9, 1, recall=0.95)}
+    test = SimpleNamespace(truth=np.ones(75, int), scores=np.ones(75), patients=np.arange(75))
+    entry = SimpleNamespace(
+        findings=["a", "b"],
+        min_recall=0.9,
+        row=lambda name, *_: rows[name],
+        column=lambda *_: test,
+        task=SimpleNamespace(alone=False),
+    )
+    mark = marks.floor_mark(entry, ASKED)
+    assert mark.verdict == "broken" and mark.text.startswith(f"1 of 2 findings: {EVERYBODY}; lowest a: 1.000")
+    test.scores = np.arange(75) / 75
+    assert marks.floor_mark(entry, ASKED).text.startswith("2 of 2 findings: broken; lowest b: 0.950")
+
+
+def test_a_threshold_never_reads_as_0_or_1():
+    shown = {0.5: "0.5000", 0.00123: "0.0012", 1.866e-7: "1.87e-07", 0.99995: "0.9999500"}
+    shown |= {0: "0.0000", 1: "1.0000"}
+    assert {threshold: four_digits(threshold) for threshold in shown} == shown
+
+
+def test_runs_with_joint_guarantees_are_no_seeds_of_others(tmp_path):
+    entries = [Entry(write_run(tmp_path / f"x-seed{seed}", seed)) for seed in range(2)]
+    assert entries[0].family == entries[1].family
+    entries[1].calibration["jointly"] = {"findings": 1, "confidence": 0.95}
+    assert entries[0].family != entries[1]._family()
+    tell_apart(entries)
+    assert [e.name.endswith(" (jointly)") for e in entries] == [False, True]
 
 
 def test_mark_of_validation_like_test(tmp_path):

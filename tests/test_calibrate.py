@@ -219,7 +219,7 @@ def test_bad_figures_are_warned_of_in_print_and_report(own_runs):
     np.savez(run.folder / "scores.npz", **{k: v for k, v in arrays.items() if not k.endswith("_p1")})
     done = succeed("calibrate", "--run", run, "--min-recall", 0.9, cwd=own_runs)
     missed = "test @Rec: recall 0.800 is below the floor of 0.9"
-    nobody = "test @Rec: calls every healthy image sick: specificity 0"
+    nobody = "test @Rec: calls the healthy sick: specificity 0"
     assert f"warning: {missed}" in done.out and f"warning: {nobody}" in done.out
     report = succeed("compare", "--run", run, cwd=own_runs).out
     assert "recall 0.800 [" in report and "**calls the healthy sick ✗**" in report

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from common import cli as cli_module
 from common import prelude
@@ -281,6 +282,22 @@ def test_output_goes_to_folders_that_are_there(tmp_path):
     with pytest.raises(InputError, match="not a file"):
         check_output("--html", tmp_path)
     assert folder_bytes(tmp_path) == {"file": b""} and not (tmp_path / "nope").exists()
+
+
+def test_output_replaces_no_image_and_no_file_of_a_run(tmp_path):
+    """What a shell makes of `-o *.png`, and a typing error."""
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "old.csv").write_text("path,score")
+    (tmp_path / "model.onnx").write_bytes(bytes(8))
+    check_output("--out", tmp_path / "old.csv")
+    check_output("--export", tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="--out .*x.png is there already and is no text"):
+        check_output("--out", tmp_path / "x.png")
+    (tmp_path / "results.json").write_text("{}")
+    check_output("--csv", tmp_path / "figures.csv")
+    for name in ("results.json", "checkpoint.pth", "predictions-tta.csv", "calibration.json"):
+        with pytest.raises(InputError, match=f"--csv .*{name} is a file of the run"):
+            check_output("--csv", tmp_path / name)
 
 
 @pytest.mark.parametrize(

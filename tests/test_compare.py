@@ -50,7 +50,7 @@ from report.tables.method import shared_text
 from report.tables.models import MORE, main_rows
 from report.tables.pairs import pair_blocks
 from report.tables.probabilities import predictive_blocks
-from report.view import view_of
+from report.view import missing_ensembles, view_of
 from tests.fixtures import FLOOR
 from tests.shared import (
     HEADER,
@@ -285,7 +285,7 @@ def test_seeds_ensembles_and_who_stands_for_whom(tmp_path):
     [group] = rows_module.load_entries(tmp_path / "outputs")
     [family] = rows_module.families(group)
     assert sorted(e.results["seed"] for e in family) == [0, 1, 2]
-    [(name, count, command)] = rows_module.missing_ensembles(group)
+    [(name, count, command)] = missing_ensembles(group)
     assert name.startswith("ViT scratch") and count == 3 and rows_module.without_members(group) == group
     assert command.startswith("python calibrate.py --ensemble ") and "-ensemble" in command.split("--out ")[1]
 
@@ -293,13 +293,13 @@ def test_seeds_ensembles_and_who_stands_for_whom(tmp_path):
     part = write_ensemble(tmp_path / "outputs/part", runs[:2])
     [group] = rows_module.load_entries(tmp_path / "outputs")
     assert [e.run.folder.name for e in rows_module.without_members(group)] == ["part", "scratch-seed2"]
-    assert len(rows_module.missing_ensembles(group)) == 1  # no ensemble holds all three
+    assert len(missing_ensembles(group)) == 1  # no ensemble holds all three
     shutil.rmtree(part.folder)
 
     write_ensemble(tmp_path / "outputs/all", runs)
     [group] = rows_module.load_entries(tmp_path / "outputs")
     assert [e.name for e in rows_module.without_members(group)] == ["ViT scratch, ensemble of 3 (all)"]
-    assert not rows_module.missing_ensembles(group) and len(rows_module.families(group)) == 1
+    assert not missing_ensembles(group) and len(rows_module.families(group)) == 1
     text = to_markdown(tables_module.section(view_of(group, ASKED)))
     marks, main, behind, shift = tables(text)[:4]
     assert marks[0] == ["Mark", "ViT scratch, ensemble of 3 (all)"] and len(marks) - 1 == 8
@@ -323,7 +323,7 @@ def test_an_ensemble_does_not_stand_for_augmented_members(tmp_path):
         ("s-seed0", "tta"),
         ("s-seed1", "tta"),
     ]
-    [(_, _, command)] = rows_module.missing_ensembles(group)
+    [(_, _, command)] = missing_ensembles(group)
     assert command.endswith(" --tta")
 
 
@@ -332,7 +332,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_family(tmp_path, change):
     write_run(tmp_path / "a-seed0", 0)
     write_run(tmp_path / "a-seed1", 1, **change)
     [group] = rows_module.load_entries(tmp_path)
-    assert rows_module.missing_ensembles(group) == []
+    assert missing_ensembles(group) == []
 
 
 def test_mixed_ensemble_and_folders_of_one_name(tmp_path):

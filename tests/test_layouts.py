@@ -271,6 +271,11 @@ def test_chexpert_against_the_rows(sets, capsys):
         assert index.cohort["age"][i] == float(row["Age"]) and index.cohort["sex"][i] == row["Sex"][0]
         view = row["AP/PA"] if row["Frontal/Lateral"] == "Frontal" else "lateral"
         assert index.cohort["view"][i] == view
+    # As a database writes the names of columns.
+    head, _, rest = (root / table).read_text().partition("\n")
+    (root / "lower.csv").write_text(f"{head.lower()}\n{rest}")
+    again = listing_of(root, "lower.csv", views="all").index
+    assert again.files == index.files and np.array_equal(again.targets, index.targets)
     # As a program of Windows writes the paths.
     text = (root / table).read_text()
     slashed = re.sub(r"^[^,]*", lambda path: path[0].replace("/", "\\"), text, flags=re.M)

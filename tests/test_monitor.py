@@ -187,6 +187,11 @@ def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path, pictur
     assert "recall      1.000" in done.out and "of 10 patients with PNEUMONIA" in done.out
     assert "of 30 patients without PNEUMONIA" in done.out and "10 further images" in done.out
     assert "not refuted so far" in done.err
+    renamed = [row.replace(",PNEUMONIA,", ",1.0,").replace(",normal,", ",0.0,") for row in rows]
+    again = succeed(
+        *argv, log_of(tmp_path / "log.csv", renamed, "Path,SCORE,Diagnosis,Patient,Time"), cwd=own_runs
+    )
+    assert again.out == done.out and again.err == done.err
     assert "cannot tell yet" in done.err and "count as a patient each" not in done.err
     assert (own_runs / "outputs/linear/monitor/log-validation.png").stat().st_size > 10_000
     named = [f"x/person{i // 2}_virus_{i}.jpeg,{above},1" for i in range(6)]
@@ -213,6 +218,8 @@ def test_monitor_counts_patients_and_raises_the_alarm(own_runs, tmp_path, pictur
         (["a,0.5,NORMAL", "a,0.6,NORMAL"], None, ["row 3", "a is there twice"]),
         ([",0.5,NORMAL"], None, ["row 2", "path is empty"]),
         (["a,0.5,1,2026-02-01", "b,0.5,1,2026-01-01"], "path,score,diagnosis,time", ["row 3", "sort"]),
+        (["a,0.5,1,2026-02-01", "b,0.5,1,2026-01-01"], "Path,Score,Diagnosis,Time", ["row 3", "sort"]),
+        (["a,0.5,1,8.68687E+37"], "path,score,diagnosis,patient", ["row 2", "8.68687E+37", "rounded"]),
     ],
 )
 def test_wrong_logs(own_runs, tmp_path, rows, head, words):
@@ -312,12 +319,12 @@ def test_of_several_findings_the_column_is_that_of_the_finding(tmp_path):
     task = Task(("Normal", "COVID", "Viral Pneumonia"))
     assert task.column_words == ["any_disease", "covid", "viral_pneumonia"]
     assert log_module.truths(task, "COVID") == (
-        ["no covid", "0", "normal", "viral pneumonia"],
-        ["covid", "1"],
+        ["no covid", "0", "0.0", "normal", "viral pneumonia"],
+        ["covid", "1", "1.0"],
     )
     absent, present = log_module.truths(task, "any disease")
-    assert absent == ["no any disease", "0", "normal"]
-    assert present == ["any disease", "1", "covid", "viral pneumonia"]
+    assert absent == ["no any disease", "0", "0.0", "normal"]
+    assert present == ["any disease", "1", "1.0", "covid", "viral pneumonia"]
     several = Task(("Edema", "edema"), "sigmoid")
     assert several.column_words == ["Edema", "edema"]  # no two columns of one name
     log = log_of(

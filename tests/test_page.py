@@ -15,6 +15,7 @@ from common.files import write_json
 from common.proportions import wilson_interval
 from metrics import predictive_values
 from records.run import Run
+from report.answers.threshold import floor_verdict
 from report.page import gallery as gallery_module
 from report.page.build import FOLDER, Panel, to_html
 from report.page.gallery import MISSED, errors, gallery
@@ -182,6 +183,9 @@ def test_every_mark_is_a_threshold_of_the_calibration(tmp_path):
     marks = dict(data["models"][0]["findings"][0]["marks"])
     assert marks["@Rec"] == found["threshold"] and marks["@0.5"] == 0.5 and notes == []
     assert marks.get("@Guar") == found["guarantee"]["threshold"]
+    verdicts = data["models"][0]["findings"][0]["verdicts"]
+    row = entry.row("PNEUMONIA", "test", "at_rec")
+    assert [marks["@Rec"], floor_verdict(entry, "PNEUMONIA", row)] in verdicts
     # The same arrays are held once.
     assert data["models"][0]["findings"] == data["models"][1]["findings"] and len(store.texts) == 6
 

@@ -235,6 +235,18 @@ def test_advice_for_several_findings_is_granted_to_all(capsys, jointly):
         assert promised(truth, scores, Rule(float(floor), jointly=jointly))
 
 
+def test_guaranteed_is_never_above_recall_first_at_a_site():
+    """Three patients of twenty images each, with low scores, are few among patients and many among images."""
+    rng = np.random.default_rng(3)
+    patients = np.r_[
+        np.repeat(["a", "b", "c"], 20), [f"s{i}" for i in range(120)], [f"h{i}" for i in range(100)]
+    ]
+    y = np.repeat([1, 0], [180, 100])
+    p = np.r_[rng.uniform(0.05, 0.2, 60), rng.uniform(0.5, 0.99, 120), rng.uniform(0, 0.6, 100)]
+    found = site_module.choose(y, p, patients, RULE)
+    assert found["guaranteed"] <= found["threshold"] < 0.2
+
+
 def test_bad_figures_of_a_site_are_warned_of():
     """Sick and healthy alike: @Guar calls everybody sick; on new patients recall falls below the floor."""
     rng = np.random.default_rng(0)
@@ -248,7 +260,7 @@ def test_bad_figures_of_a_site_are_warned_of():
     row = {"tp": 9, "fn": 1, "fp": 3, "tn": 0}
     assert wording.concerns(row, 0.95) == [
         "recall 0.900 is below the floor of 0.95",
-        "calls every healthy image sick: specificity 0",
+        "calls the healthy sick: specificity 0",
     ]
     assert wording.concerns({"tp": 0, "fn": 5, "fp": 0, "tn": 5}, 0.95) == ["calls nobody sick: recall 0"]
     assert wording.concerns({"tp": 94999, "fn": 5001, "fp": 0, "tn": 5}, 0.95) == [

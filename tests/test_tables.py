@@ -161,6 +161,12 @@ def test_names_that_can_mean_one_image_only(tmp_path, monkeypatch, names):
     assert named.patients == ["1", "2", "2"] and named.known.all()
 
 
+def test_accents_in_either_form_are_one_name():
+    """As macOS writes a file name, and as a spreadsheet does."""
+    files = {"x/Mu\u0308ller.png": "x/Mu\u0308ller.png"}
+    assert lookup.Listed("t.csv", "set", files).find("x/M\u00fcller.png", 2) == "x/Mu\u0308ller.png"
+
+
 def test_names_against_all_pairs():
     """Listed against its rule, tried on every pair of a name and a file: an end of the other, the last part
     alike with its extension and case, else without case, else without the extension."""

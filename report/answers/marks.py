@@ -12,12 +12,13 @@ import numpy as np
 from scipy.stats import binom, norm
 
 from calibration.shift import one_each
+from calibration.wording import calls
 from cohort.who import LEAST
 from common import scaling
 from common.proportions import reported_interval
 from metrics import positives_needed
 from report.answers.standing import shortcut_of
-from report.answers.threshold import calls, floor_verdict, recall_text
+from report.answers.threshold import floor_verdict, recall_text
 from report.cells import alone, named
 from report.render import Code
 from report.tables.cohort import groups_on
@@ -59,22 +60,21 @@ def floor_mark(entry, asked):
     verdicts = {}
     for name in on_both(entry):
         row = entry.row(name, "test", "at_rec")
-        # To call everybody sick keeps any floor, and is worth nothing.
-        verdict = "broken" if calls(row) else floor_verdict(entry, name, row)
+        verdict = floor_verdict(entry, name, row)
+        if verdict != "broken" and calls(row):  # that keeps any floor, and is worth nothing
+            verdict = calls(row)
         verdicts.setdefault(verdict, []).append((row["recall"], name, row))
     if not verdicts:
         return Mark("open", "no threshold has figures on test", MORE)
-    verdict = "open" if "not refuted" in verdicts else "kept"
-    if "broken" in verdicts:
-        verdict = "broken"
-    key = "not refuted" if verdict == "open" else verdict
+    order = ("broken", *sorted(verdicts.keys() - {"broken", "not refuted", "kept"}), "not refuted", "kept")
+    key = next(word for word in order if word in verdicts)
     _, name, row = min(verdicts[key], key=lambda found: found[0])
     empty = f"; it {calls(row)}" if calls(row) else ""
     text = named(entry, name, f"{recall_text(entry, name, row)}, floor {entry.min_recall:g}{empty}")
     if not alone([entry]):
         total = sum(map(len, verdicts.values()))
-        text = f"{len(verdicts[key])} of {total} findings {key}; lowest {text}"
-    return Mark(verdict, text, MORE)
+        text = f"{len(verdicts[key])} of {total} findings: {key}; lowest {text}"
+    return Mark({"kept": "kept", "not refuted": "open"}.get(key, "broken"), text, MORE)
 
 
 def transport_mark(entry, asked):

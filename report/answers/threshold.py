@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from calibration.wording import new_patients
+from calibration.wording import calls, four_digits, new_patients
 from cohort.figures import clustered_proportion
 from report.cells import alone, floors, interval, named, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph
@@ -10,8 +10,6 @@ from report.rows import POINTS
 
 HEADING = Heading(4, "Which threshold?")
 SHOWN = 4  # models whose thresholds and marks "In short" shows
-FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
-EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
 VERDICTS = ("kept", "not refuted", "broken")
 
 
@@ -38,17 +36,6 @@ def floor_verdict(entry, finding, row):
 def recall_text(entry, finding, row):
     """ "0.951 [0.931, 0.968]" of the recall in a `row`."""
     return f"{row['recall']:.3f} {interval(*recall_span(entry, finding, row))}"
-
-
-def calls(row):
-    """What a `row` of figures is worth nothing for: it "calls nobody sick" (no image), or, with a specificity
-    below FEW_HEALTHY, "calls everybody sick" (and misses fewer than that share of the sick) or "calls the
-    healthy sick" (and misses more); else ""."""
-    if row["tp"] + row["fp"] == 0:
-        return NOBODY
-    if row["specificity"] >= FEW_HEALTHY:
-        return ""
-    return EVERYBODY if row["recall"] > 1 - FEW_HEALTHY else "calls the healthy sick"
 
 
 def threshold_blocks(remaining):
@@ -130,7 +117,7 @@ def one_line(entry, finding, row, point):
     """The parts of a line on one threshold."""
     on_validation = entry.row(finding, "val", point)["specificity"]
     parts = [
-        f"{row['thr']:.4f}: recall {recall_text(entry, finding, row)} on test, ",
+        f"{four_digits(row['thr'])}: recall {recall_text(entry, finding, row)} on test, ",
         verdict_part(floor_verdict(entry, finding, row)),
         f"; specificity {with_interval(row, 'specificity')} ({on_validation:.3f} on validation)",
     ]
@@ -165,5 +152,6 @@ def many_line(candidate, point, found):
     without = {finding for e in candidate.entries for finding in e.findings} - {name for _, name, _ in found}
     if without:
         names = ", ".join(sorted(without)[:3]) + (", ..." if len(without) > 3 else "")
-        parts.append(f"; none for {len(without)} others ({names}): too few patients")
+        text = "no threshold, or no figures on test,"
+        parts.append(f"; {text} for {len(without)} others ({names}): too few {found[0][0].unit}")
     return (*parts, ".")

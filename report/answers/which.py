@@ -83,8 +83,12 @@ def figure(standing):
 
 def people(standing):
     """How many the bootstrap draws from, in words."""
-    known = standing.candidates[0].entries[0].columns["val"].patients_known
-    return f"{standing.patients} patients" if known else f"{standing.patients} images, patients unknown"
+    first = standing.candidates[0].entries[0]
+    if not first.columns["val"].patients_known:
+        return f"{standing.patients} images, patients unknown"
+    unknown = first.people["val"]["unknown_patients"]
+    of_whom = f", of whom {unknown} are single images of unknown patients" if unknown else ""
+    return f"{standing.patients} patients{of_whom}"
 
 
 def on_test(candidate):
@@ -152,13 +156,15 @@ def needed_bullets(standing):
             f"{count} validation patients instead of {standing.patients}, if the first two stay "
             f"{second.difference:.4f} apart."
         )
-    # Once each: a run with --tta has two entries.
-    folders = dict.fromkeys(e.run.folder.as_posix() for c in standing.remaining for e in c.entries)
-    site = Code(f"python calibrate.py --site DIR --name NAME --run {shlex.join(folders)}")
-    audit = Code(f"python audit.py --run {shlex.quote(next(iter(folders)))}")
+    entries, sites = [e for c in standing.remaining for e in c.entries], []
+    for suffix, flag in (("", ""), ("-tta", " --tta")):
+        if folders := [e.run.folder.as_posix() for e in entries if e.suffix == suffix]:
+            command = f"python calibrate.py --site DIR --name NAME{flag} --run {shlex.join(folders)}"
+            sites += [" and "] * bool(sites) + [Code(command)]
+    audit = Code(f"python audit.py --run {shlex.quote(entries[0].run.folder.as_posix())}")
     return Bullets(
         [
-            ("What would tell them apart: labelled images of another hospital, ", site, "."),
+            ("What would tell them apart: labelled images of another hospital, ", *sites, "."),
             ("Whether one reads shortcuts: ", audit, ", and so on for the others."),
             text,
         ]

@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from common.console import printable
 from common.scaling import SIDES
+from report.answers.threshold import floor_verdict
 from report.cells import alone
 from report.rows import POINTS
 
@@ -39,7 +40,8 @@ def panel(entries, store):
     """What the page needs of one test set -> (JSON, a list of texts on what was left out).
 
     {"models": [{"name", "findings": [{"name", "absent", "unit", "floor", "marks": [[name, threshold], ...],
-    "sides": {"val" or "test": [scores, truth, patients]}}]}]}, the last three being places in the `store`."""
+    "verdicts": [[threshold, verdict on test], ...], "sides": {side: [scores, truth, patients]}}]}]}, the last
+    three being places in the `store`."""
     models, left_out, without = [], [], []
     for entry in entries:
         findings = []
@@ -83,6 +85,7 @@ def _finding(entry, finding, columns, store):
         "unit": entry.unit,
         "floor": entry.min_recall,
         "marks": marks_of(entry, finding),
+        "verdicts": verdicts_of(entry, finding),
         "sides": sides,
     }
 
@@ -101,6 +104,13 @@ def marks_of(entry, finding):
         if thresholds.get(point) is not None:
             marks.append([name, float(thresholds[point])])
     return marks
+
+
+def verdicts_of(entry, finding):
+    """[[threshold, verdict], ...]: what In short says of the recall floor on test at these, by intervals that
+    are exact and hold for all findings at once."""
+    rows = [entry.row(finding, "test", point) for point in POINTS]
+    return [[float(row["thr"]), floor_verdict(entry, finding, row)] for row in rows if row]
 
 
 def quantiles():

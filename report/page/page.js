@@ -320,11 +320,14 @@ const ROWS = [
   ["Design effect: sick, healthy", (f) => `${f.recall.design.toFixed(2)}, ${f.specificity.design.toFixed(2)}`],
 ];
 
-// What is left of the recall floor, in a word.
-function floorWord(recall, floor) {
-  if (recall.lo >= floor) return ["kept", "good"];
-  if (recall.hi < floor) return ["broken", "bad"];
-  return ["not refuted", ""];
+// What is left of the recall floor, in a word; `said`: what the tables say of it at this threshold, if they do.
+function floorWord(recall, floor, said) {
+  const looks = { kept: "good", broken: "bad", "not refuted": "" };
+  let word = "not refuted";
+  if (recall.lo >= floor) word = "kept";
+  if (recall.hi < floor) word = "broken";
+  if (said) word = said;
+  return [word, looks[word]];
 }
 
 class Panel {
@@ -452,7 +455,8 @@ class Panel {
         const cell = element("td", { "data-figure": name, "data-side": key }, "–");
         if (figures[key]) cell.textContent = text(figures[key], atPrevalence(figures[key], this.prevalence));
         if (figures[key] && name === "Recall") {
-          const [word, look] = floorWord(figures[key].recall, this.finding.floor);
+          const known = this.finding.verdicts.find(([threshold]) => key === "test" && threshold === this.threshold);
+          const [word, look] = floorWord(figures[key].recall, this.finding.floor, known?.[1]);
           cell.append(" ", element("span", { class: `floor-word ${look}` }, `floor ${this.finding.floor} ${word}`));
         }
         row.append(cell);

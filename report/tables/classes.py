@@ -10,6 +10,7 @@ from sklearn.metrics import classification_report
 
 from common.console import InputError, printable
 from common.scaling import SIDES
+from report.cells import unique
 from report.render import Heading, Paragraph, Table
 from report.rows import POINTS
 
@@ -162,11 +163,13 @@ def report_blocks(entries):
     """The classification report of each entry at every point, validation beside test."""
     tables = []
     for e in entries:
-        sides = {}
-        for side in SIDES:
+        sides, left_out = {}, []
+        for side, word in SIDES.items():
             column = e.columns[side]
             of_side = answers(e.task, e.calibration, side, column.truth, column.scores)
             sides[side] = {one.title: rows_of(one) for one in of_side}
+            if names := unique((name for one in of_side for name in one.left_out), ", "):
+                left_out.append(f"on {word} {names}")
         rows = []
         for title in dict.fromkeys(title for of_side in sides.values() for title in of_side):
             rows += _beside(title, *(sides[side].get(title, {}) for side in SIDES))
@@ -176,6 +179,9 @@ def report_blocks(entries):
                 Paragraph(f"Every class, rule by rule, of {e.name}:"),
                 Table(head, rows, groups=tuple(groups)),
             ]
+            if left_out:
+                text = f"Not in it, for want of a threshold or of figures there: {'; '.join(left_out)}."
+                tables.append(Paragraph(text))
     if not tables:
         return []
     return [Heading(3, "Classification report"), Paragraph(report_text(entries)), *tables]

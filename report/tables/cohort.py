@@ -214,7 +214,7 @@ def group_blocks(entries, asked, few=FEW):
                 left_out += 1
                 continue
             remarks = f" ({'; '.join(notes)})" if notes else ""
-            blocks.append(Paragraph(f"{caption}{remarks}:"))
+            blocks.append(Paragraph(f"{caption}{remarks}{':' if found['groups'] else ': no group.'}"))
             if found["groups"]:
                 blocks.append(Table(*table_of(found)))
     if left_out:
@@ -224,7 +224,10 @@ def group_blocks(entries, asked, few=FEW):
         blocks.append(Paragraph(text))
     if not blocks:
         return []
-    said = Paragraph("No group that was tested differs from the rest, and no floor is broken, beyond chance.")
+    said = Paragraph("No group is large enough to be tested.")
+    if left_out or any(isinstance(block, Table) for block in blocks):
+        text = "No group that was tested differs from the rest, and no floor is broken, beyond chance."
+        said = Paragraph(text)
     if standing_out:
         said = Table([first_head(entries), "Warning"], standing_out, prose=True)
     return [Heading(3, "Groups of patients"), Paragraph(METHOD), said, *blocks]

@@ -4,15 +4,16 @@ drawing."""
 import itertools
 
 from calibration.operating_point import LEAST
-from calibration.wording import new_patients
+from calibration.wording import NOBODY, calls, four_digits, new_patients
 from common.proportions import no_width
 from report.answers.short import in_short
-from report.answers.threshold import NOBODY, calls, floor_verdict
+from report.answers.threshold import floor_verdict
 from report.cells import (
     alone,
     drawn,
     first_head,
     floors,
+    has_epochs,
     interval,
     points,
     questions,
@@ -23,7 +24,7 @@ from report.cells import (
     with_interval,
 )
 from report.render import Bad, Code, Heading, Paragraph, Table
-from report.rows import POINTS, missing_ensembles
+from report.rows import POINTS
 from report.tables.audit import audit_blocks
 from report.tables.classes import report_blocks
 from report.tables.cohort import cohort_blocks, group_blocks
@@ -33,6 +34,7 @@ from report.tables.models import behind_table, legend, models_table
 from report.tables.pairs import pair_blocks
 from report.tables.probabilities import predictive_blocks, probability_blocks
 from report.tables.triage import triage_blocks
+from report.view import missing_ensembles
 
 NAMED = {"Recall": "recall", "Specificity": "specificity", "Precision": "precision", "Accuracy": "acc"}
 NAMED |= {"F1": "f1", "AUROC": "auroc", "AUPRC": "auprc"}
@@ -131,8 +133,14 @@ def means_text(entries):
     left_out = [name for name in asked if name not in used]
     if left_out:
         text += (
-            f"Means are over the {len(used)} findings with at least {LEAST} {first.unit} with and without "
-            f"them, so not over {', '.join(left_out)}. "
+            f"Means on test are over the {len(used)} findings with at least {LEAST} {first.unit} with and "
+            f"without them, so not over {', '.join(left_out)}. "
+        )
+    on_val = first.summary["val"]["findings"]
+    if set(on_val) != set(used):
+        text += (
+            f"Those on validation, by which models are chosen, are over {len(on_val)}, so do not compare the "
+            f"two: {', '.join(on_val)}. "
         )
     return f"{text}Intervals: 95%, bootstrap of {drawn(entries)}."
 
@@ -213,7 +221,7 @@ def promise_row(e, finding, point):
     positives = [int(e.column(finding, side).truth.sum()) for side in ("val", "test")]
     cells = [f"{title(e, finding)} {POINTS[point]}", " + ".join(map(str, positives))]
     if val:
-        cells += [str(e.calibrated[finding]["guarantee"]["positive_patients"]), f"{val['thr']:.4f}"]
+        cells += [str(e.calibrated[finding]["guarantee"]["positive_patients"]), four_digits(val["thr"])]
     else:
         cells += ["-", "-"]
     for key in ("recall", "specificity"):
@@ -261,20 +269,27 @@ def promise_text(entries):
     text += f"below the floor with {unique(filter(None, chances), ' or ')}."
     if promised:
         text += f" @Guar applies the Neyman-Pearson umbrella rule to patients: {unique(promised)}."
-    joint = [e.calibration["jointly"] for e in entries if e.calibration["jointly"]]
+    joint = [e for e in entries if e.calibration["jointly"]]
     if joint and promised:
+        of_whom = "" if len(joint) == len(entries) else f" of {unique(e.name for e in joint)}"
+        sure = unique((f"{e.calibration['jointly']['confidence']:g}" for e in joint), " or ")
         text += (
-            f" All floors that are granted hold at once with confidence {joint[0]['confidence']:g}, by the "
-            "union bound."
+            f" All floors{of_whom} that are granted hold at once with confidence {sure}, by the union bound."
         )
-    elif promised and not alone(entries):
+    if promised and not alone(entries) and len(joint) < len(entries):
+        others = " of the others" if joint else ""
         text += (
-            " Each holds for its finding alone, not for all at once; calibrate.py --jointly asks for that."
+            f" Each{others} holds for its finding alone, not for all at once; calibrate.py --jointly asks "
         )
+        text += "for that."
     text += " No such promise survives a shift in the data, so compare validation with test."
-    if any(e.run.kind != "linear" for e in entries):
+    if any(map(has_epochs, entries)):
         text += " The validation images also chose the epoch, which flatters the validation figures a little."
-    text += f" Patients are those of validation with the finding ({unit}, where patients are unknown)."
+    text += " Patients are those of validation with the finding (images, where patients are unknown)."
+    text += (
+        " ✗ marks a floor that is broken by the wider intervals of In short, which are exact and hold for all"
+    )
+    text += " findings at once."
     if refused:
         text += f" Where @Guar is missing: {refusals(refused)}."
     return text + missing_text(entries)

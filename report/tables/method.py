@@ -7,7 +7,7 @@ from common import scaling
 from common.scaling import SIDES
 from images.split import say_shared
 from images.twins import say_copies, told
-from report.cells import floors, unique
+from report.cells import floors, has_epochs, unique
 from report.render import Code, Heading, Paragraph, Table
 from report.rows import also_trained_on
 
@@ -155,7 +155,7 @@ def method_rows(entries, standard, prevalence, rule):
     }
     # Answers that differ between models are joined; the first model's data are those of all.
     inputs = sorted(map(input_text, entries))
-    by_epoch = [e for e in entries if e.run.kind != "linear"]  # logistic regression has no epochs
+    by_epoch = [e for e in entries if has_epochs(e)]
     watched = [figures.get(e.results["recipe"].get("watch", "auroc"), "?") for e in by_epoch]
     chosen = f"the epoch with the {unique(watched, ' or ')}" if watched else "none"
     rows = [

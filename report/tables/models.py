@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from calibration.wording import EVERYBODY, FEW_HEALTHY, NOBODY, calls, four_digits
 from common.console import InputError, printable
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
-from report.answers.threshold import EVERYBODY, FEW_HEALTHY, NOBODY, VERDICTS, calls, floor_verdict
+from report.answers.threshold import VERDICTS, floor_verdict
 from report.cells import alone, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
@@ -267,7 +268,7 @@ def rows_at(entries, finding, point):
     with_row = [e for e in entries if e.row(finding, "test", point)]
     for e in with_row:
         row, val = e.row(finding, "test", point), e.row(finding, "val", point)
-        figures = [f"{row[k]:.3f}" for k in FIGURES] + [f"{row['thr']:.4f}"]
+        figures = [f"{row[k]:.3f}" for k in FIGURES] + [four_digits(row["thr"])]
         low, high = reported_interval(row, "recall")
         more = [e.run.folder.as_posix(), finding, mark, str(e.results.get("seed", ""))]
         more += [f"{v:.4f}" for v in (low, high, val["specificity"], val["recall"], val["auroc"])]

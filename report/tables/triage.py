@@ -1,6 +1,6 @@
 """Blocks of the report on three answers instead of two: negative, unsure, positive. No torch, no drawing."""
 
-from calibration.wording import nobody_is_unsure
+from calibration.wording import four_digits, nobody_is_unsure
 from common.scaling import SIDES
 from report.cells import alone, first_head, questions, span, title, unique
 from report.render import Bad, Heading, Paragraph, Table
@@ -43,11 +43,12 @@ def triage_blocks(entries):
 def pairs_of(found):
     """[(the thresholds of a triage, {side: shares})] of what a calibration says of a finding."""
     at_in = found["rule_in"]["threshold"]
-    upper = "none" if at_in is None else f"{at_in:.4f}"
-    pairs = [(f"@Rec {found['threshold']:.4f}, @In {upper}", found["triage"])]
+    upper = "none" if at_in is None else four_digits(at_in)
+    pairs = [(f"@Rec {four_digits(found['threshold'])}, @In {upper}", found["triage"])]
     promised = found["rule_in"]["guarantee"]
     if "triage" in promised:
-        mark = f"@Guar {found['guarantee']['threshold']:.4f}, @InGuar {promised['threshold']:.4f}"
+        guaranteed, upper = (four_digits(g["threshold"]) for g in (found["guarantee"], promised))
+        mark = f"@Guar {guaranteed}, @InGuar {upper}"
         pairs.append((mark, promised["triage"]))
     return pairs
 
