@@ -58,7 +58,7 @@ def _table_in(folder, layout):
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(ENDINGS))
     tables = {}  # {layout: its tables}
     for file in files:
-        fitting = [one for one in _fitting(file, _head(file)) if layout in ("", one.name)]
+        fitting = [one for one in _fitting(_head(file)) if layout in ("", one.name)]
         for one in fitting:
             tables.setdefault(one.name, []).append(file)
     if len(tables) > 1:
@@ -87,7 +87,7 @@ def _head(path):
     return head_of(path)
 
 
-def _fitting(path, head):
+def _fitting(head):
     """The layouts whose columns a table has, without those that another of them beats."""
     fits = [layout for layout in LAYOUTS.values() if not layout.lacks(head)]
     beaten = {name for layout in fits for name in layout.beats}
@@ -109,7 +109,7 @@ def find_layout(path, name=""):
         if missing := LAYOUTS[name].lacks(head):
             raise InputError(f"--layout {name}: {path} lacks {', '.join(missing)}; {columns(head)}")
         return LAYOUTS[name]
-    fits = _fitting(path, head)
+    fits = _fitting(head)
     if len(fits) > 1:
         named = " or ".join(layout.name for layout in fits)
         raise InputError(f"{path} has the columns of several layouts: say which with --layout {named}")

@@ -65,7 +65,7 @@ def contents(entry, asked):
         "folder": markdown_text(Code(str(entry.run))),
         "sentence": [Paragraph(sentence(entry))],
         "warnings": warnings(entry),
-        "summary": [Bullets([summary_line(entry, *question) for question in chosen(entry)])],
+        "summary": [Bullets([summary_line(*question) for question in chosen(entry)])],
         "marks": [Table(["Mark", "Verdict"], marks, prose=True)],
         "purpose": [Paragraph(purpose(entry))],
         "data": [table(pick(by_name, OF_DATA) + data_rows(entry))],
@@ -142,7 +142,7 @@ def chosen(entry):
     return [(finding, row) for finding, row in rows if row]
 
 
-def summary_line(entry, finding, row):
+def summary_line(finding, row):
     """The figures that matter most, of one finding."""
     sick, healthy = row["tp"] + row["fn"], row["tn"] + row["fp"]
     empty = f"; it {calls(row)}" if calls(row) else ""
@@ -319,7 +319,7 @@ def site_blocks(entry):
         except InputError as error:
             say(f"note: left out of the card: {error}")
             continue
-        rows += [site_row(entry, name, site, finding) for finding in entry.findings]
+        rows += [site_row(name, site, finding) for finding in entry.findings]
     if not rows:
         return []
     text = (
@@ -330,7 +330,7 @@ def site_blocks(entry):
     return [Paragraph(text), Table([*head, "Recall as shipped held out"], rows)]
 
 
-def site_row(entry, name, site, finding):
+def site_row(name, site, finding):
     """What a site's file says of a finding, as cells."""
     found, shipped = site["findings"][finding], site["shipped"].get(finding)
     tried = (found.get("held_out") or {}).get("points", {})

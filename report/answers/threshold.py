@@ -79,7 +79,7 @@ def lines_of(candidate, point):
         if not alone(candidate.entries):
             start += f", {finding} alone ({len(e.findings) - 1} other findings have none)"
         return [(f"{start} ", *one_line(*found[0], point))]
-    return [(f"{start}: ", *many_line(candidate, point, found))]
+    return [(f"{start}: ", *many_line(candidate, found))]
 
 
 def rows_of(candidate, point):
@@ -134,7 +134,7 @@ def of_several(candidate, entry, finding):
     return named(entry, finding, seed)
 
 
-def many_line(candidate, point, found):
+def many_line(candidate, found):
     """The parts of a line on the thresholds of several seeds or findings."""
     counts = Counter(floor_verdict(*one) for one in found)
     said = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
