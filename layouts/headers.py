@@ -33,6 +33,7 @@ NO_ID = {  # in lower case: what stands in the place of an id that was removed
 MOST_PATIENTS = 3  # of one study: more, and its number says nothing
 KEPT = ("patient", "study", "age", "sex", "view", "machine")  # as text, what is kept of a header
 LONGEST = 60  # characters of a manufacturer
+VERSION = 1  # raise it when `told` or what it calls says something else, so that headers are read again
 
 
 # ---------------------------------------------------------------- the key
@@ -217,8 +218,8 @@ def _save(path, key, kept):
 
 
 def _fingerprint(key):
-    """What tells two keys apart and neither of them."""
-    return hashlib.sha256(b"fingerprint" + key).hexdigest()[:16]
+    """What tells two keys, and two VERSIONs, apart, and none of them."""
+    return hashlib.sha256(f"fingerprint {VERSION}".encode() + key).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- ids that cannot be believed
@@ -291,12 +292,33 @@ def with_headers(root, index, cache_dir, names_tell=False):
     if not names_tell:
         told_here &= ~index.known
     names = [new if told else old for new, old, told in zip(patients.tolist(), index.patients, told_here)]
+    if not names_tell:
+        names = _as_the_table_calls_them(names, patients, index.known, f"DICOM headers in {root}")
     columns = dict(index.cohort or {})
     for name, values in found.items():
         told_nowhere = np.isnan(values) if values.dtype.kind == "f" else values == ""
         if not told_nowhere.all():
             columns[name] = _filled(columns.get(name), values)
     return index._replace(patients=names, known=index.known | told_here, cohort=columns or None)
+
+
+def _as_the_table_calls_them(names, patients, known, where):
+    """The names of patients [N], where images with one id in their headers (`patients` [N], "" for none) go
+    by one name, that of a table (where `known`): or else a person whom the table names on some images only
+    would be two. An id that the table gives more than MOST_PATIENTS names says nothing."""
+    called, named = {}, np.array(names, dtype=object)
+    for name, patient in zip(named[known].tolist(), patients[known].tolist()):
+        if patient:
+            called.setdefault(patient, set()).add(name)
+    ids = {patient: number for number, patient in enumerate(called) if len(called[patient]) <= MOST_PATIENTS}
+    number = np.array([ids.get(patient, -1) for patient in patients.tolist()])
+    added = int((~known & (number >= 0)).sum())
+    for i in np.flatnonzero(~known & (number >= 0)):
+        named[i] = min(called[patients[i]])
+    if added:
+        say_once(f"note: {where}: {added} images that name no patient in the table are of one whom it names")
+    several = np.array([number < 0 or len(called[patient]) < 2 for number, patient in zip(number, patients)])
+    return twins.joined(named, np.where(several, -1, number)) if not several.all() else named.tolist()
 
 
 def _filled(column, values):

@@ -7,6 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from common.console import InputError, say
+from images.find import extension
 
 LAST_CHARACTER = chr(0x10FFFF)  # in the order of text, no file name goes beyond it
 
@@ -100,7 +101,8 @@ class Listed:
         for name, file in self.files.items():
             end = name.rpartition("/")[2]
             folders = folded(name).split("/")[:-1]
-            for key in {folded(end), folded(Path(end).stem)}:
+            stem = end if extension(end) == "without extension" else Path(end).stem
+            for key in {folded(end), folded(stem)}:
                 yield backwards(folders, key), end, file
 
     def say_guessed(self):

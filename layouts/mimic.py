@@ -49,6 +49,15 @@ def rows(source):
         positions[at] = study_row.get((patient, study), len(labels))
     without = int((positions == len(labels)).sum())
     left_out = {f"images of {images.path} have no labels": without} if without else {}
+    side = _sides(split, images.text("dicom_id"))
+    if side is not None:
+        lost = (side == "") & (positions < len(labels))
+        positions[lost] = len(labels)
+        if lost.any():
+            left_out[f"images of {images.path} are not in {split.path}"] = int(lost.sum())
+    unread = set(study_row) - set(zip(images.text("subject_id"), images.text("study_id")))
+    if unread:
+        say_once(f"note: {labels.path}: {len(unread)} studies have labels and no image in {images.path}")
     values = np.vstack([values, np.full((1, len(known)), UNUSABLE, dtype=np.int8)])
     patients = images.text("subject_id")
     cohort = {"study": np.array(images.text("study_id"), dtype=str)}
@@ -63,7 +72,7 @@ def rows(source):
             known,
             values[positions],
             patients,
-            side=_sides(split, images.text("dicom_id")),
+            side=side,
             cohort=cohort,
             left_out=left_out,
         )

@@ -167,17 +167,22 @@ def _check_widths(path, text, separator, head, values, kept):
                 _refuse_width(path, row + 2, count, head, word)
     if len(head) < 2 or not len(kept):
         return
-    alone = np.ones(len(kept), dtype=bool)
-    for cells in values[1:]:
-        alone &= cells[kept] == ""
-    if alone.any():  # pandas fills short rows up: only the text tells a short row from empty cells
-        lonely = set(kept[alone].tolist())
-        try:
-            for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator), -1):
-                if number in lonely and len(row) < 2:
-                    _refuse_width(path, number + 2, len(row), head, word)
-        except csv.Error as error:
-            raise InputError(f"{path} is not a readable CSV file ({error})") from None
+    # pandas fills short rows up: only the text tells a short row from one with empty cells.
+    candidates, short = set(kept[values[len(head) - 1][kept] == ""].tolist()), 0
+    if not candidates:
+        return
+    try:
+        for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=separator), -1):
+            if number not in candidates or len(row) >= len(head):
+                continue
+            cut = number == kept[-1] and not text.endswith(("\n", "\r"))  # as by a broken download
+            if len(row) < 2 or cut:
+                _refuse_width(path, number + 2, len(row), head, word)
+            short += 1
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file ({error})") from None
+    if short:
+        say_once(f"note: {path}: {short} rows end before the last column: what they lack counts as empty")
 
 
 def _refuse_width(path, number, count, head, word):

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.console import InputError, say, say_once
 from common.files import check_regular
+from common.task import is_healthy
 from images.find import Search
 from layouts import chexpert, google_nih, medmnist, mimic, nih, padchest, plain, rsna, vindr
 from layouts.choices import BLANK, OLDER, Choices, select
@@ -258,6 +259,8 @@ def _index_of(rows, listed, layout, choices, findings):
     targets = np.where(
         blank, BLANK[layout.blank if choices.blank == "auto" else choices.blank], labels
     ).astype(np.int8)
+    if layout.infers:
+        _leave_health_open(targets, labels, findings, rows.path)
     known = np.array([bool(patient) for patient in rows.patients], dtype=bool)
     patients = [patient or file for patient, file in zip(rows.patients, files)]
     side = np.full(len(files), "", dtype="U5") if rows.side is None else rows.side.astype("U5")
@@ -265,6 +268,20 @@ def _index_of(rows, listed, layout, choices, findings):
     targets = targets.reshape(len(files), len(findings))
     index = Index(files, targets, patients, known, side, None, uncertain, rows.cohort or None, blank)
     return index, [len(kept), len(files)]
+
+
+def _leave_health_open(targets, labels, findings, path):
+    """Whether an image is healthy is unknown, in place in `targets` [N, K], where the table says neither that
+    nor a disease: a blank is a finding that a report does not mention, and no report mentions health."""
+    for k, name in enumerate(findings):
+        if is_healthy(name):
+            unsaid = labels[:, k] == EMPTY
+            targets[unsaid, k] = -1
+            if unsaid.any():
+                say_once(
+                    f"note: {path}: {int(unsaid.sum())} images are neither {name} nor surely of any disease: "
+                    "whether they are healthy is unknown"
+                )
 
 
 def _once(rows, names):

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.console import InputError, say_once
 from common.task import is_healthy
-from layouts.rows import ABSENT, PRESENT, Layout, Rows, columns_of
+from layouts.rows import ABSENT, PRESENT, UNUSABLE, Layout, Rows, columns_of
 from layouts.sheets import open_sheet
 from layouts.synonyms import same_key
 
@@ -102,7 +102,8 @@ def _refuse_torn(sheet, opinions, start, known, ids, images, readers):
 
 def agreed(votes, count, how, known):
     """int8 [N, K]: what readers agree on. `votes` [N, K] of `count` [N, 1] readers; `how`: "any",
-    "majority" (more than half) or "all". Where a finding is present, the image is not healthy."""
+    "majority" (more than half) or "all". Where a finding is present, the image is not healthy; where all
+    readers are asked and differ on that, it is unknown."""
     if how == "any":
         present = votes > 0
     elif how == "majority":
@@ -112,7 +113,11 @@ def agreed(votes, count, how, known):
     healthy = np.array([is_healthy(name) for name in known])
     sick = present[:, ~healthy].any(axis=1)
     present[:, healthy] &= ~sick[:, None]
-    return present.astype(np.int8)
+    labels = present.astype(np.int8)
+    if how == "all":  # where they do not agree on anything, nobody knows
+        apart = (votes[:, healthy] > 0) & (votes[:, healthy] < count) & ~sick[:, None]
+        labels[:, healthy] = np.where(apart, UNUSABLE, labels[:, healthy])
+    return labels
 
 
 LAYOUT = Layout(

@@ -708,10 +708,18 @@ def test_tables_outrank_headers(tmp_path):
     )
     found = headers.with_headers(tmp_path / "in", index, tmp_path / "cache")
     assert found.cohort["age"].tolist() == [50, 45] and found.cohort["sex"].tolist() == ["F", "M"]
-    assert found.patients[0] == "table's" and found.patients[1].startswith("dicom-") and found.known.all()
+    assert found.patients == ["table's", "table's"] and found.known.all()  # one person, by both headers
     assert set(found.cohort) == {"age", "sex", "study"}  # no header tells view or machine
     named = headers.with_headers(tmp_path / "in", index, tmp_path / "cache", names_tell=True)
-    assert named.patients == [found.patients[1]] * 2
+    assert named.patients[0] == named.patients[1] and named.patients[0].startswith("dicom-")
+    several = index._replace(
+        files=[*files, *draw_headers(tmp_path / "in", {"c.dcm": tags})],
+        patients=["one", "two", "c.dcm"],
+        known=np.array([True, True, False]),
+        cohort=None,
+    )
+    again = headers.with_headers(tmp_path / "in", several, tmp_path / "cache")
+    assert len(set(again.patients)) == 1  # two names of the table for one id: on one side, whoever is right
     plain = index._replace(files=["a.png", "b.jpg"])
     assert headers.with_headers(tmp_path / "in", plain, tmp_path / "cache") is plain
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+import shutil
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -20,10 +21,11 @@ from common.console import InputError
 from layouts import arrays, cohort, mimic, nih, padchest, sheets, synonyms, tables
 from layouts import vindr as vindr_layout
 from layouts.choices import Choices, training_targets, uncertain_values
-from layouts.rows import Source
+from layouts.rows import UNUSABLE, Source
 from tests.shared import SHARED, cli, read_json, refused, touch
 from training import other_hospitals
 
+NO_DISEASE = ("No Finding", "Support Devices")
 FOURTEEN = (
     "No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,"
     "Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
@@ -253,6 +255,15 @@ def test_three_steps_of_every_layout(sets, name, tmp_path, monkeypatch):
             assert counts["positive"] == split["counts"][side][finding]
 
 
+def test_where_readers_differ_on_health_nobody_knows():
+    """Of three, one sees something; of the second image all see something, and nothing in common."""
+    votes, count = np.array([[2, 1, 0], [0, 2, 1], [3, 0, 0]]), np.full((3, 1), 3)
+    known = ("No finding", "Edema", "Mass")
+    labels = vindr_layout.agreed(votes, count, "all", known)
+    assert labels[:, 0].tolist() == [UNUSABLE, 0, 1] and not labels[:, 1:].any()
+    assert vindr_layout.agreed(votes, count, "majority", known)[:, 0].tolist() == [1, 0, 1]
+
+
 def test_chexpert_against_the_rows(sets, capsys):
     """Labels, patients, studies, ages, sexes and views of sixty real rows, read with csv.DictReader."""
     root, table = sets("chexpert")
@@ -264,7 +275,10 @@ def test_chexpert_against_the_rows(sets, capsys):
     assert sorted(index.files) == sorted(rows)
     for i, file in enumerate(index.files):
         row = rows[file]
-        assert index.targets[i].tolist() == [meant[row[name]] for name in names]
+        expected = [meant[row[name]] for name in names]
+        if row["No Finding"] == "" and "1.0" not in [row[name] for name in names if name not in NO_DISEASE]:
+            expected[names.index("No Finding")] = -1  # nobody says that it is healthy, or not
+        assert index.targets[i].tolist() == expected
         assert index.uncertain[i].tolist() == [row[name] == "-1.0" for name in names]
         who, study = file.split("/")[1:3]
         assert index.patients[i] == who and index.cohort["study"][i] == f"{who}/{study}"
@@ -354,6 +368,27 @@ def test_mimic_against_its_tables(sets):
         assert index.side[i] == side
     assert listing.test_from == "published" and len(listing.test) == 8
     assert set(listing_of(root, ".").index.side) == {"train", "test"}
+
+
+def test_what_the_tables_of_mimic_do_not_share_is_counted(sets, tmp_path, capsys):
+    """An image that the split does not list, and a study without images."""
+    root, _ = sets("mimic")
+    shutil.copytree(root, tmp_path / "set")
+    before = listing_of(root, ".", views="all").index.files
+    for name, change in (
+        ("split", lambda lines: lines[:-1]),
+        ("chexpert", lambda lines: [*lines, lines[-1].replace(",50000039,", ",59999999,")]),
+    ):
+        path = tmp_path / "set" / f"mimic-cxr-2.0.0-{name}.csv.gz"
+        with gzip.open(path, "rt") as file:
+            lines = file.read().split("\n")
+        with gzip.open(path, "wt") as file:
+            file.write("\n".join(change(lines)))
+    capsys.readouterr()
+    files = listing_of(tmp_path / "set", ".", views="all").index.files
+    said = capsys.readouterr().err
+    assert sorted(set(before) - set(files)) == [file for file in before if file.endswith("img39L.jpg")]
+    assert "1 studies have labels and no image in" in said and "-split.csv.gz; left out" in said
 
 
 def test_mimic_without_its_other_tables(tmp_path):

@@ -161,6 +161,24 @@ def test_names_that_can_mean_one_image_only(tmp_path, monkeypatch, names):
     assert named.patients == ["1", "2", "2"] and named.known.all()
 
 
+def test_numbers_with_dots_have_no_extension():
+    """1.2.840.7 is another object than 1.2.840.7.5."""
+    listed = lookup.Listed("t.csv", "set", {"i/1.2.840.7.5": "i/1.2.840.7.5"})
+    assert listed.find("1.2.840.7", 2) is None and listed.find("1.2.840.7.5", 3) == "i/1.2.840.7.5"
+
+
+def test_rows_that_end_early(tmp_path, capsys):
+    """What they lack is empty, and counted; a file that ends within a row has been cut off."""
+    text = "path,patient,Edema,Mass\na.png,1,1,0\nb.png,2,1\nc.png,3,0,1\nd.png,4"
+    path = tmp_path / "t.csv"
+    path.write_text(text + "\n")
+    assert sheets.open_sheet(path).text("Mass") == ["0", "", "1", ""]
+    assert "2 rows end before the last column" in capsys.readouterr().err
+    path.write_text(text)
+    with pytest.raises(InputError, match="row 5: 2 values for 4 columns"):
+        sheets.open_sheet(path)
+
+
 def test_accents_in_either_form_are_one_name():
     """As macOS writes a file name, and as a spreadsheet does."""
     files = {"x/Mu\u0308ller.png": "x/Mu\u0308ller.png"}
