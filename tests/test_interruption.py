@@ -68,7 +68,11 @@ def test_a_stop_while_the_head_is_trained_says_that_nothing_is_saved(
     signum, code, flags, tiny_npz, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(plan, "fit_head", lambda *args, **kwargs: os.kill(os.getpid(), signum))
-    done = cli("train_pretrained", *flags, "--weights", tiny_npz, cwd=tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        done = cli("train_pretrained", *flags, "--weights", tiny_npz, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == code and "nothing is saved yet" in done.err
     assert not (tmp_path / "outputs").exists()
 
