@@ -170,7 +170,7 @@ def test_a_run_made_from_one_that_saw_them_is_refused(world):
         check(make("taught", "vit", {"init": about(make_from)}.items()), "--teacher")
 
 
-def test_the_run_whose_checkpoint_is_given_as_weights(home, tmp_path, world):
+def test_the_run_whose_checkpoint_is_given_as_weights(home, tmp_path, world, capsys):
     """With the same split, or of quite other images, it may be used; not where it learnt what is held out
     here. A run that began with it has learnt that, too."""
     make, check, overlap = world
@@ -190,6 +190,12 @@ def test_the_run_whose_checkpoint_is_given_as_weights(home, tmp_path, world):
     weights = {"path": str(parent.checkpoint), "sha256": parent.checkpoint_sha256}
     assert seen.run_of_weights(weights).folder == parent.folder
     assert seen.run_of_weights(weights | {"sha256": "0"}) is None and seen.run_of_weights({}) is None
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "results.json").write_text('{"accuracy": 0.9}')
+    shutil.copyfile(parent.checkpoint, foreign / "checkpoint.pth")
+    assert seen.run_of_weights(weights | {"path": str(foreign / "checkpoint.pth")}) is None
+    assert "saw images held out here is not known" in capsys.readouterr().err
     child = make("child", "vit", {"weights": weights}.items())
     with pytest.raises(InputError, match="parent, from which it was made, was trained on another split"):
         check(child, "--teacher")

@@ -59,10 +59,16 @@ def refuse_known(flag, run, config, sides, split, held_out):
 
 def run_of_weights(weights):
     """The Run whose checkpoint.pth `weights` of results.json ({"path", "sha256"}) are, as it is there still;
-    else None."""
+    else None, with a note where a results.json beside them is none of ours."""
     path = Path(weights.get("path", ""))
     run = Run(path.parent)
-    return run if path.name == "checkpoint.pth" and _is_there(run, weights.get("sha256")) else None
+    if path.name != "checkpoint.pth" or not _is_there(run, weights.get("sha256")):
+        return None
+    try:
+        return run if run.results else None
+    except InputError as error:
+        say(f"note: {error}; whether {path} saw images held out here is not known")
+        return None
 
 
 def forebears(run):
