@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from lungs.unet import LEAST, MOST, SIDE, lung_sized
 
 INPUT_MODES = ("full", "crop", "masked", "masked-crop", "outside")  # what a model can be shown of an image
-CUT, DARK = (
-    0.45,
-    16,
-)  # an image with less than this share above this grey level may show lungs alone, on black
+DARK = 16  # a grey level; black is not above it
+CUT = 0.45  # an image with less than this share above DARK may show lungs alone, on black
 FILL = 3, 4  # lungs fill less of their bounding box than this share; a chest with a black border fills more
 ROUNDS, SHORTEN = 8, 5  # of `regions`
 MARGIN = 0.05  # around the lungs' box, as a share of its sides

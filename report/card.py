@@ -268,14 +268,8 @@ def result_blocks(entries):
         for point in points(entries):
             for side, word in (("val", "validation"), ("test", "test")):
                 if row := e.row(finding, side, point):
-                    name = f"{finding} {POINTS[point]}, {word}"
-                    rows.append(
-                        [
-                            name,
-                            four_digits(row["thr"]),
-                            *(with_interval(row, key) for key in FIGURES.values()),
-                        ]
-                    )
+                    cells = [f"{finding} {POINTS[point]}, {word}", four_digits(row["thr"])]
+                    rows.append(cells + [with_interval(row, key) for key in FIGURES.values()])
     blocks = [Paragraph(main.main_text(entries)), Table(["Finding", "Threshold", *FIGURES], rows)]
     if missing := main.missing_text(entries).strip():
         blocks.append(Paragraph(missing))

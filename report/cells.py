@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from common.proportions import reported_interval
+from records.schema import mismatches
 from report.rows import POINTS
 
 
@@ -60,7 +61,10 @@ def has_epochs(entry):
     """Whether validation chose an epoch of a run, or of a member of an ensemble: not of a logistic
     regression."""
     config = entry.results["model_config"]
-    return any(one.get("kind") != "linear" for one in config.get("members") or [config])
+    members = config.get("members")
+    if not isinstance(members, list) or mismatches(members, [{"kind": str}]):
+        members = [config]
+    return any(one["kind"] != "linear" for one in members)
 
 
 def points(entries):

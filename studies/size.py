@@ -69,6 +69,7 @@ def main():
     work, last = Path(args.work), (time.perf_counter(), time.process_time())
 
     def lap(step):
+        """Print what a step took since the one before."""
         nonlocal last
         now = time.perf_counter(), time.process_time()
         wall, cpu = (b - a for a, b in zip(last, now))

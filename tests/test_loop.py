@@ -372,10 +372,9 @@ def test_a_run_whose_rate_does_not_know_its_end_can_be_made_longer(tmp_path, cap
         toy_fit(tmp_path / "b", epochs=4, resume=True, lr=2e-3, **how)
     loop = toy_loop(tmp_path / "b", epochs=4, resume=True, **how)
     agrees(tmp_path / "b", loop.fit(toy_subset(40, 0), toy_subset(20, 1)), reference)
-    assert (
-        f"--epochs 2 and goes on to 4, as if begun with these (--schedule {schedule}"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert f"--epochs 2 and goes on to 4, as if begun with these (--schedule {schedule}" in said
+    assert f"the calibration of {tmp_path / 'b'} is removed" in said
     assert not (tmp_path / "b/calibration.json").exists()
     calls = itertools.count(1)
     stop = ToyObjective(lambda losses: next(calls) == 3 and os.kill(os.getpid(), signal.SIGINT) or losses)

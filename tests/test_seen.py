@@ -196,6 +196,9 @@ def test_the_run_whose_checkpoint_is_given_as_weights(home, tmp_path, world, cap
     shutil.copyfile(parent.checkpoint, foreign / "checkpoint.pth")
     assert seen.run_of_weights(weights | {"path": str(foreign / "checkpoint.pth")}) is None
     assert "saw images held out here is not known" in capsys.readouterr().err
+    gone = {"path": str(tmp_path / "gone/checkpoint.pth"), "sha256": "0", "scaling": "results.json"}
+    check(make("orphan", "vit", {"weights": gone}.items()), "--teacher")
+    assert "gone, from which it was made, is not there any more" in capsys.readouterr().err
     child = make("child", "vit", {"weights": weights}.items())
     with pytest.raises(InputError, match="parent, from which it was made, was trained on another split"):
         check(child, "--teacher")

@@ -60,6 +60,8 @@ class Loop:
             if self.longer and self._done():
                 say(f"{self.run} had been ended by --patience {self.recipe.patience}, and stays as it is")
                 return self.run.results
+            if self.longer and self.run.calibrated():
+                say(f"the calibration of {self.run} is removed: it belongs to the weights so far")
         # From here on the folder holds this run, and trackers follow it.
         results = self._begin()
         trackers = self.plan.track

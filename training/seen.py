@@ -87,8 +87,11 @@ def forebears(run):
             found += [(part["run"], other), *forebears(other)]
         else:
             found.append((part["run"], None))
-    if first := run_of_weights(results.get("weights", {})):
+    weights = results.get("weights", {})
+    if first := run_of_weights(weights):
         found += [(str(first), first), *forebears(first)]
+    elif "results.json" in str(weights.get("scaling")):  # only a run has that beside its weights
+        found.append((str(Path(weights["path"]).parent), None))
     return found
 
 
