@@ -58,11 +58,15 @@ def styles_of(view):
     for colour, candidate in zip(COLOURS, coloured):
         for k, e in enumerate((*candidate.entries, *candidate.again)):
             styles[e] = {"color": colour, "linestyle": DASHES[k % len(DASHES)], "zorder": 2}
-    # Training curves of members could not be told apart in one grey.
-    members = [e for e in view.entries if styles[e]["color"] == GREY]
-    if len(coloured) + len(members) <= len(COLOURS):
-        for colour, e in zip(COLOURS[len(coloured) :], members):
-            styles[e] |= {"color": colour}
+    # Training curves of members could not be told apart in one grey: those of one recipe share a colour.
+    recipes = {}
+    for e in view.entries:
+        if styles[e]["color"] == GREY:
+            recipes.setdefault(e.family, []).append(e)
+    if len(coloured) + len(recipes) <= len(COLOURS):
+        for colour, seeds in zip(COLOURS[len(coloured) :], recipes.values()):
+            for k, e in enumerate(seeds):
+                styles[e] |= {"color": colour, "linestyle": DASHES[k % len(DASHES)]}
     return styles
 
 

@@ -617,7 +617,11 @@ def test_seeds_of_a_recipe_share_their_colour(tmp_path):
     made = write_ensemble(tmp_path / "e", runs)
     view = view_of([Entry(run) for run in (*runs, other, made)], ASKED)
     [ensemble] = [e for e in view.entries if e.members]
-    assert figures.styles_of(view)[ensemble]["color"] in COLOURS and ensemble in view.shown
+    styles = figures.styles_of(view)
+    assert styles[ensemble]["color"] in COLOURS and ensemble in view.shown
+    first, second = (style for e, style in styles.items() if e.run.folder.name.startswith("s-seed"))
+    assert first["color"] == second["color"] not in (GREY, styles[ensemble]["color"])
+    assert first["linestyle"] != second["linestyle"]
     assert only_top(view, 1).left_out == 1 and len(in_order_of(view, "Model").candidates) == 2
 
 
