@@ -27,6 +27,7 @@ from models.build import PixelLinear
 from models.inputs import Inputs
 from records.track import Tracker
 from training import plan, recipe
+from training.earlier import folder
 from training.evaluate import predict
 from training.loss import Supervised
 
@@ -99,7 +100,7 @@ def main():
     recipe.add_run_arguments(parser, out="outputs/linear")
     args = parser.parse_args()
     # As in training by epochs: what can be refused is, before data are drawn or fetched.
-    run = plan.run_from_args(args)
+    run = folder.run_from_args(args)
     plan.provide_data(args)
     config, _ = plan.balanced(data.DataConfig.from_args(args), args.balance, None)
     if config.img_size % 32:

@@ -100,11 +100,15 @@ class _HelpAll(argparse.Action):
 
 class _Store(argparse._StoreAction):
     """Keeps a value, the last one if a flag is given twice; of a flag that takes a list, the values of all,
-    so that `--run A --run B` is `--run A B`."""
+    so that `--run A --run B` is `--run A B`. An empty one is an InputError: most often it is a shell variable
+    that is not set, and no wish for the default."""
 
     filled = None  # the result of parsing in which this flag was given already
 
     def __call__(self, parser, namespace, values, option_string=None):
+        if values == "" or isinstance(values, list) and "" in values:
+            name = option_string or self.metavar or self.dest
+            raise InputError(f"{name} is empty: give a value, or leave it out")
         if self.nargs == "+" and self.filled is namespace:
             values = [*getattr(namespace, self.dest), *values]
         self.filled = namespace

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from common.console import InputError
@@ -53,6 +54,21 @@ def check_output(flag, path):
                 raise InputError(f"{flag} {path} is there already and is no text: name another place")
     if (folder / "results.json").exists() and any(fnmatch.fnmatch(name, pattern) for pattern in OF_RUNS):
         raise InputError(f"{flag} {path} is a file of the run {folder}: name another place for the output")
+
+
+def check_folder(flag, folder):
+    """InputError, naming the flag, if a folder cannot be made or written to; none is left behind."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written to: {error.strerror}") from None
+    finally:
+        for p in new:
+            if p.exists():
+                p.rmdir()
 
 
 @contextlib.contextmanager

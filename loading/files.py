@@ -137,7 +137,12 @@ def _without_prefixes(state, roots, path):
 
 
 def _renamed(state, prefix, path):
-    """`state` without the prefix. InputError where a name is then there twice."""
+    """`state` without the prefix. InputError where a name is then there twice, as in a masked autoencoder."""
+    if {"mask_token", "encoder.pos_embed"} <= set(state):
+        raise InputError(
+            f"{path} holds a masked autoencoder, as pretrain_mae.py trains it: its encoder is read by "
+            "train_scratch.py --init RUN"
+        )
     out = {}
     for name, value in state.items():
         short = name.removeprefix(prefix)

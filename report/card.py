@@ -349,7 +349,8 @@ def not_done(entry):
         items.append(("No test of its maps: ", Code(f"python explain.py --run {place}"), "."))
     if split.get("test_from", "published") != "published":
         items.append("No test set apart: training and test images come from the same place.")
-    if not run.batches() and not list(run.folder.glob("sites/*.json")):
+    batches = [b for b in run.batches().values() if b["checkpoint"] == entry.calibration["checkpoint"]]
+    if not batches and not list(run.folder.glob("sites/*.json")):
         items.append(
             (
                 "No images of another hospital: ",

@@ -397,6 +397,13 @@ def test_a_run_that_patience_ended_stays_as_it_is(tmp_path, capsys):
     assert (tmp_path / "calibration.json").exists()
 
 
+def test_a_run_that_max_steps_ended_says_so(tmp_path, capsys):
+    how = dict(schedule="constant", warmup_epochs=0.0, patience=5)
+    toy_fit(tmp_path, epochs=2, max_steps=2, **how)
+    toy_loop(tmp_path, epochs=4, resume=True, max_steps=2, **how).fit(toy_subset(40, 0), toy_subset(20, 1))
+    assert "ended by --max-steps 2, and stays as it is" in capsys.readouterr().err
+
+
 def test_the_best_epoch_is_needed_to_go_on(tmp_path):
     """Its weights are not in last.pth once another epoch has ended."""
     aurocs = iter([0.9, 0.8])
@@ -845,7 +852,7 @@ def test_masked_pretraining_feeds_the_scratch_arm(synthetic, cache, tmp_path):
     run = read_json(tmp_path, "outputs/scratch/results.json")
     assert run["init"]["run"] == "outputs/mae" and run["init"]["minutes"] == results["minutes"]
     refused(
-        cli("train_scratch", *flags, "--overwrite", "--init", "outputs/scratch", cwd=tmp_path),
+        cli("train_scratch", *flags, "--out", "other", "--init", "outputs/scratch", cwd=tmp_path),
         "pretrain_mae.py",
     )
     refused(cli("train_scratch", *flags, "--overwrite", "--model", "ti16", cwd=tmp_path), "does not fit")

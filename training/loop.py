@@ -58,7 +58,7 @@ class Loop:
         if self.plan.resume:
             self._go_on()
             if self.longer and self._done():
-                say(f"{self.run} had been ended by --patience {self.recipe.patience}, and stays as it is")
+                say(f"{self.run} had been ended by {self._end()}, and stays as it is")
                 return self.run.results
             if self.longer and self.run.calibrated():
                 say(f"the calibration of {self.run} is removed: it belongs to the weights so far")
@@ -193,6 +193,12 @@ class Loop:
         # While a hybrid's stem is frozen, nobody loses patience.
         waited = min(self.progress.waited(recipe.stop_on), epoch - recipe.frozen_epochs)
         return "patience" in self.plan.used and waited >= recipe.patience
+
+    def _end(self):
+        """The flag that ended training before its last epoch."""
+        if self.progress.epoch * self.steps >= self.total:
+            return f"--max-steps {self.recipe.max_steps}"
+        return f"--patience {self.recipe.patience}"
 
     def _order(self, epoch, train):
         return epoch_order(self.recipe.seed, epoch, train.targets, self.recipe.balance, train.sources)

@@ -3,7 +3,6 @@ its model. The epochs stand in loop.py.
 """
 
 import signal
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,8 +33,9 @@ from layouts.download import download
 from models.inputs import AUTO, Inputs
 from records import lock
 from records.run import Run
-from training import other_hospitals, resume, seen, step
+from training import other_hospitals, seen, step
 from training import recipe as recipes
+from training.earlier import folder
 from training.evaluate import fit_head, say_stage
 from training.loop import Loop
 from training.loss import supervised
@@ -52,6 +52,7 @@ class Plan:
     device: torch.device
     amp: bool
     resume: bool = False
+    begun: bool = True  # whether a run may be there: one was when the command began
     deterministic: bool = False
     used: tuple = recipes.SOME_ARM
     track: tuple = ()
@@ -98,7 +99,7 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
 
     # What can be refused at once is: folders that hold a run, a device that is not there.
     join_processes(args.device)
-    runs = runs_to_write(args, recipe.seed)
+    runs = folder.runs_to_write(args, recipe.seed)
     device, amp = pick_device(args.device), args.amp
     if amp is None:
         amp = fast_bf16(device)
@@ -112,7 +113,7 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
 
     plans, waiting = [], list(runs.values())
     if args.resume:
-        waiting = [run for run in waiting if not resume.is_over(run, recipe)]
+        waiting = [run for run in waiting if not folder.is_over(run, recipe)]
     for seed, run in runs.items():
         waiting = [other for other in waiting if other is not run]
         plan = Plan(
@@ -123,6 +124,7 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
             device,
             amp,
             resume=args.resume and (run.folder / "last.pth").exists(),
+            begun=run.begun,
             deterministic=args.deterministic,
             used=defaults.used,
             track=tuple(args.track),
@@ -131,58 +133,6 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
         )
         plans.append(plan)
     return args, plans
-
-
-# ---------------------------------------------------------------- the run folder
-
-
-def runs_to_write(args, seed):
-    """{seed: its Run}, one for each of --seeds, or for the one `seed`. InputError as of run_from_args."""
-    if not args.seeds:
-        return {seed: run_from_args(args)}
-    return {seed: run_from_args(args, f"-seed{seed}") for seed in args.seeds}
-
-
-def run_from_args(args, suffix=""):
-    """The Run to write; refuses, before any work is done, to overwrite one silently (InputError)."""
-    usual = args.default_out
-    if args.demo:
-        usual += "-demo"
-    folder = Path((args.out or usual) + suffix)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: name a folder")
-    first = processes()[0] == 0
-    if first:
-        check_folder(folder)
-    run = Run(folder)
-    if first:  # the others might see the lock of the first one
-        lock.refuse_held(run, "wait until it has ended, or choose another folder with --out")
-    can_go_on = (folder / "last.pth").exists()
-    if run.masked.begun and not (run.begun or args.overwrite and not args.resume):
-        resume.refuse_masked(run, args)
-    elif args.resume:
-        if not can_go_on and not suffix and not run.masked.begun:
-            raise InputError(
-                f"--resume: there is no {folder / 'last.pth'} to continue from; start without --resume"
-            )
-    elif run.begun and not args.overwrite:
-        resume.refuse_begun(run, can_go_on or run.masked.begun)
-    return run
-
-
-def check_folder(folder):
-    """InputError if a folder cannot be made or written to; none is left behind."""
-    new = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written to: {error.strerror}") from None
-    finally:
-        for p in new:
-            if p.exists():
-                p.rmdir()
 
 
 # ---------------------------------------------------------------- the data
@@ -255,6 +205,7 @@ def train(plan, model, *, name, mean, std, objective=None, teacher=None, encoder
     """
     step.check_optimiser(plan.recipe, model)
     with training(plan.run):
+        folder.refuse_new(plan)
         # Prepare the data: images, their scaling, and the loss of their classes.
         first = seen.run_of_weights(described.get("weights", {}))
         images = prepare_data(plan.config, {"--init": encoder, "--weights": first}, teacher)

@@ -92,32 +92,6 @@ class Progress:
         return self.epoch - last
 
 
-# ---------------------------------------------------------------- where a run is there already
-
-
-def refuse_begun(run, can_go_on):
-    """InputError: what can be done where a run is there already."""
-    if run.results["finished"]:
-        there, resume = "a finished", ""
-    else:
-        there = "an interrupted"
-        resume = "continue it with --resume, " if can_go_on else ""
-    raise InputError(
-        f"{run} already holds {there} run: {resume}choose another folder with --out, or replace it with "
-        "--overwrite"
-    )
-
-
-def refuse_masked(run, args):
-    """InputError where a run stopped in its masked epochs, unless the command line goes on with them."""
-    if args.resume and getattr(args, "masked_epochs", 0):
-        return
-    raise InputError(
-        f"{run} holds a run that stopped before the end of its masked epochs, or just after: "
-        f"{run.masked.to_finish}, choose another folder with --out, or replace it with --overwrite"
-    )
-
-
 # ---------------------------------------------------------------- what must be as it was
 
 
@@ -132,14 +106,6 @@ def is_longer(plan, meta):
     if differ := differences(before, meta):
         raise InputError(f"--resume: the settings differ from those of {run}: " + "; ".join(differ))
     return longer
-
-
-def is_over(run, recipe):
-    """Whether a run was finished, with as many epochs as a Recipe asks for."""
-    if not run.begun or not run.results["finished"]:
-        return False
-    epochs = run.results["recipe"].get("epochs")
-    return isinstance(epochs, int) and epochs >= recipe.epochs
 
 
 def _more_epochs(plan, epochs):

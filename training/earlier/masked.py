@@ -57,6 +57,7 @@ def first_stage(plan, *, resume, after):
         augment=parse_augment(RECIPE["augment"]),
         run=run,
         resume=resume and (run.folder / "last.pth").exists(),
+        begun=run.begun,
         used=recipes.MASKED,
         track=(),
         outer=plan.run,
