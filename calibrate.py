@@ -285,8 +285,8 @@ def run_all(args, rule):
         ready = partial(images, sets, args)
         args.run = [make_ensemble(args.ensemble, args.out, args.overwrite, ready).folder]
 
-    def scores_of(run):
-        """(the views asked of a Run, its scores), (None, None) where its calibration stays as it is."""
+    def calibrated(run):
+        """(the scores of a Run, what they give), (None, None) where its calibration stays as it is."""
         if run.kind in WITHOUT_CLASSES:
             raise InputError(f"{run} is of kind {run.kind!r}: it has no classes to score")
         _ = run.config  # InputError, by its name, for a run that only an older version reads
@@ -295,19 +295,19 @@ def run_all(args, rule):
             say(f"note: {run} keeps its calibration: without --tta it is calibrated anew")
             return None, None
         three = images(sets, args, run.results)
-        return tta, score(run, three, device=device, batch_size=args.batch_size, tta=tta)
+        scores = score(run, three, device=device, batch_size=args.batch_size, tta=tta)
+        origin = {
+            "tta": tta or scaling.own_views(run.results),
+            "alike": sets.alike(settings(args, run.results)),
+            "precision": Inputs.of_run(run.results, device, tta).precision,
+        }
+        return scores, calibrate_run(run, scores, rule, origin)
 
     promised = set()
     try:
-        for run, (tta, scores) in each_run(args.runs_dir, args.run, scores_of):
+        for run, (scores, result) in each_run(args.runs_dir, args.run, calibrated):
             if scores is None:
                 continue
-            origin = {
-                "tta": tta or scaling.own_views(run.results),
-                "alike": sets.alike(settings(args, run.results)),
-                "precision": Inputs.of_run(run.results, device, tta).precision,
-            }
-            result = calibrate_run(run, scores, rule, origin)
             tracker = Tracker(args.track, run)
             tracker.calibrated(result)
             tracker.close()

@@ -257,6 +257,7 @@ def load(config, root, index, side):
     are, in messages and in the name of the cache."""
     # Other splits and tables put other files on a side, which need a cache of another name.
     as_published = not config.labels and config.split in ("patient", "image") and (index.side == side).all()
+    as_published &= side != "site"  # there may be several of these
     decoded = load_images(
         root,
         index.files,

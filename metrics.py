@@ -181,9 +181,9 @@ def choose_threshold_with_guarantee(y_true, p1, min_recall=0.95, confidence=0.95
     """
     y, p = check_scores(y_true, p1)
     check_both_classes(y)
-    for name, value in (("min_recall", min_recall), ("confidence", confidence)):
+    for name, value in (("recall", min_recall), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
+            raise InputError(f"a {name} of {value:g} cannot be guaranteed: it must lie in (0, 1)")
     if groups is None:
         positives = np.sort(p[y == 1])
     else:

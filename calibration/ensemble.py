@@ -20,8 +20,7 @@ def make_ensemble(folders, out, overwrite, ready):
 
     InputError unless these are two or more finished runs on the same images in the same form."""
     runs, run = find_runs(None, folders), Run(out)
-    if len(runs) < 2:
-        raise InputError("--ensemble needs two or more different run folders")
+    refuse_twice(runs)
     check_out(run, runs, overwrite)
     check_members(runs)
     results = [r.results for r in runs]
@@ -101,6 +100,16 @@ def say_precision(runs):
             f"note: the members are scored in different precision ({listed}), the ensemble in one for all, "
             "so its probability is the mean of theirs to about 0.01; its thresholds are chosen on its own"
         )
+
+
+def refuse_twice(runs):
+    """InputError unless these are two or more Runs, no two of the same weights: they would count double."""
+    if len(runs) < 2:
+        raise InputError("--ensemble needs two or more different run folders")
+    first = {}
+    for run in runs:
+        if (same := first.setdefault(run.checkpoint_sha256, run)) is not run:
+            raise InputError(f"--ensemble: {same} and {run} hold the same weights: give each model once")
 
 
 def check_out(run, members, overwrite):

@@ -228,9 +228,9 @@ def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, 
     "bootstrap", for every figure: `groups` [N] (patients) drawn whole, n times; the only method that knows
     that images of one patient are alike. "patients": the interval that takes its place, for figures of which
     every draw is the same. "wilson", of images: recall, specificity, precision and acc; left out where the
-    proportion is of nothing. "delong", of images: auroc.
+    proportion is of nothing. "delong", of images: auroc; left out where a class has one image.
 
-    InputError: as `summarize_at_threshold`, `delong_interval` and `percentiles`."""
+    InputError: as `summarize_at_threshold` and `percentiles`."""
     y, p = check_scores(y_true, p1)
     check_level(level)
     groups = check_groups(groups, y)
@@ -242,7 +242,8 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
     """`intervals_at_thresholds` of checked labels, scores and groups, and the draws of
     `bootstrap_summary`."""
     rows = [summarize_at_threshold(y, p, thr) for thr in thresholds]
-    delong = list(delong_interval(y, p, level)[1:])
+    few = min((y == 1).sum(), (y == 0).sum()) < 2
+    delong = None if few else list(delong_interval(y, p, level)[1:])
     found = []
     for row, figures in zip(rows, draws):
         tp, fp, tn, fn = (row[key] for key in ("tp", "fp", "tn", "fn"))
@@ -255,7 +256,8 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
         ):
             if total:
                 intervals[name]["wilson"] = list(wilson_interval(k, total, level))
-        intervals["auroc"]["delong"] = list(delong)
+        if not few:
+            intervals["auroc"]["delong"] = list(delong)
         alike = alike_figures(y, p >= row["thr"], groups, row, level)
         for name, methods in intervals.items():
             if no_width(methods["bootstrap"]):

@@ -22,9 +22,9 @@ from training.evaluate import predict
 def each_run(runs_dir, chosen, read):
     """Yield (Run, read(Run)) for the run folders `chosen`, else for every finished run under `runs_dir`.
 
-    `read` loads what the work on a run needs. Where it raises InputError, or the folder may not be opened,
-    the run is passed over with a note. InputError at the end if a chosen run was passed over, or if all were.
-    The error of an only run is raised as it is."""
+    `read` does the work on a run that may fail for it alone. Where it raises InputError, or the folder may
+    not be opened, the run is passed over with a note. InputError at the end if a chosen run was passed over,
+    or if all were. The error of an only run is raised as it is."""
     if chosen:
         folders = list(dict.fromkeys(map(os.path.normpath, chosen)))
     else:
@@ -38,7 +38,7 @@ def each_run(runs_dir, chosen, read):
             if len(folders) == 1:
                 raise
             passed_over.append(folder)
-            say(f"note: {folder} is passed over: {error}")
+            say(f"note: {folder} is passed over: {str(error).removeprefix(f'{folder}: ')}")
             continue
         yield run, value
     if passed_over and (chosen or len(passed_over) == len(folders)):

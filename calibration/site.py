@@ -260,7 +260,9 @@ def calibrate(args, rule, device, asked_views):
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
     # All that can fail for one run alone comes before its thresholds are chosen.
-    moved = {"cache_dir": args.cache_dir} if args.cache_dir else {}
+    # --labels and --patients are the site's own; these say where the images of the run are, and how read.
+    own = ("data_dir", "cache_dir", "skip_bad", "verify_cache")
+    moved = {name: getattr(args, name) for name in own if getattr(args, name)}
     asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):
@@ -361,7 +363,7 @@ def lines(name, finding, chosen, rule, alone=True):
     for point, mark in POINTS.items():
         if chosen[point] is not None:
             gap = f"{chosen['gaps'][point]:.2g} logits from the nearest score"
-            out.append(f"  {mark:5} {chosen[point]:.4f}: {promises[point]} ({gap})")
+            out.append(f"  {mark:5} {four_digits(chosen[point])}: {promises[point]} ({gap})")
             out += [f"    warning: on these images {text}" for text in chosen["concerns"][point]]
         elif point == "mean" and floor < 1:
             out.append(f"  no @Mean: needs {needed_on_average(floor)} patients with {finding}")

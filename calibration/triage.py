@@ -81,9 +81,9 @@ def choose_rule_in_with_guarantee(y_true, p1, min_specificity, confidence, patie
     y, p = check_scores(y_true, p1)
     check_both_classes(y)
     patients = check_groups(patients, y)
-    for name, value in (("min_specificity", min_specificity), ("confidence", confidence)):
+    for name, value in (("specificity", min_specificity), ("confidence", confidence)):
         if not 0 < value < 1:
-            raise InputError(f"{name} must lie in (0, 1) for a guarantee, got {value}")
+            raise InputError(f"a {name} of {value:g} cannot be guaranteed: it must lie in (0, 1)")
     _, codes = np.unique(patients[y == 0], return_inverse=True)
     highest = np.zeros(codes.max() + 1)
     np.maximum.at(highest, codes, p[y == 0])

@@ -348,4 +348,6 @@ def show_summary(word, summary):
     for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
         if key in summary:
             parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
+    if out := summary.get("several_classes"):
+        parts.append(f"accuracy and F1 without the {out} whose images are of several classes")
     print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")

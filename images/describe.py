@@ -87,6 +87,14 @@ def say_twice(info, indices, listing):
     files = {side: index.files for side, index in indices.items()}
     twins.warn(files, {side: index.content for side, index in indices.items()}, info["copies"])
     twins.warn_of_labels(listing.index.files, listing.index.content, listing.index.targets)
+    for side in ("val", "test"):
+        index = indices[side]
+        people = len(set(index.patients))
+        if fewer := people - len(set(twins.joined(index.patients, index.content))):
+            say(
+                f"note: of {people} {twins.WORDS[side]} patients {fewer} have a file of another one, byte "
+                "for byte: figures and promises count them apart"
+            )
 
 
 def _counts(config, targets):

@@ -247,14 +247,16 @@ class Run:
         return calibration
 
     def save_calibration(self, calibration, scores, name=""):
-        """Write calibration.json and the scores [arrays by name] it was made from."""
-        with atomic_path(self.folder / f"scores{_dash(name)}.npz") as tmp, open(tmp, "wb") as f:
+        """Write the scores [arrays by name], and calibration.json with their checksum."""
+        path = self.folder / f"scores{_dash(name)}.npz"
+        with atomic_path(path) as tmp, open(tmp, "wb") as f:
             np.savez(f, **scores)
-        write_json(self.folder / f"calibration{_dash(name)}.json", calibration)
+        made_from = {"scores_sha256": sha256(path)}
+        write_json(self.folder / f"calibration{_dash(name)}.json", calibration | made_from)
 
-    def saved_scores(self, name=""):
-        """The arrays of scores.npz as calibrate.py left them. InputError if absent or damaged."""
-        return read_scores(self.folder / f"scores{_dash(name)}.npz")
+    def saved_scores(self, name="", calibration=None):
+        """The arrays of scores.npz as calibrate.py left them. InputError as of scores.read_scores."""
+        return read_scores(self.folder / f"scores{_dash(name)}.npz", calibration)
 
     def scores(self, name=""):
         """What calibrate.py knows of each validation and test image: {name: array}, N images, F findings.
@@ -266,10 +268,9 @@ class Run:
         val_logits, val_labels           float32 [N, K], int [N] or [N, K]: of the K classes
         val_cohort_age, ...              [N]: what is known of patients and exposures
 
-        and the same of test. `name`: "tta" for those of calibrate.py --tta. InputError if the run is not
-        calibrated, or if the file is damaged."""
-        arrays = self.saved_scores(name)
-        return with_findings(arrays, self, self.task, lambda: self.calibration(name))
+        and the same of test. `name`: "tta" for those of --tta. InputError if not calibrated, or damaged."""
+        calibration = self.calibration(name)
+        return with_findings(self.saved_scores(name, calibration), self, self.task, calibration)
 
     def save_reference(self, arrays, name=""):
         """Write reference.npz: the arrays of shift.learn and their key."""
@@ -322,8 +323,7 @@ class Run:
 
     def tracked(self):
         """{tracker: by what name it knows this run}, of track.json; empty if there is none."""
-        path = self.folder / "track.json"
-        references = read_json(path) if path.exists() else {}
+        references = read_json(path) if (path := self.folder / "track.json").exists() else {}
         if mismatches(references, dict.fromkeys(references, str)):
             raise InputError(f"{path} is damaged: delete it")
         return references

@@ -107,7 +107,6 @@ def calibrated(run, name):
     """What is wrong with a calibration, or that nothing is; name: as of Run.calibrated."""
     views = " with TTA" if name else ""
     try:
-        run.calibration(name)
         run.scores(name)
     except InputError as error:
         if "another checkpoint" in str(error):

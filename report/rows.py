@@ -107,7 +107,7 @@ class Entry:
         self.findings = self.task.findings
         self.calibrated, self.summary = self.calibration["findings"], self.calibration["summary"]
         # What a threshold decides is recomputed from the scores, so these must be right.
-        arrays = run.saved_scores(suffix)
+        arrays = run.saved_scores(suffix, self.calibration)
         try:
             self.columns = {side: self._columns(arrays, side) for side in ("val", "test")}
             self.cohort = {side: self._cohort(arrays, side) for side in ("val", "test")}

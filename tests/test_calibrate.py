@@ -1,6 +1,7 @@
 """Tests of calibrate."""
 
 import csv
+import hashlib
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,16 +12,19 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+import calibrate
 import metrics
 from calibration import intervals, shift, wording
 from calibration import scores as scores_module
 from common import files as files_module
 from common import proportions, safe_files
+from common.console import InputError
 from common.files import CALIBRATION, write_json
 from common.task import Task
 from images.subset import Subset
 from layouts.listing import patient_id
 from models.inputs import Inputs
+from records import run as run_module
 from records.run import Run
 from tests.fixtures import FLOOR
 from tests.shared import (
@@ -342,6 +346,51 @@ def test_a_run_that_cannot_be_used_keeps_no_other_waiting(own_runs, synthetic, s
     refused(alone, "which is gone")
     assert "passed over" not in alone.err
     refused(cli("calibrate", "--run", "outputs/scratch", "outputs/cut", *flags, cwd=own_runs), "2 of 2 runs")
+
+
+def test_a_run_without_figures_keeps_no_other_waiting(own_runs, monkeypatch):
+    """Also where it fails only when the threshold is chosen."""
+    real = calibrate.evaluate
+
+    def evaluate(scores, rule, task):
+        if (scores["val_logits"][:, 0] == first).all():
+            raise InputError("no figures")
+        return real(scores, rule, task)
+
+    first = Run(own_runs / "outputs/linear").scores()["val_logits"][:, 0]
+    monkeypatch.setattr(calibrate, "evaluate", evaluate)
+    done = succeed("calibrate", "--bootstrap", 100, "--min-recall", 0.6, cwd=own_runs)
+    assert "note: outputs/linear is passed over: no figures" in done.err
+    assert read_json(own_runs, "outputs/scratch/calibration.json")["min_recall"] == 0.6
+    assert read_json(own_runs, "outputs/linear/calibration.json")["min_recall"] != 0.6
+
+
+def test_scores_that_are_not_those_of_the_calibration_are_refused(own_runs, monkeypatch):
+    """As where calibrate.py was stopped between scores.npz and calibration.json."""
+    run = Run(own_runs / "outputs/linear")
+    checksum = hashlib.sha256((run.folder / "scores.npz").read_bytes()).hexdigest()
+    assert run.calibration()["scores_sha256"] == checksum
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_json", stopped)
+        assert cli("calibrate", "--run", run, "--temperature", cwd=own_runs).code != 0
+    with pytest.raises(InputError, match="not what its calibration was made from"):
+        run.scores()
+    refused(cli("compare", cwd=own_runs), "not what its calibration was made from: run calibrate.py again")
+    succeed("calibrate", "--run", run, "--temperature", cwd=own_runs)
+    run.scores()
+
+
+def test_a_model_counts_once_in_an_ensemble(own_runs):
+    shutil.copytree(own_runs / "outputs/linear", own_runs / "outputs/copied")
+    argv = ("calibrate", "--out", "outputs/e", "--ensemble", "outputs/scratch", "outputs/linear")
+    refused(cli(*argv, "outputs/copied", cwd=own_runs), "hold the same weights")
+    (own_runs / "link").symlink_to("outputs/linear")
+    refused(cli(*argv, "link", cwd=own_runs), "hold the same weights")
+    refused(cli(*argv, own_runs / "outputs/linear", cwd=own_runs), "hold the same weights")
 
 
 def test_uncalibrated_run_is_left_out_with_a_note(own_runs):

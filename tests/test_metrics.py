@@ -442,6 +442,15 @@ def test_intervals_at_several_thresholds_are_those_of_each():
         intervals.intervals_at_threshold(y, p, 0.5, groups[1:])
 
 
+def test_one_image_of_a_class_has_figures_and_no_delong_interval():
+    """Its variance cannot be estimated from one image (n - 1 in the denominator)."""
+    y, p = np.array([0, 0, 0, 0, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.6, 0.5])
+    found = intervals.intervals_at_threshold(y, p, 0.45, np.arange(6), n=100)
+    assert "delong" not in found["auroc"] and found["recall"]["wilson"][1] == 1
+    two = intervals.intervals_at_threshold(np.r_[y, 1], np.r_[p, 0.7], 0.45, np.arange(7), n=100)
+    assert "delong" in two["auroc"]
+
+
 def test_bootstrap_is_fast_and_refuses_one_class():
     rng = np.random.default_rng(8)
     y, p = _random_scores(rng, 624)

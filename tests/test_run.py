@@ -355,7 +355,7 @@ def test_scores_are_arrays_of_findings(bench):
         assert scores.dtype == np.float64 and scores.shape == (count, 1) == truth.shape
         assert scores[:, 0] == pytest.approx(1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), rel=1e-12)
         older = {name: array for name, array in run.saved_scores().items() if not name.endswith("_p1")}
-        again = scores_module.with_findings(older, "x", run.task, run.calibration)
+        again = scores_module.with_findings(older, "x", run.task, run.calibration())
         assert np.array_equal(again[f"{side}_scores"], scores)
 
 
@@ -366,7 +366,7 @@ def test_scores_of_several_findings():
     arrays = {f"{side}_labels": labels for side in ("val", "test")}
     arrays |= {f"{side}_logits": np.array([[2.0, -1.0]] * 3) for side in ("val", "test")}
     plain = {"temperature": 1.0, "temperature_applied": False}
-    found = scores_module.with_findings(arrays, "x", task, lambda: plain)
+    found = scores_module.with_findings(arrays, "x", task, plain)
     assert found["findings"].tolist() == ["any finding", "No Finding", "Mass"]
     assert found["val_truth"].tolist() == [[0, 1, 0], [1, 0, 1], [-1, -1, -1]]
     expected = [1 / (1 + np.exp(2)), 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(1))]
@@ -377,4 +377,4 @@ def test_scores_of_several_findings():
         {"val_p1": np.array(["a"] * 9)},
     ):
         with pytest.raises(InputError, match="the scores of x are damaged"):
-            scores_module.with_findings(arrays | damage, "x", task, lambda: plain)
+            scores_module.with_findings(arrays | damage, "x", task, plain)

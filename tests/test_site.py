@@ -376,6 +376,63 @@ def test_a_note_on_patients_only_where_they_are_not_known(own_runs, clinic, tmp_
     assert "3 of 40 images count" in succeed(*argv, plain, "--patients", table, cwd=own_runs).err
 
 
+def test_a_site_of_a_run_whose_images_have_moved(own_runs, synthetic, clinic, tmp_path):
+    """--data-dir says where they are, and --skip-bad holds for the site, too."""
+    argv = ("calibrate", "--run", "outputs/linear", "--bootstrap", 100, "--name", "x", "--site")
+    site, moved = tmp_path / "site", tmp_path / "moved"
+    shutil.copytree(clinic, site)
+    succeed(*argv, site, cwd=own_runs)
+    thresholds = read_json(own_runs / "outputs/linear/sites/x.json")["findings"]
+    shutil.copytree(synthetic, moved)
+    path = own_runs / "outputs/linear/results.json"
+    results = read_json(path)
+    results["data"]["data_dir"] = str(tmp_path / "gone")
+    path.write_text(json.dumps(results))
+    refused(cli(*argv, site, cwd=own_runs), "gone")
+    succeed(*argv, site, "--data-dir", moved, cwd=own_runs)
+    assert read_json(own_runs / "outputs/linear/sites/x.json")["findings"] == thresholds
+    (site / "NORMAL/broken.jpeg").write_bytes(b"no image")
+    refused(cli(*argv, site, "--data-dir", moved, cwd=own_runs), "broken.jpeg")
+    succeed(*argv, site, "--data-dir", moved, "--skip-bad", cwd=own_runs)
+    assert read_json(own_runs / "outputs/linear/sites/x.json")["findings"] == thresholds
+
+
+def test_copies_at_a_site_count_as_one_patient(own_runs, clinic, synthetic, tmp_path):
+    """59 patients are needed for @Guar; 24 pictures under 72 names are 24."""
+    site = tmp_path / "site"
+    for kind in ("NORMAL", "PNEUMONIA"):
+        (site / kind).mkdir(parents=True)
+        for i, path in enumerate(sorted((clinic / kind).iterdir())[:24]):
+            for copy in range(3 if kind == "PNEUMONIA" else 1):
+                shutil.copy(path, site / kind / f"a{copy}-{i}.jpeg")
+    argv = ("calibrate", "--run", "outputs/linear", "--bootstrap", 100, "--name", "x", "--site")
+    done = succeed(*argv, site, cwd=own_runs)
+    assert "48 of 96 images are copies of another one" in done.err and "leaves 48 fewer" in done.err
+    assert "72 images of 24 patients with PNEUMONIA" in done.out
+    assert "no @Guar: needs 59 patients" in done.out
+    other = sorted((site / "NORMAL").iterdir())[0]
+    shutil.copy(other, site / "PNEUMONIA/b.jpeg")
+    assert "with other labels" in succeed(*argv, site, cwd=own_runs).err
+    # The test images of the run are no new ones.
+    assert "are test images of" in succeed(*argv, synthetic / "test", cwd=own_runs).err
+
+
+def test_sites_side_by_side_have_a_cache_each(own_runs, clinic, tmp_path):
+    argv = ("calibrate", "--run", "outputs/linear", "--bootstrap", 100, "--name", "x", "--site")
+    for name in ("a", "b"):
+        shutil.copytree(clinic, tmp_path / name)
+    succeed(*argv, tmp_path / "a", cwd=own_runs)
+    succeed(*argv, tmp_path / "b", cwd=own_runs)
+    assert "rebuilding" not in succeed(*argv, tmp_path / "a", cwd=own_runs).err
+
+
+def test_small_thresholds_of_a_site_are_not_printed_as_zero():
+    y, p, patients = made_up(70, 3)
+    chosen = site_module.choose(y, p * 1e-9, patients, RULE)
+    shown = "\n".join(site_module.lines("site", "PNEUMONIA", chosen, RULE, True))
+    assert "0.0000" not in shown and "e-" in shown
+
+
 def test_wrong_sites(own_runs, clinic, synthetic, tmp_path):
     argv = ("calibrate", "--run", "outputs/linear")
     refused(cli(*argv, "--site", clinic, cwd=own_runs), "--site DIR and --name WHERE")

@@ -148,7 +148,7 @@ def test_awkward_scores():
         y, np.array([0.2, 0.7, 0.6, 0.9]), one_each(y), Rule(min_specificity=1.0)
     )
     assert strictest["threshold"] == pytest.approx(middle_below(0.9, [0.2, 0.7, 0.6, 0.9]))
-    assert "must lie in (0, 1) for a guarantee" in strictest["guarantee"]["why_not"]
+    assert "a specificity of 1 cannot be guaranteed" in strictest["guarantee"]["why_not"]
     assert triage.raised_to_midpoint(0.5, np.array([0.2, 0.5]))[0] == pytest.approx(1 / (1 + math.exp(-0.5)))
     near = np.nextafter(1, 0)
     for top in (near, 0.5, 0.0, 1e-300):

@@ -94,6 +94,7 @@ def load_site(config, folder, labels="", patients=""):
     if patients:
         index = read_patients(patients, index, root)
     index = known_from_headers(root, index, config, names_tell=not (labels or patients))
+    index = with_copies_joined(root, index, f"--site {folder}")
     subset, kept, _ = load(config, root, index, "site")
     if kept.unknown:
         which = "every image counts"
@@ -101,6 +102,21 @@ def load_site(config, folder, labels="", patients=""):
             which = f"{kept.unknown} of {len(subset)} images count, each,"
         say(f"note: {folder}: patients unknown: {which} as a patient of its own; see --patients")
     return subset
+
+
+def with_copies_joined(root, index, where):
+    """The Index with one patient for all who share a file, byte for byte: copies tell nothing new, and a
+    promise counts patients. Notes say so, and which copies have other labels; `where` names the images."""
+    content = twins.contents(root, index.files)
+    patients = twins.joined(index.patients, content)
+    if fewer := len(set(index.patients)) - len(set(patients)):
+        copies = int((content >= 0).sum()) - len(set(content[content >= 0].tolist()))
+        say(
+            f"note: {where}: {copies} of {len(content)} images are copies of another one; who shares a file "
+            f"counts as one patient, which leaves {fewer} fewer"
+        )
+    twins.warn_of_labels(index.files, content, index.targets)
+    return index._replace(patients=patients)
 
 
 def known_from_headers(root, index, config, names_tell):

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.console import InputError, say
 from common.files import sha256
-from data import load, load_train_val, read_listing
+from data import load, load_test, load_train_val, read_listing
 from images import twins
 from images.dicom import KEYED
 from images.split import cut
@@ -279,6 +279,11 @@ def refuse_seen(run, site, folder, moved):
             raise InputError(
                 f"--site {folder}: {len(known)} images, {', '.join(known[:3])} and so on, are among those "
                 f"that {trained} was trained and validated on: they can promise nothing"
+            )
+        if other is run and (tested := same_images(site, (load_test(config),))):
+            say(
+                f"note: --site {folder}: {len(tested)} of its images are test images of {run}: the figures "
+                "of that test say nothing of thresholds chosen on them"
             )
         pairs = [*twins.alike(site, train), *twins.alike(site, val)]
         if pairs:
