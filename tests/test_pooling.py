@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from calibration import pooling
+from calibration import pooling, wording
 from calibration.operating_point import Rule, evaluate
 from calibration.pooling import grouped, units_of
 from common.console import InputError
@@ -42,6 +42,14 @@ def by_hand(names, scores, truth, how):
 
 @pytest.mark.parametrize("how", ["max", "mean"])
 @pytest.mark.parametrize("by", ["study", "patient"])
+def test_patients_of_several_classes_are_counted_on_the_console(capsys):
+    figure = {"value": 0.7, "lo": 0.6, "hi": 0.8}
+    wording.show_summary("test", {"accuracy": figure, "several_classes": 32, "findings": ["a", "b"]})
+    assert "without the 32 whose images are of several classes" in capsys.readouterr().out
+    wording.show_summary("test", {"accuracy": figure, "several_classes": 0, "findings": ["a", "b"]})
+    assert "without" not in capsys.readouterr().out
+
+
 def test_pooled_against_a_dictionary(by, how):
     files, patients, studies, scores, truth = several(40, 1, findings=3)
     names = (studies if by == "study" else patients).tolist()
