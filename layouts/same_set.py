@@ -74,8 +74,8 @@ def refuse_same_set(config, folder, table, flag):
         )
     if learnt == other:
         say_once(
-            f"note: {where}: a leak is possible: by its table or its names it is {TITLES[other]}, as the images "
-            "that the model learns from; if so, patients of training may be among these"
+            f"note: {where}: a leak is possible: by its table or its names it is {TITLES[other]}, as the "
+            "images that the model learns from; if so, patients of training may be among these"
         )
     elif other in (PARTS.get(learnt), learnt) or PARTS.get(other) == learnt:
         say_once(
