@@ -42,14 +42,6 @@ def by_hand(names, scores, truth, how):
 
 @pytest.mark.parametrize("how", ["max", "mean"])
 @pytest.mark.parametrize("by", ["study", "patient"])
-def test_patients_of_several_classes_are_counted_on_the_console(capsys):
-    figure = {"value": 0.7, "lo": 0.6, "hi": 0.8}
-    wording.show_summary("test", {"accuracy": figure, "several_classes": 32, "findings": ["a", "b"]})
-    assert "without the 32 whose images are of several classes" in capsys.readouterr().out
-    wording.show_summary("test", {"accuracy": figure, "several_classes": 0, "findings": ["a", "b"]})
-    assert "without" not in capsys.readouterr().out
-
-
 def test_pooled_against_a_dictionary(by, how):
     files, patients, studies, scores, truth = several(40, 1, findings=3)
     names = (studies if by == "study" else patients).tolist()
@@ -266,3 +258,11 @@ def test_a_study_has_the_patient_that_any_of_its_images_names():
     y[60] = 0
     with pytest.raises(InputError, match="30 independent positives"):
         choose_threshold_with_guarantee(y, p, 0.95, 0.95, np.append(units.whose, "healthy"))
+
+
+def test_patients_of_several_classes_are_counted_on_the_console(capsys):
+    figure = {"value": 0.7, "lo": 0.6, "hi": 0.8}
+    wording.show_summary("test", {"accuracy": figure, "several_classes": 32, "findings": ["a", "b"]})
+    assert "without the 32 whose images are of several classes" in capsys.readouterr().out
+    wording.show_summary("test", {"accuracy": figure, "several_classes": 0, "findings": ["a", "b"]})
+    assert "without" not in capsys.readouterr().out
