@@ -78,7 +78,7 @@ def test_false_alarms_of_a_block_are_told_apart(tmp_path):
     shutil.copytree(tmp_path / "outputs/linear", other)
     names = dict(np.load(other / "scores.npz"))
     names["test_files"] = np.array([f"test/{k}.jpeg" for k in range(len(names["test_files"]))])
-    np.savez(other / "scores.npz", **names)
+    Run(other).save_calibration(read_json(other / "calibration.json"), names)
     refused(cli("studies.unit", "--run", other, cwd=tmp_path), "official test images")
 
 
@@ -110,7 +110,7 @@ def test_errors_of_several_runs_are_counted_and_drawn(tmp_path):
     assert (tmp_path / "errors.png").exists() == (wrong[0] & wrong[1]).any()
     names = dict(np.load(out / "of-64/scores.npz"))
     names["test_files"] = names["test_files"][::-1]
-    np.savez(out / "of-64/scores.npz", **names)
+    runs[1].save_calibration(read_json(out / "of-64/calibration.json"), names)
     refused(cli("studies.errors", cwd=tmp_path), "other test images")
 
 
@@ -337,7 +337,7 @@ def test_studies_run_as_scripts_from_anywhere(tmp_path):
     line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
     scripts = [p for p in (REPO / "studies").glob("*.py") if '__name__ == "__main__"' in p.read_text()]
     without = {p.name for p in scripts if f"\n{line}" not in p.read_text()}
-    assert without <= {"paint.py", "turns.py"} and len(scripts) > 20  # these need no such line
+    assert without <= {"paint.py"} and len(scripts) > 20  # these need no such line
     done = cli("studies.experiments", "--runs-dir", "nowhere", cwd=tmp_path)
     refused(done, "no finished runs under nowhere")
     refused(cli("studies.kermany", cwd=tmp_path), "--stamps --border is required")
