@@ -50,7 +50,7 @@ from common.proportions import count_of
 from common.scaling import SIDES
 from data import load_split
 from layouts.asked import add_moved_arguments, moved_settings
-from layouts.listing import cohort_of
+from layouts.listing import taken
 from records.run import Run
 
 LABELS = "labels"  # of --only, besides the sections
@@ -146,7 +146,7 @@ class Audit:
         side, reader, healthy = self.side, self.reader, np.flatnonzero(self.side.y == 0)
         files = [side.subset.files[i] for i in healthy]
         sizes = signals.original_sizes(reader.config, files, reader.run.results)
-        known = signals.signals_of(cohort_of(side.subset.cohort, healthy), sizes)
+        known = signals.signals_of(taken(side.subset.cohort, healthy), sizes)
         figures = signals.signal_figures(side, known)
         if not figures["signals"]:
             why = "; ".join(figures["left_out"]) or "no sex, view, machine, age or original size that varies"

@@ -10,7 +10,7 @@ import numpy as np
 from common import prelude  # noqa: F401  (first: see there)
 from common.console import InputError
 from common.files import sha256
-from layouts.listing import cohort_of, patient_id
+from layouts.listing import patient_id, taken
 from lungs import masks as lung_masks
 
 
@@ -45,18 +45,18 @@ class Subset:
 
     def take(self, index):
         """The Subset of these positions."""
-        taken = Subset(
-            [self.files[i] for i in index],
+        some = Subset(
+            taken(self.files, index),
             self.targets[index],
             self.images,
             self.rows[index],
-            patients=[self.patients[i] for i in index],
-            levels=None if self._levels is None else self._levels[index],
+            patients=taken(self.patients, index),
+            levels=taken(self._levels, index),
             masks=self.masks,
             sources=self.sources[index],
         )
-        taken.cohort = cohort_of(self.cohort, index)
-        return taken
+        some.cohort = taken(self.cohort, index)
+        return some
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""

@@ -1,13 +1,14 @@
 """What every layout turns its tables into: Rows, an image each; and what a Layout is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.console import InputError
 from common.task import is_device, is_healthy
+from layouts.listing import taken
 
 PRESENT, ABSENT, UNCERTAIN, BLANK = 1, 0, -1, -2  # labels, before a choice is made of the last two
 UNUSABLE = -3  # no label, whatever blank ones count as: the image is left out
@@ -42,17 +43,8 @@ class Rows:
 
     def take(self, positions):
         """The Rows of these positions."""
-        return Rows(
-            self.path,
-            [self.names[i] for i in positions],
-            self.numbers[positions],
-            self.findings,
-            self.labels[positions],
-            [self.patients[i] for i in positions],
-            None if self.side is None else self.side[positions],
-            {name: values[positions] for name, values in self.cohort.items()},
-            self.left_out,
-        )
+        columns = ("names", "numbers", "labels", "patients", "side", "cohort")
+        return replace(self, **{name: taken(getattr(self, name), positions) for name in columns})
 
 
 @dataclass(frozen=True)
