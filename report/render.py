@@ -29,6 +29,11 @@ class Bad(str):
     """A figure that breaks a floor, or a verdict like that. It is marked by a sign as well as by its look."""
 
 
+def marked(verdict):
+    """A verdict to show: a broken one is marked."""
+    return Bad(verdict) if verdict == "broken" else verdict
+
+
 class Link(NamedTuple):
     """Text that leads to "#slug" of a Heading of the same test set (`slug`), or of the whole report."""
 
