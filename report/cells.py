@@ -35,6 +35,11 @@ def size_and_time(*entries):
     return [f"{params:.{digits}f}", f"{np.mean([e.minutes for e in entries]):.1f}"]
 
 
+def mean(values):
+    """The mean; None where a value is missing."""
+    return None if None in values else float(np.mean(values))
+
+
 def three(value):
     """A figure with three digits; a dash where there is none."""
     return "-" if value is None else f"{value:.3f}"
