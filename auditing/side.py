@@ -58,7 +58,7 @@ def side_of(subset, task, finding, name, most):
     return Side(subset.take(known[some]), y[some], name, len(known))
 
 
-def some_patients(y, patients, most, seed=0):
+def some_patients(y, patients, most):
     """Positions int64, ascending, of all images of random patients, at most `most` of them: patients with and
     without the finding in turn, so that each kind is nearly half, as long as there are any.
 
@@ -68,7 +68,7 @@ def some_patients(y, patients, most, seed=0):
     names, codes, counts = np.unique(patients, return_inverse=True, return_counts=True)
     sick = np.zeros(len(names), bool)
     np.logical_or.at(sick, codes, y == 1)
-    order = np.random.default_rng(seed).permutation(len(names))
+    order = np.random.default_rng(0).permutation(len(names))
     queues = [[k for k in order if sick[k] == kind] for kind in (True, False)]
     chosen, images = [], [0, 0]
     while any(queues):
