@@ -62,13 +62,9 @@ def _refuse_both(sheet, asked):
     is_it = {name: _equals(sheet, name, PRESENT) for name in (*healthy, *sick)}
     against = {f"{name} is 1": is_it[name] for name in sick}
     against |= {f"{name} is 0": _equals(sheet, name, ABSENT) for name in healthy}
-    well = np.zeros(len(sheet), dtype=bool)
-    for name in healthy:
-        well |= is_it[name]
-    clash = np.zeros(len(sheet), dtype=bool)
-    for rows_of in against.values():
-        clash |= rows_of
-    wrong = np.flatnonzero(well & clash)
+    nowhere = np.zeros(len(sheet), dtype=bool)
+    well = np.any([nowhere, *(is_it[name] for name in healthy)], axis=0)
+    wrong = np.flatnonzero(well & np.any([nowhere, *against.values()], axis=0))
     if len(wrong):
         row = wrong[0]
         first = next(name for name in healthy if is_it[name][row])

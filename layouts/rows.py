@@ -131,13 +131,19 @@ def columns_of(sheet, findings, words=WORDS):
     return labels
 
 
-def refuse_contradiction(rows):
-    """InputError naming the first of these Rows that says healthy and sick."""
+def _health(rows):
+    """(columns of health, columns of diseases, which of these Rows say healthy, which say ill). Devices are
+    no disease."""
     healthy = [k for k, name in enumerate(rows.findings) if is_healthy(name)]
     sick = [k for k, name in enumerate(rows.findings) if k not in healthy and not is_device(name)]
-    well = (rows.labels[:, healthy] == PRESENT).any(axis=1)
-    against = (rows.labels[:, sick] == PRESENT).any(axis=1)
-    both = np.flatnonzero(well & against)
+    well, ill = ((rows.labels[:, columns] == PRESENT).any(axis=1) for columns in (healthy, sick))
+    return healthy, sick, well, ill
+
+
+def refuse_contradiction(rows):
+    """InputError naming the first of these Rows that says healthy and sick."""
+    healthy, sick, well, ill = _health(rows)
+    both = np.flatnonzero(well & ill)
     if len(both):
         row = rows.labels[both[0]]
         named = [rows.findings[k] for k in (*healthy, *sick) if row[k] == PRESENT]
@@ -149,11 +155,8 @@ def refuse_contradiction(rows):
 
 def infer_healthy(rows):
     """Labels that follow from others are filled in, where they are blank: a healthy image has no disease,
-    and one with a disease is not healthy. Devices are no disease."""
-    healthy = [k for k, name in enumerate(rows.findings) if is_healthy(name)]
-    sick = [k for k, name in enumerate(rows.findings) if k not in healthy and not is_device(name)]
-    well = (rows.labels[:, healthy] == PRESENT).any(axis=1)
-    ill = (rows.labels[:, sick] == PRESENT).any(axis=1)
+    and one with a disease is not healthy."""
+    healthy, sick, well, ill = _health(rows)
     for columns, implied in ((sick, well), (healthy, ill)):
         for k in columns:
             rows.labels[implied & (rows.labels[:, k] == BLANK), k] = ABSENT
