@@ -44,7 +44,7 @@ def clustered_proportion(hits, whose, level):
     Pearson's interval itself."""
     _, codes, sizes = np.unique(whose, return_inverse=True, return_counts=True)
     n, share = len(hits), float(np.mean(hits))
-    people = n**2 / np.sum(sizes.astype(float) ** 2)
+    people = effective_number(whose)
     if len(sizes) == n or not 0 < share < 1:
         return clopper_pearson(share * people, people, level)
     residuals = np.bincount(codes, weights=hits - share)

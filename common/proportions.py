@@ -14,19 +14,15 @@ def wilson_interval(k, n, level=0.95):
     images may be taken as one of patients; scipy's `binomtest` takes whole numbers only.
 
     InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
-    _check_count(k, n, level)
+    if n < 1 or not 0 <= k <= n:
+        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
+    check_level(level)
     z = norm.ppf((1 + level) / 2)
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     low = 0.0 if k == 0 else float(max(0, centre - half))
     high = 1.0 if k == n else float(min(1, centre + half))
     return low, high
-
-
-def _check_count(k, n, level):
-    if n < 1 or not 0 <= k <= n:
-        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
-    check_level(level)
 
 
 def check_level(level):
