@@ -52,10 +52,15 @@ def side_of(subset, task, finding, name, most):
             f"note: {len(some)} of {len(known)} images ({count_of(patients[some])} of {count_of(patients)} "
             f"patients) are audited, drawn at random; --most-images {len(known)} takes all"
         )
-    files = np.asarray(subset.files)[known[some]]
-    if unknown := int((files == patients[some]).sum()):
-        say(f"note: the patients of {unknown} of {len(some)} images are unknown: each counts as its own")
-    return Side(subset.take(known[some]), y[some], name, len(known))
+    taken = subset.take(known[some])
+    say_unknown_patients(taken)
+    return Side(taken, y[some], name, len(known))
+
+
+def say_unknown_patients(subset):
+    """A note on images of a Subset whose patient is not known."""
+    if unknown := int((np.asarray(subset.files) == np.asarray(subset.patients)).sum()):
+        say(f"note: the patients of {unknown} of {len(subset)} images are unknown: each counts as its own")
 
 
 def some_patients(y, patients, most):
