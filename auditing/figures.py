@@ -112,11 +112,3 @@ def by_patient(values, patients):
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, codes, values)
     return sums, counts
-
-
-# ---------------------------------------------------------------- as text
-
-
-def in_words(span):
-    """ "0.951 [0.931, 0.968]"."""
-    return "{value:.3f} [{lo:.3f}, {hi:.3f}]".format(**span)

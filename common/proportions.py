@@ -134,6 +134,11 @@ def curves_of(row):
     return found
 
 
+def in_words(span):
+    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
+    return f"{span['value']:.3f} [{span['lo']:.3f}, {span['hi']:.3f}]"
+
+
 def in_short(p):
     """A p-value, or None, as text."""
     if p is None:

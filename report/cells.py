@@ -23,11 +23,6 @@ def with_interval(row, key):
     return "-" if row is None else f"{row[key]:.3f} {interval(*reported_interval(row, key))}"
 
 
-def span(figure):
-    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
-    return f"{figure['value']:.3f} {interval(figure['lo'], figure['hi'])}"
-
-
 def size_and_time(*entries):
     """Millions of parameters and minutes of training, as text; of several seeds, the mean minutes."""
     params = entries[0].results["params"] / 1e6

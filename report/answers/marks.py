@@ -15,7 +15,7 @@ from calibration.shift import one_each
 from calibration.wording import calls
 from cohort.who import LEAST
 from common import scaling
-from common.proportions import reported_interval
+from common.proportions import in_words, reported_interval
 from metrics import positives_needed
 from report.answers.standing import shortcut_of
 from report.answers.threshold import floor_verdict, recall_text
@@ -157,8 +157,7 @@ def group_mark(entry, asked):
         found, _ = groups_on(entry, name, "test", asked)
         for (attribute, value), row in zip(found["groups"], found["figures"].get("recall @Rec", ())):
             if "hi" in row:
-                span = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
-                rows.append((row, named(entry, name, f"{attribute} {value} {span}"), name))
+                rows.append((row, named(entry, name, f"{attribute} {value} {in_words(row)}"), name))
     if not rows:
         settle = "a table with age, sex, view or machine (docs/GROUPS.md)"
         return Mark("open", f"no group of {LEAST} patients is known", settle)
