@@ -20,7 +20,7 @@ class Subset:
     `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
     memory-mapped and shared between subsets; `rows` int64 [N] into it;
     `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
-    each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
+    each image's grey levels, 0 to 1, of the images of a data set; `masks`: the lungs on `images`,
     packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
     The attribute `cohort`: what is known of patients and exposures, {name: array [N]} (listing.Index), or
     None.
@@ -31,14 +31,7 @@ class Subset:
         self.masks, self.cohort = masks, None
         self.sources = np.zeros(len(files), np.int64) if sources is None else sources
         self.patients = [patient_id(f) for f in files] if patients is None else patients
-        self._levels = levels
-
-    @property
-    def levels(self):
-        if self._levels is None:
-            images = (self.images[row] for row in self.rows)
-            self._levels = np.array([(image.mean() / 255, image.std() / 255) for image in images])
-        return self._levels
+        self.levels = levels
 
     def __len__(self):
         return len(self.files)
@@ -51,7 +44,7 @@ class Subset:
             self.images,
             self.rows[index],
             patients=taken(self.patients, index),
-            levels=taken(self._levels, index),
+            levels=taken(self.levels, index),
             masks=self.masks,
             sources=self.sources[index],
         )
