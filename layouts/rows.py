@@ -105,29 +105,24 @@ class Layout:
         return missing
 
 
-def coded(sheet, name, words, wrong):
-    """The column `name` of a Sheet by `words`, {text: label} -> int8 [N]. InputError by `wrong`, a function
-    (number of the row, text) -> message, for the first row that has another text."""
+def coded(sheet, name, words, allowed, hint=lambda text: ""):
+    """The column `name` of a Sheet by `words`, {text: label} -> int8 [N]. InputError for the first row that
+    has another text: it says what is `allowed`, and what `hint`(the text) gives."""
     kinds, codes, first = sheet.codes(name)
     strange = [k for k, text in enumerate(kinds) if text not in words]
     if strange:
         k = min(strange, key=lambda k: first[k])
-        raise InputError(wrong(int(sheet.numbers[first[k]]), kinds[k]))
+        where = f"{sheet.path}, row {sheet.numbers[first[k]]}"
+        raise InputError(f"{where}: {name} is {kinds[k][:40]!r}, not {allowed}{hint(kinds[k])}")
     return np.array([words[text] for text in kinds], dtype=np.int8)[codes]
 
 
-def columns_of(sheet, findings, words=WORDS):
+def columns_of(sheet, findings, words=WORDS, hint=lambda text: ""):
     """int8 [N, K] of columns that hold a label a row. InputError for any other value."""
-    allowed = ", ".join(text for text in ("1", "0", "-1") if text in words)
-
-    def wrong_in(name):
-        return lambda number, text: (
-            f"{sheet.path}, row {number}: {name} is {text[:40]!r}, not {allowed} or empty"
-        )
-
+    allowed = ", ".join(text for text in ("1", "0", "-1") if text in words) + " or empty"
     labels = np.empty((len(sheet), len(findings)), dtype=np.int8)
     for k, name in enumerate(findings):
-        labels[:, k] = coded(sheet, name, words, wrong_in(name))
+        labels[:, k] = coded(sheet, name, words, allowed, hint)
     return labels
 
 
