@@ -42,7 +42,7 @@ from auditing.reader import Change, Reader
 from auditing.record import KEYS, NAME, TITLES, audit_of, kept_of, save_side
 from auditing.sheet import draw_sheet
 from auditing.side import side_of, some_patients, too_few
-from calibration.pooling import plural_of, unit_of
+from calibration.pooling import say_not_of_images
 from common.cli import COUNT, Number, Parser
 from common.console import InputError, command_line, say, start
 from common.device import add_device_argument, pick_device
@@ -50,7 +50,7 @@ from common.proportions import count_of
 from common.scaling import SIDES
 from data import load_split
 from layouts.asked import add_moved_arguments, moved_settings
-from layouts.listing import cohort_of
+from layouts.listing import taken
 from records.run import Run
 
 LABELS = "labels"  # of --only, besides the sections
@@ -146,7 +146,7 @@ class Audit:
         side, reader, healthy = self.side, self.reader, np.flatnonzero(self.side.y == 0)
         files = [side.subset.files[i] for i in healthy]
         sizes = signals.original_sizes(reader.config, files, reader.run.results)
-        known = signals.signals_of(cohort_of(side.subset.cohort, healthy), sizes)
+        known = signals.signals_of(taken(side.subset.cohort, healthy), sizes)
         figures = signals.signal_figures(side, known)
         if not figures["signals"]:
             why = "; ".join(figures["left_out"]) or "no sex, view, machine, age or original size that varies"
@@ -331,15 +331,14 @@ def main():
 def ask_sections(args, run, moved):
     """Ask the sections of the command line about a run; write and show what they say."""
     asked, side = args.only, args.side or "val"
-    finding = args.finding or run.task.findings[0]
-    finding = run.task.chosen_finding(finding)
+    finding = run.task.chosen_finding(args.finding or run.task.findings[0])
     audit_of(run)  # a damaged file is said now, not after ten minutes
     reader = Reader(run, pick_device(args.device), finding)
     if not run.task.alone and not args.finding:
         others = ", ".join(run.task.findings[1:])
         say(f"note: audited for {finding!r}; --finding names another: {others}")
-    if reader.calibration and unit_of(reader.calibration) != "image":
-        say(f"note: the threshold of {run} is for {plural_of(reader.calibration)}; here it is for images")
+    if reader.calibration:
+        say_not_of_images(run, reader.calibration)
 
     reader.config = replace(run.config, **moved)
     subset, most = load_split(run, side, moved), args.most_images or MOST_IMAGES

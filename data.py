@@ -188,9 +188,9 @@ def check_fractions(values):
     return tuple(values)
 
 
-def add_arguments(parser, also=True):
-    """The data flags that every training script shares; `also`: images of other hospitals, too. Returns their
-    group."""
+def add_arguments(parser, also=True, unlabelled=False):
+    """The data flags that every training script shares; `also`: labelled images of other hospitals, too,
+    `unlabelled`: others. Returns their group."""
     group = parser.add_argument_group("data")
     add_flags(group, DataConfig, img_size=None)  # demo.prepare fills it in
     add_choices(group)
@@ -205,13 +205,10 @@ def add_arguments(parser, also=True):
         metavar="OWNER/NAME",
         help=f"fetch a Kaggle set into --data-dir first, {KAGGLE} unless another is named",
     )
-    return group
-
-
-def add_unlabelled_argument(group):
-    """--also-unlabelled, for training that needs no labels."""
     about = "folders of unlabelled images of other hospitals that join training"
-    group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
+    if unlabelled:
+        group.add_argument("--also-unlabelled", nargs="+", default=[], metavar="DIR", help=about)
+    return group
 
 
 def add_choices(group):

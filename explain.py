@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibration.pooling import plural_of, unit_of
+from calibration.pooling import say_not_of_images
 from common import scaling
 from common.cli import Number, Parser
 from common.console import InputError, say, start
@@ -78,13 +78,11 @@ class Explainer:
             if not self.methods:
                 raise InputError(f"{run} has no attention to roll out: --method gradcam")
         self.calibration, task = run.calibration(), run.task
-        if finding is not None and finding not in task.findings:
-            raise InputError(f"--finding {finding} is not one of {', '.join(task.findings)}")
-        self.finding = finding or task.findings[0]
+        self.finding = task.chosen_finding(task.findings[0] if finding is None else finding)
         self.column = task.findings.index(self.finding)
-        self.classes = task.classes if len(task.classes) == 2 else (f"no {self.finding}", self.finding)
-        if task.kind == "sigmoid":
-            self.classes = (f"no {self.finding}", self.finding)
+        self.classes = (f"no {self.finding}", self.finding)
+        if task.kind == "softmax" and task.alone:
+            self.classes = task.classes
         if target is not None and target not in task.classes:
             raise InputError(f"--target {target} is not one of {', '.join(task.classes)}")
         if target is not None and self.classes != task.classes:
@@ -96,8 +94,7 @@ class Explainer:
         if "why_not" in found:
             raise InputError(f"{run} has no threshold for {self.finding}: {found['why_not']}")
         self.threshold = found["threshold"]
-        if unit_of(self.calibration) != "image":
-            say(f"note: the threshold of {run} is for {plural_of(self.calibration)}; here it is for images")
+        say_not_of_images(run, self.calibration)
         self.model = model.to(device)
         self.inputs = Inputs.of_calibration(run, self.calibration, device)
         self.exact = self.inputs.on(device)  # float32, for maps and curves

@@ -36,7 +36,7 @@ from calibration.triage import answers
 from common import scaling
 from common.cli import Number, Parser, add_calibrated_run_arguments, check_name
 from common.console import InputError, say, start
-from common.files import atomic_path
+from common.files import save_figure
 from common.task import ANSWERS, effective_rule_in
 from monitoring import sequential
 from monitoring.log import read_log, say_counts, truths
@@ -88,9 +88,7 @@ def draw(path, log, watched, alarm, title):
                 ax.axvline(alarm, color="red", label=f"floor refuted, patient {alarm}")
         ax.legend(fontsize=8, loc="lower right")
     figure.suptitle(title, fontsize=11)
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=110)
-    plt.close(figure)
+    save_figure(path, figure, 110)
 
 
 def watched_of(run, args):

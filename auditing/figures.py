@@ -4,6 +4,8 @@ torch, no files.
 A span is {"value", "lo", "hi"}. Draws are those of one bootstrap of whole patients, so draws of two figures
 of the same images may be subtracted from each other: the difference is paired."""
 
+from functools import partial
+
 import numpy as np
 
 from calibration.intervals import bootstrap_summary, bootstrap_weights, span_of_draws
@@ -62,37 +64,31 @@ def share(hits, patients):
 
 def shares(hits, patients):
     """The spans of the means of `hits`, bool [N, M], by a bootstrap of whole patients: a list of M."""
-    found, people = _means(hits.astype(float), patients, 1 - ERROR, DRAWS), count_of(patients)
-    for span in found:
-        if no_width((span["lo"], span["hi"])):
-            low, high = proportion_of_patients(span["value"], people)
-            span |= {"lo": float(low), "hi": float(high)}
-    return found
+    return _means(hits.astype(float), patients, 1 - ERROR, DRAWS, proportion_of_patients)
 
 
 def falls(before, after, patients, level):
     """By how much shares fall: spans of the mean of before [N] - after [N, M], a list of M. They are paired,
     and by whole patients."""
     change = np.asarray(before, float)[:, None] - np.asarray(after, float)
-    found, people = _means(change, patients, level, FINE_DRAWS), count_of(patients)
-    for span in found:
-        if no_width((span["lo"], span["hi"])):
-            low, high = alike_interval(span["value"], people, level, least=-1.0)
-            span |= {"lo": float(low), "hi": float(high)}
-    return found
+    return _means(change, patients, level, FINE_DRAWS, partial(alike_interval, level=level, least=-1.0))
 
 
-def _means(values, patients, level, draws):
-    """Spans of the means of values [N, M] by a bootstrap of whole patients, a list of M; without width where
-    all draws are the same."""
+def _means(values, patients, level, draws, instead):
+    """Spans of the means of values [N, M] by a bootstrap of whole patients, a list of M; where all draws are
+    the same, `instead`(value, patients) gives (lo, hi)."""
     sums, counts = by_patient(values, patients)
     rng, people, drawn = np.random.default_rng(0), len(counts), []
     for _ in range(0, draws, DRAWS):
         weights = rng.multinomial(people, np.full(people, 1 / people), size=DRAWS)
         drawn.append((weights @ sums) / (weights @ counts)[:, None])
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    value = values.mean(axis=0)
-    return [{"value": float(v), "lo": float(a), "hi": float(b)} for v, a, b in zip(value, low, high)]
+    spans = []
+    for value, *span in zip(values.mean(axis=0), low, high):
+        if no_width(span):
+            span = instead(float(value), people)
+        spans.append({"value": float(value), "lo": float(span[0]), "hi": float(span[1])})
+    return spans
 
 
 def difference_of_shares(hits, inside, patients):
@@ -116,11 +112,3 @@ def by_patient(values, patients):
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, codes, values)
     return sums, counts
-
-
-# ---------------------------------------------------------------- as text
-
-
-def in_words(span):
-    """ "0.951 [0.931, 0.968]"."""
-    return "{value:.3f} [{lo:.3f}, {hi:.3f}]".format(**span)

@@ -38,7 +38,7 @@ class Reader:
         self.run, self.config, self.task, self.finding = run, run.config, run.task, finding
         self.column = self.task.findings.index(finding)
         self.calibration, self.threshold, self.why_not = None, None, ""
-        if run.calibrated() and "" in run.calibrated():
+        if "" in run.calibrated():
             self.calibration = run.calibration()
             found = self.calibration["findings"][finding]
             self.threshold, self.why_not = found.get("threshold"), found.get("why_not", "")

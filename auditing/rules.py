@@ -1,7 +1,7 @@
 """What follows from the figures of an audit: a verdict and a sentence each. The rules are those of
 docs/AUDIT.md, and were fixed before a run was looked at. No torch, no files."""
 
-from auditing.figures import in_words
+from common.proportions import in_words
 
 MARGIN = 0.05  # of AUROC
 RANKS = 0.55  # an AUROC below says too little to lose any of it

@@ -5,7 +5,7 @@ import textwrap
 import matplotlib
 import matplotlib.pyplot as plt
 
-from common.files import atomic_path
+from common.files import save_figure
 from models.map_pictures import drawable
 
 matplotlib.use("Agg")
@@ -25,6 +25,4 @@ def draw_sheet(path, images, texts, title):
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
             ax.set_title(drawable(text), fontsize=8)
         figure.suptitle(textwrap.fill(drawable(title), 30 * COLUMNS), fontsize=10)
-        with atomic_path(path) as tmp:
-            figure.savefig(tmp, dpi=110)
-    plt.close(figure)
+        save_figure(path, figure, 110)

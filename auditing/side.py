@@ -52,13 +52,18 @@ def side_of(subset, task, finding, name, most):
             f"note: {len(some)} of {len(known)} images ({count_of(patients[some])} of {count_of(patients)} "
             f"patients) are audited, drawn at random; --most-images {len(known)} takes all"
         )
-    files = np.asarray(subset.files)[known[some]]
-    if unknown := int((files == patients[some]).sum()):
-        say(f"note: the patients of {unknown} of {len(some)} images are unknown: each counts as its own")
-    return Side(subset.take(known[some]), y[some], name, len(known))
+    taken = subset.take(known[some])
+    say_unknown_patients(taken)
+    return Side(taken, y[some], name, len(known))
 
 
-def some_patients(y, patients, most, seed=0):
+def say_unknown_patients(subset):
+    """A note on images of a Subset whose patient is not known."""
+    if unknown := int((np.asarray(subset.files) == np.asarray(subset.patients)).sum()):
+        say(f"note: the patients of {unknown} of {len(subset)} images are unknown: each counts as its own")
+
+
+def some_patients(y, patients, most):
     """Positions int64, ascending, of all images of random patients, at most `most` of them: patients with and
     without the finding in turn, so that each kind is nearly half, as long as there are any.
 
@@ -68,7 +73,7 @@ def some_patients(y, patients, most, seed=0):
     names, codes, counts = np.unique(patients, return_inverse=True, return_counts=True)
     sick = np.zeros(len(names), bool)
     np.logical_or.at(sick, codes, y == 1)
-    order = np.random.default_rng(seed).permutation(len(names))
+    order = np.random.default_rng(0).permutation(len(names))
     queues = [[k for k in order if sick[k] == kind] for kind in (True, False)]
     chosen, images = [], [0, 0]
     while any(queues):

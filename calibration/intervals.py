@@ -13,7 +13,6 @@ from common.console import InputError
 from common.proportions import (
     alike_figures,
     alike_interval,
-    check_level,
     count_of,
     f1_of_patients,
     fewer_patients,
@@ -52,15 +51,14 @@ def _variance(sick, healthy):
     return m / (m - 1) * sick @ sick + n / (n - 1) * healthy @ healthy
 
 
-def delong_interval(y_true, p1, level=0.95):
-    """AUROC with DeLong's normal interval, clipped to [0, 1] -> (auroc, lo, hi).
+def delong_interval(y_true, p1):
+    """AUROC with DeLong's normal 95% interval, clipped to [0, 1] -> (auroc, lo, hi).
 
     At an AUROC of 0 or 1 the estimated variance is 0, and so is the width.
-    InputError: as `check_scores`; `level` outside (0, 1); fewer than two images of a class."""
+    InputError: as `check_scores`; fewer than two images of a class."""
     y, p = check_scores(y_true, p1)
-    check_level(level)
     (auroc,), (sick,), (healthy,) = _influences(y, p[None])
-    half = norm.ppf((1 + level) / 2) * math.sqrt(_variance(sick, healthy))
+    half = norm.ppf(0.975) * math.sqrt(_variance(sick, healthy))
     return float(auroc), float(max(0.0, auroc - half)), float(min(1.0, auroc + half))
 
 
@@ -207,47 +205,41 @@ def span_of_draws(value, draws, instead, level=0.95):
     return {"value": float(value), "lo": float(low), "hi": float(high)}
 
 
-def proportion_interval(hits, groups, n=2000, level=0.95, seed=0):
-    """The interval of the mean of `hits`, bool [N], by a bootstrap of whole `groups` [N] (patients); Wilson's
-    by patients where every draw is the same -> [lo, hi]. InputError: no image."""
+def proportion_interval(hits, groups, n):
+    """The 95% interval of the mean of `hits`, bool [N], by a bootstrap of whole `groups` [N] (patients);
+    Wilson's by patients where every draw is the same -> [lo, hi]. InputError: no image."""
     hits, groups = np.asarray(hits, np.float64), np.asarray(groups)
-    draws = [(block @ hits) / block.sum(axis=1) for block in bootstrap_weights(groups, n, seed)]
-    instead = proportion_of_patients(float(hits.mean()), count_of(groups), level)
-    found = span_of_draws(hits.mean(), np.concatenate(draws), instead, level)
+    draws = [(block @ hits) / block.sum(axis=1) for block in bootstrap_weights(groups, n)]
+    instead = proportion_of_patients(float(hits.mean()), count_of(groups))
+    found = span_of_draws(hits.mean(), np.concatenate(draws), instead)
     return [found["lo"], found["hi"]]
 
 
-def intervals_at_threshold(y_true, p1, thr, groups, n=2000, level=0.95, seed=0):
-    """`intervals_at_thresholds` for a single threshold -> {figure: {method: [lo, hi]}}."""
-    return intervals_at_thresholds(y_true, p1, [thr], groups, n, level, seed)[0]
-
-
-def intervals_at_thresholds(y_true, p1, thresholds, groups, n=2000, level=0.95, seed=0):
-    """Intervals of the figures of `summarize_at_threshold`: {figure: {method: [lo, hi]}} for each threshold.
-
-    "bootstrap", for every figure: `groups` [N] (patients) drawn whole, n times; the only method that knows
-    that images of one patient are alike. "patients": the interval that takes its place, for figures of which
-    every draw is the same. "wilson", of images: recall, specificity, precision and acc; left out where the
-    proportion is of nothing. "delong", of images: auroc; left out where a class has one image.
+def intervals_at_threshold(y_true, p1, thr, groups, n=2000):
+    """`intervals_of_draws` at one threshold, of whole `groups` [N] (patients) drawn n times.
 
     InputError: as `summarize_at_threshold` and `percentiles`."""
     y, p = check_scores(y_true, p1)
-    check_level(level)
     groups = check_groups(groups, y)
-    draws = bootstrap_summary(y, p, thresholds, bootstrap_weights(groups, n, seed))
-    return intervals_of_draws(y, p, thresholds, draws, groups, level)
+    draws = bootstrap_summary(y, p, [thr], bootstrap_weights(groups, n))
+    return intervals_of_draws(y, p, [thr], draws, groups)[0]
 
 
-def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
-    """`intervals_at_thresholds` of checked labels, scores and groups, and the draws of
-    `bootstrap_summary`."""
+def intervals_of_draws(y, p, thresholds, draws, groups):
+    """95% intervals of the figures of `summarize_at_threshold`: {figure: {method: [lo, hi]}} each.
+    Labels, scores and groups are checked; `draws`: what `bootstrap_summary` gives of them.
+
+    "bootstrap", for every figure: of whole `groups` [N] (patients), the only method that knows that images of
+    one patient are alike. "patients": the interval that takes its place, for figures of which every draw is
+    the same. "wilson", of images: recall, specificity, precision and acc; left out where the proportion is of
+    nothing. "delong", of images: auroc; left out where a class has one image."""
     rows = [summarize_at_threshold(y, p, thr) for thr in thresholds]
     few = min((y == 1).sum(), (y == 0).sum()) < 2
-    delong = None if few else list(delong_interval(y, p, level)[1:])
+    delong = None if few else list(delong_interval(y, p)[1:])
     found = []
     for row, figures in zip(rows, draws):
         tp, fp, tn, fn = (row[key] for key in ("tp", "fp", "tn", "fn"))
-        intervals = {name: {"bootstrap": list(percentiles(v, level))} for name, v in figures.items()}
+        intervals = {name: {"bootstrap": list(percentiles(v))} for name, v in figures.items()}
         for name, k, total in (
             ("recall", tp, tp + fn),
             ("specificity", tn, tn + fp),
@@ -255,10 +247,10 @@ def intervals_of_draws(y, p, thresholds, draws, groups, level=0.95):
             ("acc", tp + tn, tp + tn + fp + fn),
         ):
             if total:
-                intervals[name]["wilson"] = list(wilson_interval(k, total, level))
+                intervals[name]["wilson"] = list(wilson_interval(k, total))
         if not few:
             intervals["auroc"]["delong"] = list(delong)
-        alike = alike_figures(y, p >= row["thr"], groups, row, level)
+        alike = alike_figures(y, p >= row["thr"], groups, row)
         for name, methods in intervals.items():
             if no_width(methods["bootstrap"]):
                 methods["patients"] = alike[name]
@@ -275,7 +267,7 @@ def compare_at_thresholds(y_true, p1_a, thr_a, p1_b, thr_b, groups, n=2000, seed
     "mcnemar_recall" and "mcnemar_specificity": exact p-values on the positives and on the negatives; all
     three by whole groups.
 
-    InputError: as `intervals_at_thresholds`."""
+    InputError: as `intervals_at_threshold`."""
     y, a = check_scores(y_true, p1_a)
     _, b = check_scores(y_true, p1_b)
     groups = check_groups(groups, y)

@@ -229,6 +229,12 @@ def plural_of(calibration):
     return PLURAL[unit_of(calibration)]
 
 
+def say_not_of_images(run, calibration):
+    """A note where the thresholds of a Run's calibration are not for images, but applied to them here."""
+    if unit_of(calibration) != "image":
+        say(f"note: the threshold of {run} is for {plural_of(calibration)}; here it is for images")
+
+
 def title_of(calibration):
     """What is added to the name of a run that is not judged by image: ", by study (mean)"; else ""."""
     if unit_of(calibration) == "image":

@@ -63,16 +63,15 @@ def instead(patients, floor, confidence):
     }
 
 
-def granted(value, test, digits=3):
-    """The greatest number of so many decimals, at most `value`, that passes `test`; with more decimals where
+def granted(value, test):
+    """The greatest number of three decimals, at most `value`, that passes `test`; with more decimals where
     that would be 0. None if there is none."""
-    while digits < 10:
+    for digits in range(3, 10):
         steps = math.floor(value * 10**digits)
         for count in (steps, steps - 1):  # one lower, should rounding have lifted the first over the limit
             rounded = round(count / 10**digits, digits)
             if 0 < rounded < 1 and test(rounded):
                 return rounded
-        digits += 1
     return None
 
 
@@ -149,11 +148,11 @@ def add_rule_in(chosen, y, p, patients, rule):
     chosen |= {"rule_in": rule_in, "triage": {"site": shares(y, p, patients, pair, rule.bootstrap)}}
 
 
-def halves(patients, y, seed=0):
+def halves(patients, y):
     """Two halves of the images, whole patients on one side, alike in their truth [N]: index arrays."""
     names = np.unique(patients)
     sick = np.array([y[patients == name].max() for name in names])
-    rng, in_first = np.random.default_rng(seed), np.zeros(len(names), bool)
+    rng, in_first = np.random.default_rng(0), np.zeros(len(names), bool)
     # The healthy and the sick are halved apart; of an odd number of the sick the first half gets one more.
     for k in (0, 1):
         members = rng.permutation(np.flatnonzero(sick == k))

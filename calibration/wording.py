@@ -7,7 +7,7 @@ import math
 
 from calibration.pooling import plural_of, title_of
 from common import scaling
-from common.proportions import reported_interval
+from common.proportions import in_words, reported_interval
 from common.scaling import POINTS, SIDES
 from common.task import ANSWERS
 from metrics import chance_below_floor, temperature_limit
@@ -347,7 +347,7 @@ def show_summary(word, summary):
     parts = []
     for key, label in (("auroc", "mean AUROC"), ("accuracy", "accuracy"), ("macro_f1", "macro F1")):
         if key in summary:
-            parts.append("{} {value:.3f} [{lo:.3f}, {hi:.3f}]".format(label, **summary[key]))
+            parts.append(f"{label} {in_words(summary[key])}")
     if out := summary.get("several_classes"):
         parts.append(f"accuracy and F1 without the {out} whose images are of several classes")
     print(f"  {word}: {', '.join(parts)} ({len(summary['findings'])} findings)")

@@ -44,7 +44,7 @@ def clustered_proportion(hits, whose, level):
     Pearson's interval itself."""
     _, codes, sizes = np.unique(whose, return_inverse=True, return_counts=True)
     n, share = len(hits), float(np.mean(hits))
-    people = n**2 / np.sum(sizes.astype(float) ** 2)
+    people = effective_number(whose)
     if len(sizes) == n or not 0 < share < 1:
         return clopper_pearson(share * people, people, level)
     residuals = np.bincount(codes, weights=hits - share)
@@ -153,10 +153,10 @@ def permutation_p(observed, statistics, most):
     return min(1.0, 2 * (1 + extreme) / (1 + drawn))
 
 
-def shuffled(inside, strata, columns, seed=0):
+def shuffled(inside, strata, columns):
     """Yields float64 [rows, U]: `inside`, bool [U], permuted within `strata` [U]. Blocks of few rows come
     first, since most tests end early; `columns` is how many numbers a row will need."""
-    rng, rows = np.random.default_rng(seed), 64
+    rng, rows = np.random.default_rng(0), 64
     members = [np.flatnonzero(strata == k) for k in np.unique(strata)]
     while True:
         block = np.empty((rows, len(inside)))

@@ -6,7 +6,7 @@ import numpy as np
 
 from cohort.figures import ERROR, Curve, Proportion, family
 from cohort.who import LEAST, groups_of
-from common.proportions import in_short
+from common.proportions import in_short, in_words
 
 
 def groups_on_side(truth, scores, patients, cohort, asked, found, floor):
@@ -80,7 +80,7 @@ def _cells(row):
     """[a figure with its interval, its gap to the rest with the p-value], as texts."""
     if "value" not in row:
         return [f"- ({row['patients']} patients)", "-"]
-    figure = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+    figure = in_words(row)
     if row.get("broken"):
         figure += " BROKEN"
     if "gap" not in row:

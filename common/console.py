@@ -337,11 +337,14 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def in_one_line(text, most=300):
-    """A text, or what an exception says, in one line. Of more than `most` characters the middle is left out,
+SHORT = 300  # characters of a text that is told in one line
+
+
+def in_one_line(text):
+    """A text, or what an exception says, in one line. Of more than SHORT characters the middle is left out,
     marked "...": libraries put the cause last."""
     line = " ".join(str(text).split())
-    if len(line) <= most:
+    if len(line) <= SHORT:
         return line
-    tail = most // 3
-    return f"{line[: most - tail - 5].rstrip()} ... {line[-tail:].lstrip()}"
+    tail = SHORT // 3
+    return f"{line[: SHORT - tail - 5].rstrip()} ... {line[-tail:].lstrip()}"

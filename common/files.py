@@ -131,6 +131,15 @@ def write_json(path, value):
         tmp.write_text(text + "\n", encoding="utf-8")
 
 
+def save_figure(path, figure, dpi):
+    """Write a matplotlib figure as a picture, atomically, and let go of it."""
+    from matplotlib import pyplot as plt  # slow to import
+
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, dpi=dpi)
+    plt.close(figure)
+
+
 def read_json(path):
     """Read a JSON object; InputError naming the file if it is absent, damaged, too large or not an object."""
     check_regular(path)

@@ -14,19 +14,15 @@ def wilson_interval(k, n, level=0.95):
     images may be taken as one of patients; scipy's `binomtest` takes whole numbers only.
 
     InputError unless n >= 1, 0 <= k <= n and 0 < level < 1."""
-    _check_count(k, n, level)
+    if n < 1 or not 0 <= k <= n:
+        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
+    check_level(level)
     z = norm.ppf((1 + level) / 2)
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     low = 0.0 if k == 0 else float(max(0, centre - half))
     high = 1.0 if k == n else float(min(1, centre + half))
     return low, high
-
-
-def _check_count(k, n, level):
-    if n < 1 or not 0 <= k <= n:
-        raise InputError(f"a proportion k/n needs n >= 1 and 0 <= k <= n, got {k}/{n}")
-    check_level(level)
 
 
 def check_level(level):
@@ -84,29 +80,29 @@ def relevant_images(y, called):
     return {"recall": y == 1, "specificity": y == 0, "precision": called, "acc": everything}
 
 
-def proportion_of_patients(value, n, level=0.95):
+def proportion_of_patients(value, n):
     """Wilson's interval of a proportion `value`, by n patients instead of images -> (lo, hi).
 
     Of no patient it is (0, 1)."""
-    return wilson_interval(value * n, n, level) if n else (0.0, 1.0)
+    return wilson_interval(value * n, n) if n else (0.0, 1.0)
 
 
-def f1_of_patients(value, n, level=0.95):
+def f1_of_patients(value, n):
     """The same of an F1: of the images that are positive or called so, a share J is both, and F1 = 2 J / (1 +
     J). n: the patients of these images."""
-    low, high = proportion_of_patients(value / (2 - value), n, level)
+    low, high = proportion_of_patients(value / (2 - value), n)
     return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
-def alike_figures(y, called, groups, row, level):
+def alike_figures(y, called, groups, row):
     """{figure: [lo, hi]} of a summary `row`, by the number of patients alone."""
     found = {}
     for name, images in relevant_images(y, called).items():
-        found[name] = proportion_of_patients(row[name], count_of(groups[images]), level)
-    found["f1"] = f1_of_patients(row["f1"], count_of(groups[called | (y == 1)]), level)
+        found[name] = proportion_of_patients(row[name], count_of(groups[images]))
+    found["f1"] = f1_of_patients(row["f1"], count_of(groups[called | (y == 1)]))
     pairs = fewer_patients(y, groups)
     for name in ("auroc", "auprc"):
-        found[name] = alike_interval(row[name], pairs, level)
+        found[name] = alike_interval(row[name], pairs)
     if no_width((row["auprc"], 1.0)):
         found["auprc"] = auprc_at_least(found["auroc"][0], y.mean()), 1.0
     return {name: list(map(float, span)) for name, span in found.items()}
@@ -136,6 +132,11 @@ def curves_of(row):
         lo, hi = reported_interval(row, key)
         found[key] = {"value": row[key], "lo": lo, "hi": hi}
     return found
+
+
+def in_words(span):
+    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
+    return f"{span['value']:.3f} [{span['lo']:.3f}, {span['hi']:.3f}]"
 
 
 def in_short(p):

@@ -66,17 +66,12 @@ def _check_regular(path):
 
 
 @contextlib.contextmanager
-def _file(source):
-    """(file object, its kind by listing.kind_of) of a path or file object."""
-    if not isinstance(source, (str, bytes, os.PathLike)):
-        kind = kind_of(source.read(HEAD))
-        source.seek(0)
-        yield source, kind
-        return
-    _check_regular(source)
-    if os.path.getsize(source) == 0:
+def _file(path):
+    """(file object, its kind by find.kind_of) of a path."""
+    _check_regular(path)
+    if os.path.getsize(path) == 0:
         raise OSError("the file is empty")
-    with open(source, "rb") as file:
+    with open(path, "rb") as file:
         kind = kind_of(file.read(HEAD))
         file.seek(0)
         yield file, kind
@@ -110,25 +105,25 @@ def _check_size(image):
             raise OSError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
-def decode(source, size, resize="squash"):
-    """An image file (path or file object; DICOM by its path) -> uint8 [size, size], grey, upright.
+def decode(path, size, resize="squash"):
+    """An image file -> uint8 [size, size], grey, upright.
 
     Large JPEGs are decoded at reduced scale (never below twice the target, so nothing visible is lost),
     then shrunk with an anti-aliased bilinear filter. Above 8 bits the grey range is `stretch`ed.
     OSError, and nothing else, if the file cannot be read.
     """
-    return _decode(source, size, resize)[0]
+    return _decode(path, size, resize)[0]
 
 
 @_oserror_only()
-def _decode(source, size, resize):
+def _decode(path, size, resize):
     """`decode`, and the original's (width, height) as it is seen upright."""
-    if isinstance(source, (str, os.PathLike)) and arrays.parts_of(source):
-        image = Image.fromarray(arrays.pixels(source))
+    if arrays.parts_of(path):
+        image = Image.fromarray(arrays.pixels(path))
         return to_square(image.convert("L"), size, resize), image.size
-    with _file(source) as (file, kind):
+    with _file(path) as (file, kind):
         if kind == "DICOM":
-            image = open_dicom(source)
+            image = open_dicom(path)
             return to_square(image.convert("L"), size, resize), image.size
         image = _open(file, kind)
         original = image.size

@@ -9,7 +9,7 @@ from common import prelude  # noqa: F401  (first: see there)
 from common.console import say
 from common.files import sha256
 from images import twins
-from images.dicom import KEYED
+from images.dicom import keyed
 from images.split import say_shared
 
 
@@ -34,11 +34,9 @@ def describe(config, listing, train, val, indices, readable, unknown):
     # The published parts of a set of folders number their patients separately.
     if listing.test_from != "published" or config.labels or config.patients:
         info["shared_patients_test"] = sum(patient in either for patient in test.patients)
-    elif any(
-        patient.startswith(KEYED) for patient in test.patients
-    ):  # an id of DICOM is one person's anywhere
-        keyed = {patient for patient in either if patient.startswith(KEYED)}
-        info["shared_patients_test"] = sum(patient in keyed for patient in test.patients)
+    elif keyed(test.patients):
+        known = keyed(either)
+        info["shared_patients_test"] = sum(patient in known for patient in test.patients)
     info["copies"] = twins.count({side: index.content for side, index in indices.items()})
     info["flow"] = [*listing.flow, ["readable", readable + len(test.files)]]
     info["flow"] += [[side, len(index.files)] for side, index in indices.items()]

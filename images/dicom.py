@@ -26,9 +26,13 @@ PADDING = (
     ("DoubleFloatPixelPaddingValue", "DoubleFloatPixelPaddingRangeLimit"),
 )
 
-
 KEYED = "dicom-"  # how the name of a patient or study begins that stands for an id of a header
 HEADER = ("PatientID", "StudyInstanceUID", "PatientAge", "PatientSex", "ViewPosition", "Manufacturer")
+
+
+def keyed(patients):
+    """Those names of patients that stand for an id of a header, which is one person's anywhere: a set."""
+    return {patient for patient in patients if patient.startswith(KEYED)}
 
 
 class Grey(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from common import prelude  # noqa: F401  (first: see there)
 from common.console import InputError
 from common.files import sha256
-from layouts.listing import cohort_of, patient_id
+from layouts.listing import patient_id, taken
 from lungs import masks as lung_masks
 
 
@@ -20,7 +20,7 @@ class Subset:
     `files` [N] relative to the data folder; `targets` int64 [N] or int8 [N, K]; `images` uint8 [*, S, S],
     memory-mapped and shared between subsets; `rows` int64 [N] into it;
     `patients` [N] (default: as the file names tell); `levels` float64 [N, 2]: mean and standard deviation of
-    each image's grey levels, 0 to 1 (default: computed from the images); `masks`: the lungs on `images`,
+    each image's grey levels, 0 to 1, of the images of a data set; `masks`: the lungs on `images`,
     packed (lungs.pack), where a model needs them; `sources` int64 [N]: the hospital, 0 the first one.
     The attribute `cohort`: what is known of patients and exposures, {name: array [N]} (listing.Index), or
     None.
@@ -31,32 +31,25 @@ class Subset:
         self.masks, self.cohort = masks, None
         self.sources = np.zeros(len(files), np.int64) if sources is None else sources
         self.patients = [patient_id(f) for f in files] if patients is None else patients
-        self._levels = levels
-
-    @property
-    def levels(self):
-        if self._levels is None:
-            images = (self.images[row] for row in self.rows)
-            self._levels = np.array([(image.mean() / 255, image.std() / 255) for image in images])
-        return self._levels
+        self.levels = levels
 
     def __len__(self):
         return len(self.files)
 
     def take(self, index):
         """The Subset of these positions."""
-        taken = Subset(
-            [self.files[i] for i in index],
+        some = Subset(
+            taken(self.files, index),
             self.targets[index],
             self.images,
             self.rows[index],
-            patients=[self.patients[i] for i in index],
-            levels=None if self._levels is None else self._levels[index],
+            patients=taken(self.patients, index),
+            levels=taken(self.levels, index),
             masks=self.masks,
             sources=self.sources[index],
         )
-        taken.cohort = cohort_of(self.cohort, index)
-        return taken
+        some.cohort = taken(self.cohort, index)
+        return some
 
     def pixels(self, index=slice(None)):
         """uint8 [n, S, S] of these positions, in memory."""

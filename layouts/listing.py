@@ -43,17 +43,7 @@ class Index(NamedTuple):
 
     def take(self, positions):
         """The Index of these positions."""
-        return Index(
-            [self.files[i] for i in positions],
-            self.targets[positions],
-            [self.patients[i] for i in positions],
-            self.known[positions],
-            self.side[positions],
-            taken(self.content, positions),
-            taken(self.uncertain, positions),
-            cohort_of(self.cohort, positions),
-            taken(self.blank, positions),
-        )
+        return Index(*(taken(values, positions) for values in self))
 
     @property
     def unknown(self):
@@ -92,17 +82,12 @@ class Listing:
 
 
 def taken(values, positions):
-    """The elements of an array at these positions; None of None."""
-    if values is None:
-        return None
-    return values[positions]
-
-
-def cohort_of(cohort, positions):
-    """The rows of a cohort, {name: array [N]}, at these positions; None of None."""
-    if cohort is None:
-        return None
-    return {name: values[positions] for name, values in cohort.items()}
+    """The elements of a list or an array at these positions, or of each array of a dict; None of None."""
+    if isinstance(values, list):
+        return [values[i] for i in positions]
+    if isinstance(values, dict):
+        return {name: array[positions] for name, array in values.items()}
+    return None if values is None else values[positions]
 
 
 def joined_cohorts(cohorts, lengths):

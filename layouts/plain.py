@@ -1,7 +1,6 @@
 """A plain table: path, patient, and a column a finding with 1, 0, -1 (uncertain) or nothing."""
 
 import re
-from functools import partial
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from layouts import chexpert
 from layouts.cohort import ages, further_columns, sexes, views
 from layouts.nih import NIH_FINDINGS
 from layouts.patients import patients_of
-from layouts.rows import ABSENT, PRESENT, WORDS, Layout, Rows, coded
+from layouts.rows import ABSENT, PRESENT, WORDS, Layout, Rows, columns_of
 from layouts.sheets import columns, open_sheet
 from layouts.synonyms import same_key
 
@@ -35,22 +34,15 @@ def labels_of(sheet, asked):
     may be no findings."""
     if absent := [name for name in asked if name not in sheet.head]:
         raise InputError(f"{sheet.path} has no column {', '.join(absent)}; {columns(sheet.head)}")
-
-    labels = np.empty((len(sheet), len(asked)), dtype=np.int8)
-    for k, name in enumerate(asked):
-        labels[:, k] = coded(sheet, name, WORDS, partial(_no_label, sheet.path, name))
+    labels = columns_of(sheet, asked, hint=_hint)
     _refuse_both(sheet, asked)
     return labels
 
 
-def _no_label(path, name, number, text):
-    """What is wrong with a cell that holds no label."""
-    comma = ""
-    if re.fullmatch(r"-?\d+,\d+", text):
-        comma = ". A decimal comma is not read"
-    return f"{path}, row {number}: {name} is {text[:40]!r}, not 1, 0, -1 or empty{comma}" + advice(
-        "--findings", ". If it is no finding, name those that are with --findings A,B,C"
-    )
+def _hint(text):
+    """What may be wrong with a cell that holds no label."""
+    comma = ". A decimal comma is not read" if re.fullmatch(r"-?\d+,\d+", text) else ""
+    return comma + advice("--findings", ". If it is no finding, name those that are with --findings A,B,C")
 
 
 def _refuse_both(sheet, asked):
@@ -62,13 +54,9 @@ def _refuse_both(sheet, asked):
     is_it = {name: _equals(sheet, name, PRESENT) for name in (*healthy, *sick)}
     against = {f"{name} is 1": is_it[name] for name in sick}
     against |= {f"{name} is 0": _equals(sheet, name, ABSENT) for name in healthy}
-    well = np.zeros(len(sheet), dtype=bool)
-    for name in healthy:
-        well |= is_it[name]
-    clash = np.zeros(len(sheet), dtype=bool)
-    for rows_of in against.values():
-        clash |= rows_of
-    wrong = np.flatnonzero(well & clash)
+    nowhere = np.zeros(len(sheet), dtype=bool)
+    well = np.any([nowhere, *(is_it[name] for name in healthy)], axis=0)
+    wrong = np.flatnonzero(well & np.any([nowhere, *against.values()], axis=0))
     if len(wrong):
         row = wrong[0]
         first = next(name for name in healthy if is_it[name][row])

@@ -1,13 +1,14 @@
 """What every layout turns its tables into: Rows, an image each; and what a Layout is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.console import InputError
 from common.task import is_device, is_healthy
+from layouts.listing import taken
 
 PRESENT, ABSENT, UNCERTAIN, BLANK = 1, 0, -1, -2  # labels, before a choice is made of the last two
 UNUSABLE = -3  # no label, whatever blank ones count as: the image is left out
@@ -42,17 +43,8 @@ class Rows:
 
     def take(self, positions):
         """The Rows of these positions."""
-        return Rows(
-            self.path,
-            [self.names[i] for i in positions],
-            self.numbers[positions],
-            self.findings,
-            self.labels[positions],
-            [self.patients[i] for i in positions],
-            None if self.side is None else self.side[positions],
-            {name: values[positions] for name, values in self.cohort.items()},
-            self.left_out,
-        )
+        columns = ("names", "numbers", "labels", "patients", "side", "cohort")
+        return replace(self, **{name: taken(getattr(self, name), positions) for name in columns})
 
 
 @dataclass(frozen=True)
@@ -113,39 +105,40 @@ class Layout:
         return missing
 
 
-def coded(sheet, name, words, wrong):
-    """The column `name` of a Sheet by `words`, {text: label} -> int8 [N]. InputError by `wrong`, a function
-    (number of the row, text) -> message, for the first row that has another text."""
+def coded(sheet, name, words, allowed, hint=lambda text: ""):
+    """The column `name` of a Sheet by `words`, {text: label} -> int8 [N]. InputError for the first row that
+    has another text: it says what is `allowed`, and what `hint`(the text) gives."""
     kinds, codes, first = sheet.codes(name)
     strange = [k for k, text in enumerate(kinds) if text not in words]
     if strange:
         k = min(strange, key=lambda k: first[k])
-        raise InputError(wrong(int(sheet.numbers[first[k]]), kinds[k]))
+        where = f"{sheet.path}, row {sheet.numbers[first[k]]}"
+        raise InputError(f"{where}: {name} is {kinds[k][:40]!r}, not {allowed}{hint(kinds[k])}")
     return np.array([words[text] for text in kinds], dtype=np.int8)[codes]
 
 
-def columns_of(sheet, findings, words=WORDS):
+def columns_of(sheet, findings, words=WORDS, hint=lambda text: ""):
     """int8 [N, K] of columns that hold a label a row. InputError for any other value."""
-    allowed = ", ".join(text for text in ("1", "0", "-1") if text in words)
-
-    def wrong_in(name):
-        return lambda number, text: (
-            f"{sheet.path}, row {number}: {name} is {text[:40]!r}, not {allowed} or empty"
-        )
-
+    allowed = ", ".join(text for text in ("1", "0", "-1") if text in words) + " or empty"
     labels = np.empty((len(sheet), len(findings)), dtype=np.int8)
     for k, name in enumerate(findings):
-        labels[:, k] = coded(sheet, name, words, wrong_in(name))
+        labels[:, k] = coded(sheet, name, words, allowed, hint)
     return labels
+
+
+def _health(rows):
+    """(columns of health, columns of diseases, which of these Rows say healthy, which say ill). Devices are
+    no disease."""
+    healthy = [k for k, name in enumerate(rows.findings) if is_healthy(name)]
+    sick = [k for k, name in enumerate(rows.findings) if k not in healthy and not is_device(name)]
+    well, ill = ((rows.labels[:, columns] == PRESENT).any(axis=1) for columns in (healthy, sick))
+    return healthy, sick, well, ill
 
 
 def refuse_contradiction(rows):
     """InputError naming the first of these Rows that says healthy and sick."""
-    healthy = [k for k, name in enumerate(rows.findings) if is_healthy(name)]
-    sick = [k for k, name in enumerate(rows.findings) if k not in healthy and not is_device(name)]
-    well = (rows.labels[:, healthy] == PRESENT).any(axis=1)
-    against = (rows.labels[:, sick] == PRESENT).any(axis=1)
-    both = np.flatnonzero(well & against)
+    healthy, sick, well, ill = _health(rows)
+    both = np.flatnonzero(well & ill)
     if len(both):
         row = rows.labels[both[0]]
         named = [rows.findings[k] for k in (*healthy, *sick) if row[k] == PRESENT]
@@ -157,11 +150,8 @@ def refuse_contradiction(rows):
 
 def infer_healthy(rows):
     """Labels that follow from others are filled in, where they are blank: a healthy image has no disease,
-    and one with a disease is not healthy. Devices are no disease."""
-    healthy = [k for k, name in enumerate(rows.findings) if is_healthy(name)]
-    sick = [k for k, name in enumerate(rows.findings) if k not in healthy and not is_device(name)]
-    well = (rows.labels[:, healthy] == PRESENT).any(axis=1)
-    ill = (rows.labels[:, sick] == PRESENT).any(axis=1)
+    and one with a disease is not healthy."""
+    healthy, sick, well, ill = _health(rows)
     for columns, implied in ((sick, well), (healthy, ill)):
         for k in columns:
             rows.labels[implied & (rows.labels[:, k] == BLANK), k] = ABSENT

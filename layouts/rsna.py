@@ -18,6 +18,7 @@ from layouts.sheets import open_sheet, sheet_beside
 
 ID, TARGET, CLASS = "patientId", "Target", "class"
 HEADERS = ("PatientID", "PatientAge", "PatientSex", "ViewPosition")
+TARGETS = {"1": PRESENT, "1.0": PRESENT, "0": ABSENT, "0.0": ABSENT, "": BLANK}
 CLASSES = {"Normal": PRESENT, "No Lung Opacity / Not Normal": ABSENT, "Lung Opacity": ABSENT}  # healthy?
 NIH_NAME = re.compile(r"(\d{8})_\d{3}\.png")
 
@@ -32,12 +33,7 @@ def rows(source):
     other."""
     sheet = open_sheet(source.path)
     ids, codes, first = sheet.codes(ID)
-    targets = coded(
-        sheet,
-        TARGET,
-        {"1": PRESENT, "1.0": PRESENT, "0": ABSENT, "0.0": ABSENT, "": BLANK},
-        lambda number, text: f"{sheet.path}, row {number}: {TARGET} is {text[:40]!r}, not 1 or 0",
-    )
+    targets = coded(sheet, TARGET, TARGETS, "1 or 0")
     other = np.flatnonzero(targets != targets[first][codes])
     if len(other):
         row = other[0]
@@ -58,14 +54,7 @@ def rows(source):
 
 def _healthy(sheet, ids):
     """int8 [N]: whether the table of classes calls these images normal; BLANK where it does not list them."""
-    words = coded(
-        sheet,
-        CLASS,
-        CLASSES,
-        lambda number, text: (
-            f"{sheet.path}, row {number}: {CLASS} is {text[:40]!r}, not {', '.join(CLASSES)}"
-        ),
-    )
+    words = coded(sheet, CLASS, CLASSES, ", ".join(CLASSES))
     known = {}
     for number, image, word in zip(sheet.numbers, sheet.text(ID), words.tolist()):
         if known.setdefault(image, word) != word:

@@ -65,7 +65,7 @@ def plain(config):
     """A config without what every ViT has."""
     usual = dict(class_token=True, fc_norm=False, norm_eps=1e-6, layer_scale=False, reg_tokens=0, gated=False)
     if config.get("rotary"):
-        usual.pop("reg_tokens"), usual.pop("norm_eps")
+        del usual["reg_tokens"], usual["norm_eps"]
     return {k: v for k, v in config.items() if k not in usual or v != usual[k]}
 
 

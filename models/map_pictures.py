@@ -8,7 +8,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 
-from common.files import atomic_path
+from common.files import save_figure
 from lungs.show import plausible
 
 matplotlib.use("Agg")
@@ -46,9 +46,7 @@ def draw(path, rows, methods, title):
         about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
         figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
         figure.suptitle(textwrap.fill(drawable(title), 26 * columns), fontsize=11)
-        with atomic_path(path) as tmp:
-            figure.savefig(tmp, dpi=110)
-    plt.close(figure)
+        save_figure(path, figure, 110)
 
 
 def draw_row(axes, image, grids):

@@ -71,17 +71,17 @@ def log_capital(hits, misses, floor):
     return log_mixture - (a - 1) * np.log(floor) - (b - 1) * np.log1p(-floor)
 
 
-def refuted_at(outcomes, floor, alpha=ALPHA):
+def refuted_at(outcomes, floor):
     """After how many of `outcomes` (1: hit) "the chance of a hit is at least `floor`" is refuted; None if it
     never is. The capital falls with each hit, so it is looked at after the misses alone."""
     outcomes = np.asarray(outcomes, dtype=bool)
     at = np.flatnonzero(~outcomes)
     misses = np.arange(1, len(at) + 1)
-    beyond = np.flatnonzero(log_capital(at + 1 - misses, misses, floor) >= -np.log(alpha))
+    beyond = np.flatnonzero(log_capital(at + 1 - misses, misses, floor) >= -np.log(ALPHA))
     return int(at[beyond[0]]) + 1 if len(beyond) else None
 
 
-def noticed_after(chance, floor, alpha=ALPHA, most=100_000):
+def noticed_after(chance, floor, most=100_000):
     """After how many outcomes the claim of at least `floor` is refuted in half of all cases if the chance of
     a hit is `chance`, below it; None if that takes more than `most`.
 
@@ -91,7 +91,7 @@ def noticed_after(chance, floor, alpha=ALPHA, most=100_000):
     for count in range(1, most + 1):
         alive = np.append(alive * chance, 0.0) + np.append(0.0, alive * (1 - chance))
         # The least number of misses that refutes. It never falls as the outcomes grow in number.
-        while limit <= count and log_capital(count - limit, limit, floor) < -np.log(alpha):
+        while limit <= count and log_capital(count - limit, limit, floor) < -np.log(ALPHA):
             limit += 1
         refuted += alive[limit:].sum()
         alive = alive[:limit]
@@ -100,7 +100,7 @@ def noticed_after(chance, floor, alpha=ALPHA, most=100_000):
     return None
 
 
-def confidence_interval(hits, misses, alpha=ALPHA):
+def confidence_interval(hits, misses):
     """The interval of a confidence sequence after so many hits and misses, integer arrays [n] -> float64
     [n, 2]: the chances of a hit that they do not refute, for a gambler who thinks of them by Jeffreys'
     Beta(1/2, 1/2).
@@ -108,7 +108,7 @@ def confidence_interval(hits, misses, alpha=ALPHA):
     A chance m is refuted once the average likelihood is 1 / alpha times its own. The likelihood falls on both
     sides of hits / n, so each end is found by halving, to the last digit on the safe side."""
     hits, misses = np.asarray(hits), np.asarray(misses)
-    least = betaln(hits + 0.5, misses + 0.5) - betaln(0.5, 0.5) + np.log(alpha)
+    least = betaln(hits + 0.5, misses + 0.5) - betaln(0.5, 0.5) + np.log(ALPHA)
     mode, ends = hits / (hits + misses), []
     for end in (0.0, 1.0):
         kept, refuted = mode, np.full(len(mode), end)

@@ -41,13 +41,12 @@ def line_style(i):
     return {"color": COLOURS[i % 8], "linestyle": DASHES[(i + i // 8) % 5]}
 
 
-def finish(figure, axes, legend=True):
+def finish(figure, axes):
     """Small titles, a grid, and the legend of the first panel below all of them."""
     for ax in axes:
         ax.title.set_fontsize(9)
         ax.grid(alpha=0.3)
-    if legend:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
 
 
 def _has_further_terms(results):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from common import scaling
 from common.console import in_one_line, say
-from common.files import atomic_path
+from common.files import save_figure
 from records.trackers.kept import best_files, last_files
 from records.trackers.mlflow import MLflow
 from records.trackers.tensorboard import TensorBoard
@@ -122,8 +122,7 @@ class Tracker:
         figure, title = draw_training([entry])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "training_curves.png")
-            with atomic_path(path) as tmp:
-                figure.savefig(tmp, dpi=110)
+            save_figure(path, figure, 110)
             self._all("picture", title, str(path))
 
     def close(self):

@@ -13,9 +13,10 @@ from auditing.record import audit_of
 from calibration.wording import calls, four_digits
 from common import scaling
 from common.console import InputError, say
+from common.proportions import in_words
 from report.answers.short import MARKS
 from report.answers.short import cell as mark_cell
-from report.cells import alone, has_epochs, points, questions, span, with_interval
+from report.cells import alone, has_epochs, points, questions, with_interval
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table, markdown_text, to_markdown
 from report.rows import POINTS, Entry
 from report.tables import evidence, main, method, probabilities
@@ -276,7 +277,7 @@ def result_blocks(entries):
     if not alone(entries):
         for side, word in (("val", "validation"), ("test", "test")):
             if "auroc" in entry.summary[side]:
-                mean = span(entry.summary[side]["auroc"])
+                mean = in_words(entry.summary[side]["auroc"])
                 blocks.append(Paragraph(f"Mean AUROC on {word}: {mean}."))
     blocks += main.class_blocks(entries) + probabilities.probability_blocks(entries)
     return blocks + probabilities.predictive_blocks(entries)

@@ -23,16 +23,16 @@ def with_interval(row, key):
     return "-" if row is None else f"{row[key]:.3f} {interval(*reported_interval(row, key))}"
 
 
-def span(figure):
-    """{value, lo, hi} -> "0.951 [0.931, 0.968]"."""
-    return f"{figure['value']:.3f} {interval(figure['lo'], figure['hi'])}"
-
-
 def size_and_time(*entries):
     """Millions of parameters and minutes of training, as text; of several seeds, the mean minutes."""
     params = entries[0].results["params"] / 1e6
     digits = 4 if params < 0.1 else 2  # of a logistic regression 0.00 would be left
     return [f"{params:.{digits}f}", f"{np.mean([e.minutes for e in entries]):.1f}"]
+
+
+def mean(values):
+    """The mean; None where a value is missing."""
+    return None if None in values else float(np.mean(values))
 
 
 def three(value):

@@ -6,9 +6,8 @@ import itertools
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-from common.files import atomic_path
+from common.files import save_figure
 from common.scaling import SIDES
 from records.curves import COLOURS, DASHES, GREY, draw_training, finish, label, panels
 from report import plots
@@ -88,9 +87,7 @@ def draw_all(view, folder, stem):
         figure.suptitle(label(f"{title} - {view.entries[0].set}{mark}", 60), fontsize=11)
         path = Path(folder, f"{stem}-{name}.png")
         dpi = min(130, 60_000 / max(figure.get_size_inches()))  # a PNG has at most 65,535 px a side
-        with atomic_path(path) as tmp:
-            figure.savefig(tmp, dpi=dpi)
-        plt.close(figure)
+        save_figure(path, figure, dpi)
         shown = f". {SHOWN[name]}." if name in SHOWN else ""
         written[name] = Image(path, title + mark + shown)
     return written

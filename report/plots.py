@@ -18,10 +18,11 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from calibration.wording import four_digits
 from common import scaling
+from common.proportions import in_words
 from common.scaling import SIDES
 from metrics import net_benefit
 from records.curves import COLOURS, label, line_style
-from report.cells import points, span
+from report.cells import points
 from report.rows import POINTS
 
 MARKERS = {"at_rec": "o", "at_0.5": "s"}
@@ -42,7 +43,7 @@ def curve_name(entry, finding, figure):
     curves = entry.calibrated[finding]["curves"]
     if "test" not in curves:
         return label(entry.name, 96)
-    return label(f"{entry.name}: {figure.upper()} {span(curves['test'][figure])}", 96)
+    return label(f"{entry.name}: {figure.upper()} {in_words(curves['test'][figure])}", 96)
 
 
 def mark_points(ax, entry, finding, x, y, colour):

@@ -29,6 +29,11 @@ class Bad(str):
     """A figure that breaks a floor, or a verdict like that. It is marked by a sign as well as by its look."""
 
 
+def marked(verdict):
+    """A verdict to show: a broken one is marked."""
+    return Bad(verdict) if verdict == "broken" else verdict
+
+
 class Link(NamedTuple):
     """Text that leads to "#slug" of a Heading of the same test set (`slug`), or of the whole report."""
 
@@ -115,17 +120,6 @@ def parts_of(value):
     return value if type(value) is tuple else (value,)
 
 
-def inline(value, show):
-    """A cell or paragraph -> text. `show`: {type: function of one part}; of other types str is shown."""
-    text = ""
-    for part in parts_of(value):
-        if isinstance(part, Link):
-            text += show[Link](part)
-        else:
-            text += show.get(type(part), show[str])(printable(part))
-    return text
-
-
 def escaped(text):
     """Markdown that shows text as it is: no character in it is markup."""
     # An underscore inside a word is no markup, and most names have some.
@@ -143,18 +137,26 @@ def fenced(text):
 
 def markdown_text(value, leads=None):
     """Text for a paragraph or table cell of markdown. `leads`: see `destinations`."""
+    return "".join(markdown_part(part, leads or {}) for part in parts_of(value))
 
-    def linked(part):
-        target = (leads or {}).get(part.target)
+
+def markdown_part(part, leads):
+    """One part of a paragraph or cell as markdown."""
+    if isinstance(part, Link):
+        text, target = escaped(printable(part.text)), leads.get(part.target)
         if target is None:  # a section that this report does not have
-            return escaped(printable(part.text))
+            return text
         # A bracket in the text would end it.
-        text = re.sub(r"[\[\]]", r"\\\g<0>", escaped(printable(part.text)))
+        text = re.sub(r"[\[\]]", r"\\\g<0>", text)
         return f"[{text}]({quote(target, safe='#-_')})"
-
-    show = {str: escaped, Code: fenced, Link: linked}
-    show |= {Best: lambda text: f"**{escaped(text)}**", Bad: lambda text: f"**{escaped(text)} ✗**"}
-    return inline(value, show)
+    text = printable(part)
+    if isinstance(part, Code):
+        return fenced(text)
+    if isinstance(part, Best):
+        return f"**{escaped(text)}**"
+    if isinstance(part, Bad):
+        return f"**{escaped(text)} ✗**"
+    return escaped(text)
 
 
 def full_head(table):

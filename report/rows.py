@@ -14,7 +14,7 @@ from common.cli import Number
 from common.console import InputError, say
 from common.files import sha256
 from images.twins import PAIRS
-from layouts.listing import cohort_of
+from layouts.listing import taken
 from metrics import check_both_classes, check_scores
 from records.run import WITHOUT_CLASSES, find_runs
 from records.schema import ADDED, NATURAL, REAL, mismatches
@@ -187,7 +187,7 @@ class Entry:
         units, known = self._units(arrays, side), who.columns_of(arrays, side)
         if units.by != "image":
             known = who.of_units(known, units.numbers)
-        return cohort_of(known, np.argsort(arrays[f"{side}_files"][units.first], kind="stable"))
+        return taken(known, np.argsort(arrays[f"{side}_files"][units.first], kind="stable"))
 
     def _people(self, arrays, side):
         """Who is on a side: who.summary of its images, with the prevalence of each finding."""

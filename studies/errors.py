@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 from common.cli import Parser
 from common.console import InputError, start
-from common.files import atomic_path
+from common.files import save_figure
 from data import load_test
 from records.run import find_runs
 from studies.kermany import group
@@ -70,9 +70,7 @@ def draw(subset, rows, above, path):
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         ax.set_title(f"{Path(subset.files[i]).stem[:24]}\n{above[i]:+.2f}", fontsize=7)
     figure.tight_layout()
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=80)
-    plt.close(figure)
+    save_figure(path, figure, 80)
 
 
 def main():

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 import data
 from common.cli import Parser
 from common.console import say, start
-from common.files import atomic_path
+from common.files import atomic_path, save_figure
 from data import DEFAULT_DIR, Batches, load_test, load_train_val
 from images.decode import to_square
 from lungs import masks as masks_module
@@ -158,9 +158,7 @@ def contours(subset, true, path, count=40):
             fontsize=7,
         )
         ax.axis("off")
-    with atomic_path(path) as tmp:
-        figure.savefig(tmp, dpi=90)
-    plt.close(figure)
+    save_figure(path, figure, 90)
 
 
 def refused(finder):

@@ -431,7 +431,8 @@ def test_intervals_at_several_thresholds_are_those_of_each():
     rng = np.random.default_rng(9)
     y, p = _random_scores(rng, 200, 20)
     groups, thresholds = rng.integers(0, 90, 200), [0.3, 0.5, 1.0]
-    together = intervals.intervals_at_thresholds(y, p, thresholds, groups, n=150)
+    draws = intervals.bootstrap_summary(y, p, thresholds, intervals.bootstrap_weights(groups, 150))
+    together = intervals.intervals_of_draws(y, p, thresholds, draws, groups)
     assert together == [intervals.intervals_at_threshold(y, p, thr, groups, n=150) for thr in thresholds]
     row = metrics.summarize_at_threshold(y, p, 0.5)
     assert together[1]["recall"]["wilson"] == list(
@@ -762,7 +763,7 @@ def test_interval_of_a_proportion_draws_patients():
         draws.append(np.repeat(hits, weights).mean())
     found = intervals.proportion_interval(hits, patients, n=200)
     assert found == pytest.approx(np.percentile(draws, [2.5, 97.5]))
-    assert intervals.proportion_interval(np.ones(60), patients) == pytest.approx(
+    assert intervals.proportion_interval(np.ones(60), patients, n=200) == pytest.approx(
         proportions.wilson_interval(15, 15)
     )
 

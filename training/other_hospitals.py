@@ -14,7 +14,7 @@ from common.files import sha256
 from common.task import is_healthy
 from data import load, read_listing
 from images import twins
-from images.dicom import KEYED
+from images.dicom import KEYED, keyed
 from images.find import Search
 from images.split import cut
 from images.subset import Subset, same_images
@@ -337,7 +337,7 @@ def of_source(name, patient):
 
 def say_known_patients(name, patients, val):
     """A note if patients of a source, known by their DICOM ids, are patients of validation."""
-    shared = {patient for patient in patients if patient.startswith(KEYED)} & set(val.patients)
+    shared = keyed(patients) & set(val.patients)
     if shared:
         say(
             f"note: also {name}: {len(shared)} of its patients are patients of validation (DICOM headers): "

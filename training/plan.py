@@ -89,9 +89,7 @@ def from_command_line(doc, defaults, add_own_flags, size=lambda args, usual: usu
     """
     # --help shows the groups in this order: data, model, recipe, run.
     parser = Parser(doc, recipes.EVERYDAY)
-    data_flags = data.add_arguments(parser, defaults.also)
-    if defaults.unlabelled:
-        data.add_unlabelled_argument(data_flags)
+    data_flags = data.add_arguments(parser, defaults.also, defaults.unlabelled)
     add_own_flags(data_flags, parser.add_argument_group("model"))
     recipes.add_arguments(parser, defaults)
     parser.set_defaults(**defaults.data)

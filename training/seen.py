@@ -9,7 +9,7 @@ from common.console import InputError, say
 from common.files import sha256
 from data import load, load_test, load_train_val, read_listing
 from images import twins
-from images.dicom import KEYED
+from images.dicom import keyed
 from images.split import cut
 from images.subset import same_images
 from layouts import tables
@@ -295,7 +295,7 @@ def refuse_seen(run, site, folder, moved):
 
 def say_seen_patients(site, folder, name, seen):
     """A note if patients of the Subset `site`, known by their DICOM ids, are among those `seen` by a run."""
-    shared = {patient for patient in site.patients if patient.startswith(KEYED)} & seen
+    shared = keyed(site.patients) & seen
     if shared:
         say(
             f"note: --site {folder}: {len(shared)} of its patients were seen when {name} was trained and "

@@ -6,7 +6,7 @@ import numpy as np
 
 from auditing.labels.errors import LEAST, find_errors, too_rare
 from auditing.reader import Change
-from auditing.side import some_patients
+from auditing.side import say_unknown_patients, some_patients
 from common.console import InputError, say
 from common.task import is_healthy
 from data import read_listing
@@ -118,9 +118,7 @@ def patients_of(subset, config):
     a file count as one, and copies with other labels are said."""
     content = twins.contents(read_listing(config).root, subset.files)
     twins.warn_of_labels(subset.files, content, subset.targets)
-    unknown = int((np.asarray(subset.files) == np.asarray(subset.patients)).sum())
-    if unknown:
-        say(f"note: the patients of {unknown} of {len(subset)} images are unknown: each counts as its own")
+    say_unknown_patients(subset)
     return np.asarray(twins.joined(subset.patients, content))
 
 

@@ -15,7 +15,7 @@ from calibration.shift import one_each
 from calibration.wording import calls
 from cohort.who import LEAST
 from common import scaling
-from common.proportions import reported_interval
+from common.proportions import in_words, reported_interval
 from metrics import positives_needed
 from report.answers.standing import shortcut_of
 from report.answers.threshold import floor_verdict, recall_text
@@ -26,6 +26,7 @@ from report.tables.cohort import groups_on
 FAR = 0.1  # a figure on test that is farther than this from validation is another figure
 POOR = 0.05  # a calibration error above it is one that people would notice
 DRAWS = 999  # simulated label sets
+BINS = 15  # of equal size, as of the calibration error
 ORDER = ("broken", "open", "kept")
 MORE = "more test patients, or another hospital's: calibrate.py --site"
 NAMES = "a table that names the patient of every image: --patients in training"
@@ -135,7 +136,7 @@ def probability_mark(entry, asked):
     return Mark("open", f"{text}, which chance could make of right probabilities (p {p_value:.2f})", MORE)
 
 
-def chance_of_error(entry, finding, bins=15):
+def chance_of_error(entry, finding):
     """The p-value of the calibration error of a finding's test images, one a patient: the share of label sets
     drawn by the scores themselves that have a larger one."""
     test = entry.column(finding, "test")
@@ -143,7 +144,7 @@ def chance_of_error(entry, finding, bins=15):
     p, y = test.scores[one], test.truth[one]
     order = np.argsort(p, kind="stable")
     p, y = p[order], y[order]
-    starts = np.unique(np.linspace(0, len(p), bins, endpoint=False).astype(int))
+    starts = np.unique(np.linspace(0, len(p), BINS, endpoint=False).astype(int))
     drawn = np.random.default_rng(0).random((DRAWS, len(p))) < p
     errors = np.abs(np.add.reduceat(np.vstack([y, drawn]) - p, starts, axis=1)).sum(axis=1)
     return (1 + int((errors[1:] >= errors[0] - 1e-12).sum())) / (1 + DRAWS)
@@ -156,8 +157,7 @@ def group_mark(entry, asked):
         found, _ = groups_on(entry, name, "test", asked)
         for (attribute, value), row in zip(found["groups"], found["figures"].get("recall @Rec", ())):
             if "hi" in row:
-                span = f"{row['value']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
-                rows.append((row, named(entry, name, f"{attribute} {value} {span}"), name))
+                rows.append((row, named(entry, name, f"{attribute} {value} {in_words(row)}"), name))
     if not rows:
         settle = "a table with age, sex, view or machine (docs/GROUPS.md)"
         return Mark("open", f"no group of {LEAST} patients is known", settle)

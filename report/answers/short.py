@@ -3,7 +3,7 @@
 from report.answers import marks
 from report.answers.threshold import SHOWN, threshold_blocks
 from report.answers.which import which_blocks
-from report.render import Bad, Bullets, Heading, Link, Paragraph, Table
+from report.render import Bullets, Heading, Link, Paragraph, Table, marked
 
 HEADING = Heading(3, "In short")
 TRUST = Heading(4, "Can I trust it?")
@@ -63,8 +63,7 @@ def marks_of(decide, candidates, asked):
 
 def cell(mark):
     """A Mark as a cell."""
-    verdict = Bad("broken") if mark.verdict == "broken" else mark.verdict
-    return verdict, f": {mark.text}"
+    return marked(mark.verdict), f": {mark.text}"
 
 
 def settled_by(found):

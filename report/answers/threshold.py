@@ -5,7 +5,7 @@ from collections import Counter
 from calibration.wording import calls, four_digits, new_patients
 from cohort.figures import clustered_proportion
 from report.cells import alone, floors, interval, named, with_interval
-from report.render import Bad, Bullets, Heading, Paragraph
+from report.render import Bad, Bullets, Heading, Paragraph, marked
 from report.rows import POINTS
 
 HEADING = Heading(4, "Which threshold?")
@@ -108,17 +108,12 @@ def missing(candidate, point):
     return named(candidate.entries[0], finding, reason)
 
 
-def verdict_part(verdict):
-    """A verdict on the floor, as a part of a line."""
-    return Bad(verdict) if verdict == "broken" else verdict
-
-
 def one_line(entry, finding, row, point):
     """The parts of a line on one threshold."""
     on_validation = entry.row(finding, "val", point)["specificity"]
     parts = [
         f"{four_digits(row['thr'])}: recall {recall_text(entry, finding, row)} on test, ",
-        verdict_part(floor_verdict(entry, finding, row)),
+        marked(floor_verdict(entry, finding, row)),
         f"; specificity {with_interval(row, 'specificity')} ({on_validation:.3f} on validation)",
     ]
     if said := calls(row):

@@ -2,10 +2,8 @@
 
 import shlex
 
-import numpy as np
-
 from report.answers.standing import ROUNDING, patients_needed, shortcut_of
-from report.cells import alone, size_and_time, three
+from report.cells import alone, mean, size_and_time, three
 from report.render import Best, Bullets, Code, Heading, Paragraph, Table
 
 HEADING = Heading(4, "Which model?")
@@ -100,11 +98,6 @@ def on_test(candidate):
     rows = [e.row(first.findings[0], "test", "at_rec") for e in candidate.entries]
     keys = {"AUROC": "auroc", "Recall @Rec": "recall", "Specificity @Rec": "specificity"}
     return {word: mean([row[key] for row in rows]) for word, key in keys.items()}
-
-
-def mean(values):
-    """The mean; None where a value is missing."""
-    return None if None in values else float(np.mean(values))
 
 
 def test_text(standing):

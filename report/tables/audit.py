@@ -5,7 +5,7 @@ import shlex
 from auditing.record import KEYS, TITLES, audit_of
 from common.scaling import SIDES
 from report.cells import unique
-from report.render import Bad, Code, Heading, Paragraph, Table
+from report.render import Code, Heading, Paragraph, Table, marked
 
 
 def audit_blocks(entries):
@@ -78,11 +78,6 @@ def verdict_row(entry, side, found):
     counts = sorted(set(images_of(found).values()))
     images = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return [name_of(entry, side, found), images, *map(marked, verdicts)]
-
-
-def marked(verdict):
-    """A verdict as a cell: a broken one is marked."""
-    return Bad(verdict) if verdict == "broken" else verdict
 
 
 def sentence_rows(found):

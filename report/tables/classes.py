@@ -123,12 +123,12 @@ def _together(task, calibration, side, point, names, truth, scores):
 # ---------------------------------------------------------------- as text
 
 
-def as_text(one, digits=4):
+def as_text(one):
     """The text that scikit-learn's classification_report makes of Answers."""
     names = [printable(name) for name in one.names]
     numbers = range(len(names))
     return classification_report(
-        one.truth, one.decided, labels=numbers, target_names=names, digits=digits, zero_division=0
+        one.truth, one.decided, labels=numbers, target_names=names, digits=4, zero_division=0
     )
 
 

@@ -5,7 +5,7 @@ import itertools
 
 from calibration.operating_point import LEAST
 from calibration.wording import NOBODY, calls, four_digits, new_patients
-from common.proportions import no_width
+from common.proportions import in_words, no_width
 from report.answers.short import in_short
 from report.answers.threshold import floor_verdict
 from report.cells import (
@@ -17,7 +17,6 @@ from report.cells import (
     interval,
     points,
     questions,
-    span,
     three,
     title,
     unique,
@@ -228,9 +227,9 @@ def promise_row(e, finding, point):
         cells += [three(val and val[key]), marked_figure(e, finding, test, key)]
     # A finding too rare for a threshold may still have curves, which need none.
     curves = e.calibrated[finding]["curves"]
-    cells.append(three_digits(curves.get("val", {}).get("auroc")))
+    cells.append(three(curves.get("val", {}).get("auroc", {}).get("value")))
     on_test = curves.get("test")
-    return cells + ["-" if on_test is None else span(on_test[key]) for key in ("auroc", "auprc")]
+    return cells + ["-" if on_test is None else in_words(on_test[key]) for key in ("auroc", "auprc")]
 
 
 def marked_figure(entry, finding, row, key):
@@ -245,11 +244,6 @@ def marked_figure(entry, finding, row, key):
     if said and (key == "recall") == (said == NOBODY):
         return Bad(text), f" {said}"
     return text
-
-
-def three_digits(figure):
-    """{value, lo, hi} -> "0.951", a dash where there is none."""
-    return "-" if figure is None else f"{figure['value']:.3f}"
 
 
 def promise_text(entries):

@@ -12,7 +12,7 @@ from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
 from report.answers.threshold import VERDICTS, floor_verdict
-from report.cells import alone, size_and_time, title
+from report.cells import alone, mean, size_and_time, title
 from report.render import Bad, Best, Table
 from report.rows import POINTS, families
 
@@ -41,7 +41,8 @@ class Column(NamedTuple):
 
 def columns_of(entries):
     """The columns of the main table of Entries, all of one task."""
-    size = [Column("Params (M)", "", params, 2, False), Column("Time (min)", "", minutes, 1, False)]
+    size = [Column("Params (M)", "", lambda e: e.results["params"] / 1e6, 2, False)]
+    size.append(Column("Time (min)", "", lambda e: e.minutes, 1, False))
     if not alone(entries):
         return [*size, *means_columns(entries)]
     (finding,) = entries[0].findings
@@ -57,25 +58,17 @@ def columns_of(entries):
     return found
 
 
-def params(entry):
-    return entry.results["params"] / 1e6
-
-
-def minutes(entry):
-    return entry.minutes
-
-
 def means_columns(entries):
     """Columns of figures over several findings. One that a model lacks has no column: accuracy is of classes,
     not of findings."""
 
-    def mean(side, key):
+    def over_findings(side, key):
         return lambda e: e.summary[side].get(key, {}).get("value")
 
-    found = [Column("Mean AUROC val", "", mean("val", "auroc"))]
+    found = [Column("Mean AUROC val", "", over_findings("val", "auroc"))]
     for key, head in MEANS.items():
         if all(key in e.summary["test"] for e in entries):
-            found.append(Column(f"{head} test", "", mean("test", key)))
+            found.append(Column(f"{head} test", "", over_findings("test", key)))
     for verdict in VERDICTS:
         found.append(Column(verdict.capitalize(), "floors @Rec", counted(verdict), 0, False))
     return found
@@ -121,8 +114,7 @@ def in_order_of(view, name):
 
 def value_of(candidate, column):
     """The mean over seeds of a column; None where a seed has none."""
-    values = [column.figures(e) for e in candidate.entries]
-    return None if None in values else float(np.mean(values))
+    return mean([column.figures(e) for e in candidate.entries])
 
 
 # ---------------------------------------------------------------- the table

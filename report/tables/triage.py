@@ -1,8 +1,9 @@
 """Blocks of the report on three answers instead of two: negative, unsure, positive. No torch, no drawing."""
 
 from calibration.wording import four_digits, nobody_is_unsure
+from common.proportions import in_words
 from common.scaling import SIDES
-from report.cells import alone, first_head, questions, span, title, unique
+from report.cells import alone, first_head, questions, title, unique
 from report.render import Bad, Heading, Paragraph, Table
 
 # Which share of whom is shown; the last one is how much is left to read.
@@ -64,7 +65,7 @@ def row_of(entry, finding, mark, side, groups):
         share = groups[group][word]
         limit = most.get((group, word))
         broken = limit is not None and share["lo"] > limit
-        cells.append(Bad(span(share)) if broken else span(share))
+        cells.append(Bad(in_words(share)) if broken else in_words(share))
     return cells
 
 
