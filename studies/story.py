@@ -1,6 +1,6 @@
 """The story of docs/ANOTHER_HOSPITAL.md, told on NIH images (studies/nih.py says which).
 
-    python studies/story.py --run outputs/pretrained --nih NIH_DIR --out Data/story
+    python studies/story.py --run outputs/crop-seed0 --nih NIH_DIR --out Data/story
 
 Draws 300 images, of which 200 are labelled, and leaves the others for later; runs that page's commands on a
 copy of the run, and prints what they say.
@@ -75,8 +75,9 @@ def main():
     if folder.exists():
         raise InputError(f"--out {folder} is there already: name a new folder")
     later = lay_out(args.nih, folder, args.tried, args.labelled)
-    shutil.copytree(Run(args.run).folder, folder / "outputs/pretrained")
-    run = ("--run", folder / "outputs/pretrained")
+    copy = folder / "outputs" / Path(args.run).name
+    shutil.copytree(Run(args.run).folder, copy)
+    run = ("--run", copy)
     site = ("--site", folder / "THEIRS", "--labels", folder / "labels.csv", "--name", "clinic")
     call("predict", folder / "THEIRS", *run, to=folder / "scores.csv")
     call("calibrate", *run, *site, "--report")
