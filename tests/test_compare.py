@@ -219,6 +219,7 @@ DAMAGE = {
     "an image size in words": lambda r: r["data"].update(img_size="large"),
     "no shared_patients": lambda r: r["split"].pop("shared_patients"),
     "a list as init": lambda r: r.update(init=[]),
+    "a list as weights": lambda r: r.update(weights=[]),
     "strings as members": lambda r: r.update(members=["a", "b"]),
     "a list as seed": lambda r: r.update(seed=[1]),
     "a list as versions": lambda r: r.update(versions=[]),
@@ -333,6 +334,44 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_family(tmp_path, change):
     write_run(tmp_path / "a-seed1", 1, **change)
     [group] = rows_module.load_entries(tmp_path)
     assert missing_ensembles(group) == []
+
+
+def test_one_recipe_whose_paths_are_spelled_differently_is_one_family(tmp_path):
+    """A folder and a file have many names; what is in them tells models apart."""
+    weights = {"sha256": "w", "source": "timm"}
+    for seed, place in enumerate(("kx", "./kx", "/kaggle/input/kx")):
+        paths = {k: f"{place}/{k}" for k in ("data_dir", "patients", "lungs", "cache_dir")}
+        paths |= {"also": [f"{place}2"], "verify_cache": seed > 0}
+        more = dict(weights={"path": f"{place}/w.npz", **weights}, split={"also": {"kx2": {"train": 9}}})
+        write_run(tmp_path / f"a-seed{seed}", seed, data=paths, **more)
+    [group] = rows_module.load_entries(tmp_path)
+    assert [len(family) for family in rows_module.families(group)] == [3]
+    [standing] = view_of(group, ASKED).standings
+    assert [len(c.entries) for c in standing.candidates] == [3]
+    [(_, count, _)] = missing_ensembles(group)
+    assert count == 3
+    for place in ("t.csv", "./t.csv"):
+        group[0].results["data"]["labels"] = place
+        assert group[0]._family() == group[0].family
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": {"set": "hospital, contrast stretched"}},
+        {"split": {"also": {"elsewhere": {"train": 9}}}},
+        {"data": {"lungs_sha256": "other masks"}},
+        {"weights": {"path": "w.npz", "sha256": "other"}},
+        {"teacher": {"run": "t", "model": "b16", "minutes": 1.0, "checkpoint": "c"}},
+        {"init": {"run": "mae", "minutes": 1.0, "checkpoint": "c"}},
+    ],
+)
+def test_runs_of_other_files_are_no_family(tmp_path, change):
+    same = {"weights": {"path": "w.npz", "sha256": "w"}}
+    write_run(tmp_path / "a-seed0", 0, **same)
+    write_run(tmp_path / "a-seed1", 1, **{**same, **change})
+    [group] = rows_module.load_entries(tmp_path)
+    assert rows_module.families(group) == []
 
 
 def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
