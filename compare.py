@@ -32,6 +32,7 @@ from report.page.numbers import Store
 from report.render import TITLE, Heading, to_markdown, write_text
 from report.rows import load_entries
 from report.tables import main as tables
+from report.tables.method import called_differently
 from report.tables.models import in_order_of, write_csv
 from report.view import only_top, view_of
 
@@ -144,6 +145,8 @@ def main():
     who.check_columns(asked, columns, "the data of these runs")
     views = [wanted(view_of(entries, asked), args) for entries in groups]
     for view in views:
+        if differently := called_differently(view.entries):
+            say(f"note: {differently}")
         pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))
         of_set = tables.section(view, pictures)
         blocks += of_set

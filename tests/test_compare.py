@@ -393,7 +393,7 @@ def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
 def test_time_includes_masked_pretraining(tmp_path):
     entry = Entry(write_run(tmp_path / "scratch", init={"run": "mae", "checkpoint": "c", "minutes": 1.5}))
     assert entry.name == "ViT scratch, masked pretraining" and entry.minutes == 3.5
-    assert main_rows([entry])[0][2] == "3.5" and entry.run.results["minutes"] == 2.0
+    assert main_rows([entry])[0][3] == "3.5" and entry.run.results["minutes"] == 2.0
 
 
 # ---------------------------------------------------------------- tables
@@ -715,6 +715,22 @@ def test_compare_separates_test_sets(tmp_path):
     assert [len(t) - 1 for t in tables(done.out) if "Recall @0.5" in t[0]] == [1, 1]
     links = re.findall(LINK, done.out)
     assert len(set(links)) == len(links) == 2 * 7 and all((tmp_path / link).exists() for link in links)
+
+
+def test_sets_of_several_names_that_are_compared_are_told(tmp_path):
+    """Names and labels alone tell test sets apart: where the sets are called differently, it is said."""
+    for name in ("kx", "other"):
+        write_run(tmp_path / "outputs" / name, split={"set": name})
+    done = succeed("compare", "--csv", "t.csv", cwd=tmp_path)
+    text = "ompared as the same images by names and labels, though the sets are called kx and other"
+    assert f"note: c{text}" in done.err and f"C{text}." in done.out
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [(row["Data"], row["Run"]) for row in csv.DictReader(file)] == [
+            ("kx", "outputs/kx"),
+            ("other", "outputs/other"),
+        ] * 2
+    done = succeed("compare", "--run", "outputs/kx", cwd=tmp_path)
+    assert "called" not in done.err and "by names and labels" not in done.out
 
 
 # ---------------------------------------------------------------- from images to the report

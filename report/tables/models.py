@@ -252,8 +252,8 @@ MORE = ("Run", "Finding", "Point", "Seed", "Recall low", "Recall high", "Spec va
 
 
 def main_rows(entries):
-    """Rows of the CSV, lists of str in the order of HEADER and MORE: a run, a finding and an operating point
-    each, then the mean and standard deviation of runs that differ in the seed alone."""
+    """Rows of the CSV, lists of str: the data set, then in the order of HEADER and MORE: a run, a finding and
+    an operating point each, then the mean and standard deviation of runs that differ in the seed alone."""
     rows, shown = [], ("at_rec",)
     if alone(entries):  # of several findings decisions at 0.5 would fill pages
         shown = ("at_rec", "at_0.5")
@@ -272,13 +272,13 @@ def rows_at(entries, finding, point):
         low, high = reported_interval(row, "recall")
         more = [e.run.folder.as_posix(), finding, mark, str(e.results.get("seed", ""))]
         more += [f"{v:.4f}" for v in (low, high, val["specificity"], val["recall"], val["auroc"])]
-        rows.append([f"{title(e, finding)} {mark}", *size_and_time(e), *figures, *more])
+        rows.append([e.set, f"{title(e, finding)} {mark}", *size_and_time(e), *figures, *more])
     for family in families(with_row):
         values = [[e.row(finding, "test", point)[k] for k in (*FIGURES, "thr")] for e in family]
         name = title(family[0], finding).removesuffix(family[0].name)
         name += f"{family[0].base}, mean ± sd of {len(family)} seeds {mark}"
         more = ["", finding, mark, *[""] * (len(MORE) - 3)]
-        rows.append([name, *size_and_time(*family), *spread(values), *more])
+        rows.append([family[0].set, name, *size_and_time(*family), *spread(values), *more])
     return rows
 
 
@@ -289,10 +289,10 @@ def spread(values):
 
 
 def write_csv(path, groups):
-    """`main_rows` with their data set, as CSV; `groups` are lists of Entries."""
+    """`main_rows` as CSV; `groups` are lists of Entries."""
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["Data", *HEADER, *MORE])
         for entries in groups:
             for row in main_rows(entries):
-                writer.writerow([printable(cell) for cell in (entries[0].set, *row)])
+                writer.writerow([printable(cell) for cell in row])
