@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 
-from calibration.wording import EVERYBODY, calls, four_digits
+from calibration.wording import EVERYBODY, calls, four_digits, guaranteed_too, threshold_text
 from common.files import write_json
 from common.proportions import wilson_interval
 from common.task import Task
@@ -21,7 +21,7 @@ from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
 from report.answers.standing import Behind, patients_needed, standings
-from report.answers.threshold import floor_verdict, lines_of, recall_span
+from report.answers.threshold import floor_verdict, lines_of, recall_span, threshold_blocks
 from report.answers.which import which_blocks
 from report.render import Bad, Best, to_markdown
 from report.rows import Entry, tell_apart
@@ -329,6 +329,25 @@ def test_runs_with_joint_guarantees_are_no_seeds_of_others(tmp_path):
     assert entries[0].family != entries[1]._family()
     tell_apart(entries)
     assert [e.name.endswith(" (jointly)") for e in entries] == [False, True]
+
+
+def test_rec_is_guaranteed_where_it_does_not_lie_above_guar(tmp_path):
+    """@Guar then costs nothing, which the report and calibrate.py say; of several seeds, which ones."""
+    seeds = [Entry(write_run(tmp_path / f"x-seed{k}", k, scores=many(0))) for k in range(2)]
+    every = [e.calibrated["PNEUMONIA"] for e in seeds]
+    assert not any(map(guaranteed_too, every))
+    [standing] = standings(seeds)
+    costs = "for new patients like those: it costs specificity"
+    assert f"{costs}. On test" in to_markdown(threshold_blocks(standing.remaining))
+    every[0]["guarantee"]["threshold"] = every[0]["threshold"]
+    text = to_markdown(threshold_blocks(standing.remaining))
+    assert f"{costs} where it lies below @Rec, and elsewhere @Rec is guaranteed, too. On test" in text
+    assert threshold_text(every[0]).endswith("; @Rec is not above @Guar, so it is guaranteed too")
+    every[1]["guarantee"]["threshold"] = every[1]["threshold"]
+    text = to_markdown(threshold_blocks(standing.remaining))
+    assert "so @Rec is guaranteed for new patients like those, too. On test" in text and "costs" not in text
+    every[0]["guarantee"]["threshold"] = None
+    assert not guaranteed_too(every[0]) and not guaranteed_too({"why_not": "too few"})
 
 
 def test_mark_of_validation_like_test(tmp_path):
