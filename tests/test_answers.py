@@ -405,6 +405,30 @@ def test_mark_of_groups(tmp_path):
     assert "sex F" in verdicts[2].text
 
 
+def test_a_group_below_the_floor_that_chance_may_explain_is_told(monkeypatch):
+    """The table of groups says BROKEN of it: the mark is open, and says why. Each of three findings has such
+    a group by chance with 0.025: 1 - 0.975^3 = 0.07."""
+    spans = {"a": (0.82, 0.685, 0.915), "b": (0.98, 0.96, 0.99), "c": (0.97, 0.9, 0.99)}
+
+    def groups(entry, name, side, asked):
+        value, low, high = spans[name]
+        row = dict(value=value, lo=low, hi=high, broken=high < 0.95)
+        return {"groups": [("sex", "F")], "figures": {"recall @Rec": [row]}}, []
+
+    monkeypatch.setattr(marks, "groups_on", groups)
+    entry = SimpleNamespace(findings=["a", "b", "c"], min_recall=0.95, row=lambda *where: True)
+    entry.task = SimpleNamespace(alone=False)
+    mark = marks.group_mark(entry, ASKED)
+    assert mark.verdict == "open" and mark.text == (
+        "1 of 3 groups lies below it by its own interval, which chance among 3 findings may explain "
+        "(p 0.07); lowest a: sex F 0.820 [0.685, 0.915]"
+    )
+    spans["b"] = spans["a"]
+    assert marks.group_mark(entry, ASKED).verdict == "broken"  # two of three: 0.002
+    spans["a"] = spans["b"] = spans["c"]
+    assert marks.group_mark(entry, ASKED).text.startswith("3 of 3 groups could be under it")
+
+
 @pytest.mark.parametrize(
     "split, verdict",
     [
