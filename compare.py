@@ -119,13 +119,13 @@ def print_list(args):
     print(list_runs(args.runs_dir, args.run))
 
 
-def wanted(view, args):
-    """A View as --sort and --top ask for it. InputError: no such column."""
+def wanted(views, args):
+    """Views as --sort and --top ask for them. InputError: no such column."""
     if args.sort:
-        view = in_order_of(view, args.sort)
+        views = in_order_of(views, args.sort)
     if args.top:
-        view = only_top(view, args.top)
-    return view
+        views = [only_top(view, args.top) for view in views]
+    return views
 
 
 def main():
@@ -143,7 +143,7 @@ def main():
     page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "the data of these runs")
-    views = [wanted(view_of(entries, asked), args) for entries in groups]
+    views = wanted([view_of(entries, asked) for entries in groups], args)
     for view in views:
         if differently := called_differently(view.entries):
             say(f"note: {differently}")

@@ -14,6 +14,7 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest
 
 from calibration.wording import EVERYBODY, calls, four_digits, guaranteed_too, threshold_text
+from common.console import InputError
 from common.files import write_json
 from common.proportions import wilson_interval
 from common.task import Task
@@ -512,6 +513,24 @@ def test_sort_and_top(tmp_path):
     refused(cli("compare", "--top", "0", cwd=tmp_path), "--top")
 
 
+def test_sort_by_a_column_that_one_section_lacks(tmp_path, capsys):
+    """Of one finding there are other columns than of several: only a section that has the column is sorted,
+    and the usual order of the others is said."""
+    ones = [write_run(tmp_path / f"r{k}", scores=noisy_scores(k), recipe=recipe(k)) for k in (1, 2)]
+    one = view_of([Entry(run) for run in ones], ASKED)
+    classes, names = ["Normal", "a", "b"], np.array([f"{i}.png" for i in range(400)])
+    scores = several(Task(tuple(classes))) | {f"{side}_files": names for side in ("val", "test")}
+    many_findings = Entry(write_run(tmp_path / "s", scores=scores, data={"classes": classes}))
+    other = view_of([many_findings], ASKED)
+    ordered, kept = in_order_of([one, other], "spec @rec")
+    figures = [c.entries[0].row("PNEUMONIA", "test", "at_rec")["specificity"] for c in ordered.candidates]
+    assert figures == sorted(figures, reverse=True) and kept is other
+    said = f"note: --sort spec @rec: {many_findings.set} has no such column: its usual order stays"
+    assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="'speed': there is no such column; .*Spec @Rec.*Kept floors @Rec"):
+        in_order_of([one, other], "speed")
+
+
 def test_of_many_models_only_pairs_with_the_first(tmp_path):
     for k in range(6):
         write_run(tmp_path / f"outputs/r{k}", scores=noisy_scores(k % 2), recipe=recipe(k))
@@ -665,7 +684,7 @@ def test_seeds_of_a_recipe_share_their_colour(tmp_path):
     first, second = (style for e, style in styles.items() if e.run.folder.name.startswith("s-seed"))
     assert first["color"] == second["color"] not in (GREY, styles[ensemble]["color"])
     assert first["linestyle"] != second["linestyle"]
-    assert only_top(view, 1).left_out == 1 and len(in_order_of(view, "Model").candidates) == 2
+    assert only_top(view, 1).left_out == 1 and len(in_order_of([view], "Model")[0].candidates) == 2
 
 
 def test_marks_are_links_to_sections_that_are_there(tmp_path):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from calibration.wording import EVERYBODY, FEW_HEALTHY, NOBODY, calls, four_digits
-from common.console import InputError, printable
+from common.console import InputError, printable, say
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
@@ -94,22 +94,23 @@ def counted(verdict):
 # ---------------------------------------------------------------- order
 
 
-def sort_key(view, name):
-    """(the Column of the main table that --sort names; None for "model"). InputError: no such column."""
-    columns = {column.name.lower(): column for column in columns_of(view.entries)}
+def in_order_of(views, name):
+    """Views with their models in the order of a column: highest first; size, time and names ascending. One
+    without the column stays as it is, and this is said. InputError where none has it."""
     if name.lower() == "model":
-        return None
-    if name.lower() not in columns:
-        known = ", ".join(["Model", *(column.name for column in columns.values())])
-        raise InputError(f"--sort {name!r}: {view.entries[0].set} has no such column; there are: {known}")
-    return columns[name.lower()]
+        return [view._replace(candidates=sorted(view.candidates, key=lambda c: c.name)) for view in views]
+    known = [{column.name.lower(): column for column in columns_of(view.entries)} for view in views]
+    if not any(name.lower() in columns for columns in known):
+        listed = dict.fromkeys(column.name for columns in known for column in columns.values())
+        raise InputError(f"--sort {name!r}: there is no such column; there are: Model, {', '.join(listed)}")
+    return [sorted_by(view, columns.get(name.lower()), name) for view, columns in zip(views, known)]
 
 
-def in_order_of(view, name):
-    """A View with its models in the order of a column: highest first; size, time and names ascending."""
-    column = sort_key(view, name)
+def sorted_by(view, column, name):
+    """A View with its models in the order of a Column; as it is, with a note, where there is no `name`."""
     if column is None:
-        return view._replace(candidates=sorted(view.candidates, key=lambda c: c.name))
+        say(f"note: --sort {name}: {view.entries[0].set} has no such column: its usual order stays")
+        return view
     sign = 1 if column.head in HEADER[1:3] else -1
 
     def key(candidate):
