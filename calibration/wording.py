@@ -14,6 +14,7 @@ from metrics import chance_below_floor, temperature_limit
 
 FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
 EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
+HEALTHY = "calls the healthy sick"
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 
 
@@ -38,7 +39,7 @@ def calls(row):
         return NOBODY
     if row["tn"] >= FEW_HEALTHY * (row["tn"] + row["fp"]):
         return ""
-    return EVERYBODY if row["fn"] < FEW_HEALTHY * (row["tp"] + row["fn"]) else "calls the healthy sick"
+    return EVERYBODY if row["fn"] < FEW_HEALTHY * (row["tp"] + row["fn"]) else HEALTHY
 
 
 def rule_in_concerns(row, floor):

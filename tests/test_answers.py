@@ -13,7 +13,15 @@ from matplotlib.colors import to_hex
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 
-from calibration.wording import EVERYBODY, calls, four_digits, guaranteed_too, threshold_text
+from calibration.wording import (
+    EVERYBODY,
+    HEALTHY,
+    NOBODY,
+    calls,
+    four_digits,
+    guaranteed_too,
+    threshold_text,
+)
 from common.console import InputError
 from common.files import write_json
 from common.proportions import wilson_interval
@@ -28,7 +36,7 @@ from report.render import Bad, Best, to_markdown
 from report.rows import Entry, tell_apart
 from report.tables import main as tables_module
 from report.tables.method import sizes
-from report.tables.models import in_order_of, models_table
+from report.tables.models import in_order_of, legend, models_table
 from report.view import only_top, view_of
 from tests.shared import cli, refused, succeed, tables
 from tests.test_compare import ASKED, RULE, noisy_scores, write_ensemble, write_run
@@ -267,6 +275,22 @@ def test_everybody_sick_and_broken_floors_are_marked_in_the_tables(tmp_path):
     assert isinstance(rows["ViT scratch (blind)"]["Recall@Rec"], str)
     text = to_markdown(tables_module.section(view))
     assert "**broken ✗**" in text and text.count(EVERYBODY) > 3
+    assert f'"{EVERYBODY}": specificity is below 0.05, and recall above 0.95.' in legend(view)
+    assert HEALTHY not in legend(view) and NOBODY not in legend(view)
+
+
+def test_the_legend_explains_the_phrases_of_its_table(tmp_path):
+    """Scores turned upside down call the healthy and miss the sick; all low they call nobody."""
+    upside_down, silent = many(0, strength=8.0), many(0)
+    upside_down["test_logits"] = -upside_down["test_logits"]
+    silent["test_logits"] = silent["test_logits"] - np.array([0, 30], np.float32)
+    found = {}
+    for name, scores in (("good", many(0)), ("down", upside_down), ("silent", silent)):
+        found[name] = legend(view_of([entry_of(tmp_path / name, scores)], ASKED))
+    assert not any(phrase in found["good"] for phrase in (EVERYBODY, HEALTHY, NOBODY))
+    assert f'"{HEALTHY}": specificity is below 0.05, and recall not above 0.95.' in found["down"]
+    assert f'"{NOBODY}": no score reaches the threshold.' in found["silent"]
+    assert EVERYBODY not in found["down"] + found["silent"]
 
 
 def heads(table):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from calibration.wording import EVERYBODY, FEW_HEALTHY, NOBODY, calls, four_digits
+from calibration.wording import EVERYBODY, FEW_HEALTHY, HEALTHY, NOBODY, calls, four_digits
 from common.console import InputError, printable, say
 from common.files import atomic_path
 from common.proportions import reported_interval
@@ -20,6 +20,11 @@ FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
 POINT_OF = {mark: key for key, mark in POINTS.items()}
+MEANING = {  # of what is said of a cell (wording.calls)
+    EVERYBODY: f"specificity is below {FEW_HEALTHY:g}, and recall above {1 - FEW_HEALTHY:g}",
+    HEALTHY: f"specificity is below {FEW_HEALTHY:g}, and recall not above {1 - FEW_HEALTHY:g}",
+    NOBODY: "no score reaches the threshold",
+}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
@@ -148,18 +153,21 @@ def models_table(candidates):
 
 
 def legend(view):
-    """What the marks in the main table mean, as text: of those that it can have."""
-    text = ""
-    if len(view.candidates) > 1:
+    """What the marks in the main table, and in the one of its seeds, mean, as text."""
+    text, several = "", len(view.candidates) > 1
+    if several:
         text = "Bold: the best of a column. "
-        if alone(view.entries):
-            text += "Models that break the floor or call everybody sick are not eligible. "
-    if alone(view.entries):
-        text += "✗: the 95% interval of recall lies below the floor. "
-        text += f'"{EVERYBODY}": specificity is below {FEW_HEALTHY:g}.'
-    else:
-        text += "A floor is kept, not refuted or broken as under In short."
-    return text
+    if not alone(view.entries):
+        return f"{text}A floor is kept, not refuted or broken as under In short."
+    if several:
+        text += "A model with a ✗ at a threshold is not eligible there. "
+    text += "✗: the 95% interval of recall lies below the floor"
+    (finding,) = view.entries[0].findings
+    said = {calls(e.row(finding, "test", point)) for e in view.entries for point in ("at_rec", "at_0.5")}
+    meanings = [f'"{phrase}": {meaning}.' for phrase, meaning in MEANING.items() if phrase in said]
+    if meanings:
+        text += ", or what stands beside it"
+    return " ".join([f"{text}.", *meanings])
 
 
 def best_of(candidates, column):
