@@ -347,8 +347,8 @@ def show_probabilities(found, calibration):
         print(f"  by the temperature: {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
-            f"  if {row['prevalence']:.0%} of the patients were ill, @Rec on test: PPV {row['ppv']:.3f}, "
-            f"NPV {row['npv']:.3f}"
+            f"  if {100 * row['prevalence']:.3g}% of the patients were sick, @Rec on test: PPV "
+            f"{row['ppv']:.3f}, NPV {row['npv']:.3f}"
         )
 
 

@@ -590,7 +590,7 @@ def test_list_of_runs(tmp_path):
     assert "finished, not calibrated" in lines["outputs/new"] and "damaged: " in lines["outputs/broken"]
     assert "checkpoint.pth is gone" in lines["outputs/gone"]
     assert "6 run folders" in out and "rm -- outputs/done/last.pth" in out and "half/last.pth" not in out
-    assert "1 other folders hold no run: figures" in out
+    assert "1 other folder holds no run: figures" in out
     one = succeed("compare", "--list", "--run", "outputs/new", cwd=tmp_path).out
     assert "outputs/new" in one and "outputs/done" not in one and "no last.pth" in one
     refused(cli("compare", "--list", "--runs-dir", "nowhere", cwd=tmp_path), "no run folders")

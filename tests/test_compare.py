@@ -20,6 +20,7 @@ from PIL import Image
 import compare
 import metrics
 from calibration.operating_point import Rule, evaluate
+from calibration.wording import show_probabilities
 from cohort.who import Asked, age_bands
 from common.console import printable
 from common.files import FORMAT, write_json
@@ -415,6 +416,18 @@ def test_predictive_values_share_one_prevalence(tmp_path):
     b = Entry(write_run(tmp_path / "b", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.3)))
     _, table = predictive_blocks([a, b])
     assert table.head[3:] == ["PPV at 10%", "NPV at 10%"] and table.rows[0][1:] == table.rows[1][1:]
+
+
+def test_a_rare_finding_is_not_shown_as_0_percent(tmp_path, capsys):
+    """In the report and by calibrate.py."""
+    run = write_run(tmp_path / "a", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.001))
+    text, table = predictive_blocks([Entry(run)])
+    assert "assume a prevalence of 0.1%, with" in text.text and table.head[3:] == [
+        "PPV at 0.1%",
+        "NPV at 0.1%",
+    ]
+    show_probabilities(of_one(run.calibration()), run.calibration())
+    assert "if 0.1% of the patients were sick, @Rec on test: PPV " in capsys.readouterr().out
 
 
 def test_causes_are_groups_where_names_tell_them(tmp_path):
