@@ -275,8 +275,19 @@ def test_everybody_sick_and_broken_floors_are_marked_in_the_tables(tmp_path):
     assert isinstance(rows["ViT scratch (blind)"]["Recall@Rec"], str)
     text = to_markdown(tables_module.section(view))
     assert "**broken ✗**" in text and text.count(EVERYBODY) > 3
+    assert "hold for all findings at once, or what stands beside it." in text  # ✗, of promises
     assert f'"{EVERYBODY}": specificity is below 0.05, and recall above 0.95.' in legend(view)
     assert HEALTHY not in legend(view) and NOBODY not in legend(view)
+
+
+def test_who_is_sick_by_a_finding_that_is_no_disease(tmp_path):
+    """A threshold of No Finding that "calls everybody sick" calls everybody healthy: the report says it."""
+    entry = entry_of(tmp_path / "a", many(0))
+    remaining = view_of([entry], ASKED).remaining
+    assert '"Sick"' not in to_markdown(threshold_blocks(remaining))
+    entry.findings, entry.calibrated = ("No Finding",), {"No Finding": entry.calibrated["PNEUMONIA"]}
+    text = to_markdown(threshold_blocks(remaining))
+    assert '"Sick" means with the finding: of No Finding, the healthy.' in text
 
 
 def test_the_legend_explains_the_phrases_of_its_table(tmp_path):

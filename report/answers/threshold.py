@@ -4,6 +4,7 @@ from collections import Counter
 
 from calibration.wording import calls, four_digits, guaranteed_too, new_patients
 from cohort.figures import clustered_proportion
+from common.task import is_healthy
 from report.cells import alone, floors, interval, named, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph
 from report.rows import POINTS
@@ -48,6 +49,9 @@ def threshold_blocks(remaining):
         f"{advice_on(remaining)} On test the floor is kept (the 95% interval by patients lies above it), not "
         "refuted (the interval contains it: too few patients, or close to it) or broken (it lies below)."
     )
+    healthy = sorted({name for e in entries for name in e.findings if is_healthy(name)})
+    if healthy:
+        text += f' "Sick" means with the finding: of {", ".join(healthy)}, the healthy.'
     items = []
     for c in remaining[:SHOWN]:
         items += [line for point in ("at_rec", "at_guaranteed") for line in lines_of(c, point)]
