@@ -32,6 +32,7 @@ from report.page.numbers import Store
 from report.render import TITLE, Heading, to_markdown, write_text
 from report.rows import load_entries
 from report.tables import main as tables
+from report.tables.method import called_differently
 from report.tables.models import in_order_of, write_csv
 from report.view import only_top, view_of
 
@@ -118,13 +119,13 @@ def print_list(args):
     print(list_runs(args.runs_dir, args.run))
 
 
-def wanted(view, args):
-    """A View as --sort and --top ask for it. InputError: no such column."""
+def wanted(views, args):
+    """Views as --sort and --top ask for them. InputError: no such column."""
     if args.sort:
-        view = in_order_of(view, args.sort)
+        views = in_order_of(views, args.sort)
     if args.top:
-        view = only_top(view, args.top)
-    return view
+        views = [only_top(view, args.top) for view in views]
+    return views
 
 
 def main():
@@ -142,8 +143,10 @@ def main():
     page, store = [Heading(1, TITLE)], Store()
     columns = {name for entries in groups for entry in entries for name in entry.cohort["test"]}
     who.check_columns(asked, columns, "the data of these runs")
-    views = [wanted(view_of(entries, asked), args) for entries in groups]
+    views = wanted([view_of(entries, asked) for entries in groups], args)
     for view in views:
+        if differently := called_differently(view.entries):
+            say(f"note: {differently}")
         pictures = draw_all(view, args.figures, file_stem(view.entries[0].set, used))
         of_set = tables.section(view, pictures)
         blocks += of_set

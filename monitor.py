@@ -11,6 +11,9 @@ The first image of each patient counts. Without a column patient, file names tel
 an image with no patient in its name counts as a patient. Prints recall and specificity so far with 95%
 confidence sequences, which hold at all times at once, and draws them over time to RUN/monitor/LOG-*.png.
 
+A log of predict.py also has the threshold that decided each row: where it is another than the watched one,
+a note counts the rows.
+
 If the data refute a recall at the floor or above, it says when, and the exit code is 3. Where recall is at
 the floor, that ever happens with a chance of at most 5%, however long one watches
 (monitoring/sequential.py). With few patients it says that they cannot tell yet. --site WHERE takes the
@@ -39,7 +42,7 @@ from common.console import InputError, say, start
 from common.files import save_figure
 from common.task import ANSWERS, effective_rule_in
 from monitoring import sequential
-from monitoring.log import read_log, say_counts, truths
+from monitoring.log import read_log, say_counts, say_other_thresholds, threshold_columns, truths
 from records.run import Run
 
 matplotlib.use("Agg")
@@ -47,6 +50,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 POINTS = {"rec": "threshold", "mean": "mean", "guar": "guaranteed"}
 RULE_IN = {"in": "@In", "inguar": "@InGuar"}  # whose promise is a specificity
+DECIDED = {"rec": "@Rec", "guar": "@Guar", "in": "@In"}  # points whose threshold predict.py writes
 REFUTED = 3  # exit code
 POINTS_DRAWN = 1000  # of a curve, at most
 
@@ -191,6 +195,9 @@ def picture_name(args, task, finding):
 def say_verdict(alarm, patients, watched):
     """The last line: refuted (exit code 3), not refuted, or too few patients to tell."""
     figure, floor, who = watched.figure, watched.floor, f"{watched.which} {watched.finding}"
+    if not patients:
+        say(f"note: no patient {who} has been seen, so {figure} >= {floor:g} was not watched")
+        return
     if alarm:
         say(
             f"ALARM: {figure} >= {floor:g} was refuted at patient {alarm} {who}: stop relying on this "
@@ -243,6 +250,8 @@ def main():
         say(f"note: this threshold is for scores of a {unit}, as predict.py gives them under {column}")
     log = read_log(args.log, threshold, truths(run.task, finding), column, unit)
     say_counts(args.log, log)
+    columns = threshold_columns(run.task, finding, DECIDED.get(args.point), unit)
+    say_other_thresholds(args.log, columns, threshold)
 
     # One floor is tested: the other figure is shown, and nothing is promised of it.
     hits, rightly_cleared = log.called[log.sick], ~log.called[~log.sick]

@@ -14,6 +14,7 @@ from metrics import chance_below_floor, temperature_limit
 
 FEW_HEALTHY = 0.05  # a specificity below it is worth nothing
 EVERYBODY, NOBODY = "calls everybody sick", "calls nobody sick"
+HEALTHY = "calls the healthy sick"
 COLUMNS = ("recall", "specificity", "precision", "acc", "f1", "auroc")
 
 
@@ -38,7 +39,7 @@ def calls(row):
         return NOBODY
     if row["tn"] >= FEW_HEALTHY * (row["tn"] + row["fp"]):
         return ""
-    return EVERYBODY if row["fn"] < FEW_HEALTHY * (row["tp"] + row["fn"]) else "calls the healthy sick"
+    return EVERYBODY if row["fn"] < FEW_HEALTHY * (row["tp"] + row["fn"]) else HEALTHY
 
 
 def rule_in_concerns(row, floor):
@@ -53,10 +54,11 @@ def rule_in_concerns(row, floor):
 
 
 def chance_text(images, patients, floor):
-    """How likely the recall at @Rec is below the floor for new people, as text: by so many patients with the
-    finding, of whom there are so many images. With one image each it is the exact chance of scores that do
-    not tie; images of one patient make it an approximation."""
-    about = "up to" if images == patients else "about"
+    """How likely at most the recall at @Rec is below the floor for new people, as text: by so many patients
+    with the finding, of whom there are so many images. With one image each it is the exact chance of scores
+    that do not tie, where the threshold is the highest that meets the floor; a lower one, chosen for its
+    precision, has a smaller chance. Images of one patient make it an approximation."""
+    about = "up to" if images == patients else "at most about"
     return f"a chance of {about} {chance_below_floor(patients, floor):.2f}"
 
 
@@ -184,6 +186,12 @@ def positives_text(found, plural="images"):
     return f"{' + '.join(counts)} {plural} with it"
 
 
+def guaranteed_too(found):
+    """Whether what @Guar promises of a finding holds for @Rec, which does not lie above it."""
+    guaranteed = found.get("guarantee", {}).get("threshold")
+    return guaranteed is not None and guaranteed >= found["threshold"]
+
+
 def threshold_text(found):
     """The thresholds of one finding, and how far each lies from the nearest validation score."""
     gap = f"({found['gap']:.2g} logits from the nearest validation score)"
@@ -194,6 +202,8 @@ def threshold_text(found):
     for mark, chosen in others:
         if chosen["threshold"] is not None:
             text += f", {mark} {four_digits(chosen['threshold'])} ({chosen['gap']:.2g})"
+    if guaranteed_too(found):
+        text += "; @Rec is not above @Guar, so it is guaranteed too"
     return text
 
 
@@ -337,8 +347,8 @@ def show_probabilities(found, calibration):
         print(f"  by the temperature: {'; '.join(changes)}")
     if row["ppv"] is not None and row["npv"] is not None:
         print(
-            f"  if {row['prevalence']:.0%} of the patients were ill, @Rec on test: PPV {row['ppv']:.3f}, "
-            f"NPV {row['npv']:.3f}"
+            f"  if {100 * row['prevalence']:.3g}% of the patients were sick, @Rec on test: PPV "
+            f"{row['ppv']:.3f}, NPV {row['npv']:.3f}"
         )
 
 

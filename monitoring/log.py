@@ -1,9 +1,12 @@
 """The log of scores and diagnoses that monitor.py reads: one image a patient, in order. No torch."""
 
+import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
+from calibration.pooling import columns_of
 from common.console import InputError, say
 from layouts.listing import patient_in_folder
 from layouts.patients import patients_of
@@ -46,6 +49,14 @@ def truths(task, finding):
         absent.append(task.classes[0])
         present += task.classes[1:]
     return tuple([word.lower() for word in words] for words in (absent, present))
+
+
+def threshold_columns(task, finding, mark, unit="image"):
+    """How predict.py calls the columns of a finding's threshold at the point `mark` (None where it writes
+    none), and of one by hand; `unit`: as for read_log."""
+    word = "" if task.alone else task.score_columns[finding].removeprefix("p")
+    columns = [f"threshold{point}{word}" for point in (mark, "@hand") if point]
+    return columns if unit == "image" else columns_of(unit, columns)
 
 
 def check_row(cell, score, words, where, unit="image"):
@@ -150,4 +161,26 @@ def say_counts(path, log):
         say(
             f"note: {log.unnamed} of {log.images} images count as a patient each: {why}, and their names "
             "tell no patient. If some are of the same patient, name it in a column patient"
+        )
+
+
+def say_other_thresholds(path, columns, watched):
+    """A note on the rows of a log that were decided at another threshold than the `watched` one, as one of
+    the `columns` of thresholds says. InputError for one that is no number."""
+    sheet, found = open_sheet(path), Counter()
+    for name in columns:
+        for number, text in zip(sheet.numbers, sheet.text(name)):
+            if not text:  # a file that could not be read, or a row of another column
+                continue
+            try:
+                found[float(text)] += 1
+            except ValueError:
+                raise InputError(f"{path}, row {number}: {name} {text[:40]!r} is no number") from None
+    others = [at for at in found if not math.isclose(at, watched, rel_tol=1e-9)]
+    if others:
+        count = sum(found[at] for at in others)
+        listed = ", ".join(f"{at:.6g}" for at in others[:3]) + ", ..." * (len(others) > 3)
+        say(
+            f"note: {count} of {found.total()} rows were decided at another threshold ({listed}): what is "
+            f"watched is {watched:.6g}"
         )

@@ -36,7 +36,8 @@ def list_runs(runs_dir, chosen=None):
                 spare.append(last)
     lines = [*aligned([HEAD, *rows]), "", *totals(folders, spare)]
     if others:
-        lines.append(f"{len(others)} other folders hold no run: {', '.join(map(printable, others))[:200]}")
+        hold = "other folder holds" if len(others) == 1 else "other folders hold"
+        lines.append(f"{len(others)} {hold} no run: {', '.join(map(printable, others))[:200]}")
     return "\n".join(lines)
 
 

@@ -34,6 +34,8 @@ ARCHITECTURES = {  # width, layers, heads, patch size: those of vit.CONFIGS, whi
 SIZE = Number(int, 1, 2**31)
 SIZES = {k: SIZE for k in ("embed_dim", "depth", "num_heads", "patch_size")}
 USUAL = ("scratch", "pretrained", "linear")  # folder names that say nothing new
+# Settings of the data that name places: one place has many names, so what is there tells recipes apart.
+PLACES = ("data_dir", "labels", "patients", "lungs", "also", "also_unlabelled", "cache_dir", "verify_cache")
 
 # What the report shows of results.json and explain.json, beyond what run.Run has checked.
 NEEDED = {
@@ -44,6 +46,7 @@ COPIES = {f"{a}_{b}": NATURAL for a, b in PAIRS}
 OPTIONAL = {
     "init": {"minutes": Number(float, 0, 1e9)},
     "teacher": {"minutes": Number(float, 0, 1e9), "run": str, "model": str},
+    "weights": {},
     "members": [{"run": str, "checkpoint": str}],
     "seed": NATURAL,
     "command": str,
@@ -197,15 +200,23 @@ class Entry:
         return found | {"findings": who.prevalences(self.findings, truth)}
 
     def _family(self):
-        """A checksum of all that the runs of a family share: all but the seed; the rule knows the views."""
-        settings = ADDED["recipe"] | self.results["recipe"] | {"seed": None, "test_views": None}
-        data = {k: v for k, v in self.results["data"].items() if k not in ("cache_dir", "verify_cache")}
-        model = [self.results["model"], self.results["model_config"], self.results.get("weights")]
+        """A checksum of all that the runs of a family share: all but the seed; the rule knows the views.
+        Files count by what is in them, wherever they are."""
+        results, split = self.results, self.results["split"]
+        settings = ADDED["recipe"] | results["recipe"] | {"seed": None, "test_views": None}
+        data = {k: v for k, v in results["data"].items() if k not in PLACES}
+        images = [self.set, split["fingerprint"], split.get("also")]
+        weights = {k: v for k, v in results.get("weights", {}).items() if k != "path"}
+        begun = [results["model"], results["model_config"], weights]
+        for key in ("init", "teacher"):
+            other = results.get(key)
+            # Masked epochs of its own are part of the recipe, and others for every seed.
+            begun.append(other and (other.get("own") or other.get("checkpoint")))
         rule = [self.calibration.get("tta"), self.min_recall, title_of(self.calibration)]
         rule += [scaling.applied(self.calibration), scaling.fitted(self.calibration)]
         rule += [self.calibration.get("min_specificity"), self.calibration["jointly"]]
         rule.append([f.get("guarantee", {}).get("confidence") for f in self.calibrated.values()])
-        return sha256([model, settings, data, rule])
+        return sha256([begun, settings, data, images, rule])
 
     @property
     def explained(self):

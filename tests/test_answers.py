@@ -13,7 +13,16 @@ from matplotlib.colors import to_hex
 from scipy.special import expit, logit
 from scipy.stats import binomtest
 
-from calibration.wording import EVERYBODY, calls, four_digits
+from calibration.wording import (
+    EVERYBODY,
+    HEALTHY,
+    NOBODY,
+    calls,
+    four_digits,
+    guaranteed_too,
+    threshold_text,
+)
+from common.console import InputError
 from common.files import write_json
 from common.proportions import wilson_interval
 from common.task import Task
@@ -21,13 +30,13 @@ from records.curves import COLOURS, GREY
 from report import figures, plots
 from report.answers import marks
 from report.answers.standing import Behind, patients_needed, standings
-from report.answers.threshold import floor_verdict, lines_of, recall_span
+from report.answers.threshold import floor_verdict, lines_of, recall_span, threshold_blocks
 from report.answers.which import which_blocks
 from report.render import Bad, Best, to_markdown
 from report.rows import Entry, tell_apart
 from report.tables import main as tables_module
 from report.tables.method import sizes
-from report.tables.models import in_order_of, models_table
+from report.tables.models import in_order_of, legend, models_table
 from report.view import only_top, view_of
 from tests.shared import cli, refused, succeed, tables
 from tests.test_compare import ASKED, RULE, noisy_scores, write_ensemble, write_run
@@ -266,6 +275,33 @@ def test_everybody_sick_and_broken_floors_are_marked_in_the_tables(tmp_path):
     assert isinstance(rows["ViT scratch (blind)"]["Recall@Rec"], str)
     text = to_markdown(tables_module.section(view))
     assert "**broken ✗**" in text and text.count(EVERYBODY) > 3
+    assert "hold for all findings at once, or what stands beside it." in text  # ✗, of promises
+    assert f'"{EVERYBODY}": specificity is below 0.05, and recall above 0.95.' in legend(view)
+    assert HEALTHY not in legend(view) and NOBODY not in legend(view)
+
+
+def test_who_is_sick_by_a_finding_that_is_no_disease(tmp_path):
+    """A threshold of No Finding that "calls everybody sick" calls everybody healthy: the report says it."""
+    entry = entry_of(tmp_path / "a", many(0))
+    remaining = view_of([entry], ASKED).remaining
+    assert '"Sick"' not in to_markdown(threshold_blocks(remaining))
+    entry.findings, entry.calibrated = ("No Finding",), {"No Finding": entry.calibrated["PNEUMONIA"]}
+    text = to_markdown(threshold_blocks(remaining))
+    assert '"Sick" means with the finding: of No Finding, the healthy.' in text
+
+
+def test_the_legend_explains_the_phrases_of_its_table(tmp_path):
+    """Scores turned upside down call the healthy and miss the sick; all low they call nobody."""
+    upside_down, silent = many(0, strength=8.0), many(0)
+    upside_down["test_logits"] = -upside_down["test_logits"]
+    silent["test_logits"] = silent["test_logits"] - np.array([0, 30], np.float32)
+    found = {}
+    for name, scores in (("good", many(0)), ("down", upside_down), ("silent", silent)):
+        found[name] = legend(view_of([entry_of(tmp_path / name, scores)], ASKED))
+    assert not any(phrase in found["good"] for phrase in (EVERYBODY, HEALTHY, NOBODY))
+    assert f'"{HEALTHY}": specificity is below 0.05, and recall not above 0.95.' in found["down"]
+    assert f'"{NOBODY}": no score reaches the threshold.' in found["silent"]
+    assert EVERYBODY not in found["down"] + found["silent"]
 
 
 def heads(table):
@@ -331,6 +367,25 @@ def test_runs_with_joint_guarantees_are_no_seeds_of_others(tmp_path):
     assert [e.name.endswith(" (jointly)") for e in entries] == [False, True]
 
 
+def test_rec_is_guaranteed_where_it_does_not_lie_above_guar(tmp_path):
+    """@Guar then costs nothing, which the report and calibrate.py say; of several seeds, which ones."""
+    seeds = [Entry(write_run(tmp_path / f"x-seed{k}", k, scores=many(0))) for k in range(2)]
+    every = [e.calibrated["PNEUMONIA"] for e in seeds]
+    assert not any(map(guaranteed_too, every))
+    [standing] = standings(seeds)
+    costs = "for new patients like those: it costs specificity"
+    assert f"{costs}. On test" in to_markdown(threshold_blocks(standing.remaining))
+    every[0]["guarantee"]["threshold"] = every[0]["threshold"]
+    text = to_markdown(threshold_blocks(standing.remaining))
+    assert f"{costs} where it lies below @Rec, and elsewhere @Rec is guaranteed, too. On test" in text
+    assert threshold_text(every[0]).endswith("; @Rec is not above @Guar, so it is guaranteed too")
+    every[1]["guarantee"]["threshold"] = every[1]["threshold"]
+    text = to_markdown(threshold_blocks(standing.remaining))
+    assert "so @Rec is guaranteed for new patients like those, too. On test" in text and "costs" not in text
+    every[0]["guarantee"]["threshold"] = None
+    assert not guaranteed_too(every[0]) and not guaranteed_too({"why_not": "too few"})
+
+
 def test_mark_of_validation_like_test(tmp_path):
     few = entry_of(tmp_path / "few", noisy_scores(0))
     alike = entry_of(tmp_path / "alike", many(2, count=1600, strength=3.0))
@@ -384,6 +439,30 @@ def test_mark_of_groups(tmp_path):
         verdicts.append(marks.group_mark(entry_of(tmp_path / name, changed), ASKED))
     assert [mark.verdict for mark in verdicts] == ["kept", "open", "broken"]
     assert "sex F" in verdicts[2].text
+
+
+def test_a_group_below_the_floor_that_chance_may_explain_is_told(monkeypatch):
+    """The table of groups says BROKEN of it: the mark is open, and says why. Each of three findings has such
+    a group by chance with 0.025: 1 - 0.975^3 = 0.07."""
+    spans = {"a": (0.82, 0.685, 0.915), "b": (0.98, 0.96, 0.99), "c": (0.97, 0.9, 0.99)}
+
+    def groups(entry, name, side, asked):
+        value, low, high = spans[name]
+        row = dict(value=value, lo=low, hi=high, broken=high < 0.95)
+        return {"groups": [("sex", "F")], "figures": {"recall @Rec": [row]}}, []
+
+    monkeypatch.setattr(marks, "groups_on", groups)
+    entry = SimpleNamespace(findings=["a", "b", "c"], min_recall=0.95, row=lambda *where: True)
+    entry.task = SimpleNamespace(alone=False)
+    mark = marks.group_mark(entry, ASKED)
+    assert mark.verdict == "open" and mark.text == (
+        "1 of 3 groups lies below it by its own interval, which chance among 3 findings may explain "
+        "(p 0.07); lowest a: sex F 0.820 [0.685, 0.915]"
+    )
+    spans["b"] = spans["a"]
+    assert marks.group_mark(entry, ASKED).verdict == "broken"  # two of three: 0.002
+    spans["a"] = spans["b"] = spans["c"]
+    assert marks.group_mark(entry, ASKED).text.startswith("3 of 3 groups could be under it")
 
 
 @pytest.mark.parametrize(
@@ -469,6 +548,24 @@ def test_sort_and_top(tmp_path):
     refused(cli("compare", "--top", "0", cwd=tmp_path), "--top")
 
 
+def test_sort_by_a_column_that_one_section_lacks(tmp_path, capsys):
+    """Of one finding there are other columns than of several: only a section that has the column is sorted,
+    and the usual order of the others is said."""
+    ones = [write_run(tmp_path / f"r{k}", scores=noisy_scores(k), recipe=recipe(k)) for k in (1, 2)]
+    one = view_of([Entry(run) for run in ones], ASKED)
+    classes, names = ["Normal", "a", "b"], np.array([f"{i}.png" for i in range(400)])
+    scores = several(Task(tuple(classes))) | {f"{side}_files": names for side in ("val", "test")}
+    many_findings = Entry(write_run(tmp_path / "s", scores=scores, data={"classes": classes}))
+    other = view_of([many_findings], ASKED)
+    ordered, kept = in_order_of([one, other], "spec @rec")
+    figures = [c.entries[0].row("PNEUMONIA", "test", "at_rec")["specificity"] for c in ordered.candidates]
+    assert figures == sorted(figures, reverse=True) and kept is other
+    said = f"note: --sort spec @rec: {many_findings.set} has no such column: its usual order stays"
+    assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="'speed': there is no such column; .*Spec @Rec.*Kept floors @Rec"):
+        in_order_of([one, other], "speed")
+
+
 def test_of_many_models_only_pairs_with_the_first(tmp_path):
     for k in range(6):
         write_run(tmp_path / f"outputs/r{k}", scores=noisy_scores(k % 2), recipe=recipe(k))
@@ -504,7 +601,7 @@ def test_list_of_runs(tmp_path):
     assert "finished, not calibrated" in lines["outputs/new"] and "damaged: " in lines["outputs/broken"]
     assert "checkpoint.pth is gone" in lines["outputs/gone"]
     assert "6 run folders" in out and "rm -- outputs/done/last.pth" in out and "half/last.pth" not in out
-    assert "1 other folders hold no run: figures" in out
+    assert "1 other folder holds no run: figures" in out
     one = succeed("compare", "--list", "--run", "outputs/new", cwd=tmp_path).out
     assert "outputs/new" in one and "outputs/done" not in one and "no last.pth" in one
     refused(cli("compare", "--list", "--runs-dir", "nowhere", cwd=tmp_path), "no run folders")
@@ -622,7 +719,7 @@ def test_seeds_of_a_recipe_share_their_colour(tmp_path):
     first, second = (style for e, style in styles.items() if e.run.folder.name.startswith("s-seed"))
     assert first["color"] == second["color"] not in (GREY, styles[ensemble]["color"])
     assert first["linestyle"] != second["linestyle"]
-    assert only_top(view, 1).left_out == 1 and len(in_order_of(view, "Model").candidates) == 2
+    assert only_top(view, 1).left_out == 1 and len(in_order_of([view], "Model")[0].candidates) == 2
 
 
 def test_marks_are_links_to_sections_that_are_there(tmp_path):

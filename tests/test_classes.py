@@ -1,6 +1,7 @@
 """Tests of the classification report, against scikit-learn on the decisions themselves and counts by hand."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,21 @@ def test_a_finding_without_a_threshold_is_left_out_by_name():
     [one] = [one for one in found.values() if one.short and one.title.endswith("@Rec")]
     assert one.names == ["no No Finding", "No Finding"] and one.truth.ndim == 1
     assert one.left_out == ("Effusion", "Mass", "Edema")
+
+
+def test_a_finding_with_one_rule_alone_is_not_said_to_be_missing_everywhere():
+    """Edema has @Rec but too few patients for @Guar: it has rows, and lacks some."""
+    arrays = drawn(FOUR)
+    arrays["val_labels"][8:, 3] = 0
+    arrays["val_labels"][:8, 3] = 1
+    _, calibration, truth, scores = answered(FOUR, arrays)
+    side = SimpleNamespace(truth=truth, scores=scores)
+    entry = SimpleNamespace(name="x", task=FOUR, calibration=calibration, unit="images")
+    entry.columns, entry.findings = {"val": side, "test": side}, FOUR.findings
+    text = to_markdown(classes.report_blocks([entry]))
+    assert "| each finding @Rec: Edema |" in text and "@Guar: Edema |" not in text and "Not in it" not in text
+    missing = "for want of a threshold or of figures: on validation Edema; on test Edema."
+    assert f"Missing by one rule or more, {missing}" in text
 
 
 def test_long_names_stand_below_each_other():

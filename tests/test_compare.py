@@ -20,6 +20,7 @@ from PIL import Image
 import compare
 import metrics
 from calibration.operating_point import Rule, evaluate
+from calibration.wording import show_probabilities
 from cohort.who import Asked, age_bands
 from common.console import printable
 from common.files import FORMAT, write_json
@@ -219,6 +220,7 @@ DAMAGE = {
     "an image size in words": lambda r: r["data"].update(img_size="large"),
     "no shared_patients": lambda r: r["split"].pop("shared_patients"),
     "a list as init": lambda r: r.update(init=[]),
+    "a list as weights": lambda r: r.update(weights=[]),
     "strings as members": lambda r: r.update(members=["a", "b"]),
     "a list as seed": lambda r: r.update(seed=[1]),
     "a list as versions": lambda r: r.update(versions=[]),
@@ -335,6 +337,44 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_family(tmp_path, change):
     assert missing_ensembles(group) == []
 
 
+def test_one_recipe_whose_paths_are_spelled_differently_is_one_family(tmp_path):
+    """A folder and a file have many names; what is in them tells models apart."""
+    weights = {"sha256": "w", "source": "timm"}
+    for seed, place in enumerate(("kx", "./kx", "/kaggle/input/kx")):
+        paths = {k: f"{place}/{k}" for k in ("data_dir", "patients", "lungs", "cache_dir")}
+        paths |= {"also": [f"{place}2"], "verify_cache": seed > 0}
+        more = dict(weights={"path": f"{place}/w.npz", **weights}, split={"also": {"kx2": {"train": 9}}})
+        write_run(tmp_path / f"a-seed{seed}", seed, data=paths, **more)
+    [group] = rows_module.load_entries(tmp_path)
+    assert [len(family) for family in rows_module.families(group)] == [3]
+    [standing] = view_of(group, ASKED).standings
+    assert [len(c.entries) for c in standing.candidates] == [3]
+    [(_, count, _)] = missing_ensembles(group)
+    assert count == 3
+    for place in ("t.csv", "./t.csv"):
+        group[0].results["data"]["labels"] = place
+        assert group[0]._family() == group[0].family
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": {"set": "hospital, contrast stretched"}},
+        {"split": {"also": {"elsewhere": {"train": 9}}}},
+        {"data": {"lungs_sha256": "other masks"}},
+        {"weights": {"path": "w.npz", "sha256": "other"}},
+        {"teacher": {"run": "t", "model": "b16", "minutes": 1.0, "checkpoint": "c"}},
+        {"init": {"run": "mae", "minutes": 1.0, "checkpoint": "c"}},
+    ],
+)
+def test_runs_of_other_files_are_no_family(tmp_path, change):
+    same = {"weights": {"path": "w.npz", "sha256": "w"}}
+    write_run(tmp_path / "a-seed0", 0, **same)
+    write_run(tmp_path / "a-seed1", 1, **{**same, **change})
+    [group] = rows_module.load_entries(tmp_path)
+    assert rows_module.families(group) == []
+
+
 def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
     a = write_run(tmp_path / "x/scratch")
     b = write_run(tmp_path / "y/scratch", 1, model="ti16", model_config={**SCRATCH, "embed_dim": 192})
@@ -354,7 +394,7 @@ def test_mixed_ensemble_and_folders_of_one_name(tmp_path):
 def test_time_includes_masked_pretraining(tmp_path):
     entry = Entry(write_run(tmp_path / "scratch", init={"run": "mae", "checkpoint": "c", "minutes": 1.5}))
     assert entry.name == "ViT scratch, masked pretraining" and entry.minutes == 3.5
-    assert main_rows([entry])[0][2] == "3.5" and entry.run.results["minutes"] == 2.0
+    assert main_rows([entry])[0][3] == "3.5" and entry.run.results["minutes"] == 2.0
 
 
 # ---------------------------------------------------------------- tables
@@ -376,6 +416,18 @@ def test_predictive_values_share_one_prevalence(tmp_path):
     b = Entry(write_run(tmp_path / "b", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.3)))
     _, table = predictive_blocks([a, b])
     assert table.head[3:] == ["PPV at 10%", "NPV at 10%"] and table.rows[0][1:] == table.rows[1][1:]
+
+
+def test_a_rare_finding_is_not_shown_as_0_percent(tmp_path, capsys):
+    """In the report and by calibrate.py."""
+    run = write_run(tmp_path / "a", rule=Rule(min_recall=0.9, bootstrap=100, prevalence=0.001))
+    text, table = predictive_blocks([Entry(run)])
+    assert "assume a prevalence of 0.1%, with" in text.text and table.head[3:] == [
+        "PPV at 0.1%",
+        "NPV at 0.1%",
+    ]
+    show_probabilities(of_one(run.calibration()), run.calibration())
+    assert "if 0.1% of the patients were sick, @Rec on test: PPV " in capsys.readouterr().out
 
 
 def test_causes_are_groups_where_names_tell_them(tmp_path):
@@ -676,6 +728,22 @@ def test_compare_separates_test_sets(tmp_path):
     assert [len(t) - 1 for t in tables(done.out) if "Recall @0.5" in t[0]] == [1, 1]
     links = re.findall(LINK, done.out)
     assert len(set(links)) == len(links) == 2 * 7 and all((tmp_path / link).exists() for link in links)
+
+
+def test_sets_of_several_names_that_are_compared_are_told(tmp_path):
+    """Names and labels alone tell test sets apart: where the sets are called differently, it is said."""
+    for name in ("kx", "other"):
+        write_run(tmp_path / "outputs" / name, split={"set": name})
+    done = succeed("compare", "--csv", "t.csv", cwd=tmp_path)
+    text = "ompared as the same images by names and labels, though the sets are called kx and other"
+    assert f"note: c{text}" in done.err and f"C{text}." in done.out
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [(row["Data"], row["Run"]) for row in csv.DictReader(file)] == [
+            ("kx", "outputs/kx"),
+            ("other", "outputs/other"),
+        ] * 2
+    done = succeed("compare", "--run", "outputs/kx", cwd=tmp_path)
+    assert "called" not in done.err and "by names and labels" not in done.out
 
 
 # ---------------------------------------------------------------- from images to the report

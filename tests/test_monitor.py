@@ -336,3 +336,47 @@ def test_of_several_findings_the_column_is_that_of_the_finding(tmp_path):
     assert found.sick.tolist() == [False, True, False] == found.called.tolist() and found.score == "p_covid"
     found = log_module.read_log(log, 0.5, log_module.truths(task, "any disease"), "p_any_disease")
     assert found.sick.tolist() == [False, True, True] and found.called.tolist() == [True, False, True]
+
+
+def test_rows_that_were_decided_at_another_threshold_are_counted(own_runs, tmp_path, monkeypatch):
+    """By hand or at a site: the log says at which threshold, and monitor.py watches the run's own."""
+    monkeypatch.setattr(monitor, "draw", lambda *about: None)
+    at = of_one(read_json(own_runs, "outputs/linear/calibration.json"))["threshold"]
+    argv, head = ("monitor", "--run", "outputs/linear"), "path,score,diagnosis,threshold"
+    logs = {
+        "@hand": (["a,1,1,0.97", "b,1,1,0.97", "c,1,0,0.8"], "3 of 3 rows", "(0.97, 0.8)"),
+        "@Rec": (["a,1,1,0.97", f"b,1,1,{at!r}", "c,1,0,"], "1 of 2 rows", "(0.97)"),
+        "@hand,threshold@rec": ([f"a,1,1,,{at!r}", "b,1,1,0.97,"], "1 of 2 rows", "(0.97)"),
+    }
+    for columns, (rows, counted, values) in logs.items():
+        done = succeed(*argv, log_of(tmp_path / "log.csv", rows, head + columns), cwd=own_runs)
+        text = f"note: {counted} were decided at another threshold {values}: what is watched is {at:.6g}"
+        assert done.err.count(text) == 1, done.err
+    for columns, rows in (("@Rec", [f"a,1,1,{at!r}"]), ("@0.5", ["a,1,1,0.5"]), ("@Guar", ["a,1,1,0.1"])):
+        done = succeed(*argv, log_of(tmp_path / "log.csv", rows, head + columns), cwd=own_runs)
+        assert "another threshold" not in done.err
+    log = log_of(tmp_path / "log.csv", ["a,1,1,high"], head + "@hand")
+    refused(cli(*argv, log, cwd=own_runs), "row 2: threshold@hand 'high' is no number")
+
+
+def test_threshold_columns_are_those_of_predict():
+    """Of each finding and point, by image and by study, as task.Decision names them."""
+    for classes in (("NORMAL", "PNEUMONIA"), ("Normal", "COVID", "Viral Pneumonia")):
+        task = Task(classes)
+        for decision in task.decisions(dict.fromkeys(task.findings, 0.3), 0.2 if task.alone else None):
+            finding, point = decision.finding, decision.point
+            assert log_module.threshold_columns(task, finding, point)[0] == decision.threshold_column
+            by_study = log_module.threshold_columns(task, finding, point, "study")
+            assert by_study[0] == f"study_{decision.threshold_column}"
+    triage = task.triage({name: {"threshold": 0.3, "rule_in": {"threshold": 0.6}} for name in task.findings})
+    found = [log_module.threshold_columns(task, t.finding, "@In")[0] for t in triage]
+    assert found == [t.threshold_column for t in triage]
+    assert log_module.threshold_columns(task, "COVID", None) == ["threshold@hand_covid"]
+
+
+def test_without_a_sick_patient_no_recall_was_watched(own_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "draw", lambda *about: None)
+    log = log_of(tmp_path / "log.csv", ["a,0.1,NORMAL", "b,0.2,NORMAL"])
+    done = succeed("monitor", "--run", "outputs/linear", "--min-recall", 0.95, log, cwd=own_runs)
+    said = "note: no patient with PNEUMONIA has been seen, so recall >= 0.95 was not watched"
+    assert said in done.err and "not refuted" not in done.err and "cannot tell yet" not in done.err

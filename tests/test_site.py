@@ -257,6 +257,7 @@ def test_bad_figures_of_a_site_are_warned_of():
     assert "warning: on these images calls everybody sick: specificity 0" in text
     chance = sum(math.comb(60, k) * 0.05**k * 0.95 ** (60 - k) for k in range(4))  # three of 60 may be missed
     assert f"below it with a chance of up to {chance:.2f} " in text
+    assert wording.chance_text(120, 60, 0.95) == f"a chance of at most about {chance:.2f}"
     row = {"tp": 9, "fn": 1, "fp": 3, "tn": 0}
     assert wording.concerns(row, 0.95) == [
         "recall 0.900 is below the floor of 0.95",

@@ -167,6 +167,11 @@ def group_mark(entry, asked):
     by_chance = binom.sf(len({one[2] for one in low}) - 1, len(names), 0.025)
     if low and by_chance <= 0.05:
         return Mark("broken", f"{len(low)} of {len(rows)} groups; {least_of(low)}")
+    if low:
+        lie = "lies below it by its" if len(low) == 1 else "lie below it by their"
+        chance = f"chance among {len(names)} findings may explain (p {by_chance:.2f})"
+        text = f"{len(low)} of {len(rows)} groups {lie} own interval, which {chance}; {least_of(low)}"
+        return Mark("open", text, MORE)
     unsure = [one for one in rows if one[0]["lo"] < entry.min_recall]
     if unsure:
         text = f"{len(unsure)} of {len(rows)} groups could be under it; {least_of(unsure)}"

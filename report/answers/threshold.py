@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-from calibration.wording import calls, four_digits, new_patients
+from calibration.wording import calls, four_digits, guaranteed_too, new_patients
 from cohort.figures import clustered_proportion
+from common.task import is_healthy
 from report.cells import alone, floors, interval, named, with_interval
 from report.render import Bad, Bullets, Heading, Paragraph, marked
 from report.rows import POINTS
@@ -43,20 +44,34 @@ def threshold_blocks(remaining):
     if not remaining:
         return []
     entries = [e for c in remaining for e in c.entries]
-    advice = "Take @Guar where the floor must hold for new patients like those: it costs specificity."
-    if not any(rows_of(c, "at_guaranteed") for c in remaining):
-        advice = "None has @Guar, so no threshold here is guaranteed."
     text = (
-        f"@Rec meets the recall floor ({floors(entries)}) on validation. {below_text(entries)}{advice} On "
-        "test the floor is kept (the 95% interval by patients lies above it), not refuted (the interval "
-        "contains it: too few patients, or close to it) or broken (it lies below)."
+        f"@Rec meets the recall floor ({floors(entries)}) on validation. {below_text(entries)}"
+        f"{advice_on(remaining)} On test the floor is kept (the 95% interval by patients lies above it), not "
+        "refuted (the interval contains it: too few patients, or close to it) or broken (it lies below)."
     )
+    healthy = sorted({name for e in entries for name in e.findings if is_healthy(name)})
+    if healthy:
+        text += f' "Sick" means with the finding: of {", ".join(healthy)}, the healthy.'
     items = []
     for c in remaining[:SHOWN]:
         items += [line for point in ("at_rec", "at_guaranteed") for line in lines_of(c, point)]
     if len(remaining) > SHOWN:
         items.append(f"{len(remaining) - SHOWN} more of those that remain: in the tables below.")
     return [HEADING, Paragraph(text), Bullets(items)]
+
+
+def advice_on(remaining):
+    """When to take @Guar, and what it costs, as a sentence."""
+    found = [one for c in remaining for one in rows_of(c, "at_guaranteed")]
+    if not found:
+        return "None has @Guar, so no threshold here is guaranteed."
+    same = [guaranteed_too(e.calibrated[finding]) for e, finding, _ in found]
+    if all(same):
+        return "@Guar does not lie below @Rec, so @Rec is guaranteed for new patients like those, too."
+    advice = "Take @Guar where the floor must hold for new patients like those: it costs specificity"
+    if any(same):
+        advice += " where it lies below @Rec, and elsewhere @Rec is guaranteed, too"
+    return f"{advice}."
 
 
 def below_text(entries):

@@ -180,8 +180,8 @@ def report_blocks(entries):
                 Table(head, rows, groups=tuple(groups)),
             ]
             if left_out:
-                text = f"Not in it, for want of a threshold or of figures there: {'; '.join(left_out)}."
-                tables.append(Paragraph(text))
+                why = "for want of a threshold or of figures"
+                tables.append(Paragraph(f"Missing by one rule or more, {why}: {'; '.join(left_out)}."))
     if not tables:
         return []
     return [Heading(3, "Classification report"), Paragraph(report_text(entries)), *tables]

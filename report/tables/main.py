@@ -283,7 +283,7 @@ def promise_text(entries):
     text += (
         " ✗ marks a floor that is broken by the wider intervals of In short, which are exact and hold for all"
     )
-    text += " findings at once."
+    text += " findings at once, or what stands beside it."
     if refused:
         text += f" Where @Guar is missing: {refusals(refused)}."
     return text + missing_text(entries)

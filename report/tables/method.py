@@ -60,8 +60,9 @@ def optimistic(entry):
 
 
 def split_blocks(entries):
-    """Warnings above the tables: of a pooled split, of copies on two sides."""
+    """Warnings above the tables: of a pooled split, of copies on two sides, of sets that may differ."""
     notes = [unique(filter(None, map(warning, entries))) for warning in (optimistic, copied)]
+    notes.append(called_differently(entries))
     return [Paragraph(f"{text[0].upper()}{text[1:]}.") for text in notes if text]
 
 
@@ -71,6 +72,16 @@ def copied(entry):
     same = told(entry.calibration.get("alike", {}), "look like")
     text = "; ".join(filter(None, (exact, same)))
     return f"{text}: the figures are FLATTERED by what the model has seen" if text else ""
+
+
+def called_differently(entries):
+    """That the sets of Entries on one test set have several names, as text; empty where they have one. What
+    is in the images is not on record."""
+    sets = sorted({entry.results["split"]["set"] for entry in entries})
+    if len(sets) == 1:
+        return ""
+    names = f"{', '.join(sets[:-1])} and {sets[-1]}"
+    return f"compared as the same images by names and labels, though the sets are called {names}"
 
 
 def placed(entries):

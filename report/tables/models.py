@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from calibration.wording import EVERYBODY, FEW_HEALTHY, NOBODY, calls, four_digits
-from common.console import InputError, printable
+from calibration.wording import EVERYBODY, FEW_HEALTHY, HEALTHY, NOBODY, calls, four_digits
+from common.console import InputError, printable, say
 from common.files import atomic_path
 from common.proportions import reported_interval
 from report.answers.standing import Candidate, recipes
@@ -20,6 +20,11 @@ FIGURES = ("acc", "precision", "recall", "specificity", "f1", "auroc")
 HEADER = ("Model", "Params (M)", "Time (min)", "Acc", "Prec", "Recall", "Spec", "F1", "AUROC", "Thr")
 AT_POINT = {"Acc": "acc", "Prec": "precision", "Recall": "recall", "Spec": "specificity", "F1": "f1"}
 POINT_OF = {mark: key for key, mark in POINTS.items()}
+MEANING = {  # of what is said of a cell (wording.calls)
+    EVERYBODY: f"specificity is below {FEW_HEALTHY:g}, and recall above {1 - FEW_HEALTHY:g}",
+    HEALTHY: f"specificity is below {FEW_HEALTHY:g}, and recall not above {1 - FEW_HEALTHY:g}",
+    NOBODY: "no score reaches the threshold",
+}
 MEANS = {"auroc": "Mean AUROC", "auprc": "Mean AUPRC", "accuracy": "Accuracy", "macro_f1": "Macro F1"}
 
 
@@ -87,22 +92,23 @@ def counted(verdict):
 # ---------------------------------------------------------------- order
 
 
-def sort_key(view, name):
-    """(the Column of the main table that --sort names; None for "model"). InputError: no such column."""
-    columns = {column.name.lower(): column for column in columns_of(view.entries)}
+def in_order_of(views, name):
+    """Views with their models in the order of a column: highest first; size, time and names ascending. One
+    without the column stays as it is, and this is said. InputError where none has it."""
     if name.lower() == "model":
-        return None
-    if name.lower() not in columns:
-        known = ", ".join(["Model", *(column.name for column in columns.values())])
-        raise InputError(f"--sort {name!r}: {view.entries[0].set} has no such column; there are: {known}")
-    return columns[name.lower()]
+        return [view._replace(candidates=sorted(view.candidates, key=lambda c: c.name)) for view in views]
+    known = [{column.name.lower(): column for column in columns_of(view.entries)} for view in views]
+    if not any(name.lower() in columns for columns in known):
+        listed = dict.fromkeys(column.name for columns in known for column in columns.values())
+        raise InputError(f"--sort {name!r}: there is no such column; there are: Model, {', '.join(listed)}")
+    return [sorted_by(view, columns.get(name.lower()), name) for view, columns in zip(views, known)]
 
 
-def in_order_of(view, name):
-    """A View with its models in the order of a column: highest first; size, time and names ascending."""
-    column = sort_key(view, name)
+def sorted_by(view, column, name):
+    """A View with its models in the order of a Column; as it is, with a note, where there is no `name`."""
     if column is None:
-        return view._replace(candidates=sorted(view.candidates, key=lambda c: c.name))
+        say(f"note: --sort {name}: {view.entries[0].set} has no such column: its usual order stays")
+        return view
     sign = 1 if column.head in HEADER[1:3] else -1
 
     def key(candidate):
@@ -139,18 +145,21 @@ def models_table(candidates):
 
 
 def legend(view):
-    """What the marks in the main table mean, as text: of those that it can have."""
-    text = ""
-    if len(view.candidates) > 1:
+    """What the marks in the main table, and in the one of its seeds, mean, as text."""
+    text, several = "", len(view.candidates) > 1
+    if several:
         text = "Bold: the best of a column. "
-        if alone(view.entries):
-            text += "Models that break the floor or call everybody sick are not eligible. "
-    if alone(view.entries):
-        text += "✗: the 95% interval of recall lies below the floor. "
-        text += f'"{EVERYBODY}": specificity is below {FEW_HEALTHY:g}.'
-    else:
-        text += "A floor is kept, not refuted or broken as under In short."
-    return text
+    if not alone(view.entries):
+        return f"{text}A floor is kept, not refuted or broken as under In short."
+    if several:
+        text += "A model with a ✗ at a threshold is not eligible there. "
+    text += "✗: the 95% interval of recall lies below the floor"
+    (finding,) = view.entries[0].findings
+    said = {calls(e.row(finding, "test", point)) for e in view.entries for point in ("at_rec", "at_0.5")}
+    meanings = [f'"{phrase}": {meaning}.' for phrase, meaning in MEANING.items() if phrase in said]
+    if meanings:
+        text += ", or what stands beside it"
+    return " ".join([f"{text}.", *meanings])
 
 
 def best_of(candidates, column):
@@ -244,8 +253,8 @@ MORE = ("Run", "Finding", "Point", "Seed", "Recall low", "Recall high", "Spec va
 
 
 def main_rows(entries):
-    """Rows of the CSV, lists of str in the order of HEADER and MORE: a run, a finding and an operating point
-    each, then the mean and standard deviation of runs that differ in the seed alone."""
+    """Rows of the CSV, lists of str: the data set, then in the order of HEADER and MORE: a run, a finding and
+    an operating point each, then the mean and standard deviation of runs that differ in the seed alone."""
     rows, shown = [], ("at_rec",)
     if alone(entries):  # of several findings decisions at 0.5 would fill pages
         shown = ("at_rec", "at_0.5")
@@ -264,13 +273,13 @@ def rows_at(entries, finding, point):
         low, high = reported_interval(row, "recall")
         more = [e.run.folder.as_posix(), finding, mark, str(e.results.get("seed", ""))]
         more += [f"{v:.4f}" for v in (low, high, val["specificity"], val["recall"], val["auroc"])]
-        rows.append([f"{title(e, finding)} {mark}", *size_and_time(e), *figures, *more])
+        rows.append([e.set, f"{title(e, finding)} {mark}", *size_and_time(e), *figures, *more])
     for family in families(with_row):
         values = [[e.row(finding, "test", point)[k] for k in (*FIGURES, "thr")] for e in family]
         name = title(family[0], finding).removesuffix(family[0].name)
         name += f"{family[0].base}, mean ± sd of {len(family)} seeds {mark}"
         more = ["", finding, mark, *[""] * (len(MORE) - 3)]
-        rows.append([name, *size_and_time(*family), *spread(values), *more])
+        rows.append([family[0].set, name, *size_and_time(*family), *spread(values), *more])
     return rows
 
 
@@ -281,10 +290,10 @@ def spread(values):
 
 
 def write_csv(path, groups):
-    """`main_rows` with their data set, as CSV; `groups` are lists of Entries."""
+    """`main_rows` as CSV; `groups` are lists of Entries."""
     with atomic_path(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["Data", *HEADER, *MORE])
         for entries in groups:
             for row in main_rows(entries):
-                writer.writerow([printable(cell) for cell in (entries[0].set, *row)])
+                writer.writerow([printable(cell) for cell in row])

@@ -59,6 +59,7 @@ def predictive_blocks(entries):
     assumed = first.row(name, "test", "at_rec")["at_prevalence"]["prevalence"]
     if not 0 < assumed < 1:
         assumed = 0.1
+    at = f"{100 * assumed:.3g}%"
     rows, shares = [], {}
     for name, e in known:
         row, on_test = e.row(name, "test", "at_rec"), float(e.column(name, "test").truth.mean())
@@ -70,9 +71,8 @@ def predictive_blocks(entries):
         shares[name] = f"{on_test:.1%} show {name}"
     text = (
         f"Predictive values depend on how common the finding is. Of these test {first.unit} "
-        f"{', '.join(shares.values())}. The last two columns assume a prevalence of {assumed:.0%}, with the "
+        f"{', '.join(shares.values())}. The last two columns assume a prevalence of {at}, with the "
         "same recall and specificity."
     )
-    head = [first_head(entries), "PPV as on test", "NPV as on test", f"PPV at {assumed:.0%}"]
-    head.append(f"NPV at {assumed:.0%}")
+    head = [first_head(entries), "PPV as on test", "NPV as on test", f"PPV at {at}", f"NPV at {at}"]
     return [Paragraph(text), Table(head, rows)]
