@@ -36,21 +36,31 @@ ENDINGS = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".npz")
 
 def find_table(path, data_dir, layout=""):
     """The path of a table: as it is, or else inside the data folder; of a folder, the one table in it that
-    has a known layout. InputError if there is none, or several could be meant."""
-    empty = []
-    for place in (Path(path), Path(data_dir, path)):
-        if place.is_dir():
-            found = _table_in(place, layout)
-            if found:
-                return found
+    has a known layout. A path that is absolute, or begins with ./ or ../, is taken as it is. InputError if
+    there is none, or several could be meant."""
+    here, places = Path(path), [Path(path), Path(data_dir, path)]
+    if here.is_absolute() or str(path).replace(os.sep, "/").split("/")[0] in (".", ".."):
+        places = [here]
+    found, empty = [], []
+    for place in places:
+        table = _table_in(place, layout) if place.is_dir() else place
+        if table is None:
             empty.append(place)
-        elif place.exists():
-            return place
+        elif table.exists():
+            found.append(table)
+    if len(found) == 2 and not os.path.samefile(*found):
+        raise InputError(
+            f"--labels {path}: there are two such tables, {found[0]} and {found[1]}: write ./{here} or "
+            f"{places[1]} for the one that is meant"
+        )
+    if found:
+        return found[0]
     if empty:
         there = sorted(file.name for file in empty[-1].iterdir() if file.name.lower().endswith(ENDINGS))
         holds = ", ".join(there[:8]) or "no table"
         raise InputError(f"--labels {path}: it holds no table of a known layout; it holds {holds}")
-    raise InputError(f"--labels {path}: there is no such file, neither here nor in {data_dir}")
+    where = f", neither here nor in {data_dir}" if len(places) == 2 else ""
+    raise InputError(f"--labels {path}: there is no such file{where}")
 
 
 def _table_in(folder, layout):

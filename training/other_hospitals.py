@@ -91,7 +91,8 @@ def load_site(config, folder, labels="", patients=""):
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
     index = index._replace(side=np.full(len(index.files), "site"))
-    if patients:
+    if patients:  # a header knows better than a file name, and this table better than both
+        index = with_headers(root, index, config.cache_dir, names_tell=not labels)
         index = read_patients(patients, index, root)
     index = known_from_headers(root, index, config, names_tell=not (labels or patients))
     subset, kept, _ = load(config, root, index, "site")
