@@ -39,7 +39,7 @@ def find_table(path, data_dir, layout=""):
     has a known layout. A path that is absolute, or begins with ./ or ../, is taken as it is. InputError if
     there is none, or several could be meant."""
     here, places = Path(path), [Path(path), Path(data_dir, path)]
-    if here.is_absolute() or str(path).replace(os.sep, "/").split("/")[0] in (".", ".."):
+    if here.is_absolute() or str(path).replace(os.sep, "/").startswith(("./", "../")):
         places = [here]
     found, empty = [], []
     for place in places:

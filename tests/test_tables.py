@@ -494,3 +494,32 @@ def test_numbers_of_patients_that_a_spreadsheet_has_rounded(tmp_path, text, refu
             read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
     else:
         assert read_table(tmp_path / "t.csv", tmp_path, ("Mass",)).known.tolist() == [text != "-", True]
+
+
+def test_a_table_of_one_name_here_and_in_the_data_folder(tmp_path, monkeypatch):
+    """Neither is taken in silence: both are named, and a path that begins with ./ or ../ means one."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, PLAIN, "labels.csv")
+    put(tmp_path / "theirs", PLAIN, "labels.csv")
+    put(tmp_path / "theirs", PLAIN, "own.csv")
+    with pytest.raises(
+        InputError, match="labels.csv and theirs/labels.csv: write ./labels.csv or theirs/lab"
+    ):
+        tables.find_table("labels.csv", "theirs")
+    with pytest.raises(InputError, match="two such tables"):
+        other_hospitals.parse("theirs:labels.csv")
+    for text, meant in (
+        ("./labels.csv", "labels.csv"),
+        ("theirs/../labels.csv", "labels.csv"),
+        (str(tmp_path / "labels.csv"), "labels.csv"),
+        ("theirs/labels.csv", "theirs/labels.csv"),
+        ("own.csv", "theirs/own.csv"),
+    ):
+        assert tables.find_table(text, "theirs").resolve() == tmp_path / meant
+    assert tables.find_table("labels.csv", ".").resolve() == tmp_path / "labels.csv"
+    assert other_hospitals.parse("theirs:./labels.csv")[1].resolve() == tmp_path / "labels.csv"
+    with pytest.raises(InputError, match="own.csv: there is no such file$"):
+        tables.find_table("./own.csv", "theirs")
+    # What a run keeps is read again as it stands, without another search.
+    config = data.DataConfig(data_dir="theirs", labels="labels.csv", classes=("Edema", "Mass"))
+    assert tables.read_set(config.labels, "theirs", config.classes)[1].index.files == list(FILES)
