@@ -331,7 +331,7 @@ def load_train_val(config, tell=print):
     say_twice(info, indices, listing)
     if note:
         say(note)
-    say_absent(config.task, info)
+    say_absent(config, info["counts"], train.targets, indices["train"].blank)
     if config.split == "patient" and config.task.kind == "softmax":
         say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
     return train, val, info

@@ -533,7 +533,9 @@ def test_a_class_of_one_patient(tmp_path):
         image = Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8))
         image.save(tmp_path / f"set/train/Flu/person7_virus_{i}.png")
     done = cli("train_linear", "--data-dir", "set", "--img-size", 32, cwd=tmp_path)
-    refused(done, "class number 1 (the first is 0) has too few patients", "--split image")
+    refused(
+        done, "no test part", "the class Flu, of 1 patients, would not be on both sides: use --split image"
+    )
 
 
 @pytest.mark.parametrize("label", ["", "1"])
