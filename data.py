@@ -242,6 +242,7 @@ def read_listing(config):
     else:
         sides = dict(published=published, by_side=pooled or bool(config.patients))
         root, reading = folders.read_set(config.data_dir, config.classes, **sides)
+        folders.say_unused(root, config.split, config.classes)
     known = with_headers(root, reading.index, config.cache_dir, names_tell=not config.labels)
     index, flow = select(replace(reading, index=known), config)
     if config.patients:

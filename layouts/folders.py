@@ -39,6 +39,18 @@ def read_set(data_dir, classes, *, published=False, by_side=False):
     return root, Reading(index, [["listed", count], ["found", count]], True)
 
 
+def say_unused(root, split, classes):
+    """A note on the images of a val/ folder, which only the published `split` reads."""
+    place = Path(root, "val")
+    count = sum(1 for _ in Search().walk(place)) if place.is_dir() else 0
+    if not count or split == "published":
+        return
+    way = ""
+    if set(classes) <= set(subfolders(place)):
+        way = advice("--split", "; --split published validates on it")
+    say_once(f"note: {place} is not used by --split {split} ({count} images){way}")
+
+
 def named_by_side(index):
     """The patients of an Index, each with its side: every side numbers its patients from 1. A name that
     stands for one image is left as it is."""

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import data
+from common import console
 from common.console import InputError
 from common.files import sha256
 from data import load_test, load_train_val, read_listing
@@ -85,6 +86,18 @@ def test_published_parts(pool, tmp_path):
     assert [len(plain[s]) for s in SIDES] == [128, 32, 50] and info["shared_patients"] == 0
     assert not any(f.startswith("val/") for s in SIDES for f in plain[s].files)
     assert ", test " not in line and "shared_patients_test" not in info
+
+
+def test_a_validation_folder_that_is_not_used_is_counted(pool, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_said", set())  # other tests read the same folder
+    for split in ("patient", "pooled"):
+        load(pool, tmp_path, split=split)
+        said = (
+            f"note: {pool}/val is not used by --split {split} (20 images); --split published validates on it"
+        )
+        assert capsys.readouterr().err.count(said) == 1
+    load(pool, tmp_path, split="published")
+    assert "is not used" not in capsys.readouterr().err
 
 
 def test_a_test_part_is_cut_off(pool, tmp_path):
@@ -386,11 +399,7 @@ def test_what_cannot_be_learnt_is_told_by_the_labels_of_training(listed, tmp_pat
             "no test part can be cut off: the class TB has one image only, and both sides need one",
         ),
         (1, "pooled-image", "no test part can be cut off: the class TB has one image only"),
-        (
-            8,
-            "patient",
-            r"by patient: the class TB has too few patients \(1\) .* both sides: use --split image$",
-        ),
+        (8, "patient", "by patient: the class TB, of 1 patients, .* on both sides: use --split image$"),
         (8, "pooled", "would not be on both sides: use --split pooled-image$"),
         (-2, "patient", "the class TB, of 1 patients, would not be on both sides$"),
     ],
