@@ -149,7 +149,7 @@ def cohort_of_files(root, files, cache_dir):
     mend(found, files, secret_key(cache_dir), where)
     found["age"] = cohort.ages(found["age"].tolist(), where)
     found["sex"] = cohort.sexes(found["sex"].tolist(), where)
-    found["view"] = cohort.views(found["view"].tolist())
+    found["view"] = cohort.views(found["view"].tolist(), where)
     return found
 
 

@@ -28,6 +28,9 @@ def patients_of(sheet, name):
     """The patients that a column of a Sheet names, list of N texts, "" where unknown. InputError for a
     decimal comma (12,0 may be 12, or a name) and a rounded number."""
     texts = sheet.text(name)
+    several = [found for found in sheet.head if found.lower() == name.lower()]
+    if len(several) > 1:
+        say_once(f"note: {sheet.path} has the columns {' and '.join(several)}: {sheet.find(name)} is read")
     clean = {}
     for number, text in zip(sheet.numbers, texts):
         if text in clean:
@@ -58,7 +61,7 @@ def read_patients(path, index, root=""):
     owner, said, absent = {}, {}, 0
     for number, text, patient in zip(sheet.numbers, sheet.text("path"), patients_of(sheet, "patient")):
         name = listed.clean(text)
-        if patient and said.setdefault(name, patient) != patient:
+        if name and patient and said.setdefault(name, patient) != patient:
             raise InputError(f"--patients {path}, row {number}: {name} has two patients")
         file = listed.find(name, number)
         if file is None:
