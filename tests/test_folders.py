@@ -116,7 +116,7 @@ def test_tables_as_programs_write_them(tmp_path, capsys, change):
     assert found.targets[:3].tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
     assert found.patients[:3] == ["1", "1", "2"]
     if change == "latin-1":
-        assert found.patients[3] == "Müller" and "read as Latin-1" in capsys.readouterr().err
+        assert found.patients[3] == "Müller" and "read as cp1252" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
