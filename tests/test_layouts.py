@@ -20,6 +20,7 @@ from common import console
 from common.console import InputError
 from layouts import arrays, cohort, mimic, nih, padchest, sheets, synonyms, tables
 from layouts import vindr as vindr_layout
+from layouts.asked import asked
 from layouts.choices import Choices, training_targets, uncertain_values
 from layouts.rows import UNUSABLE, Source
 from tests.shared import SHARED, cli, read_json, refused, touch
@@ -848,6 +849,10 @@ def test_flags_of_tables_without_a_table(tmp_path):
     for flag, value in (("--layout", "nih"), ("--uncertain", "positive"), ("--blank", "negative")):
         done = cli("train_linear", "--data-dir", "set", flag, value, cwd=tmp_path)
         refused(done, f"{flag} belongs to a table of findings: give --labels too")
+    values = {"data_dir": str(tmp_path / "set"), "blank": "negative", "also": ("there:t.csv",)}
+    assert asked(SimpleNamespace(blank="negative"), values) == {"classes": ("NORMAL", "PNEUMONIA")}
+    with pytest.raises(InputError, match="--blank belongs to a table"):
+        asked(SimpleNamespace(blank="negative"), values | {"also": ("there", "t.csv")})
 
 
 def test_a_study_of_mimic_with_two_sets_of_labels_is_refused(tmp_path):
