@@ -232,11 +232,14 @@ def add_choices(group):
 def read_listing(config):
     """The Listing of a DataConfig's images. Reads names, tables and the bytes of files of equal length;
     decodes no image."""
-    sides = dict(published=config.split == "published", pooled=config.split in POOLED)
+    published, pooled = config.split == "published", config.split in POOLED
     if config.labels:
+        sides = dict(published=published, pooled=pooled)
         root, reading = tables.read_set(config.labels, config.data_dir, config.classes, config, **sides)
     else:
+        sides = dict(published=published, by_side=pooled or bool(config.patients))
         root, reading = folders.read_set(config.data_dir, config.classes, **sides)
+        folders.say_unused(root, config.split, config.classes)
     known = with_headers(root, reading.index, config.cache_dir, names_tell=not config.labels)
     index, flow = select(replace(reading, index=known), config)
     if config.patients:
@@ -327,7 +330,7 @@ def load_train_val(config, tell=print):
     say_twice(info, indices, listing)
     if note:
         say(note)
-    say_absent(config.task, info)
+    say_absent(config, info["counts"], train.targets, indices["train"].blank)
     if config.split == "patient" and config.task.kind == "softmax":
         say_inexact(everything.targets, config, list(info["counts"]["val"].values()))
     return train, val, info

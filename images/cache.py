@@ -20,6 +20,7 @@ from images.decode import _check_regular, _decode
 from layouts import arrays
 
 CACHE_VERSION = 7  # raise it when decoding changes, so that old caches are rebuilt
+WORDS = {"train": "training"}  # how messages call what caches call otherwise
 
 
 # ---------------------------------------------------------------- many files, cached
@@ -58,7 +59,8 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
     if info is None:
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
-    count = f"{len(bad)} of {len(files)} {name} images in {root}"
+    side = name.partition("-")[0]  # without what tells caches apart
+    count = f"{len(bad)} of {len(files)} {WORDS.get(side, side)} images in {root}"
     some = "; ".join(bad[:5])
     if len(bad) > 5:
         some += " ..."
@@ -92,14 +94,17 @@ def valid_cache(path, key, verify):
     try:
         info = read_json(path.with_suffix(".json"))
         check = info.pop("check", None)
-        if info.get("key") == key and check == sha256(info):
+        why = "is damaged"
+        if check == sha256(info) and info["key"] != key:
+            why = "is of other files or settings"
+        elif check == sha256(info):
             if info["stamp"] == list(arrays.stamp(path)) and not verify:
                 intact = _sample(path) == info["sample"]
             else:
                 intact = _crc32(path) == info["crc32"]
             if intact:
                 return info
-        say(f"cache {path} is stale or damaged: rebuilding it")
+        say(f"cache {path} {why}: rebuilding it")
     except (InputError, OSError, KeyError):
         pass  # absent or unreadable: build it
     return None

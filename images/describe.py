@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 from sklearn.model_selection import train_test_split
 
 from cohort.who import of_sides
 from common import prelude  # noqa: F401  (first: see there)
-from common.console import say
+from common.console import advice, say
 from common.files import sha256
 from images import twins
 from images.dicom import keyed
 from images.split import say_shared
+
+SIDE_WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
 def describe(config, listing, train, val, indices, readable, unknown):
@@ -138,14 +141,24 @@ def _count_text(counts):
     return text
 
 
-def say_absent(task, info):
-    """A note on findings that no training image, or every one, has."""
-    counts, total = info["counts"]["train"], info["train"]
-    never = [name for name, number in counts.items() if number == 0]
-    always = [name for name, number in counts.items() if number == total]
-    for names, text in ((never, "no training image has"), (always, "every training image has")):
-        if names and task.kind == "sigmoid":
-            say(f"note: {text} {', '.join(names)}, so nothing can be learnt about it")
+def say_absent(config, counts, targets, blank):
+    """Notes on what a side lacks. Of findings: those of which no training image is known to have them, or to
+    be without them; targets: int8 [N, K], what training learns; blank: bool [N, K], as Index.blank. Of
+    classes: those of which validation or test has no image; counts: {side: {class: images}}."""
+    if config.task.kind == "softmax":
+        for side, number in counts.items():
+            names = ", ".join(name for name in config.classes if not number[name])
+            if names:
+                say(f"note: no {SIDE_WORDS[side]} image is {names}: no figure there tells of it")
+        return
+    for label, lacks in ((1, "has"), (0, "is without")):
+        lacking = np.flatnonzero(~(targets == label).any(axis=0))
+        names = ", ".join(config.classes[k] for k in lacking)
+        way = ""
+        if label == 0 and (blank[:, lacking] & (targets[:, lacking] < 0)).any():
+            way = advice("--blank", "; --blank negative takes blank labels for absent")
+        if names:
+            say(f"note: no training image {lacks} {names}, so nothing can be learnt about it{way}")
 
 
 def say_inexact(targets, config, have):

@@ -1,5 +1,8 @@
 """Which images train, validate and test a model, whole patients on one side; and which make up an epoch."""
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 from sklearn.model_selection import train_test_split
 
@@ -16,7 +19,19 @@ BALANCES = (
 )
 
 
-def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None):
+class Part(NamedTuple):
+    """What a cut cuts off, for messages. `name`: of the part; `classes`: their names; `by_image`: the --split
+    that would cut it by image, "" for none."""
+
+    name: str = "validation"
+    classes: tuple = ()
+    by_image: str = ""
+
+
+VALIDATION = Part()
+
+
+def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, patients=None, part=VALIDATION):
     """Indices (train, val), both sorted, of images with one class each.
 
     "image": scikit-learn's stratified `train_test_split`. "patient": the same number of validation images
@@ -31,18 +46,15 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
         patients = [patient_id(file) for file in files]
     # By name, so that the split does not depend on the order in which the files were found.
     order = np.array(sorted(range(len(files)), key=files.__getitem__))
-    try:
-        train, val = train_test_split(
-            order, test_size=val_fraction, stratify=labels[order], random_state=seed
-        )
-    except ValueError as error:
-        raise InputError(f"the training images cannot be split: {error}") from None
+    _check_counts(labels, val_fraction, part)
+    train, val = train_test_split(order, test_size=val_fraction, stratify=labels[order], random_state=seed)
     if mode == "image":
         return np.sort(train), np.sort(val)
 
     # Whole patients must come near the class counts that the split by image has.
     classes = np.unique(labels)
     wanted = np.array([(labels[val] == k).sum() for k in classes])
+    rest = np.array([(labels[train] == k).sum() for k in classes])
     rng = np.random.default_rng(seed)
     single, mixed = _patients_by_class(order, patients, labels, rng)
     chosen = _choose_patients(single, mixed, labels, wanted, len(val) / len(order), rng)
@@ -51,11 +63,38 @@ def split_train_val(files, labels, mode="patient", val_fraction=0.2, seed=0, pat
 
     for k in classes:
         if not (labels[val] == k).any() or not (labels[train] == k).any():
+            number, way = len({patients[i] for i in np.flatnonzero(labels == k)}), ""
+            least = 2 if part.name == "test" else 1  # validation is still to be cut off the rest
+            if part.by_image and wanted.min() >= 1 and rest.min() >= least:
+                way = advice("--split", f": use --split {part.by_image}")
             raise InputError(
-                f"class number {k} (the first is 0) has too few patients to be in train and validation"
-                + advice("--split", ": use --split image")
+                f"no {part.name} part can be cut off by patient: {_class_name(part, k)}, of {number} "
+                f"patients, would not be on both sides{way}"
             )
     return train, val
+
+
+def _class_name(part, k):
+    """How messages call the class number `k`."""
+    return f"the class {part.classes[k]}" if part.classes else f"class number {k} (the first is 0)"
+
+
+def _check_counts(labels, fraction, part):
+    """InputError where `fraction` of the images with these `labels` [N] cannot be a Part with all classes."""
+    classes, counts = np.unique(labels, return_counts=True)
+    rare = int(np.argmin(counts))
+    if counts[rare] < 2:
+        raise InputError(
+            f"no {part.name} part can be cut off: {_class_name(part, classes[rare])} has one image only, and "
+            "both sides need one"
+        )
+    inside = math.ceil(fraction * len(labels))
+    if min(inside, len(labels) - inside) < len(classes):
+        raise InputError(
+            f"no {part.name} part can be cut off: it would have {inside} images, and {len(labels) - inside} "
+            f"would be left, too few for the {len(classes)} classes"
+            + advice("--fractions", ": see --fractions")
+        )
 
 
 def _patients_by_class(order, patients, labels, rng):
@@ -172,25 +211,26 @@ def split_patients(patients, fraction, seed=0):
     return np.flatnonzero(~inside), np.flatnonzero(inside)
 
 
-def cut(index, task, by_patient, fraction, seed):
+def cut(index, task, by_patient, fraction, seed, part=VALIDATION):
     """Positions (rest, part) of an Index, `fraction` of the images in the part: classes stratified, findings
-    at random; by whole patients or by image.
+    at random; by whole patients or by image. `part`: what it is in messages.
 
     By patient, copies of a file (`index.content`) stay together: where a copy would be on the other side, the
     patients that share files are taken as one, and the cut is made again. So a set without such copies is cut
     as if nobody had looked."""
-    parts = _cut(index, task, by_patient, fraction, seed)
+    parts = _cut(index, task, by_patient, fraction, seed, part)
     if by_patient and index.content is not None and twins.on_two_sides(index.content, parts[1]):
         one = index._replace(patients=twins.joined(index.patients, index.content))
-        parts = _cut(one, task, by_patient, fraction, seed)
+        parts = _cut(one, task, by_patient, fraction, seed, part)
     return parts
 
 
-def _cut(index, task, by_patient, fraction, seed):
+def _cut(index, task, by_patient, fraction, seed, part):
     """`cut`, which looks at no copies."""
     if task.kind == "softmax":
         mode = "patient" if by_patient else "image"
-        return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients)
+        part = part._replace(classes=task.classes)
+        return split_train_val(index.files, index.targets, mode, fraction, seed, index.patients, part)
     units = without_keys(index.files, index.patients) if by_patient else index.files
     return split_patients(units, fraction, seed)
 
@@ -211,7 +251,8 @@ def cut_test(index, config):
     if not pooled and published.any():
         return np.flatnonzero(~published), np.flatnonzero(published), "published"
     free = np.flatnonzero(index.side != "val")  # a published validation part stays whole
-    _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed)
+    part = Part("test", by_image=_by_image(config))
+    _, chosen = cut(index.take(free), config.task, by_patient, config.shares[2], config.split_seed, part)
     test = free[chosen]
     others = np.setdiff1d(np.arange(len(index.files)), test)
     test_from = "pooled and cut anew" if pooled else "cut off"
@@ -223,7 +264,13 @@ def cut_validation(index, config):
     if config.split == "published" and (index.side == "val").any():
         return np.flatnonzero(index.side == "train"), np.flatnonzero(index.side == "val")
     by_patient = not config.split.endswith("image")
-    return cut(index, config.task, by_patient, config.val_share, config.split_seed)
+    part = Part(by_image=_by_image(config))
+    return cut(index, config.task, by_patient, config.val_share, config.split_seed, part)
+
+
+def _by_image(config):
+    """The --split that cuts by image what that of a DataConfig cuts by patient."""
+    return "pooled-image" if config.split in POOLED else "image"
 
 
 def say_shared(split):

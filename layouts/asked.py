@@ -22,7 +22,11 @@ def asked(args, values):
     evaluation only."""
     data_dir = values["data_dir"]
     if not values.get("labels"):
+        others = [text.rpartition(":") for text in values.get("also", ())]
+        other_table = any(folder and table.lower().endswith(tables.ENDINGS) for folder, _, table in others)
         for name, usual in OF_TABLES.items():
+            if name == "blank" and other_table:
+                continue
             if (getattr(args, name, usual) or usual) != usual:
                 raise InputError(f"--{name} belongs to a table of findings: give --labels too")
         root = folders.find_root(data_dir)

@@ -77,7 +77,7 @@ def _rows_of(path, root):
         "study": np.array(studies, dtype=str),
         "age": ages(sheet.text("Age"), path),
         "sex": sexes(sheet.text("Sex"), path),
-        "view": views(seen_from),
+        "view": views(seen_from, sheet.path),
     }
     cohort |= further_columns(sheet, (*ABOUT, *known))
     return Rows(path, names, sheet.numbers, known, columns_of(sheet, known), patients, cohort=cohort)

@@ -46,8 +46,8 @@ class Choices:
 
     def of_other(self, layout):
         """The Choices for the table of another hospital, which has this layout: --layout and --blank are of
-        the first one's."""
-        blank = self.blank if layout == self.layout else "auto"
+        the first one's, but --blank of the others' where the first has class folders."""
+        blank = self.blank if self.layout in ("", layout) else "auto"
         return Choices(uncertain=self.uncertain, blank=blank, views=self.views, readers=self.readers)
 
 

@@ -31,19 +31,25 @@ def sex(text):
 
 
 def view(text):
-    """PA, AP, lateral, "other" for a view that is known and none of these (oblique, say), or ""."""
-    single = re.split(r"[\W_]+", text.upper())
-    words = "".join(single)  # "Frontal PA", "P.A.", "postero-anterior"
+    """PA, AP, lateral, "other" for a view that is known and none of these (oblique, say), or "", also for
+    several views at once."""
+    text = re.sub(r"\b([PA])\.\s*([AP])\b", r"\1\2", text.upper())  # "Thorax p.a."
+    single = re.split(r"[\W_]+", text)
+    words = "".join(single)  # "Frontal PA", "postero-anterior"
     words = words.removeprefix("FRONTAL").removesuffix("VIEW").removesuffix("FRONTAL")
     if words in ("", "FRONT", "UNK", "UNKNOWN", "NONE", "NAN"):
         return ""
+    found = []
     if words == "PA" or "PA" in single or words.startswith(("POSTEROANT", "POSTERIORANT")):
-        return "PA"
+        found.append("PA")
     if words == "AP" or "AP" in single or words.startswith(("ANTEROPOST", "ANTERIORPOST")):
-        return "AP"
-    if words in ("L", "LL", "RL", "LLAT", "RLAT") or "LAT" in single or "LATERAL" in words:
-        return "lateral"
-    return "other"
+        found.append("AP")
+    sideways = "LATERAL" in words.replace("BILATERAL", "")
+    if words in ("L", "LL", "RL", "LLAT", "RLAT") or "LAT" in single or sideways:
+        found.append("lateral")
+    if len(found) > 1:
+        return ""
+    return found[0] if found else "other"
 
 
 def _each(texts, read, kind):
@@ -66,9 +72,14 @@ def sexes(texts, where):
     return found
 
 
-def views(texts):
-    """Texts [N] -> PA, AP, lateral, other or "" [N]."""
-    return _each(texts, view, "U7")
+def views(texts, where):
+    """Texts [N] -> PA, AP, lateral, other or "" [N]. A note counts the others."""
+    found = _each(texts, view, "U7")
+    others = [text for text, kind in zip(texts, found) if kind == "other" and text != "other"]
+    if others:
+        some = ", ".join(dict.fromkeys(others[:1000]))[:60]
+        say_once(f"note: {where}: {len(others)} views are neither PA nor AP nor lateral ({some}): other")
+    return found
 
 
 def _say_unread(where, what, texts, unread):

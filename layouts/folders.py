@@ -20,10 +20,10 @@ SIDE_NAMES = (*TRAIN_NAMES, *SIDES, "valid", "validation", "testing")
 # ---------------------------------------------------------------- a data set
 
 
-def read_set(data_dir, classes, *, published=False, pooled=False):
+def read_set(data_dir, classes, *, published=False, by_side=False):
     """(root, Reading) of a set of class folders: of train/, of test/ if there is one and, if the `published`
-    split is asked for, of val/. `pooled`: the sides are put together, so that patients of two sides must not
-    bear one name. InputError if there is no such set, or no published validation."""
+    split is asked for, of val/. `by_side`: patients of two sides must not bear one name, because the sides
+    are put together, or compared. InputError if there is no such set, or no published validation."""
     root = find_root(data_dir, classes)
     if published and not (root / "val").is_dir():
         raise InputError(f"--split published: {root} has no val/ folder")
@@ -33,10 +33,22 @@ def read_set(data_dir, classes, *, published=False, pooled=False):
     if (root / "test").is_dir():
         sides.append("test")
     index = read_folders(root, classes, sides)
-    if pooled:
+    if by_side:
         index = index._replace(patients=named_by_side(index))
     count = len(index.files)
     return root, Reading(index, [["listed", count], ["found", count]], True)
+
+
+def say_unused(root, split, classes):
+    """A note on the images of a val/ folder, which only the published `split` reads."""
+    place = Path(root, "val")
+    count = sum(1 for _ in Search().walk(place)) if place.is_dir() else 0
+    if not count or split == "published":
+        return
+    way = ""
+    if set(classes) <= set(subfolders(place)):
+        way = advice("--split", "; --split published validates on it")
+    say_once(f"note: {place} is not used by --split {split} ({count} images){way}")
 
 
 def named_by_side(index):

@@ -22,7 +22,7 @@ from images import twins
 from images.decode import read_header
 from images.dicom import KEYED
 from layouts import arrays, cohort
-from layouts.patients import NOBODY
+from layouts.patients import MOST_PATIENTS, NOBODY, as_the_table_calls_them
 
 KEY_FILE, KEY_BYTES = "dicom.key", 32
 PICTURES = (".jpeg", ".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp")  # files called so are not looked into
@@ -30,7 +30,6 @@ NO_ID = {  # in lower case: what stands in the place of an id that was removed
     *("", "0", *NOBODY, "anon", "anonymous", "anonymized", "anonymised"),
     *("removed", "deidentified", "de-identified", "patient", "patientid", "no id", "noid", "test"),
 }
-MOST_PATIENTS = 3  # of one study: more, and its number says nothing
 KEPT = ("patient", "study", "age", "sex", "view", "machine")  # as text, what is kept of a header
 LONGEST = 60  # characters of a manufacturer
 VERSION = 1  # raise it when `told` or what it calls says something else, so that headers are read again
@@ -150,7 +149,7 @@ def cohort_of_files(root, files, cache_dir):
     mend(found, files, secret_key(cache_dir), where)
     found["age"] = cohort.ages(found["age"].tolist(), where)
     found["sex"] = cohort.sexes(found["sex"].tolist(), where)
-    found["view"] = cohort.views(found["view"].tolist())
+    found["view"] = cohort.views(found["view"].tolist(), where)
     return found
 
 
@@ -293,32 +292,20 @@ def with_headers(root, index, cache_dir, names_tell=False):
         told_here &= ~index.known
     names = [new if told else old for new, old, told in zip(patients.tolist(), index.patients, told_here)]
     if not names_tell:
-        names = _as_the_table_calls_them(names, patients, index.known, f"DICOM headers in {root}")
+        called = as_the_table_calls_them(names, patients, index.known)
+        changed = sum(new != old for new, old, known in zip(called, names, index.known) if not known)
+        if changed:
+            say_once(
+                f"note: DICOM headers in {root}: {changed} images that name no patient in the table are of "
+                "one whom it names"
+            )
+        names = called
     columns = dict(index.cohort or {})
     for name, values in found.items():
         told_nowhere = np.isnan(values) if values.dtype.kind == "f" else values == ""
         if not told_nowhere.all():
             columns[name] = _filled(columns.get(name), values)
     return index._replace(patients=names, known=index.known | told_here, cohort=columns or None)
-
-
-def _as_the_table_calls_them(names, patients, known, where):
-    """The names of patients [N], where images with one id in their headers (`patients` [N], "" for none) go
-    by one name, that of a table (where `known`): or else a person whom the table names on some images only
-    would be two. An id that the table gives more than MOST_PATIENTS names says nothing."""
-    called, named = {}, np.array(names, dtype=object)
-    for name, patient in zip(named[known].tolist(), patients[known].tolist()):
-        if patient:
-            called.setdefault(patient, set()).add(name)
-    ids = {patient: number for number, patient in enumerate(called) if len(called[patient]) <= MOST_PATIENTS}
-    number = np.array([ids.get(patient, -1) for patient in patients.tolist()])
-    added = int((~known & (number >= 0)).sum())
-    for i in np.flatnonzero(~known & (number >= 0)):
-        named[i] = min(called[patients[i]])
-    if added:
-        say_once(f"note: {where}: {added} images that name no patient in the table are of one whom it names")
-    several = np.array([number < 0 or len(called[patient]) < 2 for number, patient in zip(number, patients)])
-    return twins.joined(named, np.where(several, -1, number)) if not several.all() else named.tolist()
 
 
 def _filled(column, values):

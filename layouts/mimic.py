@@ -62,7 +62,7 @@ def rows(source):
     patients = images.text("subject_id")
     cohort = {"study": np.array(images.text("study_id"), dtype=str)}
     if metadata:
-        cohort["view"] = views(metadata.text(VIEW))
+        cohort["view"] = views(metadata.text(VIEW), metadata.path)
     cohort |= _people(source.path, patients, images.text(DATE))
     return [
         Rows(

@@ -124,7 +124,7 @@ def cohort_of_sheet(sheet, patients):
     if sheet.find(SEX):
         found["sex"] = sexes(sheet.text(SEX), sheet.path)
     if sheet.find(VIEW):
-        found["view"] = views(sheet.text(VIEW))
+        found["view"] = views(sheet.text(VIEW), sheet.path)
     return found
 
 

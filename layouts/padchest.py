@@ -99,7 +99,7 @@ def rows(source):
         "study": np.array(sheet.text(STUDY), dtype=str),
         "age": _ages(sheet),
         "sex": sexes(["" if text == "nan" else text for text in sheet.text(SEX)], sheet.path),
-        "view": views(sheet.text(VIEW)),
+        "view": views(sheet.text(VIEW), sheet.path),
         "machine": np.array(sheet.text(MACHINE), dtype=str),
     }
     names = []

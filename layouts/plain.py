@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from common.console import InputError, advice
+from common.console import InputError, advice, say_once
 from common.task import is_device, is_healthy
 from layouts import chexpert
 from layouts.cohort import ages, further_columns, sexes, views
@@ -16,6 +16,7 @@ from layouts.synonyms import same_key
 
 DESCRIBES = ("study", "age", "sex", "view", "machine")  # columns of these names are no findings
 NAMES = ("path", "patient", *DESCRIBES)
+PATIENTS = ("patientid", "subjectid", "patientname", "patientnumber")  # other names of the column patient
 
 
 def findings(path):
@@ -77,6 +78,7 @@ def rows(source):
     """The Rows of a table."""
     sheet = open_sheet(source.path)
     asked = source.findings or findings(source.path)
+    _hint_at_patients(sheet)
     labels = labels_of(sheet, asked)
     cohort = {}
     described = [name for name in DESCRIBES if sheet.find(name) and sheet.find(name) not in asked]
@@ -87,17 +89,19 @@ def rows(source):
         elif name == "sex":
             cohort[name] = sexes(values, sheet.path)
         elif name == "view":
-            cohort[name] = views(values)
+            cohort[name] = views(values, sheet.path)
         else:
             cohort[name] = np.array(values, dtype=str)
-    cohort |= further_columns(sheet, (*NAMES, *_label_columns(sheet), *asked))
+    cohort |= further_columns(sheet, (*NAMES, *asked))
     patients = patients_of(sheet, "patient")
     return [Rows(sheet.path, sheet.text("path"), sheet.numbers, asked, labels, patients, cohort=cohort)]
 
 
-def _label_columns(sheet):
-    """The columns that hold nothing but labels: findings that are not asked."""
-    return [name for name in sheet.head if name and all(text in WORDS for text in sheet.codes(name)[0])]
+def _hint_at_patients(sheet):
+    """A note where a column seems to be that of the patients, and has another name."""
+    meant = [name for name in sheet.head if re.sub(r"[\W_]", "", name.lower()) in PATIENTS]
+    if meant and not sheet.find("patient"):
+        say_once(f"note: {sheet.path} has a column {meant[0]} and no column patient: call it patient")
 
 
 LAYOUT = Layout(

@@ -76,7 +76,7 @@ def _headers(path, ids):
     return {
         "age": ages(column("PatientAge"), sheet.path),
         "sex": sexes(column("PatientSex"), sheet.path),
-        "view": views(column("ViewPosition")),
+        "view": views(column("ViewPosition"), sheet.path),
     }
 
 

@@ -1,10 +1,12 @@
 """Tables as programs write them -> a Sheet: column names and columns of text.
 
-Read are UTF-8, UTF-16 and UTF-32 with their mark, else Latin-1; compressed by gzip, too. Columns are
-separated by commas, semicolons or tabs. pandas splits the text; no value is guessed to be a number or NaN.
+Read are UTF-8, UTF-16 and UTF-32 with their mark, else Windows' cp1252 or Latin-1; compressed by gzip, too.
+Columns are separated by commas, semicolons or tabs. pandas splits the text; no value is guessed to be a
+number or NaN.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -198,8 +200,12 @@ def head_of(path):
             raw = file.read(1 << 16)
         if raw.startswith(GZIP):
             raw = zlib.decompressobj(31).decompress(raw, 1 << 16)
-        encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "latin-1")
-        text, separator = _separator(raw.decode(encoding, errors="ignore"))
+        encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "")
+        if encoding:
+            text = raw.decode(encoding, errors="ignore")
+        else:
+            text, _ = _unmarked(raw, whole=False)
+        text, separator = _separator(text)
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
     except (OSError, csv.Error, zlib.error, TypeError, ValueError):
         return []
@@ -241,19 +247,30 @@ def _text(path):
         raise InputError(f"{path} holds more than {LARGEST >> 20} MiB: no table of labels is so large")
     if raw.startswith(ZIPPED):
         raise InputError(f"{path} is a workbook of a spreadsheet program, no text: save it as CSV (UTF-8)")
-    encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError:
-        if encoding != "utf-8":
+    encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "")
+    if encoding:
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
             raise InputError(f"{path} begins as {encoding.upper()}, but is damaged: save it anew") from None
-        say_once(f"note: {path} is not UTF-8; read as Latin-1")
-        text = raw.decode("latin-1")
+    else:
+        text, encoding = _unmarked(raw)
+        if encoding != "UTF-8":
+            say_once(f"note: {path} is not UTF-8; read as {encoding}")
     if "\0" in text:
         raise InputError(
             f"{path} holds zero bytes: it is no text, or UTF-16 without its mark: save it as UTF-8"
         )
     return text
+
+
+def _unmarked(raw, whole=True):
+    """(the text of bytes without a mark, its encoding): UTF-8, or else cp1252, as Windows writes it; or else
+    Latin-1, in which all bytes mean something. `whole`: that they do not end within a character."""
+    for encoding in ("UTF-8", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return codecs.getincrementaldecoder(encoding)().decode(raw, whole), encoding
+    return raw.decode("latin-1"), "Latin-1"
 
 
 def _separator(text):

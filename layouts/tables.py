@@ -36,21 +36,31 @@ ENDINGS = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".npz")
 
 def find_table(path, data_dir, layout=""):
     """The path of a table: as it is, or else inside the data folder; of a folder, the one table in it that
-    has a known layout. InputError if there is none, or several could be meant."""
-    empty = []
-    for place in (Path(path), Path(data_dir, path)):
-        if place.is_dir():
-            found = _table_in(place, layout)
-            if found:
-                return found
+    has a known layout. A path that is absolute, or begins with ./ or ../, is taken as it is. InputError if
+    there is none, or several could be meant."""
+    here, places = Path(path), [Path(path), Path(data_dir, path)]
+    if here.is_absolute() or str(path).replace(os.sep, "/").startswith(("./", "../")):
+        places = [here]
+    found, empty = [], []
+    for place in places:
+        table = _table_in(place, layout) if place.is_dir() else place
+        if table is None:
             empty.append(place)
-        elif place.exists():
-            return place
+        elif table.exists():
+            found.append(table)
+    if len(found) == 2 and not os.path.samefile(*found):
+        raise InputError(
+            f"--labels {path}: there are two such tables, {found[0]} and {found[1]}: write ./{here} or "
+            f"{places[1]} for the one that is meant"
+        )
+    if found:
+        return found[0]
     if empty:
         there = sorted(file.name for file in empty[-1].iterdir() if file.name.lower().endswith(ENDINGS))
         holds = ", ".join(there[:8]) or "no table"
         raise InputError(f"--labels {path}: it holds no table of a known layout; it holds {holds}")
-    raise InputError(f"--labels {path}: there is no such file, neither here nor in {data_dir}")
+    where = f", neither here nor in {data_dir}" if len(places) == 2 else ""
+    raise InputError(f"--labels {path}: there is no such file{where}")
 
 
 def _table_in(folder, layout):
@@ -184,7 +194,7 @@ def read(path, root, findings, choices=None, *, published=False):
     choices = choices or Choices()
     layout = find_layout(path, choices.layout)
     source = Source(Path(path), Path(root), tuple(findings), choices.readers, published)
-    parts = layout.rows(source)
+    parts = [_with_names(rows) for rows in layout.rows(source)]
     files = _images(layout, source, parts)
     listed = Listed(path, root, files, layout.by_id)
     indices, counts = [], np.zeros(2, dtype=int)
@@ -210,6 +220,15 @@ def read(path, root, findings, choices=None, *, published=False):
             f"; there is {there}; {_columns_there(path)}"
         )
     return Reading(index, [["listed", total], ["found", found]], layout.keeps_unlabelled)
+
+
+def _with_names(rows):
+    """The Rows that name an image; a note counts the others."""
+    named = np.flatnonzero([bool(name) for name in rows.names])
+    if len(named) == len(rows.names):
+        return rows
+    say(f"note: {rows.path}: {len(rows.names) - len(named)} rows name no image; passed over")
+    return rows.take(named)
 
 
 def _lies_in(root, name):
@@ -287,20 +306,28 @@ def _leave_health_open(targets, labels, findings, path):
 def _once(rows, names):
     """(the different `names`, the position of the first row of each). A note counts rows that repeat an
     earlier one; InputError if a second one says something else."""
-    first, repeated = {}, 0
+    first, repeated, other = {}, 0, Counter()
     for i, name in enumerate(names):
         j = first.setdefault(name, i)
         if i == j:
             continue
         if rows.patients[i] != rows.patients[j] or (rows.labels[i] != rows.labels[j]).any():
             raise InputError(
-                f"{rows.path}: {name or 'an empty name'} stands in row {rows.numbers[j]} and in row "
+                f"{rows.path}: {name} stands in row {rows.numbers[j]} and in row "
                 f"{rows.numbers[i]} with different findings or patients: keep one of them"
             )
         repeated += 1
+        other.update(column for column, values in rows.cohort.items() if _says_other(values[i], values[j]))
     if repeated:
-        say(f"note: {rows.path}: {repeated} rows repeat an earlier row; counted once")
+        listed = ", ".join(f"{count} say another {column}" for column, count in other.items())
+        counts = f"; of them {listed}: the first row counts" if other else ""
+        say(f"note: {rows.path}: {repeated} rows repeat an earlier row; counted once{counts}")
     return list(first), list(first.values())
+
+
+def _says_other(value, first):
+    """Whether a value of a cohort is known (no empty text, no NaN) and not what the `first` row says."""
+    return value != "" and value == value and value != first
 
 
 # ---------------------------------------------------------------- images and lists

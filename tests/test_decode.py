@@ -625,6 +625,25 @@ def test_cache_is_rebuilt(small_set, damage):
     assert again[:, 8, 8].tolist() == expected and kept == list(range(24))
 
 
+def test_why_a_cache_is_rebuilt_and_which_images_are_bad(small_set, capsys):
+    """No damage is claimed of a cache of other files; messages say training, and no name of a cache."""
+    files, _, _ = load_small(small_set)
+    path = cache_file(small_set)
+    Path(small_set.data_dir, files[3]).write_bytes(b"no picture")
+    name = "train-3df6c216"
+    place = dict(root=small_set.data_dir, cache_dir=small_set.cache_dir, size=16, resize="squash")
+    with pytest.raises(InputError, match=f"^1 of 24 training images in {small_set.data_dir} cannot be read"):
+        load_images(files=files, skip_bad=False, name=name, **place)
+    capsys.readouterr()
+    with pytest.raises(InputError):
+        load_small(small_set)
+    assert f"cache {path} is of other files or settings: rebuilding it" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError):
+        load_small(small_set)
+    assert f"cache {path} is damaged: rebuilding it" in capsys.readouterr().err
+
+
 def test_caches_of_other_settings_do_not_mix(small_set):
     load_small(small_set)
     assert load_small(small_set, size=8)[1].shape == (24, 8, 8)
@@ -657,7 +676,7 @@ def test_bad_files_are_named_or_skipped(small_set, capsys, no_hang):
     text.write_text("not an image")
     os.mkfifo(pipe)
     link.symlink_to("nowhere")
-    names = "(?s)4 of 28 train .*NORMAL/n03.jpeg.*NORMAL/p.png.*NORMAL/q.png.*PNEUMONIA/x.png.*--skip-bad"
+    names = "(?s)4 of 28 training .*NORMAL/n03.jpeg.*NORMAL/p.png.*NORMAL/q.png.*PNEUMONIA/x.png.*--skip-bad"
     for _ in range(2):  # decoded now, then from the cache
         with pytest.raises(InputError, match=names):
             load_small(small_set)

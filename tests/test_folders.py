@@ -116,7 +116,7 @@ def test_tables_as_programs_write_them(tmp_path, capsys, change):
     assert found.targets[:3].tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 0]]
     assert found.patients[:3] == ["1", "1", "2"]
     if change == "latin-1":
-        assert found.patients[3] == "Müller" and "read as Latin-1" in capsys.readouterr().err
+        assert found.patients[3] == "Müller" and "read as cp1252" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -293,6 +293,50 @@ def test_patients_of_a_table(tmp_path):
         (tmp_path / "p.csv").write_text(text)
         with pytest.raises(InputError, match=message):
             read_patients(tmp_path / "p.csv", found)
+
+
+def test_patients_that_were_known_stay_known(tmp_path, capsys):
+    """--patients adds to what names or a table tell, and takes people of the two for one rather than two."""
+    rows = ["a,1", "b,1", "c,2", "d,2", "e,3", "f,", "g,", "h,4", "i,4", "j,4"]
+    text = "path,patient,Edema\n" + "".join(f"{row.replace(',', '.png,')},1\n" for row in rows)
+    (tmp_path / "t.csv").write_text(text)
+    touch(*(tmp_path / f"{row[0]}.png" for row in rows))
+    found = read_table(tmp_path / "t.csv", tmp_path, ("Edema",))
+    # a and b stay those of the table; d is c's; g is e; h and i are two people, and either may be j.
+    named = ["c.png,x", "g.png,3", "h.png,y", "i.png,z"]
+    (tmp_path / "p.csv").write_text("path,patient\n" + "\n".join(named))
+    capsys.readouterr()
+    now = read_patients(tmp_path / "p.csv", found)
+    assert now.patients == ["1", "1", "x", "x", "3", "f.png", "3", "y", "y", "y"]
+    assert now.known.tolist() == [row[0] != "f" for row in rows]
+    assert capsys.readouterr().err == (
+        f"note: --patients {tmp_path / 'p.csv'}: 2 images that it does not list keep the patient of their "
+        "name, header or table; 3 images that it does not list are taken for patients whom it names\n"
+    )
+    # Where every image of a patient is listed, the table alone decides.
+    (tmp_path / "p.csv").write_text("path,patient\na.png,u\nb.png,v\nc.png,w\nd.png,w\ne.png,w\n")
+    now = read_patients(tmp_path / "p.csv", found)
+    assert now.patients == ["u", "v", "w", "w", "w", "f.png", "g.png", "4", "4", "4"]
+    assert "divides or joins the images of 3 patients otherwise" in capsys.readouterr().err
+
+
+def test_patients_of_file_names_stay_known_on_their_side(tmp_path):
+    """Of class folders, equal names of train and test are of two people, unless the table names them."""
+    files = [f"{side}/NORMAL/IM-0001-0001.png" for side in ("train", "test")]
+    files += [f"{side}/PNEUMONIA/person1_{k}.png" for side in ("train", "test") for k in range(2)]
+    files += ["train/NORMAL/x.png", "train/NORMAL/IM-0002-0001.png"]
+    touch(*(tmp_path / file for file in files))
+    (tmp_path / "p.csv").write_text("path,patient\ntrain/NORMAL/x.png,person1\n")
+    config = data.DataConfig(
+        data_dir=str(tmp_path), patients=str(tmp_path / "p.csv"), cache_dir=str(tmp_path / "cache")
+    )
+    index = data.read_listing(config).index
+    patients = dict(zip(index.files, index.patients))
+    assert {patients[f"train/PNEUMONIA/person1_{k}.png"] for k in range(2)} == {"person1"}
+    assert patients["train/NORMAL/x.png"] == "person1"
+    assert patients["train/NORMAL/IM-0001-0001.png"] == "train/IM-0001"
+    assert patients["test/NORMAL/IM-0001-0001.png"] == "test/IM-0001"
+    assert patients["test/PNEUMONIA/person1_0.png"] == "test/person1" and index.known.all()
 
 
 # ---------------------------------------------------------------- class folders
@@ -489,7 +533,9 @@ def test_a_class_of_one_patient(tmp_path):
         image = Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8))
         image.save(tmp_path / f"set/train/Flu/person7_virus_{i}.png")
     done = cli("train_linear", "--data-dir", "set", "--img-size", 32, cwd=tmp_path)
-    refused(done, "class number 1 (the first is 0) has too few patients", "--split image")
+    refused(
+        done, "no test part", "the class Flu, of 1 patients, would not be on both sides: use --split image"
+    )
 
 
 @pytest.mark.parametrize("label", ["", "1"])

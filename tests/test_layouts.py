@@ -20,6 +20,7 @@ from common import console
 from common.console import InputError
 from layouts import arrays, cohort, mimic, nih, padchest, sheets, synonyms, tables
 from layouts import vindr as vindr_layout
+from layouts.asked import asked
 from layouts.choices import Choices, training_targets, uncertain_values
 from layouts.rows import UNUSABLE, Source
 from tests.shared import SHARED, cli, read_json, refused, touch
@@ -444,7 +445,7 @@ def test_vindr_readers_against_a_count(sets, how):
         present = {name for name, number in votes.items() if number >= least}
         if present - {"No finding"}:
             present -= {"No finding"}
-        assert {name for name, label in zip(findings, labels) if label} == present
+        assert {name for name, label in zip(findings, labels) if label == 1} == present
 
 
 def test_vindr_of_physionet(tmp_path):
@@ -848,6 +849,10 @@ def test_flags_of_tables_without_a_table(tmp_path):
     for flag, value in (("--layout", "nih"), ("--uncertain", "positive"), ("--blank", "negative")):
         done = cli("train_linear", "--data-dir", "set", flag, value, cwd=tmp_path)
         refused(done, f"{flag} belongs to a table of findings: give --labels too")
+    values = {"data_dir": str(tmp_path / "set"), "blank": "negative", "also": ("there:t.csv",)}
+    assert asked(SimpleNamespace(blank="negative"), values) == {"classes": ("NORMAL", "PNEUMONIA")}
+    with pytest.raises(InputError, match="--blank belongs to a table"):
+        asked(SimpleNamespace(blank="negative"), values | {"also": ("there", "t.csv")})
 
 
 def test_a_study_of_mimic_with_two_sets_of_labels_is_refused(tmp_path):
@@ -901,6 +906,8 @@ def test_words_for_nothing_are_no_finding_of_nih(tmp_path):
             ("LATERAL DECUBITUS", "lateral"),
             ("Oblique", "other"),
         ],
+        *[("Thorax p.a.", "PA"), ("CHEST P.A.", "PA"), ("A. P. supine", "AP"), ("bilateral AP", "AP")],
+        *[("PA/LAT", ""), ("Lateral/PA", ""), ("AP/PA", ""), ("Chest PA and lateral", "")],
     ],
 )
 def test_words_for_views(text, view):
@@ -920,3 +927,25 @@ def test_spellings_of_vindr_are_one_finding(tmp_path, capsys):
     (part,) = vindr_layout.rows(Source(tmp_path / "train.csv", tmp_path, ()))
     assert part.findings == ("No Finding", "Mass") and part.labels.tolist() == [[1, 0], [0, 1]]
     assert "3 other spellings are read" in capsys.readouterr().err
+
+
+def test_views_that_are_none_of_the_usual_are_shown(tmp_path, capsys):
+    rows = ["a.png,1,1,PA", "b.png,2,0,Oblique", "c.png,3,0,Apical", "d.png,4,1,Oblique"]
+    (tmp_path / "t.csv").write_text("path,patient,Mass,view\n" + "\n".join(rows))
+    touch(tmp_path, *(row[:5] for row in rows))
+    index = tables.read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
+    err = capsys.readouterr().err
+    assert index.files == ["a.png"] and "--views frontal: left out 3 other of 4 images" in err
+    assert "3 views are neither PA nor AP nor lateral (Oblique, Apical): other" in err
+
+
+def test_columns_of_labels_that_are_not_asked_are_groups(tmp_path):
+    """icu and smoker hold 1 and 0 as findings do, and describe the patient where findings are named."""
+    rows = [f"{i:02d}.png,{i},{i % 2},{i // 2 % 2},{'ABC'[i % 3]}" for i in range(12)]
+    (tmp_path / "t.csv").write_text("path,patient,Mass,icu,ward\n" + "\n".join(rows))
+    touch(tmp_path, *(row[:6] for row in rows))
+    index = tables.read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
+    assert sorted(index.cohort) == ["icu", "ward"] and index.targets.shape == (12, 1)
+    assert index.cohort["icu"].tolist() == [str(i // 2 % 2) for i in range(12)]
+    assert tables.table_findings(tmp_path / "t.csv") == ("Mass", "icu", "ward")
+    assert tables.read_table(tmp_path / "t.csv", tmp_path, ("Mass", "icu")).cohort.keys() == {"ward"}

@@ -335,7 +335,7 @@ def test_stale_and_damaged_mask_caches_are_made_again(small_set, capsys):
     raw[-1] ^= 255
     cache.write_bytes(raw)
     again, _, _ = load_train_val(config)
-    assert "stale or damaged" in capsys.readouterr().err
+    assert "is damaged: rebuilding it" in capsys.readouterr().err
     assert np.array_equal(again.lungs(), before)
     for i, file in enumerate(folder.iterdir()):  # other images: no lungs on these
         Image.fromarray(np.full((20, 20), 9 + i, np.uint8)).save(file)

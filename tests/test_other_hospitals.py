@@ -85,6 +85,18 @@ def test_a_table_in_the_words_of_the_classes(pictures, capsys):
     table = write(pictures / "t.csv", "path,flu,tb,normal", *rows)
     found = other_hospitals.read(f"{pictures}:{table}", three)[1]  # c: neither, d: two
     assert (found.files, found.targets.tolist()) == (["a.png", "b.png", "e.png", "f.png"], [1, 1, 0, 2])
+    rows = ("a.png,1,0,0", "b.png,0,0,", "c.png,0,0,-1", "d.png,0,,", "e.png,0,0,1", "f.png,0,1,")
+    write(pictures / "t.csv", "path,flu,tb,normal", *rows)  # b: nothing is against health
+    found = other_hospitals.read(f"{pictures}:{table}", three)[1]
+    assert (found.files, found.targets.tolist()) == (["a.png", "b.png", "e.png", "f.png"], [1, 0, 0, 2])
+    # --blank is for these tables, where the first hospital has none: d has no tuberculosis, but nor health.
+    negative = replace(three, blank="negative")
+    found = other_hospitals.read(f"{pictures}:{table}", negative)[1]
+    assert (found.files, found.targets.tolist()) == (["a.png", "e.png", "f.png"], [1, 0, 2])
+    rows = ("a.png,1,0,0", "b.png,0,0,", "c.png,0,0,-1", "d.png,0,,", "e.png,0,0,1", "f.png,0,1,")
+    write(pictures / "t.csv", "path,flu,tb", *(row.rpartition(",")[0] for row in rows))
+    assert other_hospitals.read(f"{pictures}:{table}", negative)[1].targets.tolist() == [1, 0, 0, 0, 0, 2]
+    rows = ("a.png,1,0,0", "b.png,1,0,0", "c.png,0,0,0", "d.png,1,1,0", "e.png,0,0,1", "f.png,0,1,")
     write(pictures / "t.csv", "path,flu,tb,normal", *rows, "a.png,1,0,1")
     with pytest.raises(InputError, match="row 8: normal is 1 and flu is 1"):
         other_hospitals.read(f"{pictures}:{table}", three)

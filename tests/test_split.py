@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import data
+from common import console
 from common.console import InputError
 from common.files import sha256
 from data import load_test, load_train_val, read_listing
@@ -85,6 +86,18 @@ def test_published_parts(pool, tmp_path):
     assert [len(plain[s]) for s in SIDES] == [128, 32, 50] and info["shared_patients"] == 0
     assert not any(f.startswith("val/") for s in SIDES for f in plain[s].files)
     assert ", test " not in line and "shared_patients_test" not in info
+
+
+def test_a_validation_folder_that_is_not_used_is_counted(pool, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_said", set())  # other tests read the same folder
+    for split in ("patient", "pooled"):
+        load(pool, tmp_path, split=split)
+        said = (
+            f"note: {pool}/val is not used by --split {split} (20 images); --split published validates on it"
+        )
+        assert capsys.readouterr().err.count(said) == 1
+    load(pool, tmp_path, split="published")
+    assert "is not used" not in capsys.readouterr().err
 
 
 def test_a_test_part_is_cut_off(pool, tmp_path):
@@ -354,3 +367,72 @@ def test_undersampled():
     found = undersampled(TARGETS, 0)
     assert np.bincount(TARGETS[found]).tolist() == [5, 5, 5] and (np.diff(found) > 0).all()
     assert not np.array_equal(found, undersampled(TARGETS, 1))
+
+
+def test_what_cannot_be_learnt_is_told_by_the_labels_of_training(listed, tmp_path, capsys):
+    """Uncertain labels count as --uncertain says, blank ones as --blank does; unknown ones are none."""
+    rows = ["path,patient,A,B,C,D"]
+    for i in range(40):  # A: present or uncertain; B: present or blank; C: absent or uncertain; D: any
+        other = i // 2 % 2
+        rows.append(f"images/{i:03d}.png,{i // 2},{1 - 2 * other},{['1', ''][other]},{-other},{other}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+
+    def said(**settings):
+        capsys.readouterr()
+        config = dict(labels=str(tmp_path / "t.csv"), layout="plain", classes=tuple("ABCD"))
+        load(listed, tmp_path, **config, **settings)
+        return [line for line in capsys.readouterr().err.splitlines() if "can be learnt" in line]
+
+    has, without = "note: no training image has ", "note: no training image is without "
+    end, blank = ", so nothing can be learnt about it", "; --blank negative takes blank labels for absent"
+    assert said() == [f"{has}C{end}", f"{without}A, B{end}{blank}"]
+    assert said(blank="negative") == [f"{has}C{end}", f"{without}A{end}"]
+    assert said(uncertain="A=negative,C=positive") == [f"{without}B{end}{blank}"]
+
+
+@pytest.mark.parametrize(
+    "count, split, message",
+    [
+        (
+            1,
+            "patient",
+            "no test part can be cut off: the class TB has one image only, and both sides need one",
+        ),
+        (1, "pooled-image", "no test part can be cut off: the class TB has one image only"),
+        (8, "patient", "by patient: the class TB, of 1 patients, .* on both sides: use --split image$"),
+        (8, "pooled", "would not be on both sides: use --split pooled-image$"),
+        (-2, "patient", "the class TB, of 1 patients, would not be on both sides$"),
+    ],
+)
+def test_a_small_class_is_named(tmp_path, count, split, message):
+    """The class, the part that cannot be cut, and another split only where there are images for it. Eight
+    and minus two: images of one child, else each of its own."""
+    names = [f"train/NORMAL/n{i:02d}.png" for i in range(20)]
+    one = count == 8 or count < 0
+    names += [f"train/TB/{f'person1_{i}' if one else f't{i}'}.png" for i in range(abs(count))]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), len(name), np.uint8)).save(tmp_path / name)
+    config = data.DataConfig(
+        str(tmp_path), 8, classes=("NORMAL", "TB"), split=split, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(InputError, match=message):
+        load_train_val(config, str)
+
+
+def test_a_part_smaller_than_the_classes_is_refused():
+    with pytest.raises(InputError, match="it would have 1 images, and 9 would be left, too few for the 2 cl"):
+        split_train_val([f"{i}.png" for i in range(10)], [0, 1] * 5, "image", 0.1)
+    with pytest.raises(
+        InputError, match="no validation part can be cut off: class number 1 .* one image only"
+    ):
+        split_train_val([f"{i}.png" for i in range(10)], [0] * 9 + [1], "image", 0.2)
+
+
+def test_classes_that_a_side_lacks_are_said(tmp_path, capsys):
+    names = [f"train/NORMAL/n{i:02d}.png" for i in range(20)] + [f"train/TB/t{i}.png" for i in range(3)]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / name)
+    load(tmp_path, tmp_path, classes=("NORMAL", "TB"), split="image")
+    assert "note: no validation image is TB: no figure there tells of it" in capsys.readouterr().err

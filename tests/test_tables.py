@@ -494,3 +494,83 @@ def test_numbers_of_patients_that_a_spreadsheet_has_rounded(tmp_path, text, refu
             read_table(tmp_path / "t.csv", tmp_path, ("Mass",))
     else:
         assert read_table(tmp_path / "t.csv", tmp_path, ("Mass",)).known.tolist() == [text != "-", True]
+
+
+def test_a_table_of_one_name_here_and_in_the_data_folder(tmp_path, monkeypatch):
+    """Neither is taken in silence: both are named, and a path that begins with ./ or ../ means one."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, PLAIN, "labels.csv")
+    put(tmp_path / "theirs", PLAIN, "labels.csv")
+    put(tmp_path / "theirs", PLAIN, "own.csv")
+    with pytest.raises(
+        InputError, match="labels.csv and theirs/labels.csv: write ./labels.csv or theirs/lab"
+    ):
+        tables.find_table("labels.csv", "theirs")
+    with pytest.raises(InputError, match="two such tables"):
+        other_hospitals.parse("theirs:labels.csv")
+    for text, meant in (
+        ("./labels.csv", "labels.csv"),
+        ("theirs/../labels.csv", "labels.csv"),
+        (str(tmp_path / "labels.csv"), "labels.csv"),
+        ("theirs/labels.csv", "theirs/labels.csv"),
+        ("own.csv", "theirs/own.csv"),
+    ):
+        assert tables.find_table(text, "theirs").resolve() == tmp_path / meant
+    assert tables.find_table("labels.csv", ".").resolve() == tmp_path / "labels.csv"
+    assert other_hospitals.parse("theirs:./labels.csv")[1].resolve() == tmp_path / "labels.csv"
+    with pytest.raises(InputError, match="own.csv: there is no such file$"):
+        tables.find_table("./own.csv", "theirs")
+    # What a run keeps is read again as it stands, without another search.
+    config = data.DataConfig(data_dir="theirs", labels="labels.csv", classes=("Edema", "Mass"))
+    assert tables.read_set(config.labels, "theirs", config.classes)[1].index.files == list(FILES)
+
+
+@pytest.mark.parametrize(
+    "encoding, name, said",
+    [("cp1252", "Müller–“A”€", "cp1252"), ("latin-1", "Müller\x81", "Latin-1"), ("utf-8", "Müller–€", None)],
+)
+def test_tables_of_windows_and_of_latin(tmp_path, capsys, encoding, name, said):
+    """Dashes, quotation marks and the euro of Windows; bytes that mean nothing there are Latin-1."""
+    text = PLAIN.replace("2,-1", f"{name},-1").replace(
+        "Edema", "Größe–x" if encoding != "latin-1" else "Größe"
+    )
+    path = put(tmp_path, text.encode(encoding))
+    head = sheets.open_sheet(path).head
+    assert sheets.head_of(path) == head and head[2] in text.splitlines()[0]
+    assert sheets.open_sheet(path).text("patient")[2] == name
+    err = capsys.readouterr().err
+    assert f"is not UTF-8; read as {said}\n" in err if said else err == ""
+
+
+def test_rows_without_a_name_are_passed_over(tmp_path, capsys):
+    found = read_plain_set(tmp_path, PLAIN + ",5,1,1\n,6,0,0\n , ,1,\n")
+    assert found.files == list(FILES) and found.targets.tolist() == LABELS
+    assert "t.csv: 3 rows name no image; passed over\n" in capsys.readouterr().err
+    patients = put(tmp_path, "path,patient\nc.jpg,9\n,5\n,6\n", "p.csv")
+    assert read_patients(patients, found, tmp_path).patients == ["1", "9", "9"]
+
+
+def test_repeated_rows_that_describe_otherwise_are_counted(tmp_path, capsys):
+    head = "path,patient,Edema,Mass,age,sex,ward\n"
+    rows = ["x/a.png,1,1,0,30,F,A", "x/b.png,2,0,,,M,A", "c.jpg,2,-1,1,50,M,B"]
+    again = ["x/a.png,1,1,0,31,F,B", "x/a.png,1,1,0,,F,A", "x/b.png,2,0,,40,M,A", "c.jpg,2,-1,1,50,M,B"]
+    found = read_plain_set(tmp_path, head + "\n".join(rows + again))
+    assert found.cohort["age"].tolist()[::2] == [30, 50]
+    said = (
+        "4 rows repeat an earlier row; counted once; of them 2 say another age, 1 say another ward: the first"
+    )
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Patient ID", "patient_id", "PatientID", "subject_id"])
+def test_a_column_of_patients_by_another_name_is_hinted_at(tmp_path, capsys, name):
+    found = read_plain_set(tmp_path, PLAIN.replace("patient", name))
+    assert not found.known.any()
+    said = f"t.csv has a column {name} and no column patient: call it patient\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_of_two_columns_of_patients_one_is_named(tmp_path, capsys):
+    found = read_plain_set(tmp_path, "path,Patient,patient,Edema,Mass\nx/a.png,7,8,1,0\nc.jpg,7,9,1,0\n")
+    assert found.patients == ["8", "9"]
+    assert "t.csv has the columns Patient and patient: patient is read\n" in capsys.readouterr().err

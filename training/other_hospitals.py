@@ -91,7 +91,8 @@ def load_site(config, folder, labels="", patients=""):
         place = Path(folder).resolve()
         root, index = place.parent, list_images(place.parent, place.name, config.classes)
     index = index._replace(side=np.full(len(index.files), "site"))
-    if patients:
+    if patients:  # a header knows better than a file name, and this table better than both
+        index = with_headers(root, index, config.cache_dir, names_tell=not labels)
         index = read_patients(patients, index, root)
     index = known_from_headers(root, index, config, names_tell=not (labels or patients))
     index = with_copies_joined(root, index, f"--site {folder}")
@@ -196,8 +197,9 @@ def _say_unsure(table, index):
 
 def _classes(table, folder, classes, choices):
     """The Index of a table for a task of classes: an image is of the class whose column has a 1, and healthy
-    where every disease is 0 and the table's healthy column, if it has one, does not say otherwise. Images of
-    which the table does not say that are left out, and counted."""
+    where every disease is 0 and the table's healthy column, if it has one, says 1 or nothing; in a layout
+    where a blank says that nobody spoke of it (Layout.infers), only where it says 1. Images of which the
+    table does not say that are left out, and counted."""
     there = tables.table_findings(table)
     found = matched(classes[1:], there)
     if absent := [name for name in classes[1:] if name not in found]:
@@ -211,7 +213,10 @@ def _classes(table, folder, classes, choices):
     well = (diseases == 0).all(axis=1)
     sick = ((diseases == 1).sum(axis=1) == 1) & (diseases >= 0).all(axis=1)
     if healthy:
-        well &= index.targets[:, -1] == 1
+        nothing = index.blank[:, -1] & (index.targets[:, -1] < 0)
+        if tables.find_layout(table).infers:
+            nothing[:] = False
+        well &= (index.targets[:, -1] == 1) | nothing
         sick &= index.targets[:, -1] != 1
     # An image that the table gives no class, or two, teaches nothing here.
     kept = np.flatnonzero(well | sick)
