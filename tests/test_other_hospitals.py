@@ -223,11 +223,13 @@ def test_concatenated_subsets():
     subsets = [toy_subset(n, n) for n in (10, 6, 4)]
     for number, subset in enumerate(subsets):
         subset.sources = np.full(len(subset), number)
+        subset.levels = np.full((len(subset), 2), number / 4)
     taken = [subsets[0].take([7, 1, 3]), subsets[1], subsets[2].take([2])]
     joined = other_hospitals.concatenated(taken)
     assert np.array_equal(joined.pixels(), np.concatenate([s.pixels() for s in taken]))
     assert joined.targets.tolist() == [1, 1, 1, *[0, 1] * 3, 0] and joined.files[:2] == ["7.png", "1.png"]
     assert joined.sources.tolist() == [0] * 3 + [1] * 6 + [2]
+    assert (joined.levels[:, 1] * 4 == joined.sources).all()
     some = joined.take([8, 0, 9])
     assert np.array_equal(some.pixels(), joined.pixels()[[8, 0, 9]]) and some.sources.tolist() == [1, 0, 2]
     got = Batches(joined, INPUTS).get(torch.tensor([9, 4]))
