@@ -28,7 +28,8 @@ def test_a_finished_run_without_last_pth_is_never_trained_anew(tmp_path, flags):
     assert "left as they are" in succeed("train_scratch", *several, cwd=tmp_path).err
     assert (tmp_path / "outputs/s-seed0/checkpoint.pth").read_bytes() == before["checkpoint.pth"]
     assert Run(tmp_path / "outputs/s-seed1").results["finished"]
-    refused(cli("train_scratch", *flags, "--resume", "--overwrite", cwd=tmp_path), "give one of the two")
+    both = cli("train_scratch", *flags, "--resume", "--overwrite", "--out", "outputs/s-seed0", cwd=tmp_path)
+    refused(both, "last.pth is gone", "--overwrite then replaces nothing")
 
 
 def test_a_run_that_another_command_begins_meanwhile_is_kept(tmp_path):

@@ -13,7 +13,7 @@ from records.run import Run
 def runs_to_write(args, seed):
     """{seed: its Run}, one for each of --seeds, or for the one `seed`. InputError as of run_from_args."""
     if args.resume and args.overwrite:
-        raise InputError("--resume goes on with a run, --overwrite replaces it: give one of the two")
+        say("note: --resume goes on with what is there; --overwrite then replaces nothing")
     if not args.seeds:
         return {seed: run_from_args(args)}
     runs = {seed: run_from_args(args, f"-seed{seed}") for seed in args.seeds}
