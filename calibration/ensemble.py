@@ -103,13 +103,15 @@ def say_precision(runs):
 
 
 def refuse_twice(runs):
-    """InputError unless these are two or more Runs, no two of the same weights: they would count double."""
+    """InputError unless these are two or more Runs, no two of which are one model: it would count double."""
     if len(runs) < 2:
         raise InputError("--ensemble needs two or more different run folders")
     first = {}
     for run in runs:
-        if (same := first.setdefault(run.checkpoint_sha256, run)) is not run:
-            raise InputError(f"--ensemble: {same} and {run} hold the same weights: give each model once")
+        results = run.results
+        shown = results["model_config"], results["data"].get("input"), results["recipe"].get("test_views", 1)
+        if (same := first.setdefault((run.checkpoint_sha256, repr(shown)), run)) is not run:
+            raise InputError(f"--ensemble: {same} and {run} are the same model: give it once")
 
 
 def check_out(run, members, overwrite):

@@ -387,10 +387,10 @@ def test_scores_that_are_not_those_of_the_calibration_are_refused(own_runs, monk
 def test_a_model_counts_once_in_an_ensemble(own_runs):
     shutil.copytree(own_runs / "outputs/linear", own_runs / "outputs/copied")
     argv = ("calibrate", "--out", "outputs/e", "--ensemble", "outputs/scratch", "outputs/linear")
-    refused(cli(*argv, "outputs/copied", cwd=own_runs), "hold the same weights")
+    refused(cli(*argv, "outputs/copied", cwd=own_runs), "are the same model")
     (own_runs / "link").symlink_to("outputs/linear")
-    refused(cli(*argv, "link", cwd=own_runs), "hold the same weights")
-    refused(cli(*argv, own_runs / "outputs/linear", cwd=own_runs), "hold the same weights")
+    refused(cli(*argv, "link", cwd=own_runs), "are the same model")
+    refused(cli(*argv, own_runs / "outputs/linear", cwd=own_runs), "are the same model")
 
 
 def test_uncalibrated_run_is_left_out_with_a_note(own_runs):

@@ -20,7 +20,7 @@ from images.augment import tta_views
 from models.inputs import Inputs
 from records import onnx as onnx_module
 from records.run import Run
-from tests.shared import CPU, cli, predict_rows, read_json, refused, strip_time, succeed
+from tests.shared import CPU, cli, load_pth, predict_rows, read_json, refused, strip_time, succeed
 from training.earlier.teacher import Teacher
 
 # Zoom, and shift of the image to the left and up as a share of its side: what docs/MODELS.md says.
@@ -214,6 +214,8 @@ def test_views_of_members_that_see_the_lungs_only(seven, tmp_path):
     for name, look in looks.items():
         run = Run(shutil.copytree(seven / "outputs/scratch", tmp_path / name))
         run.save_results({**run.results, "data": {**run.results["data"], "input": look}})
+    weights = load_pth(tmp_path, "b/checkpoint.pth")
+    torch.save(weights | {"head.bias": weights["head.bias"] + 0.1}, tmp_path / "b/checkpoint.pth")
     pixels = load_split(Run(seven / "outputs/scratch"), "val").pixels()[:6]
     masks = np.zeros(pixels.shape, bool)
     masks[:, 6:27, 5:14] = masks[:, 4:25, 18:28] = True
