@@ -153,6 +153,8 @@ class DataConfig(Choices):
         """The "data" object of the results.json of a `run` -> DataConfig; InputError if it is not one, or of
         a run whose images were changed in a way that is gone."""
         value = dict(value)
+        if value.get("input") == "pair":
+            raise InputError(f"{run} finds lungs (train_lungs.py): it has no classes to score")
         if value.get("labels"):
             value.setdefault("layout", OLDER)
         exposure = value.pop("normalise", "none")
@@ -309,7 +311,7 @@ def load_train_val(config, tell=print):
     everything, readable, sizes = load(config, root, others, "train")
     positions = cut_validation(readable, config)
     if config.input == "pair":  # there is nothing to learn where no mask is known
-        has_mask = everything.lungs().any(axis=(1, 2))
+        has_mask = lung_masks.plausible(everything.lungs())
         positions = [side[has_mask[side]] for side in positions]
     train, val = (everything.take(side) for side in positions)
     if config.task.kind == "softmax":

@@ -49,6 +49,15 @@ from records.run import Run
 from training.evaluate import predict
 
 
+def say_members_without(model, methods):
+    """Notes on the members of an ensemble that a map is not of."""
+    members = len(model.members) if model.kind == "ensemble" else 1
+    for method in methods:
+        number = len(maps.explainable(model, method))
+        if number < members:
+            say(f"note: {maps.METHODS[method]} is of {number} of the {members} members: the others have none")
+
+
 class Explainer:
     """A calibrated run, ready to be explained: model, inputs, the threshold of `finding` (default: the task's
     first), and whose score is explained how (`methods`, `layer`): the finding's, or of a task of two classes
@@ -77,6 +86,9 @@ class Explainer:
             self.methods = [method for method in methods if method != "rollout"]
             if not self.methods:
                 raise InputError(f"{run} has no attention to roll out: --method gradcam")
+            if len(self.methods) < len(methods):
+                say(f"note: {run} has no attention to roll out: {maps.METHODS[self.methods[0]]} alone")
+        say_members_without(model, self.methods)
         self.calibration, task = run.calibration(), run.task
         self.finding = task.chosen_finding(task.findings[0] if finding is None else finding)
         self.column = task.findings.index(self.finding)
@@ -117,6 +129,11 @@ class Explainer:
         """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
         files = [subset.files[i] for i in index]
         found = lung_masks.masks_of(source, subset.pixels(index), files, self.run.config.resize)
+        found = found & plausible(found)[:, None, None]
+        if none := int((~found.any(axis=(1, 2))).sum()):
+            say(
+                f"note: no plausible lungs by {source} on {none} of {len(files)} images: no outline, no share"
+            )
         if self.exact.input_mode not in ("crop", "masked-crop"):
             return found
         own = torch.from_numpy(subset.lungs(index)).unsqueeze(1).float()
@@ -251,13 +268,15 @@ def summary(name, found):
     """The tests of one method in a line."""
     mean = {k: v["mean"] for k, v in found.items() if isinstance(v, dict)}
     head, *_, everything = (step["rank_correlation"] for step in found["randomised"])
+    on_lungs = "on no image are the lungs known"
+    if "lung_share" in mean:
+        on_lungs = f"on the lungs {mean['lung_share']:.2f} (their area {found['lung_area']:.2f})"
     return (
         f"{name}: deletion minus random {mean['deletion_minus_random']:+.3f} (lower is better), insertion "
-        f"minus random {mean['insertion_minus_random']:+.3f} (higher is better); on the lungs "
-        f"{mean['lung_share']:.2f} (their area {found['lung_area']:.2f}), on the border "
+        f"minus random {mean['insertion_minus_random']:+.3f} (higher is better); {on_lungs}, on the border "
         f"{mean['border_share']:.2f} (its area {found['border_area']:.2f}); rank correlation {head:.2f} "
-        f"after the head is drawn anew, {everything:.2f} after all weights are (near 1: what was "
-        "learnt does not show)"
+        f"after the head is drawn anew, {everything:.2f} after all layers' weights are (near 1: what "
+        "they learnt does not show)"
     )
 
 

@@ -177,6 +177,8 @@ def report(scorer, args, counts):
             raise InputError(f"--summary, --keep: {run} has nothing to hold images against")
         return [line]
     lines = list(filter(None, [shift.sentence(verdict), advice(verdict, run, args.site)]))
+    if scorer.unit != "image" and verdict["patients"]:
+        lines.insert(1, f"that is of one image of each patient; the rows decide by {scorer.unit}")
     for line in lines:
         say(line)
     # compare.py leaves out what another checkpoint or threshold has said, so these are kept.

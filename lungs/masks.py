@@ -194,8 +194,8 @@ def open_source(source, side, files=(), what="", resize="squash"):
 
 def masks_of(source, pixels, files, resize="squash"):
     """Masks bool [B, S, S] of images uint8 [B, S, S] by any source; `files`: their names, which a .npz is
-    asked by; `resize`: how the images were made square."""
-    return open_source(source, pixels.shape[-1], resize=resize)(pixels, files)
+    asked by; `resize`: how the images were made square. InputError as of `open_source`."""
+    return open_source(source, pixels.shape[-1], files, "these images", resize)(pixels, files)
 
 
 class GivenMasks:

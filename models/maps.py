@@ -174,8 +174,9 @@ def mean_interval(values, least=-1.0):
 
 
 def randomised(model):
-    """Yield (name, model) from the head to the patches: a copy whose weights from the head down to the named
-    part are drawn anew, one part more each time (Adebayo et al. 2018, arXiv:1810.03292).
+    """Yield (name, model) from the head to the patches: a copy whose linear and convolution weights from the
+    head down to the named part are drawn anew, one part more each time (Adebayo et al. 2018,
+    arXiv:1810.03292). Norms, positions and the [CLS] token stay as learnt.
 
     The members of an ensemble lose a part each at every step; the names are those of the deepest member.
     """
@@ -193,8 +194,9 @@ def randomised(model):
 
 def regions(maps, lungs):
     """Share of maps [N, h, w] on the lungs, masks bool [N, S, S], and on the outer tenth of the image, with
-    the areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image,
-    "border_..."}. An image without a mask is left out of the lungs' figures, unless none has one."""
+    the areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image, "lung_images":
+    N of both, "border_..."}. An image without a mask is left out of the lungs' figures; these are left out
+    where none has one."""
     side = lungs.shape[-1]
     border = np.ones((side, side), bool)
     border[side // 10 : side - side // 10, side // 10 : side - side // 10] = False
@@ -205,10 +207,11 @@ def regions(maps, lungs):
         masks = lung, border
         shares.append([(full * mask).sum() for mask in masks])
         areas.append([mask.mean() for mask in masks])
-    known = lungs.any(axis=(1, 2))
-    rows = {"lung": known if known.any() else ~known, "border": np.ones(len(lungs), bool)}
-    out = {}
+    rows = {"lung": lungs.any(axis=(1, 2)), "border": np.ones(len(lungs), bool)}
+    out = {"lung_images": int(rows["lung"].sum())}
     for i, name in enumerate(rows):
+        if not rows[name].any():
+            continue
         out[f"{name}_share"] = mean_interval(np.array(shares)[rows[name], i], least=0.0)
         out[f"{name}_area"] = float(np.array(areas)[rows[name], i].mean())
     return out

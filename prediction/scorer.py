@@ -4,6 +4,7 @@ import itertools
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +62,9 @@ def thresholds_by_hand(task, threshold):
         threshold = {task.findings[0]: threshold}
     for finding, number in threshold.items():
         task.chosen_finding(finding, "threshold of")
-        if not 0 <= number <= 1:  # NaN is not
-            raise InputError(f"threshold {number} of {finding}: scores lie between 0 and 1")
+        # NaN is not between, and True is no threshold of 1.
+        if not (isinstance(number, Real) and not isinstance(number, bool) and 0 <= number <= 1):
+            raise InputError(f"threshold {number!r} of {finding}: a number between 0 and 1, as scores are")
     return dict(threshold)
 
 
@@ -129,6 +131,7 @@ class Scorer:
         self.key, self.key_stays = key_of_call(self.config.cache_dir if self.unit != "image" else "")
 
         self.reference, self.batch = shift.reference_of(run, name), shift.Batch()
+        self.waiting = []  # images of a run by study or patient, whose patients are known after the last file
         self.notes = Counter()  # files with a note, and by kind
         self.finder = lung_masks.finder_of(self.config, device)
         self.without_lungs = lung_masks.not_found(self.config)
@@ -193,9 +196,15 @@ class Scorer:
 
         Each call is a batch of its own for `verdict` and `notes`. InputError for a path that does not exist,
         and where there is no image file."""
-        paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        self.batch, self.notes, search = shift.Batch(), Counter(), Search()
-        files = find_files(map(os.fspath, paths), search)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size {batch_size!r}: a whole number from 1 on")
+        try:
+            several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+            paths = list(map(os.fspath, several))
+        except TypeError as error:
+            raise InputError(f"paths {paths!r}: file names, folders or globs are read ({error})") from None
+        self.batch, self.waiting, self.notes, search = shift.Batch(), [], Counter(), Search()
+        files = find_files(paths, search)
         rows = [row for _, row in self.finished(self.rows(files, batch_size), patients)]
         if paths and not rows:
             raise InputError(f"no image files in {', '.join(map(str, paths))}: {search.nothing()}")
@@ -232,13 +241,18 @@ class Scorer:
         return scores[:, 0] >= self.called_at
 
     def typicalities(self, files, scores, logits, features):
-        """The typicality of every image, float [B], or None each without a reference; they join the batch."""
+        """The typicality of every image, float [B], or None each without a reference; they join the batch, or
+        those that wait for it."""
         if self.reference is None:
             return [None] * len(files)
         typicality, places = self.reference.place(features)
         names, patients = zip(*((file.name, file.patient) for file in files))
-        for image in zip(names, patients, typicality, places, logits, self.called(scores)):
-            self.batch.add(*image)
+        images = zip(names, patients, typicality, places, logits, self.called(scores))
+        if self.unit == "image":
+            for image in images:
+                self.batch.add(*image)
+        else:
+            self.waiting += images
         return typicality.tolist()
 
     def verdict(self):
@@ -338,6 +352,10 @@ class Scorer:
             patients = [
                 new if known else old for new, known, old in zip(index.patients, index.known, patients)
             ]
+        whose = dict(zip(names, patients))
+        for name, _, *values in self.waiting:
+            self.batch.add(name, whose[name], *values)
+        self.waiting = []
         if self.unit == "study" and not self.key_stays:
             say("note: no key in the run's cache folder: the names of studies are of this call only")
         columns = list(self.task.score_columns.values())

@@ -233,8 +233,11 @@ def counted(scorer, session, batch=32):
         changed = sum(_changed(decision, before, after) for decision in decided)
         counts.append(f"{point} {changed} of {len(decided) * len(val)}")
     worst = np.abs(after - before).max()
+    what = "decisions"
+    if scorer.unit != "image":  # the file knows no patients
+        what = f"answers on single images, at thresholds by {scorer.unit},"
     return (
-        f"decisions on validation that differ from calibrate.py's ({precision} there, fp32 here): "
+        f"{what} on validation that differ from calibrate.py's ({precision} there, fp32 here): "
         f"{', '.join(counts)}; probabilities by at most {worst:.1e}"
     )
 

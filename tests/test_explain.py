@@ -176,7 +176,9 @@ def test_regions_of_maps():
     assert some["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3) and some["lung_area"] == pytest.approx(
         0.3
     )
-    assert maps.regions(edge, lungs & False)["lung_area"] == 0
+    assert some["lung_images"] == 3
+    none = maps.regions(edge, lungs & False)
+    assert none["lung_images"] == 0 and not {"lung_area", "lung_share"} & set(none)
 
 
 @pytest.mark.parametrize("readout", ["cls", "mean", "cls+mean"])
@@ -295,6 +297,28 @@ def scratch_run(bench, tmp_path, monkeypatch):
     """A copy of a calibrated run, in the folder where its images are found."""
     monkeypatch.chdir(bench)
     return Run(shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "run"))
+
+
+def test_images_without_lungs_are_counted(bench, scratch_run, tmp_path):
+    """A file of masks that names none of the images is an error; of those it has no plausible mask for, none
+    counts as lungs."""
+    names = load_split(scratch_run, "val").files
+    lungs = np.zeros((len(names), 32, 32), bool)
+    lungs[:, 8:24, 4:28] = True
+    lungs[::2] = True  # the whole image: no lungs
+    path = tmp_path / "masks.npz"
+    np.savez(path, masks=np.packbits(lungs, axis=-1), names=np.array([f"x/{name}" for name in names]))
+    argv = ("explain", "--run", scratch_run, "--tests", 8, "--method", "gradcam", "--lungs", path)
+    refused(cli(*argv, cwd=bench), "names none of them")
+    np.savez(path, masks=np.packbits(lungs, axis=-1), names=np.array(names))
+    done = succeed(*argv, cwd=bench)
+    found = scratch_run.explained()["val"]["gradcam"]
+    assert f"on {8 - found['lung_images']} of 8 images" in done.err and 0 < found["lung_images"] < 8
+    assert found["lung_area"] == pytest.approx(16 * 24 / 32**2)
+    np.savez(path, masks=np.packbits(lungs | True, axis=-1), names=np.array(names))
+    done = succeed(*argv, cwd=bench)
+    assert "on no image are the lungs known" in done.out
+    succeed("compare", "--run", scratch_run, cwd=bench)
 
 
 def test_explain_end_to_end(bench, scratch_run, pictures_drawn):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -206,6 +207,24 @@ def test_calibrate_by_patient(own_runs):
     for row in rows:
         of_patient.setdefault((row["side"], row["patient"]), set()).add(row["patient_decision@Rec"])
     assert all(len(decisions) == 1 for decisions in of_patient.values())
+
+
+def test_a_verdict_by_patient_counts_the_patients_of_the_table(own_runs, synthetic, tmp_path):
+    """40 images of two people, as the table says, are two patients: too few for a verdict."""
+    succeed("calibrate", "--run", "outputs/linear", "--by", "patient", "--bootstrap", 100, cwd=own_runs)
+    images, rows = sorted((synthetic / "test").rglob("*.jpeg"))[:40], ["path,patient"]
+    for i, image in enumerate(images):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / f"scans/scan{i:03}.jpeg")
+        rows.append(f"scan{i:03}.jpeg,{'AB'[i % 2]}")
+    (tmp_path / "who.csv").write_text("\n".join(rows))
+    argv = ("predict", tmp_path / "scans", "--run", "outputs/linear", "--summary", tmp_path / "s.json")
+    done = succeed(*argv, "--patients", tmp_path / "who.csv", cwd=own_runs)
+    assert "40 images are 2 patients" in done.err and "one image of each patient" in done.err
+    assert read_json(tmp_path / "s.json")["patients"] == 2
+    assert read_json(tmp_path / "s.json")["verdict"] == "few"
+    succeed(*argv, cwd=own_runs)
+    assert read_json(tmp_path / "s.json")["patients"] == 40
 
 
 def test_by_study_needs_studies(own_runs):

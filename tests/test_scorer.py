@@ -78,6 +78,20 @@ def test_scorer_raises_and_never_exits(bench, tmp_path):
         Scorer(tmp_path, "cpu")
 
 
+@pytest.mark.parametrize("wrong", [{"paths": None}, {"paths": [1]}, {"batch_size": 0}, {"batch_size": "2"}])
+def test_wrong_arguments_of_a_scorer_are_input_errors(bench, monkeypatch, wrong):
+    monkeypatch.chdir(bench)
+    with pytest.raises(InputError, match=r"^(paths|batch_size) "):
+        Scorer("outputs/linear")(**{"paths": "xray/test", **wrong})
+
+
+@pytest.mark.parametrize("threshold", ["0.3", True, float("nan"), 1.5])
+def test_a_threshold_by_hand_is_a_number(bench, monkeypatch, threshold):
+    monkeypatch.chdir(bench)
+    with pytest.raises(InputError, match="a number between 0 and 1"):
+        Scorer("outputs/linear", threshold=threshold)
+
+
 def test_scorer_tells_of_files_that_cannot_be_read(bench, tmp_path, capsys):
     (tmp_path / "empty.png").write_bytes(b"")
     (row,) = Scorer(bench / "outputs/linear", "cpu")(tmp_path)

@@ -64,6 +64,9 @@ def map_cells(tests):
     for name in ("deletion", "insertion"):
         cells.append("{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]".format(**tests[f"{name}_minus_random"]))
     for place in ("lung", "border"):
+        if f"{place}_share" not in tests:  # no lungs were known
+            cells.append("-")
+            continue
         span = "{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**tests[f"{place}_share"])
         cells.append(f"{span} of {tests[f'{place}_area']:.2f}")
     # Weights were redrawn step by step: the head is the first step, all weights the last.
