@@ -268,6 +268,8 @@ def summary(name, found):
     """The tests of one method in a line."""
     mean = {k: v["mean"] for k, v in found.items() if isinstance(v, dict)}
     head, *_, everything = (step["rank_correlation"] for step in found["randomised"])
+    if found["empty"]:
+        name += f" ({found['empty']} of the maps are empty, and count nowhere)"
     on_lungs = "on no image are the lungs known"
     if "lung_share" in mean:
         on_lungs = f"on the lungs {mean['lung_share']:.2f} (their area {found['lung_area']:.2f})"

@@ -195,7 +195,8 @@ def randomised(model):
 def regions(maps, lungs):
     """Share of maps [N, h, w] on the lungs, masks bool [N, S, S], and on the outer tenth of the image, with
     the areas of these regions: {"lung_share": mean_interval, "lung_area": share of the image, "lung_images":
-    N of both, "border_..."}. An image without a mask is left out of the lungs' figures; these are left out
+    N of both, "border_...", "empty": maps that are 0 everywhere}. Empty maps are nowhere, so they are left
+    out of shares, unless all are; and so is an image without a mask of those of the lungs, which are left out
     where none has one."""
     side = lungs.shape[-1]
     border = np.ones((side, side), bool)
@@ -207,8 +208,10 @@ def regions(maps, lungs):
         masks = lung, border
         shares.append([(full * mask).sum() for mask in masks])
         areas.append([mask.mean() for mask in masks])
-    rows = {"lung": lungs.any(axis=(1, 2)), "border": np.ones(len(lungs), bool)}
-    out = {"lung_images": int(rows["lung"].sum())}
+    drawn = np.asarray(maps).any(axis=(1, 2))
+    counted = drawn if drawn.any() else ~drawn
+    rows = {"lung": lungs.any(axis=(1, 2)) & counted, "border": counted}
+    out = {"lung_images": int(rows["lung"].sum()), "empty": int((~drawn).sum())}
     for i, name in enumerate(rows):
         if not rows[name].any():
             continue

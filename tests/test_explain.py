@@ -176,7 +176,13 @@ def test_regions_of_maps():
     assert some["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3) and some["lung_area"] == pytest.approx(
         0.3
     )
-    assert some["lung_images"] == 3
+    assert some["lung_images"] == 3 and some["empty"] == 0
+    even = np.ones((4, 20, 20), np.float32)
+    even[1] = 0  # Grad-CAM of an image in which no patch speaks for the class
+    shares = maps.regions(even, lungs)
+    assert shares["empty"] == 1 and shares["lung_images"] == 2
+    assert shares["lung_share"]["mean"] == pytest.approx(0.3, abs=1e-3)
+    assert shares["border_share"]["mean"] == pytest.approx(0.36, abs=1e-3)
     none = maps.regions(edge, lungs & False)
     assert none["lung_images"] == 0 and not {"lung_area", "lung_share"} & set(none)
 

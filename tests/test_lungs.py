@@ -454,6 +454,22 @@ def test_predict_notes_images_without_lungs(looks, tmp_path):
     )
 
 
+def test_a_lung_model_learns_from_plausible_masks_alone(synthetic, cache, tmp_path):
+    """A mask of the whole picture is none of lungs: it is left out, and counted."""
+    files = sorted(path.relative_to(synthetic).as_posix() for path in (synthetic / "train").rglob("*.jpeg"))
+    lungs = np.zeros((len(files), 32, 32), bool)
+    lungs[:, 8:24, 4:28] = True
+    lungs[::2] = True
+    np.savez(tmp_path / "masks.npz", masks=np.packbits(lungs, axis=-1), names=np.array(files))
+    flags = ("--data-dir", synthetic, "--cache-dir", cache, "--img-size", 32, "--epochs", 1, "--max-steps", 1)
+    done = succeed("train_lungs", "--masks", tmp_path / "masks.npz", *flags, cwd=tmp_path)
+    left_out = (len(files) + 1) // 2
+    assert f"no certain mask for {left_out} of {len(files)}" in done.err
+    split = read_json(tmp_path / "outputs/lungs/results.json")["split"]
+    assert split["train"] + split["val"] == len(files) - left_out
+    refused(cli("explain", "--run", "outputs/lungs", cwd=tmp_path), "it has no classes to score")
+
+
 def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):
     run = looks / "outputs/scratch"
     succeed("explain", "--run", run, "--tests", 3, "--method", "gradcam", cwd=looks)
