@@ -232,8 +232,9 @@ class Entry:
         wrong = []
         for method in METHODS:
             if method in report:
-                needed = MAP_TESTS | (ON_LUNGS if "lung_share" in report[method] else {})
-                wrong += mismatches(report[method], needed, method)
+                found = report[method]
+                known = isinstance(found, dict) and "lung_share" in found
+                wrong += mismatches(found, MAP_TESTS | (ON_LUNGS if known else {}), method)
         if not wrong:
             wrong = [method for method in METHODS if method in report and not report[method]["randomised"]]
         if wrong:

@@ -95,7 +95,7 @@ def map_blocks(entries):
         "map ranks patches no better than chance. On the lungs, on the border: how much of the map falls on "
         f"the lungs (masks: {unique(sources)}) and on the outer tenth of the image, of what an even map "
         "would put there. Head redrawn, all redrawn: rank correlation with the map after the weights of the "
-        "head, or all layers' weights, are drawn at random; a map that stays the same does not show what was learnt."
+        "head, or of all layers, are random; a map that stays the same does not show what was learnt."
     )
     head = ["Map", "Deletion", "Insertion", "On the lungs", "On the border", "Head redrawn", "All redrawn"]
     return [Heading(3, "Does it look at lungs or at letters?"), Paragraph(text), Table(head, rows)]
