@@ -404,6 +404,16 @@ def test_a_run_that_max_steps_ended_says_so(tmp_path, capsys):
     assert "ended by --max-steps 2, and stays as it is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("schedule, said", [("cosine", True), ("constant", False)])
+def test_an_early_end_at_a_high_rate_is_told(tmp_path, capsys, schedule, said):
+    aurocs = iter([0.9, 0.8])
+    how = dict(schedule=schedule, warmup_epochs=0.0, patience=1)
+    toy_fit(tmp_path, epochs=20, objective=ToyObjective(watch=lambda: next(aurocs)), **how)
+    out = capsys.readouterr().out
+    assert "(ended after epoch 2 of 20 by --patience 1" in out
+    assert ("with the learning rate still at" in out) == said
+
+
 def test_the_best_epoch_is_needed_to_go_on(tmp_path):
     """Its weights are not in last.pth once another epoch has ended."""
     aurocs = iter([0.9, 0.8])

@@ -77,8 +77,13 @@ class Loop:
         ended = ""
         if epoch < self.recipe.epochs and epoch * self.steps < self.total:
             ended = (
-                f" (ended after epoch {epoch} of {self.recipe.epochs} by --patience {self.recipe.patience})"
+                f" (ended after epoch {epoch} of {self.recipe.epochs} by --patience {self.recipe.patience}"
             )
+            if self.recipe.schedule == "cosine" and self.progress.lr > self.recipe.lr / 2:
+                ended += (
+                    f", with the learning rate still at {self.progress.lr:.1e}: a greater one waits for less"
+                )
+            ended += ")"
         tell(
             f"best epoch {results['best_epoch']}{ended}: {figures(best, self.recipe.watch)}; "
             f"{results['minutes']:.1f} min; wrote {self.run}/checkpoint.pth and results.json"
