@@ -408,7 +408,8 @@ def test_a_run_that_max_steps_ended_says_so(tmp_path, capsys):
 def test_an_early_end_at_a_high_rate_is_told(tmp_path, capsys, schedule, said):
     aurocs = iter([0.9, 0.8])
     how = dict(schedule=schedule, warmup_epochs=0.0, patience=1)
-    toy_fit(tmp_path, epochs=20, objective=ToyObjective(watch=lambda: next(aurocs)), **how)
+    loop = toy_loop(tmp_path, epochs=20, objective=ToyObjective(watch=lambda: next(aurocs)), **how)
+    loop.fit(toy_subset(40, 0), toy_subset(20, 1))
     out = capsys.readouterr().out
     assert "(ended after epoch 2 of 20 by --patience 1" in out
     assert ("with the learning rate still at" in out) == said

@@ -76,13 +76,10 @@ class Loop:
         best, epoch = self.progress.history[results["best_epoch"] - 1], self.progress.epoch
         ended = ""
         if epoch < self.recipe.epochs and epoch * self.steps < self.total:
-            ended = (
-                f" (ended after epoch {epoch} of {self.recipe.epochs} by --patience {self.recipe.patience}"
-            )
-            if self.recipe.schedule == "cosine" and self.progress.lr > self.recipe.lr / 2:
-                ended += (
-                    f", with the learning rate still at {self.progress.lr:.1e}: a greater one waits for less"
-                )
+            recipe = self.recipe
+            ended = f" (ended after epoch {epoch} of {recipe.epochs} by --patience {recipe.patience}"
+            if recipe.schedule == "cosine" and self.progress.lr > recipe.lr / 2:
+                ended += f", with the learning rate still at {self.progress.lr:.1e}; a longer one goes on"
             ended += ")"
         tell(
             f"best epoch {results['best_epoch']}{ended}: {figures(best, self.recipe.watch)}; "
