@@ -356,7 +356,10 @@ def refuse_other_images(config, here, trained_on, run):
         return
     patients = ""
     if config.patients and config.split in ("patient", "pooled"):
-        patients = f"; {config.patients} decides who is on which side, so give the table of the training"
+        patients = (
+            f"; {config.patients} decides who is on which side, so give the table of the training: images "
+            "that it does not list keep their patient now"
+        )
     raise InputError(
         f"the images in {config.data_dir} are not those that {run} was trained on (the split's fingerprint "
         f"differs): put those back, or point --data-dir at them{patients}. Train again if they are the same: "

@@ -127,8 +127,10 @@ class Explainer:
 
     def lung_masks(self, subset, index, source):
         """The lungs on what the model sees of these positions, by a source of masks: bool [n, S, S]."""
-        files = [subset.files[i] for i in index]
-        found = lung_masks.masks_of(source, subset.pixels(index), files, self.run.config.resize)
+        files, pixels = [subset.files[i] for i in index], subset.pixels(index)
+        resize = self.run.config.resize
+        masks_of = lung_masks.open_source(source, pixels.shape[-1], subset.files, "the images", resize)
+        found = masks_of(pixels, files)
         found = found & plausible(found)[:, None, None]
         if none := int((~found.any(axis=(1, 2))).sum()):
             say(

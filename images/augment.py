@@ -146,7 +146,7 @@ class RandAugment:
                     return apply(image, name, *args, **kwargs)
                 return torch.cat([apply(image[:1], name, *args, **kwargs), image[1:]])
 
-        self.change = Changes(ops, magnitude, interpolation="bilinear", fill=0.0)
+        self.change = Changes(ops, magnitude, interpolation=v2.InterpolationMode.BILINEAR, fill=0.0)
 
     def __call__(self, x):
         return torch.stack([self.change(image) for image in x]).clamp(0, 1)

@@ -46,7 +46,7 @@ def say_unused(root, split, classes):
     if not count or split == "published":
         return
     way = ""
-    if set(classes) <= set(subfolders(place)):
+    if set(classes) <= set(subfolders(place)) and split in ("patient", "image"):
         way = advice("--split", "; --split published validates on it")
     say_once(f"note: {place} is not used by --split {split} ({count} images){way}")
 

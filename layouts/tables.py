@@ -34,10 +34,11 @@ ENDINGS = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".npz")
 # ---------------------------------------------------------------- which table, which layout
 
 
-def find_table(path, data_dir, layout=""):
+def find_table(path, data_dir, layout="", flag="--labels", stored=False):
     """The path of a table: as it is, or else inside the data folder; of a folder, the one table in it that
-    has a known layout. A path that is absolute, or begins with ./ or ../, is taken as it is. InputError if
-    there is none, or several could be meant."""
+    has a known layout. A path that is absolute, or begins with ./ or ../, is taken as it is. InputError,
+    naming the flag, if there is none, or several could be meant; of a setting that a run may have `stored`
+    the one that is here is read, and a note says so."""
     here, places = Path(path), [Path(path), Path(data_dir, path)]
     if here.is_absolute() or str(path).replace(os.sep, "/").startswith(("./", "../")):
         places = [here]
@@ -48,9 +49,12 @@ def find_table(path, data_dir, layout=""):
             empty.append(place)
         elif table.exists():
             found.append(table)
-    if len(found) == 2 and not os.path.samefile(*found):
+    two = len(found) == 2 and not os.path.samefile(*found)
+    if two and stored:
+        say_once(f"note: {flag}: of two tables, {found[0]} is read and not {found[1]}")
+    elif two:
         raise InputError(
-            f"--labels {path}: there are two such tables, {found[0]} and {found[1]}: write ./{here} or "
+            f"{flag} {path}: there are two such tables, {found[0]} and {found[1]}: write ./{here} or "
             f"{places[1]} for the one that is meant"
         )
     if found:
@@ -58,9 +62,9 @@ def find_table(path, data_dir, layout=""):
     if empty:
         there = sorted(file.name for file in empty[-1].iterdir() if file.name.lower().endswith(ENDINGS))
         holds = ", ".join(there[:8]) or "no table"
-        raise InputError(f"--labels {path}: it holds no table of a known layout; it holds {holds}")
+        raise InputError(f"{flag} {path}: it holds no table of a known layout; it holds {holds}")
     where = f", neither here nor in {data_dir}" if len(places) == 2 else ""
-    raise InputError(f"--labels {path}: there is no such file{where}")
+    raise InputError(f"{flag} {path}: there is no such file{where}")
 
 
 def _table_in(folder, layout):

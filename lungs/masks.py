@@ -192,12 +192,6 @@ def open_source(source, side, files=(), what="", resize="squash"):
     return lambda pixels, files: finder(pixels)
 
 
-def masks_of(source, pixels, files, resize="squash"):
-    """Masks bool [B, S, S] of images uint8 [B, S, S] by any source; `files`: their names, which a .npz is
-    asked by; `resize`: how the images were made square. InputError as of `open_source`."""
-    return open_source(source, pixels.shape[-1], files, "these images", resize)(pixels, files)
-
-
 class GivenMasks:
     """Masks from a .npz file by the names of images, at any side S. InputError if the file is not one."""
 

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -196,7 +196,7 @@ class Scorer:
 
         Each call is a batch of its own for `verdict` and `notes`. InputError for a path that does not exist,
         and where there is no image file."""
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise InputError(f"batch_size {batch_size!r}: a whole number from 1 on")
         try:
             several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
@@ -348,10 +348,10 @@ class Scorer:
         patients, studies = people_of([file for file, _ in rows], self.key)
         if table and rows:
             nothing = np.zeros(len(names), dtype=int)
-            index = read_patients(table, Index(names, nothing, patients, nothing > 0, nothing.astype(str)))
-            patients = [
-                new if known else old for new, known, old in zip(index.patients, index.known, patients)
-            ]
+            known = np.array([patient != name for patient, name in zip(patients, names)], dtype=bool)
+            patients = read_patients(
+                table, Index(names, nothing, patients, known, nothing.astype(str))
+            ).patients
         whose = dict(zip(names, patients))
         for name, _, *values in self.waiting:
             self.batch.add(name, whose[name], *values)

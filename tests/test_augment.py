@@ -424,7 +424,7 @@ def test_randaugment_is_torchvisions_image_by_image(channels):
     from torchvision.transforms import v2
 
     x = torch.rand(4, channels, 24, 24)
-    peer = v2.RandAugment(2, 9, interpolation="bilinear", fill=0.0)
+    peer = v2.RandAugment(2, 9, interpolation=v2.InterpolationMode.BILINEAR, fill=0.0)
     torch.manual_seed(0)
     expected = torch.stack([peer(image[:1]) for image in x]).clamp(0, 1)
     torch.manual_seed(0)

@@ -242,7 +242,7 @@ def write_masks(path, names, found, **more):
 def test_given_masks_go_by_name_and_certainty(tmp_path):
     found = np.stack([two_lungs(), two_lungs().T])
     path = write_masks(tmp_path / "m.npz", ["a.png", "b.png"], found, confident=np.array([True, False]))
-    got = masks_module.masks_of(path, np.zeros((3, 32, 32), np.uint8), ["b.png", "a.png", "c.png"])
+    got = masks_module.open_source(path, 32)(np.zeros((3, 32, 32), np.uint8), ["b.png", "a.png", "c.png"])
     assert np.array_equal(got[1], two_lungs(32)) and not got[0].any() and not got[2].any()
 
 
@@ -251,8 +251,8 @@ def test_masks_of_a_file_are_not_laid_over_images_resized_otherwise(tmp_path, re
     path = write_masks(tmp_path / "m.npz", ["a.png"], two_lungs()[None])
     pixels = np.zeros((1, 32, 32), np.uint8)
     with pytest.raises(InputError, match="masks from a file go with --resize squash only"):
-        masks_module.masks_of(path, pixels, ["a.png"], resize)
-    assert masks_module.masks_of(path, pixels, ["a.png"], "squash").any()
+        masks_module.open_source(path, pixels.shape[-1], resize=resize)
+    assert masks_module.open_source(path, pixels.shape[-1])(pixels, ["a.png"]).any()
 
 
 def test_masks_of_other_images_are_refused(small_set, tmp_path, capsys):

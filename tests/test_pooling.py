@@ -225,6 +225,12 @@ def test_a_verdict_by_patient_counts_the_patients_of_the_table(own_runs, synthet
     assert read_json(tmp_path / "s.json")["verdict"] == "few"
     succeed(*argv, cwd=own_runs)
     assert read_json(tmp_path / "s.json")["patients"] == 40
+    # As in training, a table that lists one image of a patient names the others, too.
+    for i in (1, 2, 3):
+        shutil.copy(images[i], tmp_path / f"scans/person7_virus_{i}.jpeg")
+    (tmp_path / "who.csv").write_text("path,patient\nperson7_virus_1.jpeg,A")
+    done = succeed(*argv, "--patients", tmp_path / "who.csv", cwd=own_runs)
+    assert "43 images are 41 patients" in done.err
 
 
 def test_by_study_needs_studies(own_runs):

@@ -39,7 +39,7 @@ def parse(text):
         raise InputError(f"{EITHER} {text}: there is no folder {folder}")
     if table is None:
         return Path(folder), None
-    return Path(folder), tables.find_table(table, folder)
+    return Path(folder), tables.find_table(table, folder, flag=f"{EITHER} {text}", stored=True)
 
 
 def names(texts):
@@ -82,7 +82,7 @@ def load_site(config, folder, labels="", patients=""):
     or findings are not those of `config`."""
     if config.task.kind == "sigmoid" and not labels:
         raise InputError(f"--site {folder}: this run was trained on a table of findings: give --labels CSV")
-    table = tables.find_table(labels, folder) if labels else None
+    table = tables.find_table(labels, folder, flag="--site: --labels") if labels else None
     refuse_same_set(config, Path(folder), table, "--site")
     if labels:
         root = Path(folder)

@@ -88,7 +88,7 @@ def refuse_lost(run, can_go_on, one_of_many):
     if _is_lost(run):
         raise InputError(
             f"--resume: {run} is finished and its last.pth is gone, so it stays as it is: "
-            "--overwrite trains it anew, --out names another folder"
+            "--overwrite instead of --resume trains it anew"
         )
     if not run.masked.begun:
         raise InputError(
