@@ -147,6 +147,11 @@ def on_cpu(scorer):
         raise InputError("--export: the heuristic that finds the lungs cannot be part of an ONNX file")
 
 
+def exports():
+    """Whether this torch can write our models: 2.6 and 2.7 refuse a batch of any size."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+
 def export(scorer, path):
     """Write an ONNX file with preprocessing and thresholds in its metadata, and say how many decisions on
     validation differ from those of the calibration. InputError if it disagrees with predict.py by > 1e-4
@@ -160,6 +165,10 @@ def export(scorer, path):
             f"--export needs packages that are not here ({error.name}): "
             "pip install onnx onnxscript onnxruntime"
         ) from None
+    if not exports():
+        raise InputError(
+            f"--export needs torch 2.8 or newer, this is {torch.__version__}: pip install -U torch"
+        )
     on_cpu(scorer)
     scale, net = scaling.basis(scorer.calibration, scorer.run), scorer.finder and scorer.finder.net
     model = Exported(scorer.model, scorer.inputs, scorer.task, scale["temperature"], net, scale["platt"])

@@ -28,6 +28,7 @@ from PIL import Image
 from common.console import start
 from common.task import Task
 from images.subset import Subset
+from records import onnx
 from training import recipe
 from training.loss import Supervised
 from training.step import Gradient
@@ -43,6 +44,7 @@ SCRIPTS = ("train_scratch", "train_pretrained", "train_linear", "calibrate", "co
 
 
 CPU = torch.device("cpu")
+WRITES_ONNX = pytest.mark.skipif(not onnx.exports(), reason="torch writes our models from 2.8 on")
 
 
 def cli(script, *argv, cwd):

@@ -441,7 +441,9 @@ def test_randaugment_moves_masks_and_changes_nothing_else_of_them():
     for name, (magnitudes, _) in rand._AUGMENTATION_SPACE.items():
         found = magnitudes(31, 32, 32)
         size = 0.0 if found is None else float(found[25])
-        out = rand._apply_image_or_video_transform(twice, name, size, "bilinear", rand._fill)
+        out = rand._apply_image_or_video_transform(
+            twice, name, size, TF.InterpolationMode.BILINEAR, rand._fill
+        )
         if torch.equal(out[1], image):
             continue
         assert torch.equal(out[1], out[0]), name

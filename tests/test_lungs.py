@@ -36,7 +36,7 @@ from lungs.unet import LungNet, load_net
 from models.inputs import Inputs
 from records.onnx import Exported
 from records.run import Run
-from tests.shared import cli, predict_rows, read_json, refused, succeed
+from tests.shared import WRITES_ONNX, cli, predict_rows, read_json, refused, succeed
 from training.loss import Segmentation
 
 SHARED = Path(__file__).resolve().parents[1].with_name("shared")
@@ -479,6 +479,7 @@ def test_explain_follows_what_the_model_sees(looks, synthetic, tmp_path):
     assert f"wrote {run}" in done.out
 
 
+@WRITES_ONNX
 def test_a_graph_with_the_lungs_inside_gives_what_predict_does(
     looks, flags, tiny_npz, synthetic, monkeypatch, graph_as_it_is
 ):

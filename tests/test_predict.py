@@ -23,6 +23,7 @@ from records import onnx as onnx_module
 from records.run import Run
 from tests.fixtures import FLOOR
 from tests.shared import (
+    WRITES_ONNX,
     cli,
     file_list,
     of_one,
@@ -236,6 +237,7 @@ def test_precision_that_cannot_be_had_or_was_not_kept_is_said(bench, halves, mon
     assert 1e-5 < np.abs(scores - kept).max() < 0.02
 
 
+@WRITES_ONNX
 def test_export_matches_pytorch_and_counts_decisions_that_precision_changes(bench, halves, monkeypatch):
     """The file computes in fp32 what was calibrated in bf16: its probabilities and the count are those of a
     pass in fp32 by hand."""

@@ -20,6 +20,7 @@ from records.onnx import Exported
 from records.run import Run
 from tests.shared import (
     CPU,
+    WRITES_ONNX,
     cli,
     load_pth,
     of_one,
@@ -237,6 +238,7 @@ def test_exported_probabilities(folders, findings):
             assert np.allclose(exported, expected, atol=1e-6)
 
 
+@WRITES_ONNX
 def test_exported_findings(findings, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -106,7 +106,7 @@ def without_lost(runs):
             "they are, their settings not compared"
         )
     if len(lost) == len(runs):
-        raise InputError("--resume: nothing is left to do")
+        raise InputError("--resume: nothing is left to do; --overwrite instead of --resume trains them anew")
     return {seed: run for seed, run in runs.items() if seed not in lost}
 
 
