@@ -93,8 +93,8 @@ def say_twice(info, indices, listing):
         people = len(set(index.patients))
         if fewer := people - len(set(twins.joined(index.patients, index.content))):
             say(
-                f"note: of {people} {twins.WORDS[side]} patients {fewer} have a file of another one, byte "
-                "for byte: figures and promises count them apart"
+                f"note: {people} {twins.WORDS[side]} patients are {people - fewer} at most, as some share a "
+                f"file, byte for byte: figures and promises count {people}"
             )
 
 

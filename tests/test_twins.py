@@ -18,7 +18,7 @@ from images import split, twins
 from images.drawn import draw_radiograph
 from images.subset import Subset
 from layouts.folders import read_folders
-from layouts.listing import Index
+from layouts.listing import Index, patient_id
 from report.render import to_markdown
 from report.rows import load_entries
 from report.tables import main as tables
@@ -299,6 +299,20 @@ def test_copies_are_said_from_training_to_the_report(tmp_path):
     text = report_of(tmp_path)
     assert "FLATTERED" in text and "byte for byte, of training images" in text
     assert f"{alike['test_train']} test images look like training images" in text
+
+
+def test_patients_who_share_a_file_on_one_side_are_counted(tmp_path, capsys):
+    root = write_set(tmp_path / "set")
+    config = data.DataConfig(str(root), 32, cache_dir=str(tmp_path / "cache"))
+    load_train_val(config, str)
+    assert "at most" not in capsys.readouterr().err
+    first, second = sorted((root / "test/PNEUMONIA").iterdir())[:2]
+    for number, path in ((998, first), (999, second), (997, second)):
+        shutil.copy(path, root / f"test/PNEUMONIA/person{number}_virus_1.png")
+    load_train_val(config, str)
+    people = len({patient_id(path.name) for path in (root / "test").rglob("*.png")})
+    said = f"{people} test patients are {people - 3} at most, as some share a file, byte for byte"
+    assert said in capsys.readouterr().err
 
 
 def test_a_pooled_split_keeps_copies_together(tmp_path):
