@@ -32,7 +32,7 @@ from layouts.asked import asked
 from layouts.choices import OLDER, Choices, select, training_targets
 from layouts.download import KAGGLE
 from layouts.headers import with_headers
-from layouts.listing import Listing
+from layouts.listing import SIDES, Listing
 from layouts.patients import read_patients
 from lungs import masks as lung_masks
 from lungs.show import INPUT_MODES
@@ -258,8 +258,8 @@ def load(config, root, index, side):
     """(Subset of an Index, the Index of the readable images, the sizes of the originals). `side`: what they
     are, in messages and in the name of the cache."""
     # Other splits and tables put other files on a side, which need a cache of another name.
-    as_published = not config.labels and config.split in ("patient", "image") and (index.side == side).all()
-    as_published &= side != "site"  # there may be several of these
+    as_published = side in SIDES and not config.labels and config.split in ("patient", "image")
+    as_published &= (index.side == side).all()
     decoded = load_images(
         root,
         index.files,

@@ -26,6 +26,7 @@ from cohort.who import Asked, check_columns, of_units
 from common import scaling
 from common.console import InputError, command_line, say
 from common.proportions import reported_interval
+from layouts.asked import moved_settings
 from metrics import (
     can_guarantee,
     choose_threshold_by_min_recall,
@@ -259,9 +260,8 @@ def calibrate(args, rule, device, asked_views):
             "for @Rec; 97 patients without it tell the specificity to 0.10 either way"
         )
     # All that can fail for one run alone comes before its thresholds are chosen.
-    # --labels and --patients are the site's own; these say where the images of the run are, and how read.
-    own = ("data_dir", "cache_dir", "skip_bad", "verify_cache")
-    moved = {name: getattr(args, name) for name in own if getattr(args, name)}
+    # The tables that are named are the site's, the other flags say where the images of the run are now.
+    moved = moved_settings(args, None, "skip_bad", "verify_cache", leave_out=("labels", "patients"))
     asked = Asked(args.age_bands, args.subgroups)
 
     def score_site(run):

@@ -18,9 +18,9 @@ from common.console import InputError, advice, progress, say
 from common.files import atomic_path, read_json, sha256, write_json
 from images.decode import _check_regular, _decode
 from layouts import arrays
+from layouts.listing import SIDE_WORDS
 
 CACHE_VERSION = 7  # raise it when decoding changes, so that old caches are rebuilt
-WORDS = {"train": "training"}  # how messages call what caches call otherwise
 
 
 # ---------------------------------------------------------------- many files, cached
@@ -60,7 +60,7 @@ def load_images(root, files, *, size, resize, cache_dir, skip_bad, name, verify=
         info = _build_cache(path, key, root, files, size, resize)
     bad = info["bad"]
     side = name.partition("-")[0]  # without what tells caches apart
-    count = f"{len(bad)} of {len(files)} {WORDS.get(side, side)} images in {root}"
+    count = f"{len(bad)} of {len(files)} {SIDE_WORDS.get(side, side)} images in {root}"
     some = "; ".join(bad[:5])
     if len(bad) > 5:
         some += " ..."

@@ -12,8 +12,7 @@ from common.files import sha256
 from images import twins
 from images.dicom import keyed
 from images.split import say_shared
-
-SIDE_WORDS = {"train": "training", "val": "validation", "test": "test"}
+from layouts.listing import SIDE_WORDS
 
 
 def describe(config, listing, train, val, indices, readable, unknown):
@@ -93,7 +92,7 @@ def say_twice(info, indices, listing):
         people = len(set(index.patients))
         if fewer := people - len(set(twins.joined(index.patients, index.content))):
             say(
-                f"note: {people} {twins.WORDS[side]} patients are {people - fewer} at most, as some share a "
+                f"note: {people} {SIDE_WORDS[side]} patients are {people - fewer} at most, as some share a "
                 f"file, byte for byte: figures and promises count {people}"
             )
 

@@ -26,11 +26,11 @@ from scipy.sparse.csgraph import connected_components
 from common.console import progress, say
 from common.files import sha256
 from layouts import arrays
+from layouts.listing import SIDE_WORDS
 
 LIMIT = 28  # different bits of 255
 SIDE, FREQUENCIES = 32, 16  # the picture is averaged to SIDE x SIDE; FREQUENCIES x FREQUENCIES are kept
 BLOCK = 4096  # bytes in the middle of a file that are compared first
-WORDS = {"train": "training", "val": "validation", "test": "test"}
 PAIRS = (("val", "train"), ("test", "train"), ("test", "val"))
 
 
@@ -216,7 +216,7 @@ def told(counts, verb):
     found = []
     for a, b in PAIRS:
         if n := counts.get(f"{a}_{b}", 0):
-            found.append(f"{n} {WORDS[a]} images {verb} {WORDS[b]} images")
+            found.append(f"{n} {SIDE_WORDS[a]} images {verb} {SIDE_WORDS[b]} images")
     return ", ".join(found)
 
 

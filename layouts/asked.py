@@ -58,10 +58,12 @@ def add_moved_arguments(group, leave_out=()):
             group.add_argument(flag, metavar=metavar, help=f"{text} (default: as trained)")
 
 
-def moved_settings(args, data_dir, *more):
-    """{field of data.DataConfig: value} that the flags of `add_moved_arguments`, and those of the fields
-    `more`, change of a run whose images were in `data_dir`. InputError if there is no such table."""
-    moved = {name: getattr(args, name) for name in (*MOVED, *more) if getattr(args, name)}
+def moved_settings(args, data_dir, *more, leave_out=()):
+    """{field of data.DataConfig: value} that the flags of `add_moved_arguments`, but those of the fields
+    `leave_out`, and those of the fields `more`, change of a run whose images were in `data_dir`. InputError
+    if there is no such table."""
+    names = [name for name in (*MOVED, *more) if name not in leave_out]
+    moved = {name: getattr(args, name) for name in names if getattr(args, name)}
     if "labels" in moved:
         moved["labels"] = str(tables.find_table(moved["labels"], moved.get("data_dir", data_dir)))
     return moved

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 SIDES = ("train", "val", "test")
+SIDE_WORDS = {"train": "training", "val": "validation", "test": "test"}  # how messages call them
 
 # What describes a patient or an exposure: {name: (NumPy kind, what it holds)}. A table may add columns.
 COHORT = {

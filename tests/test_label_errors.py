@@ -241,6 +241,10 @@ def test_label_errors_from_the_command_line(wrong_folder, tmp_path):
     # Of the images in the wrong folder, those that went to validation are not asked about.
     asked_about = [row for row in rows if row["path"].rpartition("/")[2] in moved]
     assert len(asked_about) >= 3 and sum(row["issue"] == "yes" for row in asked_about) >= 2
+    assert [row["rank"] for row in asked_about[:2]] == [
+        "1",
+        "2",
+    ]  # the likeliest are
     assert asked_about[0]["label"] == "PNEUMONIA" and asked_about[0]["likely"] == "NORMAL"
     assert all(float(row["probability"]) < 0.5 for row in issues)
     assert f"{len(issues)} of {len(rows)} labels are likely errors" in done.out
