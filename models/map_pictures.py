@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from common.files import save_figure
-from lungs.show import plausible
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -41,8 +40,11 @@ def draw(path, rows, methods, title):
         for line, (text, image, found, mask) in zip(axes, rows):
             line[0].set_ylabel(drawable(text), fontsize=7)
             shown = draw_row(line, image, found)
-            if plausible(mask):
+            if mask.any():
                 line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
+            else:
+                where = dict(ha="center", va="bottom", transform=line[-1].transAxes)
+                line[-1].text(0.5, 0.02, "no lungs found", color="cyan", fontsize=8, **where)
         about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
         figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
         figure.suptitle(textwrap.fill(drawable(title), 26 * columns), fontsize=11)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 import explain
@@ -17,7 +18,7 @@ from common.files import write_json
 from common.task import Answer
 from data import load_split
 from images.augment import gaussian_blur
-from models import build, maps
+from models import build, map_pictures, maps
 from models.inputs import Inputs
 from records.run import Run
 from report.rows import Entry
@@ -305,6 +306,19 @@ def scratch_run(bench, tmp_path, monkeypatch):
     """A copy of a calibrated run, in the folder where its images are found."""
     monkeypatch.chdir(bench)
     return Run(shutil.copytree(bench / "outputs/scratch-seed0", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_picture_says_where_no_lungs_were_found(tmp_path, monkeypatch, known):
+    texts = []
+    monkeypatch.setattr(
+        map_pictures, "save_figure", lambda path, figure, dpi: texts.extend(figure.findobj(Text))
+    )
+    mask = np.zeros((32, 32), bool)
+    mask[8:24, 4:28] = known
+    row = ("x.png", np.zeros((32, 32), np.uint8), [np.ones((4, 4), np.float32)], mask)
+    map_pictures.draw(tmp_path / "x.png", [row], ["Grad-CAM"], "title")
+    assert ("no lungs found" in [text.get_text() for text in texts]) != known
 
 
 def test_images_without_lungs_are_counted(bench, scratch_run, tmp_path):
