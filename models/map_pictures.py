@@ -44,7 +44,7 @@ def draw(path, rows, methods, title):
                 line[-1].contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
             else:
                 where = dict(ha="center", va="bottom", transform=line[-1].transAxes)
-                line[-1].text(0.5, 0.02, "no lungs found", color="cyan", fontsize=8, **where)
+                line[-1].text(0.5, 0.02, "no lungs found", color="white", fontsize=8, **where)
         about = dict(shrink=min(1, 2 / lines), label="relative to the map's own maximum")
         figure.colorbar(shown, ax=axes[:, -1].tolist(), **about)
         figure.suptitle(textwrap.fill(drawable(title), 26 * columns), fontsize=11)
